@@ -1,5 +1,52 @@
-"""trl-parity: is the vLLM engine that samples the same policy as the TRL trainer that learns?"""
+"""trl-parity: is the vLLM engine that samples the same policy as the TRL trainer that learns?
+
+    trainer = GRPOTrainer(..., callbacks=[ParityCallback()])
+
+Importing this package imports neither vllm nor wandb nor matplotlib, and torch only when a name needs it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from .callback import ParityCallback
+    from .config import ParityConfig, Rule
+    from .errors import ParityError, ParityHalt
+    from .records import MismatchStats, Status, Verdict
+
+__all__ = [
+    "MismatchStats",
+    "ParityCallback",
+    "ParityConfig",
+    "ParityError",
+    "ParityHalt",
+    "Rule",
+    "Status",
+    "Verdict",
+    "__version__",
+]
+
+_HOME = {
+    "ParityCallback": "callback",
+    "ParityConfig": "config",
+    "Rule": "config",
+    "ParityError": "errors",
+    "ParityHalt": "errors",
+    "MismatchStats": "records",
+    "Status": "records",
+    "Verdict": "records",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -15,6 +15,8 @@ import importlib.util
 import logging
 from typing import Any
 
+from ..errors import InterceptionError
+
 logger = logging.getLogger(__name__)
 
 _MARK = "_trl_parity_live_weights"
@@ -48,7 +50,7 @@ def prepare_cpu_engine() -> bool:
         if weight.is_meta or weight.ndim != 2:  # no linear layer: vLLM's own way
             original(layer, remove_weight)
         else:
-            layer.cpu_linear = torch.nn.functional.linear
+            layer.cpu_linear = torch.nn.functional.linear  # type: ignore[assignment]
 
     setattr(dispatch_live_weight, _MARK, True)
     utils.dispatch_cpu_unquantized_gemm = dispatch_live_weight
@@ -76,3 +78,16 @@ def packed_layers(model: Any) -> list[str]:
         for name, layer in model.named_modules()
         if getattr(layer, "cpu_linear", torch.nn.functional.linear) is not torch.nn.functional.linear
     ]
+
+
+def require_live_weights(llm: Any) -> None:
+    """Raise :class:`~trl_parity.errors.InterceptionError` if a colocated CPU engine serves packed copies."""
+    if not is_vllm_cpu():
+        return
+    packed = packed_layers(llm.llm_engine.model_executor.driver_worker.model_runner.model)
+    if packed:
+        raise InterceptionError(
+            f"the vLLM engine was built with packed weights ({len(packed)} layers, first: {packed[0]}), so weight "
+            "sync cannot reach what it serves. Create ParityCallback before the trainer and pass it in "
+            "callbacks=[...]; trainer.add_callback() is too late on a CPU."
+        )

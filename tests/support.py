@@ -1,0 +1,93 @@
+"""What tests share: a tiny model and trainer of the real stack."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+CHARS = "0123456789+-*=abcdefghijklmnopqrstuvwxyz ?.,"
+
+
+def save_tokenizer(directory: Path) -> Any:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", *CHARS])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="?")
+    fast.save_pretrained(directory)
+    return fast
+
+
+def save_tiny_model(directory: Path, *, logit_std: float = 2.0, **config: Any) -> Path:
+    """A random Qwen3 of 0.3 M parameters whose logits spread enough that temperature and truncation matter."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = save_tokenizer(directory)
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Qwen3ForCausalLM(Qwen3Config(**(settings | config)))
+        torch.nn.init.normal_(model.get_output_embeddings().weight, std=logit_std / settings["hidden_size"] ** 0.5)
+    model.save_pretrained(directory)
+    return directory
+
+
+def prompts(n: int = 64) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_list([{"prompt": f"{i % 10}+{i // 10}="} for i in range(n)])
+
+
+def digit_reward(completions: list[str], **kwargs: Any) -> list[float]:
+    """Share of digits: moves the policy, and so the weights, without collapsing it at once."""
+    return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
+
+
+def grpo_args(output_dir: Path, **overrides: Any) -> Any:
+    from trl import GRPOConfig
+
+    settings: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "use_cpu": True,
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+        "vllm_gpu_memory_utilization": 0.1,
+        "vllm_max_model_length": 256,
+        "per_device_train_batch_size": 16,
+        "num_generations": 8,
+        "max_completion_length": 24,
+        "temperature": 0.7,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "max_steps": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": 0,
+        "beta": 0.0,
+    }
+    return GRPOConfig(**(settings | overrides))

@@ -1,0 +1,113 @@
+"""Settings: defaults, YAML, the TRL parser, and mistakes."""
+
+import subprocess
+import sys
+
+import pytest
+
+from trl_parity import ParityConfig, Rule
+from trl_parity.errors import ConfigError
+
+
+def test_defaults_are_valid_and_halt_needs_three_windows():
+    config = ParityConfig()
+    assert config.action == "stop"
+    assert all(rule.consecutive == 3 for rule in config.resolved_rules())
+
+
+def test_rules_are_laid_over_the_defaults(tmp_path):
+    path = tmp_path / "parity.yaml"
+    path.write_text(
+        "consecutive: 2\nrules:\n  kl_k3: {limit: 0.5, immediate: true}\n  ess: {limit: 0.9, below: true}\n"
+        "  honesty_gap: null\n  logp_abs_diff/p99: 3\n"
+    )
+    rules = {rule.stat: rule for rule in ParityConfig.from_yaml(path).resolved_rules()}
+    assert rules["kl_k3"] == Rule(stat="kl_k3", limit=0.5, immediate=True, consecutive=2)
+    assert rules["ess"] == Rule(stat="ess", limit=0.9, below=True, consecutive=2)
+    assert rules["logp_abs_diff/p99"].limit == 3
+    assert "honesty_gap" not in rules
+    assert "nonfinite_rate" in rules
+
+
+def test_rule_objects_are_accepted_and_survive_a_round_trip():
+    config = ParityConfig(rules=[Rule(stat="ess", limit=0.5, below=True, consecutive=7)])
+    again = ParityConfig.from_mapping(config.to_dict())
+    assert again.resolved_rules() == config.resolved_rules()
+    assert Rule(stat="ess", limit=0.5, below=True, consecutive=7) in config.resolved_rules()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"every_n_step": 5}, "did you mean 'every_n_steps'"),
+        ({"action": "halt"}, "Expected one of: log, skip_update, stop, raise"),
+        ({"every_n_steps": 0}, ">= 1"),
+        ({"every_n_steps": True}, ">= 1"),
+        ({"every_n_steps": "ten"}, ">= 1"),
+        ({"rules": {"kl_k4": 1.0}}, "did you mean 'kl_k3'"),
+        ({"rules": {"kl_k3": {"limits": 1.0}}}, "did you mean 'limit'"),
+        ({"rules": {"ess": {"below": True}}}, "no limit"),
+        ({"rules": {"ess": None}}, "no default rule"),
+        ({"rules": {"kl_k3": "high"}}, "Expected a number"),
+        ({"rules": {"kl_k3": float("nan")}}, "Expected a number"),
+        ({"rules": {"kl_k3": {"consecutive": 0}}}, ">= 1"),
+        ({"rules": 3}, "Expected a mapping"),
+        ({"rules": "{kl_k3: 1"}, "not valid JSON"),
+    ],
+)
+def test_a_mistake_is_named_with_what_to_do(values, message):
+    with pytest.raises(ConfigError, match=message):
+        ParityConfig.from_mapping(values)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("every_n_steps: [", "not valid YAML"),
+        ("- 1\n", "Expected a mapping"),
+        ("acton: log\n", "did you mean 'action'"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path, text, message):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        ParityConfig.from_yaml(path)
+    with pytest.raises(ConfigError, match="cannot read"):
+        ParityConfig.from_yaml(tmp_path / "missing.yaml")
+
+
+def test_the_trl_parser_takes_it_beside_grpo_and_model_arguments(tmp_path):
+    from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
+
+    path = tmp_path / "run.yaml"
+    path.write_text(f"output_dir: {tmp_path}\nuse_cpu: true\naction: log\nrules:\n  kl_k3: {{limit: 0.25}}\n")
+    parser = TrlParser((ScriptArguments, GRPOConfig, ModelConfig, ParityConfig))
+    *_, parity = parser.parse_args_and_config(["--config", str(path), "--every_n_steps", "7", "--dataset_name", "x"])
+    assert (parity.action, parity.every_n_steps) == ("log", 7)
+    assert next(r.limit for r in parity.resolved_rules() if r.stat == "kl_k3") == 0.25
+    *_, parity = parser.parse_args_and_config(
+        ["--output_dir", str(tmp_path), "--use_cpu", "--dataset_name", "x", "--rules", '{"ess": {"limit": 0.5}}']
+    )
+    assert next(r.limit for r in parity.resolved_rules() if r.stat == "ess") == 0.5
+
+
+def modules_after(statement):
+    code = f"import sys; {statement}; print(*sorted({{m.split('.')[0] for m in sys.modules}}))"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_importing_the_package_is_light():
+    assert not modules_after("import trl_parity") & {"torch", "vllm", "wandb", "matplotlib", "trl", "transformers"}
+    assert not modules_after("from trl_parity import ParityConfig; ParityConfig()") & {"torch", "vllm", "wandb", "trl"}
+    assert not modules_after("from trl_parity import ParityCallback") & {"vllm", "wandb", "matplotlib", "trl"}
+
+
+def test_public_names_are_exactly_all():
+    import trl_parity
+
+    for name in trl_parity.__all__:
+        assert getattr(trl_parity, name) is not None
+    assert set(dir(trl_parity)) == set(trl_parity.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Nope'"):
+        trl_parity.Nope  # noqa: B018

@@ -1,0 +1,407 @@
+"""``ParityCallback``: wiring only. Rollouts come in from taps, verdicts go out to trainer, files and trackers."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from .breaker import Breaker
+from .config import ParityConfig
+from .distributed import gather_rows, reduce_sums
+from .engine.cpu import prepare_cpu_engine
+from .errors import ConfigError, InterceptionError, ParityHalt
+from .metrics import MismatchSums, compute, measure, measure_policy_drift
+from .recompute import CompletionScorer
+from .records import RolloutBatch, SamplingSettings, ScoredBatch, Status, Verdict
+from .sinks import JsonlSink, WandbSink
+from .taps import Capture, Observer, instrument
+from .taps.grpo import append_metrics
+from .text import halt_text, settings_notes
+
+__all__ = ["ParityCallback"]
+
+logger = logging.getLogger(__name__)
+
+STATE_VERSION = 1
+_KEEP_VERDICTS = 1000
+
+
+class ParityCallback(TrainerCallback, ExportableState, Observer):
+    """Compare, on every rollout batch, the engine that sampled with the trainer that learns.
+
+    Add it to ``GRPOTrainer(..., callbacks=[ParityCallback()])``, created before the trainer. Every rollout batch is
+    rescored with the trainer's fp32 head; each window of ``every_n_steps`` optimizer steps is reduced over all ranks,
+    judged by the rules and logged as ``parity/*``; ``consecutive`` breached windows halt the run, as ``action`` says,
+    before the condemned batch reaches the weights.
+
+    Args:
+        config: A :class:`~trl_parity.ParityConfig`. Default: all defaults.
+        **overrides: Fields of the config to set, e.g. ``ParityCallback(every_n_steps=10, action="log")``.
+
+    Raises:
+        ConfigError: an unknown field or a wrong value.
+        InterceptionError: (from ``trainer.train()``, at the first step) the run's rollouts can't be measured.
+        ParityHalt: (from ``trainer.train()``) a HALT verdict with ``action="raise"``.
+    """
+
+    def __init__(self, config: ParityConfig | None = None, **overrides: Any):
+        if config is not None and not isinstance(config, ParityConfig):
+            raise ConfigError(
+                f"config is a {type(config).__name__}. Expected a ParityConfig; read a file with "
+                "ParityConfig.from_yaml(path)."
+            )
+        if config is None:
+            self.config = ParityConfig.from_mapping(overrides, where="ParityCallback")
+        else:
+            ParityConfig.from_mapping(config.to_dict() | overrides, where="ParityCallback")
+            self.config = replace(config, **overrides)
+        self.verdicts: deque[Verdict] = deque(maxlen=_KEEP_VERDICTS)
+        self.halt_message: str | None = None
+        self._jsonl: JsonlSink | None = None
+        self._wandb: WandbSink | None = None
+        self._reset()
+        prepare_cpu_engine()  # before the trainer builds its engine
+        instrument()
+
+    @property
+    def status(self) -> Status:
+        """The status of the last window; NO_DATA before the first."""
+        return self.verdicts[-1].status if self.verdicts else Status.NO_DATA
+
+    def _reset(self) -> None:
+        self._breaker = Breaker.from_config(self.config)
+        self._window: MismatchSums | None = None
+        self._since_log: MismatchSums | None = None
+        self._logged: list[Verdict] = []  # windows since the trainer last logged
+        self._eval: MismatchSums | None = None
+        self._trainer: Any = None
+        self._last: tuple[RolloutBatch, ScoredBatch] | None = None
+        self._error = ""
+        self._batches = 0
+        self._open_batches = 0  # of them in the open window
+        self._windows = 0
+        self._window_start = 0  # optimizer steps done when the open window began
+        self._next_generation = 0  # optimizer steps by which a new batch must have come
+        self._condemned = False
+        self._stop = False
+        self._clock = time.perf_counter()
+        self._spent = 0.0
+
+    # ---- rollouts in (called by taps) -------------------------------------------------------------------------
+
+    def observes(self, training: bool) -> bool:
+        """Whether this kind of rollout is measured."""
+        return training or self.config.eval_batches == "separate"
+
+    def scorer(
+        self, model: Any, logits_to_keep: int, temperature: float, sampling: SamplingSettings
+    ) -> CompletionScorer:
+        """A scorer for one pass over the policy."""
+        return CompletionScorer(
+            model,
+            logits_to_keep,
+            temperature=temperature,
+            sampling=sampling,
+            replay_sampling=self.config.truncation == "replay",
+            chunk_bytes=self.config.chunk_mib << 20,
+        )
+
+    def on_generation(self, capture: Capture) -> None:
+        """Measure one generation batch; close and judge the window when it is due."""
+        start = time.perf_counter()
+        accelerator = capture.trainer.accelerator
+        sums, error = self._measure(capture, accelerator.process_index)
+        if not capture.training:
+            self._on_eval_batch(capture.trainer, sums)
+            return
+        if self._trainer is None:
+            self._first_batch(capture)
+        self._batches += 1
+        self._open_batches += 1
+        self._condemned = False
+        self._next_generation = capture.step + capture.generation_period
+        self._error = error or self._error
+        self._window = sums if self._window is None else _merged(self._window, sums)
+        self._spent += capture.seconds + time.perf_counter() - start
+        step = capture.step + 1  # the optimizer step this batch feeds: the trackers' global_step of its row
+        if capture.last_in_step and step - self._window_start >= self.config.every_n_steps:
+            self._close_window(step)
+
+    def on_update(self, new: torch.Tensor, old: torch.Tensor, mask: torch.Tensor) -> None:
+        """Add the policy drift of one loss computation to the open window."""
+        start = time.perf_counter()
+        if self._window is None:
+            self._window = MismatchSums.zeros(new.device, self.config.bootstrap_samples)
+        measure_policy_drift(self._window, new, old, mask)
+        self._spent += time.perf_counter() - start
+
+    def _measure(self, capture: Capture, rank: int) -> tuple[MismatchSums, str]:
+        """The sums of one batch; a failure of ours becomes ``errors=1``, only a missing interception raises."""
+        try:
+            rollout = capture.rollout()
+            scored = capture.score(rollout, self.config.token_budget)
+            # one seed per rank and batch: resamples of different sequences must be independent
+            seed = (capture.step * 1009 + self._batches) * 4096 + rank
+            sums = measure(scored, bootstrap_samples=self.config.bootstrap_samples, seed=seed)
+            self._last = (rollout, scored)
+            return sums, ""
+        except Exception as e:
+            if isinstance(e, InterceptionError) and self._batches == 0:
+                raise  # nothing was ever measured: say so at the first step, before any learning
+            error = f"{type(e).__name__}: {e}"
+            logger.warning("parity measurement failed at step %d: %s", capture.step + 1, error)
+            logger.debug("%s", traceback.format_exc())
+            sums = MismatchSums.zeros(capture.trainer.accelerator.device, self.config.bootstrap_samples)
+            sums.bump(batches=1, errors=1)
+            return sums, error
+
+    def _first_batch(self, capture: Capture) -> None:
+        trainer = self._trainer = capture.trainer
+        if trainer.is_deepspeed_enabled and self.config.action in ("skip_update", "stop"):
+            raise ConfigError(
+                f"action={self.config.action!r} with DeepSpeed, which applies the update inside backward: the "
+                "condemned batch can't be kept from the weights there. Use action='raise' or action='log'."
+            )
+        if trainer.accelerator.is_main_process:
+            for note in settings_notes(capture, self.config):
+                logger.warning("%s", note)
+
+    def _on_eval_batch(self, trainer: Any, sums: MismatchSums) -> None:
+        reduced = reduce_sums(sums, trainer.accelerator)
+        self._eval = reduced if self._eval is None else _merged(self._eval, reduced)
+        # overwritten batch by batch: the last value covers the whole evaluation
+        append_metrics(trainer, "eval", _scalars(compute(self._eval)))
+
+    # ---- verdicts ---------------------------------------------------------------------------------------------
+
+    def _close_window(self, step: int, *, final: bool = False) -> None:
+        """Reduce, judge, write, act (not when training is over). Collective: all ranks come here at the same batch."""
+        start = time.perf_counter()
+        trainer, sums = self._trainer, self._window
+        assert sums is not None
+        sums.bump(cost_seconds=self._spent, wall_seconds=start - self._clock)
+        self._clock, self._spent = start, 0.0
+        sums = reduce_sums(sums, trainer.accelerator)
+        verdict = self._breaker.judge(step, compute(sums), self._error)
+        self.verdicts.append(verdict)
+        self._logged.append(verdict)
+        self._since_log = sums if self._since_log is None else _merged(self._since_log, sums)
+        first_of_episode = not (len(self.verdicts) > 1 and self.verdicts[-2].halted)
+        if self._jsonl is not None:
+            self._jsonl.write(verdict)
+        self._log_rich(verdict, sums)
+        self._windows += 1
+        self._window, self._window_start, self._open_batches, self._error = None, step, 0, ""
+        if verdict.halted:
+            if first_of_episode:
+                self._announce(verdict)
+            if not final:
+                self._act(verdict)
+        self._spent += time.perf_counter() - start
+
+    def _log_rich(self, verdict: Verdict, sums: MismatchSums) -> None:
+        every = self.config.rich_every_n_windows
+        report_to = self._trainer.args.report_to
+        if not every or "wandb" not in report_to:
+            return
+        before = self.verdicts[-2].status if len(self.verdicts) > 1 else Status.OK
+        worse = verdict.status in (Status.BREACH, Status.HALT) and verdict.status is not before
+        if not (worse or self._windows % every == 0):
+            return
+        worst = self._worst_tokens(verdict.step)
+        if self._trainer.accelerator.num_processes > 1:
+            worst = gather_rows(worst)
+        worst = sorted(worst, key=lambda row: -abs(row["log_ratio"]))[: self.config.worst_tokens]
+        if self._wandb is not None:
+            self._wandb.log_rich(verdict.step, sums, worst)
+
+    def _worst_tokens(self, step: int) -> list[dict[str, Any]]:
+        """This rank's tokens of the last batch with the largest |Δ|."""
+        if self._last is None or not self.config.worst_tokens:
+            return []
+        rollout, scored = self._last
+        if scored.mask.shape != rollout.completion_ids.shape:  # a sample of rows was scored: ids don't line up
+            return []
+        delta = scored.trainer_logprobs - scored.rollout_logprobs
+        size = torch.where(scored.mask & torch.isfinite(delta), delta.abs(), -1.0).flatten()
+        picked = size.topk(min(self.config.worst_tokens, size.numel()))
+        rows = []
+        for value, flat in zip(picked.values.tolist(), picked.indices.tolist(), strict=True):
+            if value < 0:
+                break
+            b, t = divmod(flat, delta.shape[1])
+            token = {}
+            if not self.config.redact_text:
+                token_id = int(rollout.completion_ids[b, t])
+                token = {"token_id": token_id, "token": self._trainer.processing_class.decode([token_id])}
+            rows.append(
+                {"step": step, "rank": self._trainer.accelerator.process_index, "sequence": b, "position": t}
+                | token
+                | {
+                    "rollout_logprob": float(scored.rollout_logprobs[b, t]),
+                    "trainer_logprob": float(scored.trainer_logprobs[b, t]),
+                    "log_ratio": float(delta[b, t]),
+                }
+            )
+        return rows
+
+    def _announce(self, verdict: Verdict) -> None:
+        text = self.halt_message = halt_text(verdict, self.config, list(self.verdicts), self._jsonl_path())
+        if self._trainer.accelerator.is_main_process:
+            print(text, file=sys.stderr, flush=True)
+            if self._wandb is not None:
+                self._wandb.alert(verdict, text)
+
+    def _act(self, verdict: Verdict) -> None:
+        if self.config.action == "raise":
+            raise ParityHalt(verdict, self.halt_message or verdict.reason)
+        self._condemned = self.config.action in ("skip_update", "stop")
+        self._stop = self.config.action == "stop"
+
+    def _jsonl_path(self) -> Path:
+        args = self._trainer.args
+        return Path(self.config.parity_dir or Path(args.output_dir) / "parity") / "metrics.jsonl"
+
+    # ---- trainer events ---------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the sinks and, when the trainer resumes from a checkpoint, restore the breaker."""
+        self._reset()
+        resume = int(state.global_step)
+        self._window_start = self._next_generation = resume
+        if resume:
+            self._restore(state)
+        error = ""
+        if state.is_world_process_zero:
+            try:
+                self._jsonl = JsonlSink(self.config.parity_dir or Path(args.output_dir) / "parity", resume)
+                if "wandb" in args.report_to:
+                    self._wandb = WandbSink()
+            except (ConfigError, ImportError) as e:
+                error = str(e)
+        if args.world_size > 1:  # main alone writes, all ranks must fail together
+            error = next((row["error"] for row in gather_rows([{"error": error}]) if row["error"]), "")
+        if error:
+            raise ConfigError(error)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        """Refuse to learn from what was never measured; drop the gradient of a condemned batch."""
+        if self._trainer is None:
+            raise InterceptionError(
+                "an optimizer step is due but no rollout batch was intercepted. ParityCallback covers trl.GRPOTrainer "
+                "(and subclasses that call super()._generate_and_score_completions) with use_vllm=True. Is this "
+                "another trainer, a subclass that replaces that method, or were the wrappers removed?"
+            )
+        if state.global_step >= self._next_generation:
+            self._on_missing_batch(int(state.global_step))
+        if self._condemned:
+            drop_gradient(optimizer, self._trainer.accelerator)
+
+    def _on_missing_batch(self, step: int) -> None:
+        """A batch that should have been intercepted was not: a failed measurement, never silence."""
+        self._next_generation = step + 1
+        self._error = "no rollout batch was intercepted for this step"
+        if self._window is None:
+            self._window = MismatchSums.zeros(self._trainer.accelerator.device, self.config.bootstrap_samples)
+        self._window.bump(errors=1)
+        self._close_window(step + 1)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop if so judged; hand the windows since the last log to the trainer's metrics when it is about to log."""
+        start = time.perf_counter()
+        if self._stop:
+            control.should_training_stop = control.should_save = control.should_log = True
+        if control.should_log and self._logged and self._since_log is not None:
+            last, worst = self._logged[-1], max(self._logged, key=lambda v: _SEVERITY[v.status])
+            stats = last.stats if len(self._logged) == 1 else None
+            scalars = _scalars(stats or compute(self._since_log))
+            scalars |= {
+                "parity/breaker/status": worst.status.code,
+                "parity/breaker/streak": max(v.streak for v in self._logged),
+            }
+            append_metrics(self._trainer, "train", scalars)
+            self._logged, self._since_log = [], None
+        self._spent += time.perf_counter() - start
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """An evaluation is over: the next one starts from nothing."""
+        self._eval = None
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Judge what an unfinished window holds, and close the file."""
+        if self._open_batches and not self._stop:  # the same on every rank: batches are generated together
+            self._close_window(int(state.global_step), final=True)
+        if self._jsonl is not None:
+            self._jsonl.close()
+            self._jsonl = None
+        self._last = None
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """What the trainer's checkpoint keeps: the settings and the breaker's memory."""
+        return {
+            "args": self.config.to_dict(),
+            "attributes": {
+                "checkpoint": {
+                    "state_version": STATE_VERSION,
+                    "breaker": self._breaker.state(),
+                    "window_start": self._window_start,
+                }
+            },
+        }
+
+    def _restore(self, state: Any) -> None:
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if isinstance(saved, list):
+            saved = saved[0] if saved else None
+        checkpoint = (saved or {}).get("attributes", {}).get("checkpoint")
+        if not isinstance(checkpoint, Mapping) or checkpoint.get("state_version") != STATE_VERSION:
+            logger.warning(
+                "the checkpoint of step %d holds no trl-parity state this version reads; the streak starts at 0.",
+                state.global_step,
+            )
+            return
+        self._breaker.load_state(checkpoint["breaker"])
+        self._window_start = int(checkpoint["window_start"])
+
+
+_SEVERITY = {
+    Status.NO_DATA: 0,
+    Status.CALIBRATING: 1,
+    Status.OK: 2,
+    Status.WARN: 3,
+    Status.ERROR: 4,
+    Status.BREACH: 5,
+    Status.HALT: 6,
+}
+
+
+def _merged(a: MismatchSums, b: MismatchSums) -> MismatchSums:
+    a.add_(b)
+    return a
+
+
+def _scalars(stats: Mapping[str, float | None]) -> dict[str, float]:
+    return {f"parity/{name}": value for name, value in stats.items() if value is not None}
+
+
+def drop_gradient(optimizer: Any, accelerator: Any) -> None:
+    """Leave the optimizer nothing to apply: parameters without a gradient are skipped, moments and decay included."""
+    scaler = accelerator.scaler
+    if scaler is not None and scaler.is_enabled():
+        accelerator.unscale_gradients(optimizer)  # fp16: the scaler wants to have seen gradients before it steps
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None

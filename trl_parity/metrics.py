@@ -1,0 +1,299 @@
+"""Mismatch statistics as mergeable sums, maxima and histograms: pure tensor maths.
+
+``measure(batch)`` turns a scored batch into :class:`MismatchSums`; sums of batches, windows and ranks merge by
+adding; ``compute(sums)`` turns them into :class:`~trl_parity.records.MismatchStats`. Nothing is ever averaged before
+it is summed. Formulas: :data:`trl_parity.scalars.SCALARS`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .records import MismatchStats, ScoredBatch
+from .scalars import SCALARS
+
+__all__ = ["MismatchSums", "compute", "log_ratio_histogram", "measure", "measure_policy_drift"]
+
+# Histogram of Δ: by sign, |Δ| on a log scale. A quantile read from it is off by half a bin at most, 1.8 %.
+_DECADES = (-9, 3)  # |Δ| from 1e-9 (below: zero) to 1e3 nats (above: the last bin)
+_PER_DECADE = 64
+_BINS = (_DECADES[1] - _DECADES[0]) * _PER_DECADE + 1  # bin 0 holds |Δ| < 1e-9
+_SEQ_CLAMP = 300.0  # e^600 still fits a double
+BAND = (0.9, 1.1)  # a ratio outside it counts as out_of_band (the band of TRL issue 6789)
+# An interval from a handful of sequences says nothing: below this many, honesty has no interval and no gap.
+MIN_BOOTSTRAP_SEQUENCES = 8
+_INTERVAL = (0.005, 0.995)
+
+_SUMS = (
+    # tokens both sides scored with a finite number
+    "tokens", "neg_delta", "k3", "abs_delta", "w", "w2", "out_of_band", "rollout_logprob", "entropy", "confident",
+    # tokens compared, finite or not
+    "compared", "nonfinite",
+    # sequences with at least one finite token
+    "sequences", "seq_delta", "seq_w", "seq_w2",
+    # the trainer's own head
+    "own_tokens", "own_k3", "own_abs_delta",
+    # truncation replay
+    "trunc_tokens", "kept_mass", "log_kept", "out_of_support",
+    # updates against the policy that generated
+    "drift_tokens", "drift_k3",
+    # bookkeeping, per rank
+    "batches", "errors", "lag", "cost_seconds", "wall_seconds",
+)  # fmt: skip
+_INDEX = {name: i for i, name in enumerate(_SUMS)}
+_MAXIMA = ("abs_delta", "delta", "neg_delta", "seq_abs_delta")
+
+
+@dataclass(slots=True)
+class MismatchSums:
+    """Everything a window needs, in two vectors: one that adds and one that takes the maximum.
+
+    ``additive``: fp64, the sums named in ``_SUMS``, then the histogram (2 signs x ``_BINS``), then the bootstrap
+    (R resamples x [Σ w, Σ tokens]). ``maxima``: fp64, ``-inf`` where nothing was seen. About 16 KiB with R = 200,
+    whatever the number of tokens.
+    """
+
+    additive: torch.Tensor
+    maxima: torch.Tensor
+    bootstrap_samples: int
+
+    @classmethod
+    def zeros(cls, device: torch.device | str = "cpu", bootstrap_samples: int = 200) -> MismatchSums:
+        """The sums of no tokens."""
+        size = len(_SUMS) + 2 * _BINS + 2 * bootstrap_samples
+        return cls(
+            torch.zeros(size, dtype=torch.float64, device=device),
+            torch.full((len(_MAXIMA),), -math.inf, dtype=torch.float64, device=device),
+            bootstrap_samples,
+        )
+
+    def add_(self, other: MismatchSums) -> None:
+        """Merge ``other`` in place; associative and commutative up to fp64 rounding."""
+        if other.bootstrap_samples != self.bootstrap_samples:
+            raise ValueError(
+                f"cannot merge sums with {other.bootstrap_samples} and {self.bootstrap_samples} bootstrap samples. "
+                "Use one bootstrap_samples on every rank."
+            )
+        self.additive += other.additive.to(self.additive.device)
+        torch.maximum(self.maxima, other.maxima.to(self.maxima.device), out=self.maxima)
+
+    def bump(self, **amounts: float) -> None:
+        """Add plain numbers to named sums."""
+        for name, amount in amounts.items():
+            self.additive[_INDEX[name]] += amount
+
+    @property
+    def histogram(self) -> torch.Tensor:
+        """Counts of Δ: (2, bins), row 0 for Δ < 0, row 1 for Δ >= 0."""
+        return self.additive[len(_SUMS) : len(_SUMS) + 2 * _BINS].view(2, _BINS)
+
+    @property
+    def bootstrap(self) -> torch.Tensor:
+        """(R, 2): per resample Σ w and Σ tokens."""
+        return self.additive[len(_SUMS) + 2 * _BINS :].view(self.bootstrap_samples, 2)
+
+
+@torch.no_grad()
+def measure(batch: ScoredBatch, *, bootstrap_samples: int = 200, seed: int = 0) -> MismatchSums:
+    """The sums of one scored batch, on its device, without a device sync.
+
+    ``seed`` drives the bootstrap's own generator: the global random state is not touched. Give every rank and batch
+    another one.
+    """
+    device = batch.mask.device
+    out = MismatchSums.zeros(device, bootstrap_samples)
+    if batch.mask.numel() == 0:
+        out.bump(batches=1, lag=batch.lag)
+        return out
+    rollout, trainer = batch.rollout_logprobs.double(), batch.trainer_logprobs.double()
+    delta = trainer - rollout
+    valid = batch.mask & torch.isfinite(rollout) & torch.isfinite(trainer)
+    zero = delta.new_zeros(())
+    one = valid.double()
+    delta = torch.where(valid, delta, zero)
+    ratio_less_1 = torch.expm1(delta)
+    w = torch.where(valid, ratio_less_1 + 1, zero)
+    k3 = ratio_less_1 - delta
+    abs_delta = delta.abs()
+    rollout = torch.where(valid, rollout, zero)
+    entropy = torch.where(valid, batch.entropy.double(), zero)
+    confident = valid & (rollout >= math.log(0.5)) & (delta < -2.0)
+
+    per_seq = one.sum(-1)
+    has_tokens = per_seq > 0
+    seq_delta = delta.sum(-1)
+    seq_w = torch.where(has_tokens, seq_delta.clamp(max=_SEQ_CLAMP).exp(), zero)
+    seq_mean_w = w.sum(-1)
+
+    own_delta = batch.own_logprobs.double() - batch.rollout_logprobs.double()
+    own_valid = batch.mask & torch.isfinite(own_delta)
+    own_delta = torch.where(own_valid, own_delta, zero)
+
+    if batch.log_kept is not None and batch.out_of_support is not None:
+        log_kept = torch.where(valid, batch.log_kept.double(), zero)
+        trunc = (
+            one.sum(),
+            (log_kept.exp() * one).sum(),
+            log_kept.sum(),
+            (valid & batch.out_of_support).sum(),
+        )
+    else:
+        trunc = (zero, zero, zero, zero)
+
+    values = {
+        "tokens": one.sum(),
+        "neg_delta": -delta.sum(),
+        "k3": k3.sum(),
+        "abs_delta": abs_delta.sum(),
+        "w": w.sum(),
+        "w2": (w * w).sum(),
+        "out_of_band": (valid & ((w < BAND[0]) | (w > BAND[1]))).sum(),
+        "rollout_logprob": rollout.sum(),
+        "entropy": entropy.sum(),
+        "confident": confident.sum(),
+        "compared": batch.mask.sum(),
+        "nonfinite": (batch.mask & ~valid).sum(),
+        "sequences": has_tokens.sum(),
+        "seq_delta": seq_delta.sum(),
+        "seq_w": seq_w.sum(),
+        "seq_w2": (seq_w * seq_w).sum(),
+        "own_tokens": own_valid.sum(),
+        "own_k3": (torch.expm1(own_delta) - own_delta).sum(),
+        "own_abs_delta": own_delta.abs().sum(),
+        **dict(zip(("trunc_tokens", "kept_mass", "log_kept", "out_of_support"), trunc, strict=True)),
+    }
+    out.additive[: len(values)] = torch.stack([v.double() for v in values.values()])
+    assert tuple(values) == _SUMS[: len(values)]
+
+    # scatter, not bincount: bincount syncs with the device to learn its size
+    bins = ((abs_delta.clamp_min(1e-300).log10() - _DECADES[0]) * _PER_DECADE).floor().add(1).clamp(0, _BINS - 1)
+    flat = bins.long() + _BINS * (delta >= 0).long()
+    out.histogram.view(-1).scatter_add_(0, flat.view(-1), one.view(-1))
+
+    generator = torch.Generator(device=device).manual_seed(seed)
+    weights = torch.poisson(
+        torch.ones(bootstrap_samples, len(seq_mean_w), dtype=torch.float64, device=device), generator
+    )
+    out.bootstrap.copy_(weights @ torch.stack([seq_mean_w, per_seq], dim=-1))
+
+    low = torch.full((), -math.inf, dtype=torch.float64, device=device)
+    out.maxima[0] = torch.where(valid, abs_delta, low).max()
+    out.maxima[1] = torch.where(valid, delta, low).max()
+    out.maxima[2] = torch.where(valid, -delta, low).max()
+    out.maxima[3] = torch.where(has_tokens, seq_delta.abs(), low).max()
+    out.bump(batches=1, lag=batch.lag)
+    return out
+
+
+@torch.no_grad()
+def measure_policy_drift(out: MismatchSums, new: torch.Tensor, old: torch.Tensor, mask: torch.Tensor) -> None:
+    """Add k3 of the training policy against the policy that generated, in place. All (B, C); Δ = new - old."""
+    delta = new.double() - old.double()
+    valid = mask.bool() & torch.isfinite(delta)
+    delta = torch.where(valid, delta, delta.new_zeros(()))
+    out.additive[_INDEX["drift_tokens"]] += valid.sum().to(out.additive.device)
+    out.additive[_INDEX["drift_k3"]] += (torch.expm1(delta) - delta).sum().to(out.additive.device)
+
+
+def compute(sums: MismatchSums) -> MismatchStats:
+    """All scalars from (reduced) sums. What was not measured is ``None``. One device sync on accelerators."""
+    additive = sums.additive.cpu().numpy()
+    maxima = dict(zip(_MAXIMA, sums.maxima.cpu().tolist(), strict=True))
+    s = dict(zip(_SUMS, additive[: len(_SUMS)].tolist(), strict=True))
+    histogram = additive[len(_SUMS) : len(_SUMS) + 2 * _BINS].reshape(2, _BINS)
+    bootstrap = additive[len(_SUMS) + 2 * _BINS :].reshape(-1, 2)
+    n, seqs = s["tokens"], s["sequences"]
+    values: dict[str, float | None] = dict.fromkeys(SCALARS)
+
+    def put(name: str, total: float, count: float) -> None:
+        if count > 0:
+            values[name] = total / count
+
+    put("nonfinite_rate", s["nonfinite"], s["compared"])
+    put("own_head/kl_k3", s["own_k3"], s["own_tokens"])
+    put("own_head/logp_abs_diff/mean", s["own_abs_delta"], s["own_tokens"])
+    put("truncation/kept_mass", s["kept_mass"], s["trunc_tokens"])
+    put("truncation/log_bias", s["log_kept"], s["trunc_tokens"])
+    put("truncation/out_of_support", s["out_of_support"], s["trunc_tokens"])
+    put("policy_drift/kl_k3", s["drift_k3"], s["drift_tokens"])
+    put("lag", s["lag"], s["batches"])
+    put("cost/seconds", s["cost_seconds"], s["batches"])
+    put("cost/share", s["cost_seconds"], s["wall_seconds"])
+    if n > 0:
+        values |= {
+            "kl_k1": s["neg_delta"] / n,
+            "kl_k3": s["k3"] / n,
+            "logp_abs_diff/mean": s["abs_delta"] / n,
+            "logp_abs_diff/p99": _quantile_abs(histogram, 0.99, maxima),
+            "logp_abs_diff/max": maxima["abs_delta"],
+            "ratio/mean": s["w"] / n,
+            "ratio/p01": _exp(_quantile(histogram, 0.01, maxima)),
+            "ratio/p50": _exp(_quantile(histogram, 0.50, maxima)),
+            "ratio/p99": _exp(_quantile(histogram, 0.99, maxima)),
+            "ratio/max": _exp(maxima["delta"]),
+            "ratio/out_of_band": s["out_of_band"] / n,
+            "ess": s["w"] ** 2 / (n * s["w2"]) if s["w2"] > 0 else 0.0,
+            "chi2": s["w2"] / n - 1.0,
+            "seq/log_ratio_mean": s["seq_delta"] / seqs,
+            "seq/log_ratio_max": maxima["seq_abs_delta"],
+            "seq/ess": s["seq_w"] ** 2 / (seqs * s["seq_w2"]) if s["seq_w2"] > 0 else 0.0,
+            "entropy/trainer": s["entropy"] / n,
+            "entropy/rollout": -s["rollout_logprob"] / n,
+            "entropy/drift": (s["entropy"] + s["rollout_logprob"]) / n,
+            "honesty": s["w"] / n,
+            "confident_disagreement": s["confident"] / n,
+        }
+        resampled = bootstrap[bootstrap[:, 1] > 0]
+        if seqs >= MIN_BOOTSTRAP_SEQUENCES and len(resampled):
+            low, high = np.quantile(resampled[:, 0] / resampled[:, 1], _INTERVAL).tolist()
+            gap = max(0.0, low - 1.0, 1.0 - high)
+            values |= {"honesty_low": low, "honesty_high": high, "honesty_gap": gap}
+    return MismatchStats(int(n), int(seqs), int(s["batches"]), int(s["errors"]), values)
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 709.0 else math.inf
+
+
+def _centers() -> np.ndarray:
+    """|Δ| at the middle of each bin on the log scale; 0 for the first."""
+    exponents = _DECADES[0] + (np.arange(_BINS) - 0.5) / _PER_DECADE
+    return np.where(np.arange(_BINS) == 0, 0.0, 10.0**exponents)
+
+
+def _quantile_abs(histogram: np.ndarray, q: float, maxima: dict[str, float]) -> float:
+    return _pick(histogram.sum(0), _centers(), q, 0.0, maxima["abs_delta"])
+
+
+def _quantile(histogram: np.ndarray, q: float, maxima: dict[str, float]) -> float:
+    counts = np.concatenate([histogram[0][::-1], histogram[1]])
+    values = np.concatenate([-_centers()[::-1], _centers()])
+    return _pick(counts, values, q, -maxima["neg_delta"], maxima["delta"])
+
+
+def _pick(counts: np.ndarray, values: np.ndarray, q: float, low: float, high: float) -> float:
+    """The value at rank ceil(q n), kept inside the observed range."""
+    cumulative = np.cumsum(counts)
+    rank = max(1.0, math.ceil(q * cumulative[-1]))
+    return float(min(max(values[int(np.searchsorted(cumulative, rank))], low), high))
+
+
+def log_ratio_histogram(sums: MismatchSums, bins: int = 64) -> tuple[np.ndarray, np.ndarray] | None:
+    """Counts and edges of Δ on a linear scale, over the range that holds all but the outermost 0.1 % at each end.
+
+    Rebinned from the log histogram for trackers; tails are counted in the end bins. ``None`` without tokens.
+    """
+    histogram = sums.histogram.cpu().numpy()
+    if histogram.sum() == 0:
+        return None
+    maxima = dict(zip(_MAXIMA, sums.maxima.cpu().tolist(), strict=True))
+    low, high = (_quantile(histogram, q, maxima) for q in (0.001, 0.999))
+    if high - low < 1e-8:
+        low, high = low - 1e-8, high + 1e-8
+    values = np.concatenate([-_centers()[::-1], _centers()]).clip(low, high)
+    counts = np.concatenate([histogram[0][::-1], histogram[1]])
+    return np.histogram(values, bins=bins, range=(low, high), weights=counts)

@@ -1,0 +1,86 @@
+"""vLLM's sampling semantics replayed on the trainer's logits: what the engine cut off or penalized, measured.
+
+vLLM's order (0.22 to 0.31, V1 sampler): repetition, frequency, presence penalties; temperature; min-p; top-k; top-p.
+The log-prob vLLM reports as processed is the renormalized one over what is left.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .records import SamplingSettings
+
+__all__ = ["ReplayScores", "kept_mask", "penalize", "replay"]
+
+
+class ReplayScores(NamedTuple):
+    """Per token, (N,) fp32 and bool."""
+
+    logprobs: torch.Tensor  # log-prob of the target under the processed (penalized, truncated, renormalized) law
+    log_kept: torch.Tensor  # log probability of the kept set under the untruncated law; <= 0
+    out_of_support: torch.Tensor  # the target is outside the kept set: it was added to it, to keep the log finite
+
+
+def penalize(
+    logits: torch.Tensor, seen: torch.Tensor, output_counts: torch.Tensor, settings: SamplingSettings
+) -> torch.Tensor:
+    """Logits after vLLM's penalties. ``seen`` (N, V) bool: in prompt or output so far; ``output_counts`` (N, V)."""
+    if settings.repetition_penalty != 1.0:
+        r = settings.repetition_penalty
+        logits = torch.where(seen, torch.where(logits > 0, logits / r, logits * r), logits)
+    if settings.frequency_penalty != 0.0:
+        logits = logits - settings.frequency_penalty * output_counts
+    if settings.presence_penalty != 0.0:
+        logits = logits - settings.presence_penalty * (output_counts > 0)
+    return logits
+
+
+def kept_mask(scaled: torch.Tensor, settings: SamplingSettings) -> torch.Tensor:
+    """Which tokens survive min-p, top-k and top-p, (N, V) bool. ``scaled``: logits after penalties and temperature.
+
+    min-p: p >= min_p · max p. top-k: logits >= the k-th largest (ties stay). top-p: of the survivors' renormalized
+    law, drop the least likely tokens while their cumulative probability is <= 1 - top_p; the most likely one stays.
+    """
+    vocab = scaled.shape[-1]
+    kept = torch.ones_like(scaled, dtype=torch.bool)
+    if settings.min_p > 0.0:
+        probs = scaled.softmax(-1)
+        kept &= probs >= settings.min_p * probs.amax(-1, keepdim=True)
+    if 0 < settings.top_k < vocab:
+        survivors = scaled.masked_fill(~kept, -torch.inf)
+        kept &= survivors >= survivors.topk(settings.top_k, dim=-1).values[:, -1:]
+    if settings.top_p < 1.0:
+        ordered, index = scaled.masked_fill(~kept, -torch.inf).sort(-1)
+        drop = ordered.softmax(-1).cumsum(-1) <= 1.0 - settings.top_p
+        drop[:, -1] = False
+        kept &= ~torch.zeros_like(kept).scatter_(-1, index, drop)
+    return kept
+
+
+def replay(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    settings: SamplingSettings,
+    temperature: float,
+    seen: torch.Tensor | None = None,
+    output_counts: torch.Tensor | None = None,
+) -> ReplayScores:
+    """Score targets under the processed law: log softmax over the kept set.
+
+    ``logits`` (N, V) fp32 before temperature; ``targets`` (N,); ``seen`` and ``output_counts`` (N, V) are needed when
+    ``settings.penalizes``. ``temperature`` is the trainer's: an engine at another temperature stays visible as drift.
+    """
+    if settings.penalizes:
+        if seen is None or output_counts is None:
+            raise ValueError("settings has penalties but the tokens seen so far were not given; pass both tensors.")
+        logits = penalize(logits, seen, output_counts, settings)
+    scaled = logits / temperature
+    target = targets.unsqueeze(-1)
+    kept = kept_mask(scaled, settings)
+    outside = ~kept.gather(-1, target).squeeze(-1)
+    kept.scatter_(-1, target, True)
+    log_kept_sum = scaled.masked_fill(~kept, -torch.inf).logsumexp(-1)
+    log_kept = (log_kept_sum - scaled.logsumexp(-1)).clamp(max=0.0)
+    return ReplayScores(scaled.gather(-1, target).squeeze(-1) - log_kept_sum, log_kept, outside)

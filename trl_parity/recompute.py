@@ -1,0 +1,219 @@
+"""The trainer's side of the comparison: hidden states of a forward that runs anyway → fp32-head scores.
+
+TRL runs a no-grad forward over each rollout batch, mini-batch by mini-batch. :class:`CompletionScorer` hooks the
+backbone during that pass and recomputes only the head, only on completion tokens, so no backbone forward is added
+and no hidden states outlive their mini-batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from .head import Head, logits_chunk, score_tokens
+from .processors import replay
+from .records import SamplingSettings
+
+__all__ = ["CompletionScorer", "CompletionScores", "causal_lm", "materialized_head"]
+
+
+class CompletionScores(NamedTuple):
+    """Scores of completion tokens, all (B, C); zero where the attention mask is zero."""
+
+    logprobs: torch.Tensor  # fp32 head, engine's processing replayed when asked
+    entropy: torch.Tensor  # of the plain fp32-head law, nats
+    log_kept: torch.Tensor | None
+    out_of_support: torch.Tensor | None
+
+
+def causal_lm(model: Any) -> Any:
+    """The model that owns backbone and head, without PEFT around it (its adapters stay active inside)."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def _logit_scale(config: Any) -> float:
+    """What the architecture multiplies logits by, before any soft cap (transformers' config names)."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies
+    return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
+
+
+@contextmanager
+def materialized_head(model: torch.nn.Module, temperature: float) -> Iterator[Head]:
+    """The head of ``model`` with whole weights, for the duration of the block.
+
+    Sharded weights are gathered: FSDP2 DTensors and DeepSpeed ZeRO-3 parameters. A collective there: every rank must
+    enter. LoRA on the head is added as a low-rank term with the active adapters' scaling.
+    """
+    lm = causal_lm(model)
+    config = lm.config.get_text_config()
+    module = lm.get_output_embeddings()
+    if module is None:
+        raise ValueError(
+            f"{type(lm).__name__} has no output embeddings. Expected a causal language model with an lm_head."
+        )
+    low_rank = []
+    if hasattr(module, "lora_A") and not module.disable_adapters and not module.merged:
+        for name in module.active_adapters:
+            if name in module.lora_A:
+                low_rank.append((module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]))
+    params = [p for p in (module.weight, getattr(module, "bias", None)) if p is not None]
+    params += [p for a, b, _ in low_rank for p in (a, b)]
+    with _zero3_gathered(params):
+
+        def whole(p: Any) -> Any:
+            return p.full_tensor() if hasattr(p, "full_tensor") else p
+
+        bias = getattr(module, "bias", None)
+        softcap = getattr(config, "final_logit_softcapping", None)
+        weight = whole(module.weight)
+        yield Head(
+            weight=weight,
+            bias=None if bias is None else whole(bias),
+            temperature=temperature,
+            logit_scale=_logit_scale(config),
+            softcap=None if softcap is None else float(softcap),
+            vocab_size=min(config.vocab_size, weight.shape[0]),
+            low_rank=tuple((whole(a), whole(b), float(s)) for a, b, s in low_rank),
+        )
+
+
+@contextmanager
+def _zero3_gathered(params: list[Any]) -> Iterator[None]:
+    sharded = {id(p): p for p in params if hasattr(p, "ds_status") and p.ds_status.name != "AVAILABLE"}
+    if not sharded:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(sharded.values())):
+        yield
+
+
+class CompletionScorer:
+    """Context manager: while open, every forward of the model's backbone is scored through the fp32 head.
+
+    ``logits_to_keep`` (C): completion columns at the right of each row. With ``replay_sampling``, the engine's
+    truncation and penalties are applied to the trainer's logits. A failure inside never reaches the forward: it is
+    kept in ``error``, and ``scores()`` re-raises it.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        logits_to_keep: int,
+        *,
+        temperature: float,
+        sampling: SamplingSettings,
+        replay_sampling: bool,
+        chunk_bytes: int,
+    ):
+        self._model = model
+        self._keep = logits_to_keep
+        self._temperature = temperature
+        self._sampling = sampling
+        self._replay = replay_sampling and (sampling.truncates or sampling.penalizes)
+        self._chunk_bytes = chunk_bytes
+        self._parts: list[CompletionScores] = []
+        self.error: Exception | None = None
+        self.seconds = 0.0
+
+    def __enter__(self) -> CompletionScorer:
+        self._handle = causal_lm(self._model).base_model.register_forward_hook(self._hook, with_kwargs=True)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._handle.remove()
+
+    def _hook(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        start = time.perf_counter()
+        try:
+            if self.error is None:
+                ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+                hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
+                self._parts.append(self._score(hidden.detach(), ids, kwargs["attention_mask"]))
+        except Exception as e:
+            self.error = e
+        self.seconds += time.perf_counter() - start
+
+    @torch.no_grad()
+    def _score(self, hidden: torch.Tensor, ids: torch.Tensor, attention_mask: torch.Tensor) -> CompletionScores:
+        keep = self._keep
+        mask = attention_mask[:, -keep:].bool()
+        states = hidden[:, -(keep + 1) : -1][mask]  # position t - 1 predicts token t
+        targets = ids[:, -keep:][mask]
+        log_kept = outside = None
+        with materialized_head(self._model, self._temperature) as head:
+            states = states.to(head.weight.device)
+            targets = targets.to(head.weight.device)
+            scored = score_tokens(states, targets, head, chunk_bytes=self._chunk_bytes)
+            logprobs, entropy = scored
+            if self._replay:
+                logprobs, log_kept, outside = self._replay_tokens(states, targets, head, ids, attention_mask, mask)
+        blank = torch.zeros(mask.shape, dtype=torch.float32, device=logprobs.device)
+        mask = mask.to(blank.device)
+        return CompletionScores(
+            blank.masked_scatter(mask, logprobs),
+            blank.masked_scatter(mask, entropy),
+            None if log_kept is None else blank.masked_scatter(mask, log_kept),
+            None if outside is None else blank.bool().masked_scatter(mask, outside),
+        )
+
+    def _replay_tokens(
+        self,
+        states: torch.Tensor,
+        targets: torch.Tensor,
+        head: Head,
+        ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        vocab = head.vocab_size or head.weight.shape[0]
+        # a row of logits, its sort with int64 indices, and masks and copies: about 12 fp32 rows a token
+        step = max(1, self._chunk_bytes // (vocab * 4 * 12))
+        rows, columns = (x.to(states.device) for x in mask.nonzero(as_tuple=True))
+        prompt_width = ids.shape[1] - self._keep
+        parts = []
+        for i in range(0, len(targets), step):
+            part = slice(i, i + step)
+            seen = counts = None
+            if self._sampling.penalizes:
+                # tokens before each target; padding goes to an extra column that is cut off
+                context, real = ids[rows[part]], attention_mask[rows[part]].bool()
+                position = torch.arange(ids.shape[1], device=ids.device)
+                before = real & (position < prompt_width + columns[part].unsqueeze(-1))
+                output = before & (position >= prompt_width)
+                shape = (len(context), vocab + 1)
+                zeros = torch.zeros(shape, dtype=torch.float32, device=ids.device)
+                seen = zeros.scatter(1, context.masked_fill(~before, vocab), 1.0)[:, :vocab] > 0
+                counts = zeros.scatter_add_(
+                    1, context.masked_fill(~output, vocab), torch.ones_like(zeros[:, :1]).expand_as(context)
+                )[:, :vocab]
+            logits = logits_chunk(states[part], head)
+            parts.append(replay(logits, targets[part], self._sampling, self._temperature, seen, counts))
+        if not parts:
+            empty = torch.zeros(0, device=states.device)
+            return empty, empty, empty.bool()
+        return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))  # type: ignore[return-value]
+
+    def scores(self) -> CompletionScores:
+        """Scores of all rows seen, in order. Raises what went wrong inside, or ``RuntimeError`` if nothing ran."""
+        if self.error is not None:
+            raise self.error
+        if not self._parts:
+            raise RuntimeError(
+                "the backbone's forward hook never ran. Expected one call per mini-batch of the trainer's no-grad "
+                "pass. Check that the model's forward goes through model.base_model."
+            )
+        return CompletionScores(
+            *(None if t[0] is None else torch.cat(t) for t in zip(*self._parts, strict=True))  # type: ignore[arg-type]
+        )

@@ -1,0 +1,175 @@
+"""The records that travel one way through trl-parity: RolloutBatch → ScoredBatch → MismatchStats → Verdict."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["MismatchStats", "RolloutBatch", "SamplingSettings", "ScoredBatch", "Status", "Verdict"]
+
+
+class Status(enum.StrEnum):
+    """What a window amounts to."""
+
+    OK = "OK"
+    WARN = "WARN"
+    BREACH = "BREACH"
+    HALT = "HALT"
+    NO_DATA = "NO_DATA"  # nothing to compare: never a pass, never 0.0
+    ERROR = "ERROR"  # the measurement itself failed
+    CALIBRATING = "CALIBRATING"
+
+    @property
+    def code(self) -> int:
+        """The number trackers plot as ``parity/breaker/status``."""
+        return {"OK": 0, "WARN": 1, "BREACH": 2, "HALT": 3, "NO_DATA": -1, "ERROR": -2, "CALIBRATING": -3}[self]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingSettings:
+    """What the engine does to logits before it samples, as sent with the requests (vLLM's names and defaults)."""
+
+    temperature: float = 1.0
+    top_k: int = 0  # 0 or -1: all tokens
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    unreplayed: tuple[str, ...] = ()  # settings that change the law and are not replayed on the trainer's side
+
+    @property
+    def truncates(self) -> bool:
+        """Whether part of the vocabulary is cut off."""
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether logits depend on the tokens before."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutBatch:
+    """One generation batch of one rank, as the trainer received it. B sequences, P prompt and C completion columns."""
+
+    prompt_ids: torch.Tensor  # (B, P) int64, left-padded
+    prompt_mask: torch.Tensor  # (B, P)
+    completion_ids: torch.Tensor  # (B, C) int64, right-padded
+    completion_mask: torch.Tensor  # (B, C): 1 where a completion token exists and enters the loss
+    engine_mask: torch.Tensor  # (B, C) bool: the engine generated this token (completion_mask x tool/env mask)
+    rollout_logprobs: torch.Tensor  # (B, C) log-prob the engine reported for the token it sampled
+    own_logprobs: torch.Tensor | None  # (B, C) TRL's old_per_token_logps: the trainer's own head; None: no pass made
+    sampling: SamplingSettings
+    trainer_temperature: float  # what the loss divides logits by
+    step: int  # optimizer steps done when the batch was generated
+    sync_step: int  # optimizer step of the weights last handed to the engine
+    training: bool  # False: an evaluation batch
+    last_in_step: bool  # no further generation before the next optimizer step
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.completion_ids.shape)
+        for name in ("completion_mask", "engine_mask", "rollout_logprobs", "own_logprobs"):
+            value = getattr(self, name)
+            if value is not None and tuple(value.shape) != shape:
+                raise DataError(
+                    f"{name} has shape {tuple(value.shape)} but completion_ids has {shape} (step {self.step}). "
+                    "Check that both come from the same rollout."
+                )
+        if tuple(self.prompt_ids.shape) != tuple(self.prompt_mask.shape):
+            raise DataError(
+                f"prompt_ids has shape {tuple(self.prompt_ids.shape)} but prompt_mask has "
+                f"{tuple(self.prompt_mask.shape)} (step {self.step}). Check that both come from the same rollout."
+            )
+        if self.prompt_ids.shape[0] != shape[0]:
+            raise DataError(
+                f"{self.prompt_ids.shape[0]} prompts but {shape[0]} completions (step {self.step}). Expected one "
+                "prompt row per completion."
+            )
+
+    @property
+    def lag(self) -> int:
+        """Optimizer steps between the weights the engine held and the trainer's at generation."""
+        return self.step - self.sync_step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredBatch:
+    """A rollout batch scored by the trainer. All (B, C); values outside ``mask`` are undefined."""
+
+    mask: torch.Tensor  # bool: engine-generated tokens that were scored
+    rollout_logprobs: torch.Tensor
+    trainer_logprobs: torch.Tensor  # fp32 head, with the engine's processing replayed when configured
+    own_logprobs: torch.Tensor  # the trainer's own head, plain
+    entropy: torch.Tensor  # nats, of the trainer's fp32-head law (plain)
+    log_kept: torch.Tensor | None = None  # log probability mass of the engine's support under the trainer
+    out_of_support: torch.Tensor | None = None  # bool: sampled token outside the trainer's own kept set
+    lag: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MismatchStats(Mapping[str, float | None]):
+    """The scalars of one window, by the names in :data:`trl_parity.scalars.SCALARS`.
+
+    A read-only mapping; ``None`` means not measured, never 0.0.
+    """
+
+    num_tokens: int
+    num_sequences: int
+    num_batches: int
+    num_errors: int
+    values_by_name: dict[str, float | None] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> float | None:
+        return self.values_by_name[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values_by_name)
+
+    def __len__(self) -> int:
+        return len(self.values_by_name)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What the breaker says of one window; the same on every rank."""
+
+    step: int  # optimizer step the window's last batch feeds (trackers' global_step)
+    status: Status
+    streak: int  # breached windows in a row, this one included
+    breaches: tuple[str, ...] = ()  # statistics over their limit
+    warnings: tuple[str, ...] = ()  # the same for warn_only rules
+    stats: MismatchStats | None = None  # None: the measurement failed
+    reason: str = ""  # one line for people
+
+    @property
+    def halted(self) -> bool:
+        """Whether this window halts the run."""
+        return self.status is Status.HALT
+
+    def to_dict(self) -> dict[str, Any]:
+        """The window's line in ``metrics.jsonl``. Non-finite numbers become strings ("inf", "nan"): JSON has none."""
+        scalars: dict[str, float | None] = {} if self.stats is None else dict(self.stats)
+        scalars |= {"breaker/status": self.status.code, "breaker/streak": self.streak}
+        return {
+            "step": self.step,
+            "status": str(self.status),
+            "streak": self.streak,
+            "breaches": list(self.breaches),
+            "warnings": list(self.warnings),
+            "reason": self.reason,
+            "num_tokens": 0 if self.stats is None else self.stats.num_tokens,
+            "num_sequences": 0 if self.stats is None else self.stats.num_sequences,
+            "num_batches": 0 if self.stats is None else self.stats.num_batches,
+        } | {k: v if v is None or math.isfinite(v) else str(v) for k, v in scalars.items()}

@@ -1,0 +1,236 @@
+"""From a GRPOTrainer with vLLM to rollout batches. Written against TRL 1.16; private names used:
+
+GRPOTrainer: ``_generate_and_score_completions``, ``_get_per_token_logps_and_entropies``, ``_compute_loss``,
+``_metrics``, ``_step``, ``_last_loaded_step``, ``vllm_generation`` (attributes of VLLMGeneration).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import InterceptionError
+from ..records import RolloutBatch, SamplingSettings, ScoredBatch
+from . import instrumentation
+
+if TYPE_CHECKING:
+    from ..recompute import CompletionScorer
+
+PRIVATE_NAMES = ("_generate_and_score_completions", "_get_per_token_logps_and_entropies", "_compute_loss")
+_ACTIVE = "_trl_parity_capture"
+_LOSS = "_trl_parity_loss"
+# request settings that change the law the engine samples from and are not replayed on the trainer's logits
+_UNREPLAYED = ("logit_bias", "bad_words", "allowed_token_ids", "min_tokens", "structured_outputs", "logits_processors")
+
+
+def wrappers() -> Iterator[tuple[Any, str, Callable[..., Any]]]:
+    """(class, method name, wrapper taking the original first) for everything that is instrumented."""
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    around: tuple[Callable[..., Any], ...] = (_around_generation, _around_scoring, _around_loss)
+    for name, wrapper in zip(PRIVATE_NAMES, around, strict=True):
+        if not hasattr(GRPOTrainer, name):
+            raise InterceptionError(
+                f"trl.GRPOTrainer has no method {name!r}: this TRL moved it. Pin a tested version (see the warning)."
+            )
+        yield GRPOTrainer, name, wrapper
+
+
+def _around_generation(original: Callable[..., Any], trainer: Any, inputs: Any) -> Any:
+    observer = instrumentation.observer_of(trainer)
+    training = bool(trainer.model.training)
+    if observer is None or not observer.observes(training):
+        return original(trainer, inputs)
+    require_interceptable(trainer)
+    capture = GRPOCapture(trainer, observer, training)
+    setattr(trainer, _ACTIVE, capture)
+    try:
+        capture.output = original(trainer, inputs)
+    finally:
+        delattr(trainer, _ACTIVE)
+    observer.on_generation(capture)
+    return capture.output
+
+
+def _around_scoring(
+    original: Callable[..., Any],
+    trainer: Any,
+    model: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    logits_to_keep: int,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    def run() -> Any:
+        return original(trainer, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+
+    capture: GRPOCapture | None = getattr(trainer, _ACTIVE, None)
+    # Only the first pass over the policy can be the one behind old_per_token_logps; later ones are reference passes.
+    if capture is not None and capture.scorer is None and model is trainer.model:
+        with capture.new_scorer(logits_to_keep):
+            result = run()
+        capture.pass_logprobs = result[0]
+        return result
+    loss = getattr(trainer, _LOSS, None)
+    result = run()
+    if loss is not None:
+        observer, old, mask = loss
+        observer.on_update(result[0].detach(), old, mask)
+    return result
+
+
+def _around_loss(original: Callable[..., Any], trainer: Any, model: Any, inputs: dict[str, Any]) -> Any:
+    observer = instrumentation.observer_of(trainer)
+    old = inputs.get("old_per_token_logps")
+    if observer is None or old is None or not trainer.model.training:
+        return original(trainer, model, inputs)
+    mask = inputs["completion_mask"]
+    setattr(trainer, _LOSS, (observer, old, mask if "tool_mask" not in inputs else mask * inputs["tool_mask"]))
+    try:
+        return original(trainer, model, inputs)
+    finally:
+        delattr(trainer, _LOSS)
+
+
+def require_interceptable(trainer: Any) -> None:
+    """Raise :class:`InterceptionError` when this trainer's rollouts can't be measured, before any is generated."""
+    if not trainer.use_vllm:
+        raise InterceptionError(
+            "the trainer generates with transformers (use_vllm=False), so there is no engine to compare with. Set "
+            "use_vllm=True (and vllm_mode='colocate' or 'server'), or remove ParityCallback."
+        )
+    generation = trainer.vllm_generation
+    if generation.logprobs is None:
+        raise InterceptionError(
+            "the engine is asked for no log-probs (vllm_generation.logprobs is None). Set "
+            "trainer.vllm_generation.logprobs = 0 before trainer.train()."
+        )
+    if generation.mode == "colocate" and not getattr(generation, "_trl_parity_checked", False):
+        from ..engine.cpu import require_live_weights
+
+        require_live_weights(generation.llm)
+        generation._trl_parity_checked = True
+
+
+def sampling_settings(trainer: Any) -> SamplingSettings:
+    """What the next requests ask the engine for: TRL's arguments with ``generation_kwargs`` laid over them."""
+    generation = trainer.vllm_generation
+    extra = generation.generation_kwargs
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    values = {name: extra.get(name, getattr(generation, name)) for name in names}
+    values |= {name: extra.get(name, 0.0) for name in ("presence_penalty", "frequency_penalty")}
+    values = {name: 0.0 if value is None else value for name, value in values.items()}  # TRL: min_p=None is off
+    unreplayed = [name for name in _UNREPLAYED if extra.get(name)]
+    if generation.structured_outputs_regex is not None and "structured_outputs" not in unreplayed:
+        unreplayed.append("structured_outputs")
+    return SamplingSettings(**values, unreplayed=tuple(unreplayed))
+
+
+def append_metrics(trainer: Any, mode: str, values: dict[str, float]) -> None:
+    """Put scalars where ``trainer.log`` picks them up for every reporter: one value a key, so nothing is averaged."""
+    for name, value in values.items():
+        trainer._metrics[mode][name] = [value]
+
+
+class GRPOCapture:
+    """One generation batch of a GRPOTrainer; see :class:`trl_parity.taps.instrumentation.Capture`."""
+
+    def __init__(self, trainer: Any, observer: Any, training: bool):
+        args = trainer.args
+        generate_every = args.steps_per_generation * trainer.num_iterations  # micro-batches per generation
+        accumulate = args.gradient_accumulation_steps
+        self.trainer = trainer
+        self.training = training
+        self.step = int(trainer.state.global_step)
+        self.last_in_step = trainer._step % accumulate + generate_every >= accumulate
+        self.generation_period = -(-generate_every // accumulate)
+        self.output: dict[str, Any] = {}
+        self.scorer: CompletionScorer | None = None
+        self.pass_logprobs: torch.Tensor | None = None
+        self._observer = observer
+        self.sampling = sampling_settings(trainer)
+
+    @property
+    def seconds(self) -> float:
+        """Host seconds the scoring took inside TRL's own pass."""
+        return 0.0 if self.scorer is None else self.scorer.seconds
+
+    def new_scorer(self, logits_to_keep: int) -> CompletionScorer:
+        """The scorer of one pass over the policy."""
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        self.scorer = self._observer.scorer(model, logits_to_keep, self.trainer.temperature, self.sampling)
+        return self.scorer
+
+    def rollout(self) -> RolloutBatch:
+        """What the engine handed over. Raises InterceptionError without log-probs, DataError on contradictions."""
+        out = self.output
+        if out.get("sampling_per_token_logps") is None:
+            raise InterceptionError(
+                f"the rollout of step {self.step} came without log-probs. vLLM must return the sampled token's "
+                "log-prob; a rollout_func must fill 'logprobs' with one list of floats per completion."
+            )
+        own = out.get("old_per_token_logps")
+        mask = out["completion_mask"]
+        return RolloutBatch(
+            prompt_ids=out["prompt_ids"],
+            prompt_mask=out["prompt_mask"],
+            completion_ids=out["completion_ids"],
+            completion_mask=mask,
+            engine_mask=(mask if "tool_mask" not in out else mask * out["tool_mask"]).bool(),
+            rollout_logprobs=out["sampling_per_token_logps"],
+            own_logprobs=own if own is not None and own is self.pass_logprobs else None,
+            sampling=self.sampling,
+            trainer_temperature=self.trainer.temperature,
+            step=self.step,
+            sync_step=int(self.trainer._last_loaded_step),
+            training=self.training,
+            last_in_step=self.last_in_step,
+        )
+
+    def score(self, rollout: RolloutBatch, token_budget: int) -> ScoredBatch:
+        """The trainer's scores, from TRL's own pass where it made one, else from a forward over sampled rows."""
+        if rollout.own_logprobs is not None and self.scorer is not None:
+            scores, own = self.scorer.scores(), rollout.own_logprobs
+            rows: Any = slice(None)
+        else:
+            scores, own, rows = self._own_forward(rollout, token_budget)
+        return ScoredBatch(
+            mask=rollout.engine_mask[rows],
+            rollout_logprobs=rollout.rollout_logprobs[rows],
+            trainer_logprobs=scores.logprobs,
+            own_logprobs=own,
+            entropy=scores.entropy,
+            log_kept=scores.log_kept,
+            out_of_support=scores.out_of_support,
+            lag=rollout.lag,
+        )
+
+    def _own_forward(self, rollout: RolloutBatch, token_budget: int) -> tuple[Any, torch.Tensor, torch.Tensor]:
+        from trl.models.utils import disable_gradient_checkpointing
+
+        trainer = self.trainer
+        if "pixel_values" in self.output:
+            raise InterceptionError(
+                "image prompts are measured only on TRL's own pass. Set vllm_importance_sampling_correction=True."
+            )
+        ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1)
+        attention = torch.cat([rollout.prompt_mask, rollout.completion_mask], dim=1)
+        affordable = torch.tensor([min(len(ids), max(1, token_budget // ids.shape[1]))], device=ids.device)
+        # a sharded model's forward is a collective: every rank runs as many rows
+        count = int(trainer.accelerator.gather(affordable).min())
+        # evenly spaced, shifted from batch to batch so that all rows of a group get their turn
+        rows = (torch.arange(count, device=ids.device) * len(ids) // count + self.step) % len(ids)
+        args = trainer.args
+        batch_size = args.per_device_train_batch_size if self.training else args.per_device_eval_batch_size
+        score = instrumentation.original(type(trainer), PRIVATE_NAMES[1])
+        keep = rollout.completion_ids.shape[1]
+        with (
+            torch.no_grad(),
+            disable_gradient_checkpointing(trainer.model, args.gradient_checkpointing_kwargs),
+            self.new_scorer(keep) as scorer,
+        ):
+            own, _, _ = score(trainer, trainer.model, ids[rows], attention[rows], keep, batch_size=batch_size)
+        return scorer.scores(), own, rows

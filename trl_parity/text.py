@@ -1,0 +1,113 @@
+"""Words for people: the halt, told like a health check, and notes on settings at the start."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .config import ParityConfig
+from .records import Status, Verdict
+
+__all__ = ["halt_text", "settings_notes"]
+
+_CONSEQUENCE = {
+    "log": "Training goes on (action=log): it learns from batches another policy produced.",
+    "skip_update": "This batch's gradient is dropped (action=skip_update); training goes on.",
+    "stop": "This batch's gradient is dropped, a checkpoint is saved and training ends (action=stop).",
+    "raise": "Training ends here with ParityHalt (action=raise); this batch was not learned from.",
+}
+_SHOWN = ("kl_k3", "logp_abs_diff/mean", "logp_abs_diff/max", "ratio/out_of_band", "ess", "honesty", "entropy/trainer")
+
+
+def number(value: float | None) -> str:
+    """A figure for people; '-' for not measured."""
+    return "-" if value is None else f"{value:.4g}" if math.isfinite(value) else str(value)
+
+
+def halt_text(verdict: Verdict, config: ParityConfig, verdicts: Sequence[Verdict], path: Path) -> str:
+    """What was seen with counts, what it does, what is known, and how to go on anyway."""
+    stats = verdict.stats
+    streak = [v for v in verdicts if v.status in (Status.BREACH, Status.HALT, Status.ERROR)][-verdict.streak :]
+    rules = {rule.stat: rule for rule in config.resolved_rules()}
+    lines = [
+        "",
+        f"trl-parity: HALT at step {verdict.step}. The engine that samples is not the policy that learns.",
+        "",
+        f"  Seen     {verdict.streak} window(s) in a row over the limit"
+        + (f", steps {streak[0].step} to {verdict.step}:" if streak and streak[0].step != verdict.step else ":"),
+    ]
+    for name in verdict.breaches:
+        rule = rules[name]
+        trail = " → ".join(number(v.stats.get(name) if v.stats else None) for v in streak[-5:])
+        lines.append(f"             {name:<22} {trail}   (limit {'>=' if rule.below else '<='} {rule.limit:g})")
+    if stats is not None:
+        lines += [
+            f"           in {stats.num_tokens:,} tokens of {stats.num_sequences:,} sequences of the last window:",
+            "             " + ", ".join(f"{name} {number(stats.get(name))}" for name in _SHOWN),
+        ]
+    lines += ["", f"  Means    {_CONSEQUENCE[config.action]}"]
+    for finding in findings(verdict):
+        lines.append(f"           {finding}")
+    lines += [
+        "",
+        f"  Look     {path}",
+        "  Go on    anyway: ParityConfig(action='log'), or raise the limit if this drift is expected:",
+        "           rules={" + ", ".join(f"'{name}': ..." for name in verdict.breaches) + "}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def findings(verdict: Verdict) -> Iterator[str]:
+    """What the numbers say about the kind of drift; measured facts only, no cause is guessed."""
+    stats = verdict.stats
+    if stats is None:
+        return
+    low, high, own, fp32 = (stats.get(k) for k in ("honesty_low", "honesty_high", "own_head/kl_k3", "kl_k3"))
+    if low is not None and high is not None:
+        if low > 1.0 or high < 1.0:
+            yield (
+                f"The reported log-probs are not those of the law that was sampled: mean ratio in [{low:.4f}, "
+                f"{high:.4f}], expected to hold 1 (raw log-probs, truncation or misaligned tokens do this)."
+            )
+        else:
+            yield (
+                f"The reported log-probs are those of the law that was sampled (mean ratio in [{low:.4f}, {high:.4f}] "
+                "holds 1): the two sides hold different models (stale or partial weights, precision, cache)."
+            )
+    if own and fp32 is not None and own > 2 * fp32:
+        yield f"The trainer's own head drifts more ({own:.3g}) than an fp32 head ({fp32:.3g})."
+    rate = stats.get("nonfinite_rate")
+    if rate:
+        yield f"{rate:.2%} of the tokens have no finite log-prob."
+
+
+def settings_notes(capture: Any, config: ParityConfig) -> Iterator[str]:
+    """Settings of the first batch that a reader of the numbers must know of."""
+    sampling = capture.sampling
+    if sampling.truncates or sampling.penalizes:
+        how = (
+            "replayed on the trainer's side and reported as parity/truncation/*; the loss itself uses the untruncated "
+            "policy (see parity/own_head/*)"
+            if config.truncation == "replay"
+            else "not replayed (truncation='ignore'), so they count as drift"
+        )
+        yield f"the engine truncates or penalizes its distribution ({_changed(sampling)}): {how}."
+    if sampling.unreplayed:
+        yield (
+            f"the requests set {', '.join(sampling.unreplayed)}, which changes the sampled law and is not replayed on "
+            "the trainer's side: expect drift where it applies."
+        )
+    if sampling.temperature != capture.trainer.temperature:
+        yield (
+            f"the engine samples at temperature {sampling.temperature:g} but the loss divides logits by "
+            f"{capture.trainer.temperature:g}. Set one temperature, in the trainer's arguments."
+        )
+
+
+def _changed(sampling: Any) -> str:
+    neutral = type(sampling)()
+    names = ("top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    return ", ".join(f"{n}={getattr(sampling, n):g}" for n in names if getattr(sampling, n) != getattr(neutral, n))
