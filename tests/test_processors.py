@@ -1,0 +1,94 @@
+"""The replay of vLLM's sampling semantics, against vLLM's own functions."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trl_parity.processors import kept_mask, penalize, replay
+from trl_parity.records import SamplingSettings
+
+
+def logits_of(seed, rows=6, vocab=40, spread=2.0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, vocab, generator=generator) * spread
+
+
+def vllm_kept(logits, sampling):
+    """vLLM's min-p, then its top-k and top-p, on logits already divided by the temperature."""
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
+
+    logits = logits.clone()
+    if sampling.min_p > 0:
+        from types import SimpleNamespace
+
+        from vllm.v1.sample.logits_processor.builtin import MinPLogitsProcessor
+
+        state = SimpleNamespace(min_p_count=1, min_p=torch.full((len(logits), 1), sampling.min_p))
+        logits = MinPLogitsProcessor.apply(state, logits)
+    k = torch.full((len(logits),), sampling.top_k) if sampling.top_k > 0 else None
+    p = torch.full((len(logits),), sampling.top_p) if sampling.top_p < 1 else None
+    return apply_top_k_top_p_pytorch(logits, k, p) > -torch.inf
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    top_k=st.sampled_from([0, 1, 3, 39, 40]),
+    top_p=st.sampled_from([1.0, 0.95, 0.5, 0.01]),
+    min_p=st.sampled_from([0.0, 0.05, 0.5]),
+)
+@settings(max_examples=120, deadline=None)
+def test_the_kept_set_is_vllms(seed, top_k, top_p, min_p):
+    sampling = SamplingSettings(top_k=top_k, top_p=top_p, min_p=min_p)
+    logits = logits_of(seed)
+    assert torch.equal(kept_mask(logits, sampling), vllm_kept(logits, sampling))
+
+
+@pytest.mark.parametrize(
+    ("repetition", "presence", "frequency"), [(1.3, 0, 0), (1, 0.7, 0), (1, 0, 0.4), (0.8, -0.5, 1.1)]
+)
+def test_penalties_are_vllms(repetition, presence, frequency):
+    from vllm.model_executor.layers.utils import apply_penalties
+
+    rows, vocab = 5, 30
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(0, vocab, (rows, 7), generator=generator)
+    output = torch.randint(0, vocab, (rows, 9), generator=generator)
+    logits = logits_of(1, rows, vocab)
+    expected = apply_penalties(
+        logits.clone(),
+        prompt,
+        output,
+        torch.full((rows,), float(presence)),
+        torch.full((rows,), float(frequency)),
+        torch.full((rows,), float(repetition)),
+    )
+    counts = torch.zeros(rows, vocab).scatter_add_(1, output, torch.ones(output.shape))
+    seen = (counts > 0) | (torch.zeros(rows, vocab).scatter(1, prompt, 1.0) > 0)
+    sampling = SamplingSettings(repetition_penalty=repetition, presence_penalty=presence, frequency_penalty=frequency)
+    torch.testing.assert_close(penalize(logits, seen, counts, sampling), expected)
+
+
+@pytest.mark.parametrize("sampling", [SamplingSettings(top_p=0.8), SamplingSettings(top_k=5, min_p=0.02)])
+def test_replayed_logprobs_are_the_processed_logprobs_of_vllms_sampler(sampling):
+    temperature, logits = 0.7, logits_of(3)
+    kept = vllm_kept(logits / temperature, sampling)
+    processed = (logits / temperature).masked_fill(~kept, -torch.inf).log_softmax(-1)
+    target = kept.float().multinomial(1, generator=torch.Generator().manual_seed(0)).squeeze(-1)
+    scores = replay(logits, target, sampling, temperature)
+    torch.testing.assert_close(scores.logprobs, processed.gather(-1, target.unsqueeze(-1)).squeeze(-1))
+    mass = ((logits / temperature).softmax(-1) * kept).sum(-1)
+    torch.testing.assert_close(scores.log_kept.exp(), mass)
+    assert not scores.out_of_support.any()
+
+
+def test_a_token_outside_the_trainers_kept_set_is_counted_and_stays_finite():
+    logits = logits_of(4)
+    scores = replay(logits, logits.argmin(-1), SamplingSettings(top_k=3), 1.0)
+    assert scores.out_of_support.all()
+    assert torch.isfinite(scores.logprobs).all()
+
+
+def test_penalties_without_the_context_are_refused():
+    with pytest.raises(ValueError, match="seen so far"):
+        replay(logits_of(0), torch.zeros(6, dtype=torch.long), SamplingSettings(presence_penalty=1.0), 1.0)
