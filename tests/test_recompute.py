@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 import transformers
+from trl.trainer.utils import add_fused_lm_head
 
-from trl_parity.recompute import CompletionScorer
+from trl_parity.recompute import CompletionScorer, causal_lm
 from trl_parity.records import SamplingSettings
 
 SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 61}
@@ -65,11 +66,11 @@ def score(model, ids, mask, keep, temperature=0.7, sampling=None, chunk=1 << 20,
         replay_sampling=sampling is not None,
         chunk_bytes=chunk,
     )
+    # the call GRPOTrainer makes, mini-batch by mini-batch
+    add_fused_lm_head(causal_lm(model), temperature=temperature)
     with scorer, torch.no_grad():
-        for part_ids, part_mask in zip(
-            ids.split(splits), mask.split(splits), strict=True
-        ):  # mini-batches, as TRL does
-            model(input_ids=part_ids, attention_mask=part_mask)
+        for part_ids, part_mask in zip(ids.split(splits), mask.split(splits), strict=True):
+            model(input_ids=part_ids, attention_mask=part_mask, labels=part_ids, fused_lm_head=True)
     return scorer.scores()
 
 
