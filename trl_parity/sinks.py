@@ -65,13 +65,18 @@ class JsonlSink:
 
     def write(self, verdict: Verdict) -> None:
         """Append one window. A failure (disk full, say) warns once; later windows are still tried."""
-        line = json.dumps({"schema_version": SCHEMA_VERSION, **verdict.to_dict()}, allow_nan=False) + "\n"
+        line = json.dumps({"schema_version": SCHEMA_VERSION, **verdict.to_dict()}, allow_nan=False).encode() + b"\n"
         try:
-            self._file.write(line.encode())
+            # after a failure a torn line may stand at the end: begin on a fresh one
+            line = b"\n" + line if self._failed else line
+            if self._file.write(line) != len(line):
+                raise OSError("short write")
         except OSError as e:
             if not self._failed:
                 logger.warning("cannot write %s: %s. Training goes on; windows may be missing there.", self.path, e)
             self._failed = True
+        else:
+            self._failed = False
 
     def close(self) -> None:
         """Close the file."""

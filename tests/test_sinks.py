@@ -1,0 +1,164 @@
+"""Files and trackers: crash-safe JSONL, the real wandb client offline."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from trl_parity.errors import ConfigError
+from trl_parity.metrics import compute, measure
+from trl_parity.records import ScoredBatch, Status, Verdict
+from trl_parity.sinks import JsonlSink, WandbSink
+
+
+def sums_of(delta=0.1, rows=8, columns=4):
+    rollout = torch.full((rows, columns), -1.0)
+    trainer = rollout + delta
+    return measure(
+        ScoredBatch(
+            mask=torch.ones(rows, columns, dtype=torch.bool),
+            rollout_logprobs=rollout,
+            trainer_logprobs=trainer,
+            own_logprobs=trainer,
+            entropy=torch.ones(rows, columns),
+        )
+    )
+
+
+def verdict(step, **kwargs):
+    return Verdict(step=step, status=Status.OK, streak=0, stats=compute(sums_of()), **kwargs)
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def test_each_window_is_one_line_that_keeps_the_contract(tmp_path):
+    sink = JsonlSink(tmp_path / "parity")
+    sink.write(verdict(1))
+    sink.write(Verdict(step=2, status=Status.ERROR, streak=1))
+    first, second = rows(sink.path)
+    assert first["schema_version"] == 1
+    assert (first["step"], first["status"], first["streak"], first["breaches"]) == (1, "OK", 0, [])
+    assert first["num_tokens"] == 32
+    assert first["kl_k1"] == pytest.approx(-0.1, rel=1e-6)
+    assert first["truncation/kept_mass"] is None
+    assert second["status"] == "ERROR"
+
+
+def test_infinite_statistics_are_written_as_valid_json(tmp_path):
+    sink = JsonlSink(tmp_path)
+    stats = compute(sums_of(delta=1999.0))
+    sink.write(Verdict(step=1, status=Status.BREACH, streak=1, stats=stats))
+    assert rows(sink.path)[0]["kl_k3"] == "inf"
+    assert math.isinf(float("inf"))
+
+
+def test_a_resumed_run_neither_repeats_nor_loses_windows(tmp_path):
+    sink = JsonlSink(tmp_path)
+    for step in range(1, 8):
+        sink.write(verdict(step))
+    sink.close()
+    with open(sink.path, "ab") as f:
+        f.write(b'{"step": 8, "status": "O')  # torn by a kill
+    resumed = JsonlSink(tmp_path, resume_step=5)
+    for step in (6, 7, 8):
+        resumed.write(verdict(step))
+    assert [row["step"] for row in rows(resumed.path)] == [1, 2, 3, 4, 5, 6, 7, 8]
+    superseded = (tmp_path / "metrics.superseded.jsonl").read_text()
+    assert superseded.count("\n") == 3  # 6, 7 and the torn line: kept, apart
+    assert not (tmp_path / "metrics.jsonl.tmp").exists()
+
+
+def test_a_new_run_keeps_an_old_runs_file(tmp_path):
+    for _ in range(3):
+        sink = JsonlSink(tmp_path)
+        sink.write(verdict(1))
+        sink.close()
+    assert len(rows(tmp_path / "metrics.jsonl")) == 1
+    assert {p.name for p in tmp_path.iterdir()} == {"metrics.jsonl", "metrics-1.jsonl", "metrics-2.jsonl"}
+
+
+def test_an_unwritable_directory_fails_at_the_start_with_a_remedy(tmp_path):
+    (tmp_path / "parity").write_text("a file, not a directory")
+    with pytest.raises(ConfigError, match="parity_dir or output_dir"):
+        JsonlSink(tmp_path / "parity")
+
+
+def test_a_full_disk_warns_once_and_the_run_goes_on(tmp_path, caplog):
+    sink = JsonlSink(tmp_path)
+    whole, sink._file = sink._file, open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+    sink.write(verdict(1))
+    sink.write(verdict(2))
+    assert caplog.text.count("Training goes on") == 1
+    sink._file = whole
+    sink.write(verdict(3))  # room again
+    assert [row["step"] for row in rows(sink.path)] == [3]
+
+
+WRITER = """
+import sys; sys.path.insert(0, sys.argv[2])
+from test_sinks import JsonlSink, verdict
+sink, v = JsonlSink(sys.argv[1]), verdict(1)
+print("writing", flush=True)
+while True:
+    sink.write(v)
+"""
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_writer_leaves_a_readable_file(tmp_path, kill):
+    here = os.path.dirname(__file__)
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), here], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"writing\n"
+    time.sleep(0.5)
+    process.send_signal(kill)
+    process.wait()
+    lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(lines) > 100
+    for line in lines[:-1]:
+        assert json.loads(line)["status"] == "OK"
+    kept = len(lines) if lines[-1].endswith(b"\n") else len(lines) - 1
+    assert len(rows(JsonlSink(tmp_path, resume_step=1).path)) == kept
+
+
+def inspect(run_dir):
+    """Rows of an offline run, read back with wandb's own command."""
+    [run_file] = list(run_dir.rglob("*.wandb"))
+    command = [os.path.join(os.path.dirname(sys.executable), "wandb"), "leet", "inspect", "--json", str(run_file)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_wandb_gets_a_histogram_a_table_and_an_alert(tmp_path):
+    import wandb
+
+    run = wandb.init(mode="offline", dir=tmp_path, project="parity-test")
+    sink = WandbSink()
+    sink.log_rich(4, sums_of(), [{"step": 4, "token": "<b>", "log_ratio": 0.1}])
+    sink.alert(verdict(4), "text")
+    run.finish()
+    text = json.dumps(inspect(tmp_path))
+    assert "parity/log_ratio" in text
+    assert "parity/worst_tokens" in text
+    assert "trl-parity OK at step 4" in text
+
+
+def test_a_failing_wandb_warns_once_and_the_run_goes_on(tmp_path, caplog):
+    import wandb
+
+    run = wandb.init(mode="offline", dir=tmp_path)
+    sink = WandbSink()
+    run.finish()
+    sink._wandb = type("Dead", (), {"run": run, "Histogram": wandb.Histogram, "Table": wandb.Table})
+    for step in (1, 2):
+        sink.log_rich(step, sums_of(), [])
+    assert caplog.text.count("W&B failed") == 1
+    sink._wandb = wandb
+    sink.log_rich(3, sums_of(), [])  # no active run at all: nothing to do, nothing to raise
