@@ -1,0 +1,334 @@
+"""Exact log-probs and entropy of given tokens from hidden states, through an LM head in fp32.
+
+The naive equivalent of `score_tokens`, without its (tokens x vocabulary) tensors:
+
+    z = hidden.float() @ weight.float().T + bias
+    z = softcap * tanh(logit_scale * z / softcap) / temperature
+    logp = log_softmax(z); logprobs = logp[range(N), targets]; entropy = -(exp(logp) * logp).sum(-1)
+
+Logits are made tile by tile, over tokens and over the vocabulary, and folded into an online log-sum-exp.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+__all__ = ["DEFAULT_CHUNK_BYTES", "Head", "HeadScores", "logits_chunk", "score_tokens"]
+
+DEFAULT_CHUNK_BYTES = 64 << 20
+
+# Logits in one tile on a CPU (8 MiB): two tiles lie in a last-level cache. Smaller ones are no faster on an idle
+# machine and many times slower on a busy one, where each of their many thread barriers waits for a time slice.
+_CPU_TILE = 2 << 20
+
+# Hidden units in one product; the partial products are then added up. A sum of many terms in fp32 loses digits at
+# every step: in pieces, logits near 30 are off by 5e-6 at most instead of 1e-5 and more, for a tenth of the speed.
+_FP32_INNER, _HALF_INNER = 128, 512
+
+# torch 2.9 has one knob a backend for how fp32 products are made; before it there is only the global one.
+_HAS_FP32_PRECISION = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """What turns a hidden state into logits: z = softcap(logit_scale * (W h + b)), then / temperature.
+
+    Gradients never flow through it, and the tensors are read where they are: nothing is copied as a whole.
+    """
+
+    weight: torch.Tensor  # W, (V, H), any float dtype
+    bias: torch.Tensor | None = None  # b, (V,); -inf takes a token out
+    temperature: float = 1.0
+    logit_scale: float = 1.0
+    softcap: float | None = None  # softcap * tanh(z / softcap)
+    vocab_size: int | None = None  # rows from here on are padding, left out (None: all rows count)
+    # LoRA on the head: (A (r, H), B (V, r), scaling), each adds scaling * B A to W
+    low_rank: tuple[tuple[torch.Tensor, torch.Tensor, float], ...] = ()
+
+    @property
+    def vocab_used(self) -> int:
+        """V_used, the number of vocabulary entries that count."""
+        return self.weight.shape[0] if self.vocab_size is None else self.vocab_size
+
+
+class HeadScores(NamedTuple):
+    """What `score_tokens` returns, one number a token."""
+
+    logprobs: torch.Tensor  # (N,) fp32, log p(target), nats
+    entropy: torch.Tensor  # (N,) fp32, -sum_v p(v) log p(v) over the whole used vocabulary, nats
+
+
+def score_tokens(
+    hidden: torch.Tensor, targets: torch.Tensor, head: Head, *, chunk_bytes: int = DEFAULT_CHUNK_BYTES
+) -> HeadScores:
+    """Log-prob of each target and entropy of its distribution, in fp32, without gradients.
+
+    With d = z - m, e = exp(d), m the running maximum: log p(t) = z_t - m - log sum(e) and
+    H = log sum(e) - sum(e d) / sum(e). Nothing as large as |z| cancels, so the error stays that of the logits.
+
+    Args:
+        hidden: (N, H), any float dtype, any strides; N may be 0.
+        targets: (N,), int64, in [0, V_used).
+        head: how hidden states become logits.
+        chunk_bytes: bound on all temporaries together, besides a few vectors of N; one row of everything is
+            always allowed.
+
+    Returns:
+        `HeadScores`, both (N,) fp32. A token whose hidden state is not finite gets non-finite numbers.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit; on the CPU also a target outside the vocabulary. On an
+            accelerator that check would wait for the device; there such a target gets log-prob -inf.
+    """
+    _check(hidden, head)
+    _check_targets(hidden, targets, head)
+    device, count = hidden.device, hidden.shape[0]
+    peak = torch.full((count,), torch.finfo(torch.float32).min, dtype=torch.float32, device=device)
+    target_logit = torch.full_like(peak, -torch.inf)
+    # fp64 costs nothing on vectors and keeps hundreds of rescalings from adding up.
+    total = torch.zeros(count, device=device, dtype=torch.float64)
+    weighted = torch.zeros_like(total)
+    with _plain_fp32(device):
+        for rows, cols, z, spare in _Projection(hidden, head, chunk_bytes).tiles():
+            if head.temperature != 1.0:
+                z.mul_(1.0 / head.temperature)
+            local = targets[rows] - cols.start
+            inside = (local >= 0) & (local < z.shape[1])
+            picked = z.gather(1, local.clamp(0, z.shape[1] - 1)[:, None])[:, 0]
+            target_logit[rows] = torch.where(inside, picked, target_logit[rows])
+            _fold(z, spare, peak[rows], total[rows], weighted[rows])
+        log_total = total.log()
+        logprobs = (target_logit.double() - peak.double() - log_total).float()
+        return HeadScores(logprobs, (log_total - weighted / total).float())
+
+
+def logits_chunk(hidden: torch.Tensor, head: Head, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Full fp32 logits of a few tokens: after scale and softcap, BEFORE the temperature.
+
+    Args:
+        hidden: (n, H), any float dtype. The result is (n, V_used): the caller keeps n small.
+        head: how hidden states become logits; `temperature` is not applied.
+        out: an fp32 (n, V_used) tensor to fill instead of a new one.
+
+    Returns:
+        (n, V_used), fp32, without gradient. Besides it at most `DEFAULT_CHUNK_BYTES` are allocated.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+    """
+    _check(hidden, head)
+    shape = (hidden.shape[0], head.vocab_used)
+    if out is None:
+        out = torch.empty(shape, dtype=torch.float32, device=hidden.device)
+    _expect(
+        out.shape == shape and out.dtype == torch.float32 and out.device == hidden.device,
+        f"out is {out.dtype} {tuple(out.shape)} on {out.device}",
+        f"torch.float32 {shape} on {hidden.device}",
+        "Pass such a tensor, or none.",
+    )
+    with _plain_fp32(hidden.device):
+        for rows, cols, z, _ in _Projection(hidden, head, DEFAULT_CHUNK_BYTES).tiles():
+            out[rows, cols] = z
+    return out
+
+
+def _fold(
+    z: torch.Tensor, exps: torch.Tensor, peak: torch.Tensor, total: torch.Tensor, weighted: torch.Tensor
+) -> None:
+    """Add one tile of logits to the running sums, in place: total = sum(e), weighted = sum(e d). Destroys z."""
+    new_peak = torch.maximum(peak, z.amax(-1))
+    # The old sums were taken about the old maximum: e shrinks by `scale` and every d moves by `shift`.
+    shift = peak.double() - new_peak.double()
+    scale = shift.exp()
+    weighted.add_(total * shift).mul_(scale)
+    total.mul_(scale)
+    d = z.sub_(new_peak[:, None])
+    torch.exp(d, out=exps)
+    total.add_(exps.sum(-1))
+    # A logit of -inf has e = 0 and adds nothing, but 0 * -inf is NaN: skip it here. A real NaN is in `total`.
+    weighted.add_(exps.mul_(d).nansum(-1))
+    peak.copy_(new_peak)
+
+
+class _Projection:
+    """Makes the logits tile by tile, within a memory budget: plans the tile sizes and holds the buffers."""
+
+    def __init__(self, hidden: torch.Tensor, head: Head, chunk_bytes: int) -> None:
+        self.hidden, self.head = hidden, head
+        device, (count, width) = hidden.device, hidden.shape
+        # A product of two bf16 numbers is exact in fp32, so the fast 16-bit units, which add up in fp32, lose
+        # nothing. CUDA takes the 16-bit tensors (fp16 too); oneDNN takes fp32 copies of them in its bf16 mode.
+        dtype = hidden.dtype if hidden.dtype == head.weight.dtype else torch.float32
+        self.direct = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and not head.low_rank
+        self.precision = "bf16" if device.type == "cpu" and dtype == torch.bfloat16 else "ieee"
+        self.inner = _HALF_INNER if self.direct or self.precision == "bf16" else _FP32_INNER
+        copy_hidden = not self.direct and (hidden.dtype != torch.float32 or hidden.stride(1) != 1)
+        copy_weight = not self.direct and head.weight.dtype != torch.float32
+
+        # In floats: a quarter for each of two tiles, the hidden copy and the weight copy; halves without copies.
+        rank = sum(a.shape[0] for a, _, _ in head.low_rank)
+        floats = max(0, chunk_bytes // 4 - rank * width)
+        share = floats // (4 if copy_hidden or copy_weight or rank else 2)
+        tile = min(share, _CPU_TILE) if device.type == "cpu" else share
+        self.block_tokens = count if not (copy_hidden or rank) else share // (copy_hidden * width + rank)
+        self.block_tokens = max(1, min(count, self.block_tokens))
+        self.rows = max(1, min(self.block_tokens, math.isqrt(tile)))
+        self.cols = min(head.vocab_used, tile // self.rows)
+        if copy_weight or rank:
+            self.cols = min(self.cols, share // (copy_weight * width + rank))
+        self.cols = max(1, self.cols)
+        fp32: dict[str, Any] = {"dtype": torch.float32, "device": device}  # whatever torch.set_default_dtype says
+        self.buffers = torch.empty(2, self.rows * self.cols, **fp32)
+        self.hidden32 = torch.empty(self.block_tokens, width, **fp32) if copy_hidden else None
+        self.weight32 = torch.empty(self.cols, width, **fp32) if copy_weight else None
+
+    def tiles(self) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor]]:
+        """(tokens, vocabulary rows, their fp32 logits before the temperature, a spare buffer of that shape).
+
+        Both buffers are the caller's until the next step. The vocabulary is the outer loop inside a block of
+        tokens, so that each weight slice is converted once a block.
+        """
+        down = [a.float() for a, _, _ in self.head.low_rank]
+        for block in _spans(0, len(self.hidden), self.block_tokens):
+            h = self.hidden[block]
+            if self.hidden32 is not None:
+                h = self.hidden32[: len(h)].copy_(h)
+            low = [h @ a.t() for a in down]
+            for cols in _spans(0, self.head.vocab_used, self.cols):
+                w = self.head.weight[cols]
+                if self.weight32 is not None:
+                    w = self.weight32[: len(w)].copy_(w)
+                for part in _spans(0, len(h), self.rows):
+                    shape = (part.stop - part.start, len(w))
+                    z, spare = (buffer[: math.prod(shape)].view(shape) for buffer in self.buffers)
+                    self._logits(h[part], w, [x[part] for x in low], cols, z)
+                    yield slice(block.start + part.start, block.start + part.stop), cols, z, spare
+
+    def _logits(self, h: torch.Tensor, w: torch.Tensor, low: list[torch.Tensor], cols: slice, z: torch.Tensor) -> None:
+        """z = softcap(logit_scale * (W h + b))."""
+        head = self.head
+        as_fp32: dict[str, Any] = {"out_dtype": torch.float32} if self.direct else {}
+        with _fp32_products(z.device, self.precision):
+            for at in range(0, w.shape[1], self.inner):
+                left, right = h[:, at : at + self.inner], w[:, at : at + self.inner].t()
+                torch.addmm(z, left, right, **as_fp32, out=z) if at else torch.mm(left, right, **as_fp32, out=z)
+        for x, (_, b, scaling) in zip(low, head.low_rank, strict=True):
+            z.addmm_(x, b[cols].float().t(), alpha=scaling)
+        if head.bias is not None:
+            z.add_(head.bias[cols])
+        if head.logit_scale != 1.0:
+            z.mul_(head.logit_scale)
+        if head.softcap is not None:
+            z.div_(head.softcap).tanh_().mul_(head.softcap)
+
+
+def _spans(start: int, stop: int, step: int) -> Iterator[slice]:
+    return (slice(at, min(at + step, stop)) for at in range(start, stop, step))
+
+
+@contextlib.contextmanager
+def _plain_fp32(device: torch.device) -> Iterator[None]:
+    """No gradient, no autocast, no TF32: a user's speed settings must not reach the reference head."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), _fp32_products(device, "ieee"):
+        yield
+
+
+@contextlib.contextmanager
+def _fp32_products(device: torch.device, precision: str) -> Iterator[None]:
+    """What fp32 matrix products may round their inputs to: "ieee" (nothing) or "bf16" (CPU only).
+
+    The switch belongs to the whole process: until it is set back, another thread's products follow it too.
+    """
+    if not _HAS_FP32_PRECISION:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("medium" if precision == "bf16" else "highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    knob = backend.matmul
+    before = knob.fp32_precision
+    knob.fp32_precision = precision
+    try:
+        yield
+    finally:
+        knob.fp32_precision = before
+
+
+def _check(hidden: torch.Tensor, head: Head) -> None:
+    weight, bias = head.weight, head.bias
+    _expect(
+        weight.ndim == 2 and weight.is_floating_point() and weight.numel() > 0,
+        f"head.weight is {weight.dtype} {tuple(weight.shape)}",
+        "a non-empty floating (V, H)",
+        "Pass the output embedding's weight; gather a sharded and dequantise a quantised one first.",
+    )
+    rows, width = weight.shape
+    _expect(
+        hidden.ndim == 2 and hidden.shape[1] == width and hidden.is_floating_point(),
+        f"hidden is {hidden.dtype} {tuple(hidden.shape)}",
+        f"floating (N, {width}) to fit head.weight",
+        "Flatten batch and time, and take the states that enter the LM head.",
+    )
+    _expect(
+        1 <= head.vocab_used <= rows,
+        f"head.vocab_size is {head.vocab_size}",
+        f"1 to {rows}, the rows of head.weight",
+        "Pass the number of tokens the model can emit, or None to count every row.",
+    )
+    _expect(
+        bias is None or bias.shape == (rows,),
+        f"head.bias has shape {None if bias is None else tuple(bias.shape)}",
+        f"({rows},), one entry for each row of head.weight",
+        "Pass the same layer's bias.",
+    )
+    for a, b, _ in head.low_rank:
+        _expect(
+            a.ndim == 2 and a.shape[1] == width and b.shape == (rows, a.shape[0]),
+            f"head.low_rank has A {tuple(a.shape)} and B {tuple(b.shape)}",
+            f"A (r, {width}) and B ({rows}, r)",
+            "Pass lora_A.weight and lora_B.weight, in this order.",
+        )
+    tensors = [weight, *(t for a, b, _ in head.low_rank for t in (a, b)), *([] if bias is None else [bias])]
+    _expect(
+        all(t.device == hidden.device for t in tensors),
+        f"hidden is on {hidden.device}, the head on {', '.join(sorted({str(t.device) for t in tensors}))}",
+        "one device",
+        "Move hidden to the head's device.",
+    )
+    _expect(
+        head.temperature > 0 and (head.softcap is None or head.softcap > 0),
+        f"head.temperature is {head.temperature} and head.softcap {head.softcap}",
+        "both above 0 (softcap may be None)",
+        "For greedy sampling score with temperature 1.",
+    )
+
+
+def _check_targets(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> None:
+    _expect(
+        targets.shape == hidden.shape[:1] and targets.dtype == torch.int64 and targets.device == hidden.device,
+        f"targets are {targets.dtype} {tuple(targets.shape)} on {targets.device}",
+        f"torch.int64 ({hidden.shape[0]},) on {hidden.device}",
+        "Pass one token id for each row of hidden.",
+    )
+    if targets.device.type == "cpu" and len(targets):
+        low, high = (int(t) for t in targets.aminmax())
+        _expect(
+            low >= 0 and high < head.vocab_used,
+            f"targets run from {low} to {high}",
+            f"0 to {head.vocab_used - 1}",
+            "Leave out padding and ignored labels (-100) first, and check head.vocab_size.",
+        )
+
+
+def _expect(ok: bool, saw: str, expected: str, do: str) -> None:
+    if not ok:
+        raise ValueError(f"{saw}, expected {expected}. {do}")
