@@ -99,7 +99,9 @@ def test_error_stays_below_1e_5_nats_over_a_full_size_vocabulary(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("setting", ["medium", "high"])
 def test_reduced_precision_settings_and_autocast_do_not_reach_the_head(dtype, setting):
-    hidden, targets, head = make(40, 256, 999, std=6, dtype=dtype)
+    g = torch.Generator().manual_seed(1)
+    adapter = (torch.randn(64, 256, generator=g) / 16, torch.randn(999, 64, generator=g) / 8, 2.0)
+    hidden, targets, head = make(40, 256, 999, std=6, dtype=dtype, low_rank=(adapter,))
     plain = score_tokens(hidden, targets, head)
     before = torch.get_float32_matmul_precision()
     try:

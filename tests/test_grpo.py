@@ -1,0 +1,507 @@
+"""ParityCallback on real GRPO with a real, colocated vLLM engine. One engine serves the whole module."""
+
+import json
+import math
+
+import pytest
+import torch
+from support import digit_reward, grpo_args, prompts, save_tiny_model
+
+from trl_parity import ParityCallback, ParityHalt, Status
+from trl_parity.errors import ConfigError, InterceptionError
+from trl_parity.taps import uninstrument
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def make_trainer(model_dir):
+    """Trainers that share one engine, built by TRL with TRL's arguments; each run syncs its weights first."""
+    import trl.generation.vllm_generation as generation
+    from trl import GRPOTrainer
+
+    built, real = {}, generation.LLM
+
+    def shared(**kwargs):
+        if "llm" not in built:
+            built["llm"] = real(**kwargs)
+        return built["llm"]
+
+    generation.LLM = shared
+
+    def make(output_dir, *callbacks, cls=GRPOTrainer, trainer_kwargs=None, **args):
+        return cls(
+            model=str(model_dir),
+            args=grpo_args(output_dir, **args),
+            reward_funcs=digit_reward,
+            train_dataset=prompts(),
+            callbacks=list(callbacks),
+            **(trainer_kwargs or {}),
+        )
+
+    yield make
+    generation.LLM = real
+
+
+class Recorder(ParityCallback):
+    """Keeps what was intercepted."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.seen = []
+
+    def on_generation(self, capture):
+        super().on_generation(capture)
+        self.seen.append(self._last)
+
+
+def statuses(callback):
+    return [str(v.status) for v in callback.verdicts]
+
+
+def jsonl(output_dir):
+    return [json.loads(line) for line in (output_dir / "parity" / "metrics.jsonl").read_text().splitlines()]
+
+
+def parameters(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def lose_sync(monkeypatch, after=1):
+    """Weights reach the engine ``after`` times and then no more: the engine goes stale in silence."""
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    real, calls = VLLMGeneration.sync_weights, []
+
+    def sync(self):
+        calls.append(1)
+        if len(calls) <= after:
+            real(self)
+
+    monkeypatch.setattr(VLLMGeneration, "sync_weights", sync)
+
+
+# ---- a clean run ------------------------------------------------------------------------------------------------
+
+
+def test_a_clean_run_is_measured_on_every_batch_and_logged_everywhere(make_trainer, tmp_path, monkeypatch):
+    from test_sinks import inspect
+
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    callback = Recorder(rich_every_n_windows=2)
+    trainer = make_trainer(tmp_path, callback, report_to="wandb", max_steps=4)
+    generated, generate = [], trainer.vllm_generation.llm.generate
+    monkeypatch.setattr(
+        trainer.vllm_generation.llm, "generate", lambda *a, **k: generated.append(generate(*a, **k)) or generated[-1]
+    )
+    trainer.train()
+    import wandb
+
+    wandb.finish()
+
+    assert statuses(callback) == ["OK"] * 4
+    assert callback.status is Status.OK
+    # exactly what the engine said: ids, log-probs, masks
+    assert len(callback.seen) == len(generated) == 4
+    for (rollout, scored), outputs in zip(callback.seen, generated, strict=True):
+        for row, output in enumerate(o for request in outputs for o in request.outputs):
+            n = len(output.token_ids)
+            assert rollout.completion_ids[row, :n].tolist() == list(output.token_ids)
+            assert rollout.engine_mask[row].tolist() == [True] * n + [False] * (rollout.engine_mask.shape[1] - n)
+            reported = [lp[t].logprob for lp, t in zip(output.logprobs, output.token_ids, strict=True)]
+            torch.testing.assert_close(scored.rollout_logprobs[row, :n], torch.tensor(reported))
+        assert (rollout.lag, rollout.sampling.temperature) == (0, 0.7)
+    # metrics.jsonl
+    lines = jsonl(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(line["num_tokens"] == 16 * 24 and line["kl_k3"] < 1e-3 for line in lines)
+    # the trainer's log, and TRL's own number as a cross-check of ours
+    history = [row for row in trainer.state.log_history if "parity/kl_k3" in row]
+    assert [row["step"] for row in history] == [1, 2, 3, 4]
+    for row, line in zip(history, lines, strict=True):
+        assert row["parity/kl_k3"] == pytest.approx(line["kl_k3"])
+        assert row["parity/own_head/logp_abs_diff/mean"] == pytest.approx(
+            row["sampling/sampling_logp_difference/mean"], rel=1e-4
+        )
+        assert row["parity/logp_abs_diff/max"] == pytest.approx(line["logp_abs_diff/max"])
+        assert 0 < row["parity/cost/share"] < 0.5
+    # W&B, read back with its own command
+    text = json.dumps(inspect(tmp_path))
+    assert text.count("train/parity/kl_k3") >= 4
+    assert "parity/log_ratio" in text
+    assert "parity/worst_tokens" in text
+
+
+def test_no_backbone_forward_is_added(make_trainer, tmp_path):
+    counts = {}
+    for name, callbacks in (("with", [ParityCallback()]), ("without", [])):
+        trainer = make_trainer(tmp_path / name, *callbacks, max_steps=2, per_device_train_batch_size=8)
+        calls = []
+        trainer.model.base_model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        trainer.train()
+        counts[name] = len(calls)
+    assert counts["with"] == counts["without"] > 0
+
+
+def test_uninstrumented_classes_are_trls_own(make_trainer, tmp_path):
+    from trl import GRPOTrainer
+
+    ParityCallback()
+    ParityCallback()  # idempotent
+    wrapped = GRPOTrainer._generate_and_score_completions
+    uninstrument()
+    try:
+        own = GRPOTrainer._generate_and_score_completions
+        assert own is wrapped.__wrapped__
+        assert not hasattr(own, "__wrapped__")
+        uninstrument()
+    finally:
+        ParityCallback()
+    assert GRPOTrainer._generate_and_score_completions.__wrapped__ is own
+
+
+def test_training_is_bit_equal_with_and_without_the_callback(make_trainer, tmp_path):
+    weights = {}
+    for name in ("with", "without"):
+        trainer = make_trainer(
+            tmp_path / name,
+            *([ParityCallback()] if name == "with" else []),
+            max_steps=3,
+            generation_kwargs={"seed": 7},
+        )
+        trainer.train()
+        weights[name] = parameters(trainer)
+    for name, value in weights["with"].items():
+        assert torch.equal(value, weights["without"][name]), name
+
+
+# ---- faults of the real stack -----------------------------------------------------------------------------------
+
+
+def test_a_lost_weight_sync_halts_with_a_checkpoint_and_a_reason(make_trainer, tmp_path, monkeypatch, capsys):
+    lose_sync(monkeypatch)
+    callback = ParityCallback()
+    trainer = make_trainer(tmp_path, callback, max_steps=20)
+    trainer.train()
+    # the first batch comes from synced weights; the second is the onset
+    assert statuses(callback)[0] == "OK"
+    assert statuses(callback)[-1] == "HALT"
+    assert len(callback.verdicts) <= 1 + 3
+    halted = callback.verdicts[-1].step
+    assert trainer.state.global_step == halted
+    assert (tmp_path / f"checkpoint-{halted}" / "model.safetensors").exists()
+    told = capsys.readouterr().err
+    assert f"HALT at step {halted}" in told
+    assert "logp_abs_diff/mean" in told
+    assert "action='log'" in told
+    assert jsonl(tmp_path)[-1]["status"] == "HALT"
+    assert trainer.state.log_history[-2]["parity/breaker/status"] == 3
+
+
+def test_truncated_sampling_halts_when_not_replayed(make_trainer, tmp_path):
+    callback = ParityCallback(truncation="ignore")
+    make_trainer(tmp_path, callback, max_steps=20, top_p=0.9, learning_rate=1e-5).train()
+    assert statuses(callback) == ["BREACH", "BREACH", "HALT"]
+    assert callback.verdicts[-1].stats["honesty_high"] < 1.0
+
+
+def test_truncated_sampling_is_reported_apart_when_replayed(make_trainer, tmp_path):
+    callback = ParityCallback()
+    make_trainer(tmp_path, callback, max_steps=3, top_p=0.9, learning_rate=1e-5).train()
+    assert statuses(callback) == ["OK"] * 3
+    stats = callback.verdicts[-1].stats
+    assert stats["kl_k3"] < 1e-3
+    assert 0.88 < stats["truncation/kept_mass"] < 0.99
+    assert stats["own_head/logp_abs_diff/mean"] == pytest.approx(-stats["truncation/log_bias"], rel=0.2)
+
+
+def test_penalties_are_replayed(make_trainer, tmp_path):
+    callback = ParityCallback()
+    kwargs = {"presence_penalty": 0.5, "frequency_penalty": 0.3}
+    make_trainer(tmp_path, callback, max_steps=2, repetition_penalty=1.2, generation_kwargs=kwargs).train()
+    stats = callback.verdicts[-1].stats
+    assert stats["kl_k3"] < 1e-3
+    assert stats["own_head/kl_k3"] > 10 * stats["kl_k3"]
+
+
+def test_an_engine_at_another_temperature_is_drift(make_trainer, tmp_path):
+    callback = ParityCallback()
+    make_trainer(tmp_path, callback, max_steps=20, generation_kwargs={"temperature": 1.3}, learning_rate=1e-5).train()
+    assert statuses(callback) == ["BREACH", "BREACH", "HALT"]
+
+
+# ---- what a halt does -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("action", ["stop", "skip_update"])
+def test_a_condemned_batch_never_reaches_the_weights(make_trainer, tmp_path, action):
+    """top_p makes every batch breach; windows 1 and 2 are learned from, window 3 halts: bit-equal from there on."""
+    from transformers import TrainerCallback
+
+    class Snapshots(TrainerCallback):
+        def __init__(self):
+            self.before, self.after, self.moments = [], [], []
+
+        def on_step_begin(self, *args, model=None, **kwargs):
+            self.before.append({k: v.detach().clone() for k, v in model.named_parameters()})
+
+        def on_step_end(self, *args, model=None, optimizer=None, **kwargs):
+            self.after.append({k: v.detach().clone() for k, v in model.named_parameters()})
+            self.moments.append([s["exp_avg"].clone() for s in optimizer.state.values()])
+
+    snapshots = Snapshots()
+    callback = ParityCallback(truncation="ignore", action=action)
+    trainer = make_trainer(
+        tmp_path, callback, snapshots, max_steps=5, top_p=0.9, learning_rate=1e-4, weight_decay=0.1,
+        gradient_accumulation_steps=2, steps_per_generation=2,
+    )  # fmt: skip
+    trainer.train()
+    assert statuses(callback) == ["BREACH", "BREACH"] + ["HALT"] * (1 if action == "stop" else 3)
+    assert trainer.state.global_step == (3 if action == "stop" else 5)
+    for step, (before, after) in enumerate(zip(snapshots.before, snapshots.after, strict=True), start=1):
+        equal = all(torch.equal(value, after[name]) for name, value in before.items())
+        assert equal == (step >= 3), step
+    for first, second in zip(snapshots.moments[1], snapshots.moments[-1], strict=True):
+        assert torch.equal(first, second)
+
+
+def test_action_raise_raises_before_the_batch_is_learned_from(make_trainer, tmp_path):
+    callback = ParityCallback(truncation="ignore", action="raise", consecutive=1)
+    trainer = make_trainer(tmp_path, callback, max_steps=5, top_p=0.9)
+    before = parameters(trainer)
+    with pytest.raises(ParityHalt, match="HALT at step 1") as raised:
+        trainer.train()
+    assert raised.value.verdict.breaches
+    for name, value in parameters(trainer).items():
+        assert torch.equal(value, before[name])
+
+
+def test_action_log_only_logs(make_trainer, tmp_path):
+    callback = ParityCallback(truncation="ignore", action="log")
+    trainer = make_trainer(tmp_path, callback, max_steps=5, top_p=0.9, learning_rate=1e-5)
+    trainer.train()
+    assert trainer.state.global_step == 5
+    assert statuses(callback) == ["BREACH", "BREACH", "HALT", "HALT", "HALT"]
+
+
+# ---- windows, lag, evaluation, resume ---------------------------------------------------------------------------
+
+
+def test_windows_of_several_steps_and_rarer_logs_aggregate_without_means_of_means(make_trainer, tmp_path):
+    callback = ParityCallback(every_n_steps=2)
+    trainer = make_trainer(tmp_path, callback, max_steps=7, logging_steps=4)
+    trainer.train()
+    lines = jsonl(tmp_path)
+    assert [line["step"] for line in lines] == [2, 4, 6, 7]  # the last window is cut short by the end
+    assert [line["num_batches"] for line in lines] == [2, 2, 2, 1]
+    [row] = [row for row in trainer.state.log_history if "parity/kl_k3" in row]
+    tokens = [line["num_tokens"] for line in lines[:2]]
+    pooled = sum(n * line["kl_k3"] for n, line in zip(tokens, lines, strict=False)) / sum(tokens)
+    assert row["parity/kl_k3"] == pytest.approx(pooled, rel=1e-9)
+    assert row["parity/logp_abs_diff/max"] == max(line["logp_abs_diff/max"] for line in lines[:2])
+
+
+def test_reused_batches_drift_by_policy_not_by_mismatch(make_trainer, tmp_path):
+    callback = ParityCallback()
+    make_trainer(tmp_path, callback, max_steps=6, num_iterations=3, learning_rate=3e-4).train()
+    assert [v.step for v in callback.verdicts] == [1, 4]  # one batch feeds three steps
+    assert statuses(callback) == ["OK", "OK"]
+    stats = callback.verdicts[-1].stats
+    assert stats["policy_drift/kl_k3"] > 10 * stats["kl_k3"]
+
+
+def test_several_generations_in_one_step_make_one_window(make_trainer, tmp_path):
+    callback = ParityCallback()
+    make_trainer(tmp_path, callback, max_steps=2, gradient_accumulation_steps=3, steps_per_generation=1).train()
+    assert [(line["step"], line["num_batches"]) for line in jsonl(tmp_path)] == [(1, 3), (2, 3)]
+
+
+def test_without_trls_pass_the_callback_scores_a_sample_under_its_budget(make_trainer, tmp_path):
+    callback = ParityCallback(token_budget=200)
+    trainer = make_trainer(
+        tmp_path, callback, max_steps=2, vllm_importance_sampling_correction=False, per_device_train_batch_size=16
+    )
+    calls = []
+    trainer.model.base_model.register_forward_hook(lambda *_: calls.append(1))
+    trainer.train()
+    line = jsonl(tmp_path)[-1]
+    rows = 200 // (4 + 24)  # prompts "a+b=" are 4 tokens
+    assert line["num_tokens"] == rows * 24
+    assert line["status"] == "OK"
+    assert line["kl_k3"] < 1e-3
+    assert line["own_head/kl_k3"] is not None
+    assert len(calls) == 2 * 2  # the loss and the sample, once a step
+
+
+def test_evaluation_is_measured_apart(make_trainer, tmp_path):
+    callback = ParityCallback()
+    trainer = make_trainer(
+        tmp_path, callback, max_steps=2, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=16,
+        trainer_kwargs={"eval_dataset": prompts(16)},
+    )  # fmt: skip
+    trainer.train()
+    evaluations = [row for row in trainer.state.log_history if "eval_parity/kl_k3" in row]
+    assert len(evaluations) == 2
+    assert all(row["eval_parity/kl_k3"] < 1e-3 for row in evaluations)
+    assert [line["num_batches"] for line in jsonl(tmp_path)] == [1, 1]
+
+    callback = ParityCallback(eval_batches="skip")
+    trainer = make_trainer(
+        tmp_path / "skip", callback, max_steps=1, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=16,
+        trainer_kwargs={"eval_dataset": prompts(16)},
+    )  # fmt: skip
+    trainer.train()
+    assert not [row for row in trainer.state.log_history if "eval_parity/kl_k3" in row]
+
+
+@pytest.mark.parametrize("restore_callbacks", [False, True])
+def test_a_run_killed_in_a_streak_resumes_the_streak(make_trainer, tmp_path, restore_callbacks):
+    settings = {
+        "max_steps": 6, "top_p": 0.9, "learning_rate": 1e-5, "save_strategy": "steps", "save_steps": 1,
+        "restore_callback_states_from_checkpoint": restore_callbacks,
+    }  # fmt: skip
+    first = ParityCallback(truncation="ignore", action="raise")
+    with pytest.raises(ParityHalt):  # dies in step 3, after the checkpoint of step 2
+        make_trainer(tmp_path, first, **settings).train()
+    assert [line["step"] for line in jsonl(tmp_path)] == [1, 2, 3]
+
+    second = ParityCallback(truncation="ignore", action="raise")
+    with pytest.raises(ParityHalt, match="step 3"):
+        make_trainer(tmp_path, second, **settings).train(resume_from_checkpoint=True)
+    assert [(line["step"], line["streak"]) for line in jsonl(tmp_path)] == [(1, 1), (2, 2), (3, 3)]
+
+
+# ---- what can't be measured -------------------------------------------------------------------------------------
+
+
+def test_a_run_without_vllm_fails_at_the_first_step(make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path, ParityCallback(), use_vllm=False)
+    with pytest.raises(InterceptionError, match="use_vllm=True"):
+        trainer.train()
+
+
+def test_rollouts_without_logprobs_fail_at_the_first_step(make_trainer, tmp_path):
+    def rollout(prompts, trainer):
+        ids = [[5, 6, 7] for _ in prompts]
+        return {"prompt_ids": [[8, 9] for _ in prompts], "completion_ids": ids, "logprobs": None}
+
+    trainer = make_trainer(
+        tmp_path, ParityCallback(), vllm_importance_sampling_correction=False, trainer_kwargs={"rollout_func": rollout}
+    )
+    with pytest.raises(InterceptionError, match="without log-probs"):
+        trainer.train()
+
+
+def test_a_subclass_that_replaces_the_rollout_method_fails_before_it_learns(make_trainer, tmp_path):
+    from trl import GRPOTrainer
+
+    class Own(GRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            return GRPOTrainer._generate_and_score_completions.__wrapped__(self, inputs)
+
+    trainer = make_trainer(tmp_path, ParityCallback(), cls=Own)
+    before = parameters(trainer)
+    with pytest.raises(InterceptionError, match="no rollout batch was intercepted"):
+        trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in parameters(trainer).items())
+
+
+def test_a_subclass_that_calls_super_is_covered(make_trainer, tmp_path):
+    from trl import GRPOTrainer
+
+    class Own(GRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            return super()._generate_and_score_completions(inputs)
+
+    callback = ParityCallback()
+    make_trainer(tmp_path, callback, cls=Own, max_steps=1).train()
+    assert statuses(callback) == ["OK"]
+
+
+def test_interception_lost_in_mid_run_is_an_error_window_not_silence(make_trainer, tmp_path):
+    callback = ParityCallback()
+    trainer = make_trainer(tmp_path, callback, max_steps=4)
+    real = trainer._generate_and_score_completions
+    calls = []
+
+    def bypass(inputs):
+        calls.append(1)
+        return (
+            real(inputs)
+            if len(calls) <= 2
+            else type(trainer)._generate_and_score_completions.__wrapped__(trainer, inputs)
+        )
+
+    trainer._generate_and_score_completions = bypass
+    trainer.train()
+    assert statuses(callback) == ["OK", "OK", "ERROR", "ERROR"]
+    assert "no rollout batch" in callback.verdicts[-1].reason
+    assert trainer.state.global_step == 4
+
+
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf, -math.inf])
+def test_nonfinite_logprobs_from_the_engine_are_counted_and_training_survives(make_trainer, tmp_path, bad):
+    callback = ParityCallback()
+    trainer = make_trainer(tmp_path, callback, max_steps=2)
+    generate = trainer.vllm_generation.generate
+
+    def spoiled(*args, **kwargs):
+        prompt_ids, completion_ids, logprobs, token_ids = generate(*args, **kwargs)
+        logprobs[0][3] = [bad]
+        return prompt_ids, completion_ids, logprobs, token_ids
+
+    trainer.vllm_generation.generate = spoiled
+    trainer.train()
+    assert statuses(callback) == ["OK", "OK"]  # one token of 384 is under the rule's 1 %
+    assert callback.verdicts[-1].stats["nonfinite_rate"] == pytest.approx(1 / 384)
+    assert math.isfinite(callback.verdicts[-1].stats["kl_k3"])
+
+
+def test_a_fully_masked_batch_is_no_data(make_trainer, tmp_path):
+    callback = ParityCallback()
+    # no completion may end: every one is truncated, and so masked
+    never = {"logit_bias": {0: -100.0, 1: -100.0}}
+    make_trainer(tmp_path, callback, max_steps=2, mask_truncated_completions=True, generation_kwargs=never).train()
+    assert statuses(callback) == ["NO_DATA", "NO_DATA"]
+    assert jsonl(tmp_path)[-1]["kl_k3"] is None
+
+
+def test_our_own_failure_is_an_error_window_and_training_goes_on(make_trainer, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("out of memory, say")
+
+    monkeypatch.setattr("trl_parity.recompute.score_tokens", broken)
+    callback = ParityCallback()
+    trainer = make_trainer(tmp_path, callback, max_steps=4)
+    trainer.train()
+    assert statuses(callback) == ["ERROR"] * 4
+    assert "out of memory, say" in jsonl(tmp_path)[0]["reason"]
+    assert trainer.state.global_step == 4
+
+
+def test_contradicting_shapes_are_an_error_window(make_trainer, tmp_path):
+    callback = ParityCallback()
+    trainer = make_trainer(tmp_path, callback, max_steps=1)
+    measure = callback._measure
+
+    def cut(capture, rank):
+        capture.output["sampling_per_token_logps"] = capture.output["sampling_per_token_logps"][:, :-2]
+        return measure(capture, rank)
+
+    callback._measure = cut
+    trainer.train()
+    assert statuses(callback) == ["ERROR"]
+    assert "Check that both come from the same rollout" in callback.verdicts[0].reason
+
+
+def test_an_unwritable_output_fails_before_the_first_step(make_trainer, tmp_path):
+    (tmp_path / "blocked").write_text("")
+    trainer = make_trainer(tmp_path, ParityCallback(parity_dir=str(tmp_path / "blocked")))
+    with pytest.raises(ConfigError, match="Expected a writable directory"):
+        trainer.train()
+    assert trainer.state.global_step == 0
