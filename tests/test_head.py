@@ -115,6 +115,15 @@ def test_reduced_precision_settings_and_autocast_do_not_reach_the_head(dtype, se
     assert torch.equal(scores.entropy, plain.entropy)
 
 
+@pytest.mark.parametrize("hidden_dtype", DTYPES)
+@pytest.mark.parametrize("weight_dtype", DTYPES)
+def test_mixed_dtypes_are_never_rounded_to_the_smaller(hidden_dtype, weight_dtype):
+    """Large enough for oneDNN: it keeps small products in fp32 whatever the mode."""
+    hidden, targets, head = make(64, 256, 999, std=4)
+    head = Head(weight=head.weight.to(weight_dtype))
+    assert error(hidden.to(hidden_dtype), targets, head) < 1e-5
+
+
 def test_default_dtype_does_not_reach_the_head():
     hidden, targets, head = make(40, 64, 300, dtype=torch.bfloat16)
     before = torch.get_default_dtype()
