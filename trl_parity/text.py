@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,11 @@ def halt_text(verdict: Verdict, config: ParityConfig, verdicts: Sequence[Verdict
     if stats is not None:
         lines += [
             f"           in {stats.num_tokens:,} tokens of {stats.num_sequences:,} sequences of the last window:",
-            "             " + ", ".join(f"{name} {number(stats.get(name))}" for name in _SHOWN),
+            *_wrap("", ", ".join(f"{name}\xa0{number(stats.get(name))}" for name in _SHOWN)),
         ]
-    lines += ["", f"  Means    {_CONSEQUENCE[config.action]}"]
+    lines += ["", *_wrap("Means", _CONSEQUENCE[config.action])]
     for finding in findings(verdict):
-        lines.append(f"           {finding}")
+        lines += _wrap("", finding)
     lines += [
         "",
         f"  Look     {path}",
@@ -57,7 +58,11 @@ def halt_text(verdict: Verdict, config: ParityConfig, verdicts: Sequence[Verdict
         "           rules={" + ", ".join(f"'{name}': ..." for name in verdict.breaches) + "}",
         "",
     ]
-    return "\n".join(lines)
+    return "\n".join(lines).replace("\xa0", " ")
+
+
+def _wrap(label: str, text: str) -> list[str]:
+    return textwrap.wrap(text, 108, initial_indent=f"  {label:<9}", subsequent_indent=" " * 11)
 
 
 def findings(verdict: Verdict) -> Iterator[str]:
@@ -74,8 +79,8 @@ def findings(verdict: Verdict) -> Iterator[str]:
             )
         else:
             yield (
-                f"The reported log-probs are those of the law that was sampled (mean ratio in [{low:.4f}, {high:.4f}] "
-                "holds 1): the two sides hold different models (stale or partial weights, precision, cache)."
+                f"The reported log-probs fit the law that was sampled (mean ratio in [{low:.4f}, {high:.4f}] holds "
+                "1), so the two sides seem to hold different models (stale or partial weights, precision, cache)."
             )
     if own and fp32 is not None and own > 2 * fp32:
         yield f"The trainer's own head drifts more ({own:.3g}) than an fp32 head ({fp32:.3g})."
