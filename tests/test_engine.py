@@ -124,3 +124,43 @@ def test_ranks_hold_the_same_sums_after_the_reduction(tmp_path):
         assert torch.equal(reduced.maxima, expected.maxima)
         assert [row["rank"] for row in rows] == [1, 2, 2]
     assert compute(results[0][1])["kl_k3"] == compute(results[2][1])["kl_k3"] > 0
+
+
+RANKS = """
+import os, sys
+from pathlib import Path
+from support import digit_reward, grpo_args, prompts
+from trl import GRPOTrainer
+from trl_parity import ParityCallback
+model, out = sys.argv[1:]
+os.environ["WANDB_DIR"] = out
+callback = ParityCallback(truncation="ignore", rich_every_n_windows=1)
+args = grpo_args(Path(out), max_steps=20, learning_rate=1e-4, top_p=0.9, per_device_train_batch_size=8,
+                 report_to="wandb")
+trainer = GRPOTrainer(model=model, args=args, reward_funcs=digit_reward, train_dataset=prompts(), callbacks=[callback])
+assert trainer.accelerator.num_processes == 2
+trainer.train()
+rank = trainer.accelerator.process_index
+lines = [f"{v.step} {v.status} {v.streak} {v.stats.num_tokens} {v.stats['kl_k3']!r}" for v in callback.verdicts]
+weight = sum(float(p.double().sum()) for p in trainer.model.parameters())
+Path(out, f"rank{rank}.txt").write_text("\\n".join([*lines, f"{weight!r} {trainer.state.global_step}"]))
+"""
+
+
+@pytest.mark.engine
+def test_two_ranks_reach_the_same_verdicts_and_stop_together(tmp_path):
+    model, out, script = save_tiny_model(tmp_path / "model"), tmp_path / "out", tmp_path / "run.py"
+    out.mkdir()
+    script.write_text(RANKS)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29618"]
+    environment = os.environ | {"PYTHONPATH": str(HERE), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, str(script), str(model), str(out)], capture_output=True, text=True, env=environment, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = ((out / f"rank{rank}.txt").read_text() for rank in (0, 1))
+    assert first == second
+    assert [line.split()[1] for line in first.splitlines()[:-1]] == ["BREACH", "BREACH", "HALT"]
+    assert first.splitlines()[0].split()[3] == str(16 * 24)  # tokens of both ranks
+    assert len((out / "parity" / "metrics.jsonl").read_text().splitlines()) == 3  # rank 0 alone writes
+    assert done.stderr.count("HALT at step 3") == 1
