@@ -111,3 +111,26 @@ def test_public_names_are_exactly_all():
     assert set(dir(trl_parity)) == set(trl_parity.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Nope'"):
         trl_parity.Nope  # noqa: B018
+
+
+def test_the_commented_yaml_holds_every_setting_at_its_default():
+    from dataclasses import fields
+    from pathlib import Path
+
+    import yaml
+
+    path = Path(__file__).parent.parent / "configs" / "parity.yaml"
+    assert set(yaml.safe_load(path.read_text())) == {f.name for f in fields(ParityConfig)}
+    written, default = ParityConfig.from_yaml(path), ParityConfig()
+    assert written.resolved_rules() == default.resolved_rules()
+    assert written.to_dict() | {"rules": None} == default.to_dict()
+
+
+def test_the_readme_documents_every_scalar_with_its_formula():
+    from pathlib import Path
+
+    from trl_parity.scalars import SCALARS
+
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    for name, formula in SCALARS.items():
+        assert f"| `{name}` | {formula.replace('|', chr(92) + '|')} |" in readme, name

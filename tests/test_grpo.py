@@ -137,6 +137,22 @@ def test_a_clean_run_is_measured_on_every_batch_and_logged_everywhere(make_train
     assert "parity/worst_tokens" in text
 
 
+def test_redacted_runs_leave_no_token_behind(make_trainer, tmp_path, monkeypatch):
+    import wandb
+
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    tables = {}
+    for redact in (False, True):
+        callback = ParityCallback(redact_text=redact, rich_every_n_windows=1)
+        make_trainer(tmp_path / str(redact), callback, report_to="wandb", max_steps=1).train()
+        [path] = (p for p in (tmp_path / "wandb").rglob("*.table.json") if p not in tables.values())
+        tables[redact] = path
+        wandb.finish()
+    columns = {redact: json.loads(path.read_text())["columns"] for redact, path in tables.items()}
+    assert {"token_id", "token"} <= set(columns[False])
+    assert columns[True] == [c for c in columns[False] if c not in ("token_id", "token")]
+
+
 def test_no_backbone_forward_is_added(make_trainer, tmp_path):
     counts = {}
     for name, callbacks in (("with", [ParityCallback()]), ("without", [])):

@@ -45,6 +45,9 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
     judged by the rules and logged as ``parity/*``; ``consecutive`` breached windows halt the run, as ``action`` says,
     before the condemned batch reaches the weights.
 
+    ``verdicts`` holds the last 1000 :class:`~trl_parity.Verdict`, ``status`` the last one's status, ``halt_message``
+    what was printed at a halt.
+
     Args:
         config: A :class:`~trl_parity.ParityConfig`. Default: all defaults.
         **overrides: Fields of the config to set, e.g. ``ParityCallback(every_n_steps=10, action="log")``.
@@ -83,7 +86,9 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         self._breaker = Breaker.from_config(self.config)
         self._window: MismatchSums | None = None
         self._since_log: MismatchSums | None = None
-        self._logged: list[Verdict] = []  # windows since the trainer last logged
+        self._unlogged = 0  # windows since the trainer last logged, their worst status and longest streak
+        self._worst_status = Status.NO_DATA
+        self._longest_streak = 0
         self._eval: MismatchSums | None = None
         self._trainer: Any = None
         self._last: tuple[RolloutBatch, ScoredBatch] | None = None
@@ -195,7 +200,9 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         sums = reduce_sums(sums, trainer.accelerator)
         verdict = self._breaker.judge(step, compute(sums), self._error)
         self.verdicts.append(verdict)
-        self._logged.append(verdict)
+        self._unlogged += 1
+        self._worst_status = max(self._worst_status, verdict.status, key=_SEVERITY.index)
+        self._longest_streak = max(self._longest_streak, verdict.streak)
         self._since_log = sums if self._since_log is None else _merged(self._since_log, sums)
         first_of_episode = not (len(self.verdicts) > 1 and self.verdicts[-2].halted)
         if self._jsonl is not None:
@@ -219,7 +226,11 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         worse = verdict.status in (Status.BREACH, Status.HALT) and verdict.status is not before
         if not (worse or self._windows % every == 0):
             return
-        worst = self._worst_tokens(verdict.step)
+        try:
+            worst = self._worst_tokens(verdict.step)
+        except Exception as e:  # a tokenizer that can't decode one token must not end a run
+            logger.warning("the worst tokens of step %d cannot be shown: %s: %s", verdict.step, type(e).__name__, e)
+            worst = []
         if self._trainer.accelerator.num_processes > 1:
             worst = gather_rows(worst)
         worst = sorted(worst, key=lambda row: -abs(row["log_ratio"]))[: self.config.worst_tokens]
@@ -322,16 +333,16 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         start = time.perf_counter()
         if self._stop:
             control.should_training_stop = control.should_save = control.should_log = True
-        if control.should_log and self._logged and self._since_log is not None:
-            last, worst = self._logged[-1], max(self._logged, key=lambda v: _SEVERITY[v.status])
-            stats = last.stats if len(self._logged) == 1 else None
-            scalars = _scalars(stats or compute(self._since_log))
+        if control.should_log and self._since_log is not None:
+            only = self.verdicts[-1].stats if self._unlogged == 1 else None
+            scalars = _scalars(compute(self._since_log) if only is None else only)
             scalars |= {
-                "parity/breaker/status": worst.status.code,
-                "parity/breaker/streak": max(v.streak for v in self._logged),
+                "parity/breaker/status": self._worst_status.code,
+                "parity/breaker/streak": self._longest_streak,
             }
             append_metrics(self._trainer, "train", scalars)
-            self._logged, self._since_log = [], None
+            self._since_log, self._unlogged = None, 0
+            self._worst_status, self._longest_streak = Status.NO_DATA, 0
         self._spent += time.perf_counter() - start
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -377,15 +388,8 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         self._window_start = int(checkpoint["window_start"])
 
 
-_SEVERITY = {
-    Status.NO_DATA: 0,
-    Status.CALIBRATING: 1,
-    Status.OK: 2,
-    Status.WARN: 3,
-    Status.ERROR: 4,
-    Status.BREACH: 5,
-    Status.HALT: 6,
-}
+# mildest first
+_SEVERITY = [Status.NO_DATA, Status.CALIBRATING, Status.OK, Status.WARN, Status.ERROR, Status.BREACH, Status.HALT]
 
 
 def _merged(a: MismatchSums, b: MismatchSums) -> MismatchSums:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import DistributedType
 
 from ..errors import InterceptionError
 from ..records import RolloutBatch, SamplingSettings, ScoredBatch
@@ -218,9 +219,10 @@ class GRPOCapture:
             )
         ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1)
         attention = torch.cat([rollout.prompt_mask, rollout.completion_mask], dim=1)
-        affordable = torch.tensor([min(len(ids), max(1, token_budget // ids.shape[1]))], device=ids.device)
-        # a sharded model's forward is a collective: every rank runs as many rows
-        count = int(trainer.accelerator.gather(affordable).min())
+        count = min(len(ids), max(1, token_budget // ids.shape[1]))
+        if trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            # a sharded model's forward is a collective: every rank must run as many rows
+            count = int(trainer.accelerator.gather(torch.tensor([count], device=ids.device)).min())
         # evenly spaced, shifted from batch to batch so that all rows of a group get their turn
         rows = (torch.arange(count, device=ids.device) * len(ids) // count + self.step) % len(ids)
         args = trainer.args
