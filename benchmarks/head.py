@@ -4,12 +4,14 @@
     python benchmarks/head.py --tokens 512 --vocab 32000 --dtype float32 --json head.json
     python benchmarks/head.py --device cuda --tokens 16384 --hidden 4096
 
-Every contender gives log-prob and entropy of each token, and runs in a process of its own. Memory is what the first
-call adds to the peak (resident set on a CPU, torch's allocator on CUDA); time is the median of the calls after it.
+Every contender gives log-prob and entropy of each token, in a process of its own. Memory is what its first call adds
+to the peak (resident set on a CPU, torch's allocator on CUDA). Then the contenders take turns, one call each a round,
+so that a busy machine hurts all alike: times are medians over rounds, "x ours" is the median ratio within a round.
 Errors are in nats, the larger of log-prob and entropy, against fp64 on a sample of the tokens. Needs rich.
 """
 
 import argparse
+import contextlib
 import json
 import platform
 import resource
@@ -110,7 +112,7 @@ def peak_bytes(device):
 
 @torch.no_grad()
 def work(args):
-    """Measure one contender; the last line on stdout is its result."""
+    """Measure one contender: memory and scores on the first line of stdout, then a time for every line on stdin."""
     score = load(args.worker)
     hidden, weight, targets = make_inputs(args)
     score(hidden[:8], weight[:64], targets[:8] % 64)  # libraries and threads come up before the measurement
@@ -119,16 +121,17 @@ def work(args):
     before = peak_bytes(args.device)
     logprobs, entropy = score(hidden, weight, targets)
     added = peak_bytes(args.device) - before
-    seconds = []
-    for _ in range(args.repeats):
+    sample = sample_of(args)
+    scores = [t.cpu().double()[sample].tolist() for t in (logprobs, entropy)]
+    print(json.dumps({"bytes_added": added, "scores": scores}), flush=True)
+    for _ in sys.stdin:
         start = time.perf_counter()
         score(hidden, weight, targets)
         if args.device.startswith("cuda"):
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    sample = sample_of(args)
-    scores = [t.cpu().double()[sample].tolist() for t in (logprobs, entropy)]
-    print(json.dumps({"seconds": seconds, "bytes_added": added, "scores": scores}))
+        print(json.dumps(time.perf_counter() - start), flush=True)
+        if args.device.startswith("cuda"):
+            torch.cuda.empty_cache()  # the other contenders are on the same device
 
 
 def describe(args):
@@ -148,6 +151,16 @@ def describe(args):
     }
 
 
+def ask(worker, line=None):
+    """The worker's next answer, after sending it a line."""
+    if line is not None:
+        worker.stdin.write(line + "\n")
+    answer = worker.stdout.readline()
+    if not answer:
+        raise SystemExit(f"a contender ended with status {worker.wait()}; its message is above")
+    return json.loads(answer)
+
+
 def main():
     args = parse_args()
     if args.threads:
@@ -163,23 +176,31 @@ def main():
     console.print(f"{shape}, on {about['device']}", soft_wrap=True)
     with console.status("fp64 oracle"):
         expected = oracle(args)
-    results = {}
     # Without a lower precision to cast from, TRL's two ways are one.
     names = [name for name in CONTENDERS if not (name == "trl" and args.dtype == "float32")]
-    for i, name in enumerate(names, 1):
-        begun = time.perf_counter()
-        with console.status(f"{i}/{len(names)} {CONTENDERS[name]}"):
-            command = [sys.executable, __file__, "--worker", name, *sys.argv[1:]]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        result = json.loads(done.stdout.splitlines()[-1])
-        gap = (torch.tensor(result.pop("scores"), dtype=torch.float64) - expected).abs()
-        result |= {
-            "median_seconds": statistics.median(result["seconds"]),
-            "max_error": gap.max().item(),
-            "rms_error": gap.square().mean(-1).sqrt().max().item(),
-        }
-        results[name] = result
-        console.print(f"{i}/{len(names)} {CONTENDERS[name]}: {time.perf_counter() - begun:.0f} s in all")
+    workers, results = {}, {}
+    with contextlib.ExitStack() as stack:
+        for i, name in enumerate(names, 1):
+            with console.status(f"memory and error, {i}/{len(names)}: {CONTENDERS[name]}"):
+                command = [sys.executable, __file__, "--worker", name, *sys.argv[1:]]
+                pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+                workers[name] = stack.enter_context(subprocess.Popen(command, **pipes))
+                results[name] = ask(workers[name])
+            gap = (torch.tensor(results[name].pop("scores"), dtype=torch.float64) - expected).abs()
+            results[name] |= {"max_error": gap.max().item(), "rms_error": gap.square().mean(-1).sqrt().max().item()}
+            results[name]["seconds"] = []
+            console.print(f"memory and error, {i}/{len(names)}: {CONTENDERS[name]} done")
+        for turn in range(1, args.repeats + 1):
+            for name in names:
+                with console.status(f"time, round {turn}/{args.repeats}: {CONTENDERS[name]}"):
+                    results[name]["seconds"].append(ask(workers[name], "go"))
+            console.print(f"time, round {turn}/{args.repeats} done")
+        for worker in workers.values():
+            worker.stdin.close()
+    for result in results.values():
+        result["median_seconds"] = statistics.median(result["seconds"])
+        pairs = zip(result["seconds"], results["ours"]["seconds"], strict=True)
+        result["ratio_to_ours"] = statistics.median(theirs / ours for theirs, ours in pairs)
 
     table = Table(title=shape, caption=", ".join(f"{k} {v}" for k, v in about.items()))
     for column in ("", "median s", "min-max s", "x ours", "MiB", "max error", "rms error"):
@@ -189,7 +210,7 @@ def main():
             CONTENDERS[name],
             f"{r['median_seconds']:.3g}",
             f"{min(r['seconds']):.3g}-{max(r['seconds']):.3g}",
-            f"{r['median_seconds'] / results['ours']['median_seconds']:.2f}",
+            f"{r['ratio_to_ours']:.2f}",
             f"{r['bytes_added'] / 2**20:,.0f}",
             f"{r['max_error']:.1e}",
             f"{r['rms_error']:.1e}",
