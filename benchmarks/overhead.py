@@ -58,7 +58,7 @@ def run_arm(arm: str, steps: int, batch: int, length: int, out: Path) -> None:
             use_vllm=True,
             vllm_mode="colocate",
             vllm_gpu_memory_utilization=0.1,
-            vllm_max_model_length=256,
+            vllm_max_model_length=128,
             per_device_train_batch_size=batch,
             num_generations=8,
             max_completion_length=length,
@@ -77,7 +77,7 @@ def run_arm(arm: str, steps: int, batch: int, length: int, out: Path) -> None:
         trainer = GRPOTrainer(
             model=model,
             args=args,
-            reward_funcs=task.REWARDS,
+            reward_funcs=[task.exact, task.closeness],
             train_dataset=task.make_dataset(max(64, batch * steps), seed=0, split="train"),
             callbacks=callbacks,
         )
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--pairs", type=int, default=1, help="trainings per arm, in alternation")
     parser.add_argument("--batch", type=int, default=16, help="completions per step")
-    parser.add_argument("--length", type=int, default=64, help="completion tokens at most")
+    parser.add_argument("--length", type=int, default=40, help="completion tokens at most")
     parser.add_argument("--json", type=Path, help="keep the figures here")
     parser.add_argument("--arm", choices=["with", "without"], help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)

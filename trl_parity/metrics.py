@@ -8,6 +8,7 @@ it is summed. Formulas: :data:`trl_parity.scalars.SCALARS`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,7 @@ BAND = (0.9, 1.1)  # a ratio outside it counts as out_of_band (the band of TRL i
 # An interval from a handful of sequences says nothing: below this many, honesty has no interval and no gap.
 MIN_BOOTSTRAP_SEQUENCES = 8
 _INTERVAL = (0.005, 0.995)
+_POISSON_CDF = torch.cumsum(torch.tensor([math.exp(-1) / math.factorial(k) for k in range(12)]), 0)
 
 _SUMS = (
     # tokens both sides scored with a finite number
@@ -104,88 +106,67 @@ def measure(batch: ScoredBatch, *, bootstrap_samples: int = 200, seed: int = 0) 
     ``seed`` drives the bootstrap's own generator: the global random state is not touched. Give every rank and batch
     another one.
     """
-    device = batch.mask.device
+    mask, device = batch.mask, batch.mask.device
     out = MismatchSums.zeros(device, bootstrap_samples)
-    if batch.mask.numel() == 0:
-        out.bump(batches=1, lag=batch.lag)
+    out.bump(batches=1, lag=batch.lag)
+    if mask.numel() == 0:
         return out
-    rollout, trainer = batch.rollout_logprobs.double(), batch.trainer_logprobs.double()
-    delta = trainer - rollout
-    valid = batch.mask & torch.isfinite(rollout) & torch.isfinite(trainer)
-    zero = delta.new_zeros(())
-    one = valid.double()
-    delta = torch.where(valid, delta, zero)
-    ratio_less_1 = torch.expm1(delta)
-    w = torch.where(valid, ratio_less_1 + 1, zero)
-    k3 = ratio_less_1 - delta
-    abs_delta = delta.abs()
-    rollout = torch.where(valid, rollout, zero)
-    entropy = torch.where(valid, batch.entropy.double(), zero)
-    confident = valid & (rollout >= math.log(0.5)) & (delta < -2.0)
-
-    per_seq = one.sum(-1)
-    has_tokens = per_seq > 0
-    seq_delta = delta.sum(-1)
-    seq_w = torch.where(has_tokens, seq_delta.clamp(max=_SEQ_CLAMP).exp(), zero)
-    seq_mean_w = w.sum(-1)
-
-    own_delta = batch.own_logprobs.double() - batch.rollout_logprobs.double()
-    own_valid = batch.mask & torch.isfinite(own_delta)
-    own_delta = torch.where(own_valid, own_delta, zero)
-
-    if batch.log_kept is not None and batch.out_of_support is not None:
-        log_kept = torch.where(valid, batch.log_kept.double(), zero)
-        trunc = (
-            one.sum(),
-            (log_kept.exp() * one).sum(),
-            log_kept.sum(),
-            (valid & batch.out_of_support).sum(),
-        )
-    else:
-        trunc = (zero, zero, zero, zero)
-
-    values = {
-        "tokens": one.sum(),
-        "neg_delta": -delta.sum(),
-        "k3": k3.sum(),
-        "abs_delta": abs_delta.sum(),
-        "w": w.sum(),
-        "w2": (w * w).sum(),
-        "out_of_band": (valid & ((w < BAND[0]) | (w > BAND[1]))).sum(),
-        "rollout_logprob": rollout.sum(),
-        "entropy": entropy.sum(),
-        "confident": confident.sum(),
-        "compared": batch.mask.sum(),
-        "nonfinite": (batch.mask & ~valid).sum(),
-        "sequences": has_tokens.sum(),
-        "seq_delta": seq_delta.sum(),
-        "seq_w": seq_w.sum(),
-        "seq_w2": (seq_w * seq_w).sum(),
-        "own_tokens": own_valid.sum(),
-        "own_k3": (torch.expm1(own_delta) - own_delta).sum(),
-        "own_abs_delta": own_delta.abs().sum(),
-        **dict(zip(("trunc_tokens", "kept_mass", "log_kept", "out_of_support"), trunc, strict=True)),
+    # few kernels on stacked tensors: on small batches the launches are what costs
+    scores = torch.stack([batch.trainer_logprobs, batch.own_logprobs]).double()
+    rollout = batch.rollout_logprobs.double()
+    deltas = scores - rollout
+    valids = torch.isfinite(deltas) & mask
+    deltas = torch.where(valids, deltas, 0.0)
+    less_1 = torch.expm1(deltas)
+    (k3, own_k3), (abs_delta, own_abs) = less_1 - deltas, deltas.abs()
+    delta, (valid, own_valid) = deltas[0], valids
+    w = less_1[0] + valid
+    per_token = {
+        "tokens": valid,
+        "neg_delta": -delta,
+        "k3": k3,
+        "abs_delta": abs_delta,
+        "w": w,
+        "w2": w * w,
+        "out_of_band": valid & ((w < BAND[0]) | (w > BAND[1])),
+        "rollout_logprob": torch.where(valid, rollout, 0.0),
+        "entropy": torch.where(valid, batch.entropy, 0.0),
+        "confident": valid & (rollout >= math.log(0.5)) & (delta < -2.0),
+        "compared": mask,
+        "nonfinite": mask & ~valid,
+        "own_tokens": own_valid,
+        "own_k3": own_k3,
+        "own_abs_delta": own_abs,
     }
-    out.additive[: len(values)] = torch.stack([v.double() for v in values.values()])
-    assert tuple(values) == _SUMS[: len(values)]
+    if batch.log_kept is not None and batch.out_of_support is not None:
+        log_kept = torch.where(valid, batch.log_kept.double(), 0.0)
+        per_token |= {
+            "trunc_tokens": valid,
+            "kept_mass": log_kept.exp() * valid,
+            "log_kept": log_kept,
+            "out_of_support": valid & batch.out_of_support,
+        }
+    by_sequence = torch.stack([x.double() for x in per_token.values()]).sum(-1)
+    rows = dict(zip(per_token, by_sequence, strict=True))
+    has_tokens, seq_delta = rows["tokens"] > 0, -rows["neg_delta"]
+    seq_w = torch.where(has_tokens, seq_delta.clamp(max=_SEQ_CLAMP).exp(), 0.0)
+    per_sequence = {"sequences": has_tokens.double(), "seq_delta": seq_delta, "seq_w": seq_w, "seq_w2": seq_w * seq_w}
+    totals = torch.cat([by_sequence, torch.stack(list(per_sequence.values()))]).sum(-1)
+    names = [_INDEX[name] for name in (*per_token, *per_sequence)]
+    out.additive[torch.tensor(names, device=device)] = totals
 
     # scatter, not bincount: bincount syncs with the device to learn its size
     bins = ((abs_delta.clamp_min(1e-300).log10() - _DECADES[0]) * _PER_DECADE).floor().add(1).clamp(0, _BINS - 1)
-    flat = bins.long() + _BINS * (delta >= 0).long()
-    out.histogram.view(-1).scatter_add_(0, flat.view(-1), one.view(-1))
+    flat = (bins + _BINS * (delta >= 0)).long()
+    out.histogram.view(-1).scatter_add_(0, flat.view(-1), valid.double().view(-1))
 
     generator = torch.Generator(device=device).manual_seed(seed)
-    weights = torch.poisson(
-        torch.ones(bootstrap_samples, len(seq_mean_w), dtype=torch.float64, device=device), generator
-    )
-    out.bootstrap.copy_(weights @ torch.stack([seq_mean_w, per_seq], dim=-1))
+    uniform = torch.rand(bootstrap_samples, len(seq_w), generator=generator, device=device)
+    weights = torch.bucketize(uniform, _POISSON_CDF.to(device)).double()  # Poisson(1) by its inverse distribution
+    out.bootstrap.copy_(weights @ torch.stack([rows["w"], rows["tokens"]], dim=-1))
 
-    low = torch.full((), -math.inf, dtype=torch.float64, device=device)
-    out.maxima[0] = torch.where(valid, abs_delta, low).max()
-    out.maxima[1] = torch.where(valid, delta, low).max()
-    out.maxima[2] = torch.where(valid, -delta, low).max()
-    out.maxima[3] = torch.where(has_tokens, seq_delta.abs(), low).max()
-    out.bump(batches=1, lag=batch.lag)
+    out.maxima[:3] = torch.stack([abs_delta, delta, -delta]).masked_fill(~valid, -math.inf).amax((1, 2))
+    out.maxima[3] = seq_delta.abs().masked_fill(~has_tokens, -math.inf).amax()
     return out
 
 
@@ -224,16 +205,17 @@ def compute(sums: MismatchSums) -> MismatchStats:
     put("cost/seconds", s["cost_seconds"], s["batches"])
     put("cost/share", s["cost_seconds"], s["wall_seconds"])
     if n > 0:
+        p01, p50, p99 = map(_exp, _quantiles(histogram, (0.01, 0.50, 0.99), maxima))
         values |= {
             "kl_k1": s["neg_delta"] / n,
             "kl_k3": s["k3"] / n,
             "logp_abs_diff/mean": s["abs_delta"] / n,
-            "logp_abs_diff/p99": _quantile_abs(histogram, 0.99, maxima),
+            "logp_abs_diff/p99": _quantiles_abs(histogram, (0.99,), maxima)[0],
             "logp_abs_diff/max": maxima["abs_delta"],
             "ratio/mean": s["w"] / n,
-            "ratio/p01": _exp(_quantile(histogram, 0.01, maxima)),
-            "ratio/p50": _exp(_quantile(histogram, 0.50, maxima)),
-            "ratio/p99": _exp(_quantile(histogram, 0.99, maxima)),
+            "ratio/p01": p01,
+            "ratio/p50": p50,
+            "ratio/p99": p99,
             "ratio/max": _exp(maxima["delta"]),
             "ratio/out_of_band": s["out_of_band"] / n,
             "ess": s["w"] ** 2 / (n * s["w2"]) if s["w2"] > 0 else 0.0,
@@ -259,27 +241,25 @@ def _exp(x: float) -> float:
     return math.exp(x) if x < 709.0 else math.inf
 
 
-def _centers() -> np.ndarray:
-    """|Δ| at the middle of each bin on the log scale; 0 for the first."""
-    exponents = _DECADES[0] + (np.arange(_BINS) - 0.5) / _PER_DECADE
-    return np.where(np.arange(_BINS) == 0, 0.0, 10.0**exponents)
+# |Δ| at the middle of each bin on the log scale, 0 for the first; and Δ over all signed bins in ascending order
+_CENTERS = np.where(np.arange(_BINS) == 0, 0.0, 10.0 ** (_DECADES[0] + (np.arange(_BINS) - 0.5) / _PER_DECADE))
+_SIGNED_CENTERS = np.concatenate([-_CENTERS[::-1], _CENTERS])
 
 
-def _quantile_abs(histogram: np.ndarray, q: float, maxima: dict[str, float]) -> float:
-    return _pick(histogram.sum(0), _centers(), q, 0.0, maxima["abs_delta"])
+def _quantiles_abs(histogram: np.ndarray, qs: Sequence[float], maxima: dict[str, float]) -> list[float]:
+    return _pick(histogram.sum(0), _CENTERS, qs, 0.0, maxima["abs_delta"])
 
 
-def _quantile(histogram: np.ndarray, q: float, maxima: dict[str, float]) -> float:
+def _quantiles(histogram: np.ndarray, qs: Sequence[float], maxima: dict[str, float]) -> list[float]:
     counts = np.concatenate([histogram[0][::-1], histogram[1]])
-    values = np.concatenate([-_centers()[::-1], _centers()])
-    return _pick(counts, values, q, -maxima["neg_delta"], maxima["delta"])
+    return _pick(counts, _SIGNED_CENTERS, qs, -maxima["neg_delta"], maxima["delta"])
 
 
-def _pick(counts: np.ndarray, values: np.ndarray, q: float, low: float, high: float) -> float:
-    """The value at rank ceil(q n), kept inside the observed range."""
+def _pick(counts: np.ndarray, values: np.ndarray, qs: Sequence[float], low: float, high: float) -> list[float]:
+    """The values at ranks ceil(q n), kept inside the observed range."""
     cumulative = np.cumsum(counts)
-    rank = max(1.0, math.ceil(q * cumulative[-1]))
-    return float(min(max(values[int(np.searchsorted(cumulative, rank))], low), high))
+    ranks = np.maximum(1.0, np.ceil(np.asarray(qs) * cumulative[-1]))
+    return np.clip(values[np.searchsorted(cumulative, ranks)], low, high).tolist()
 
 
 def log_ratio_histogram(sums: MismatchSums, bins: int = 64) -> tuple[np.ndarray, np.ndarray] | None:
@@ -291,9 +271,9 @@ def log_ratio_histogram(sums: MismatchSums, bins: int = 64) -> tuple[np.ndarray,
     if histogram.sum() == 0:
         return None
     maxima = dict(zip(_MAXIMA, sums.maxima.cpu().tolist(), strict=True))
-    low, high = (_quantile(histogram, q, maxima) for q in (0.001, 0.999))
+    low, high = _quantiles(histogram, (0.001, 0.999), maxima)
     if high - low < 1e-8:
         low, high = low - 1e-8, high + 1e-8
-    values = np.concatenate([-_centers()[::-1], _centers()]).clip(low, high)
+    values = _SIGNED_CENTERS.clip(low, high)
     counts = np.concatenate([histogram[0][::-1], histogram[1]])
     return np.histogram(values, bins=bins, range=(low, high), weights=counts)

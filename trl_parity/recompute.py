@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -47,6 +48,18 @@ def _logit_scale(config: Any) -> float:
     return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
 
 
+_constants: WeakKeyDictionary[Any, tuple[float, float | None, int]] = WeakKeyDictionary()
+
+
+def _logit_constants(lm: Any) -> tuple[float, float | None, int]:
+    """Logit scale, soft cap, vocabulary size; read once a model (a config's attribute look-ups are slow)."""
+    if lm not in _constants:
+        config = lm.config.get_text_config()
+        softcap = getattr(config, "final_logit_softcapping", None)
+        _constants[lm] = (_logit_scale(config), None if softcap is None else float(softcap), int(config.vocab_size))
+    return _constants[lm]
+
+
 @contextmanager
 def materialized_head(model: torch.nn.Module, temperature: float) -> Iterator[Head]:
     """The head of ``model`` with whole weights, for the duration of the block.
@@ -55,7 +68,7 @@ def materialized_head(model: torch.nn.Module, temperature: float) -> Iterator[He
     enter. LoRA on the head is added as a low-rank term with the active adapters' scaling.
     """
     lm = causal_lm(model)
-    config = lm.config.get_text_config()
+    scale, softcap, vocab_size = _logit_constants(lm)
     module = lm.get_output_embeddings()
     if module is None:
         raise ValueError(
@@ -74,15 +87,14 @@ def materialized_head(model: torch.nn.Module, temperature: float) -> Iterator[He
             return p.full_tensor() if hasattr(p, "full_tensor") else p
 
         bias = getattr(module, "bias", None)
-        softcap = getattr(config, "final_logit_softcapping", None)
         weight = whole(module.weight)
         yield Head(
             weight=weight,
             bias=None if bias is None else whole(bias),
             temperature=temperature,
-            logit_scale=_logit_scale(config),
-            softcap=None if softcap is None else float(softcap),
-            vocab_size=min(config.vocab_size, weight.shape[0]),
+            logit_scale=scale,
+            softcap=softcap,
+            vocab_size=min(vocab_size, weight.shape[0]),
             low_rank=tuple((whole(a), whole(b), float(s)) for a, b, s in low_rank),
         )
 
