@@ -24,21 +24,20 @@ _DECADES = (-9, 3)  # |Δ| from 1e-9 (below: zero) to 1e3 nats (above: the last 
 _PER_DECADE = 64
 _BINS = (_DECADES[1] - _DECADES[0]) * _PER_DECADE + 1  # bin 0 holds |Δ| < 1e-9
 _SEQ_CLAMP = 300.0  # e^600 still fits a double
-BAND = (0.9, 1.1)  # a ratio outside it counts as out_of_band (the band of TRL issue 6789)
+BAND = 0.1  # a ratio outside [1 - BAND, 1 + BAND] counts as out_of_band (the band of TRL issue 6789)
 # An interval from a handful of sequences says nothing: below this many, honesty has no interval and no gap.
 MIN_BOOTSTRAP_SEQUENCES = 8
 _INTERVAL = (0.005, 0.995)
 _POISSON_CDF = torch.cumsum(torch.tensor([math.exp(-1) / math.factorial(k) for k in range(12)]), 0)
 
 _SUMS = (
-    # tokens both sides scored with a finite number
+    # tokens both sides scored with a finite number, and how many were to be compared
     "tokens", "neg_delta", "k3", "abs_delta", "w", "w2", "out_of_band", "rollout_logprob", "entropy", "confident",
-    # tokens compared, finite or not
-    "compared", "nonfinite",
-    # sequences with at least one finite token
-    "sequences", "seq_delta", "seq_w", "seq_w2",
+    "compared",
     # the trainer's own head
     "own_tokens", "own_k3", "own_abs_delta",
+    # sequences with at least one such token
+    "sequences", "seq_delta", "seq_w", "seq_w2",
     # truncation replay
     "trunc_tokens", "kept_mass", "log_kept", "out_of_support",
     # updates against the policy that generated
@@ -121,53 +120,50 @@ def measure(batch: ScoredBatch, *, bootstrap_samples: int = 200, seed: int = 0) 
     (k3, own_k3), (abs_delta, own_abs) = less_1 - deltas, deltas.abs()
     delta, (valid, own_valid) = deltas[0], valids
     w = less_1[0] + valid
-    per_token = {
-        "tokens": valid,
-        "neg_delta": -delta,
-        "k3": k3,
-        "abs_delta": abs_delta,
-        "w": w,
-        "w2": w * w,
-        "out_of_band": valid & ((w < BAND[0]) | (w > BAND[1])),
-        "rollout_logprob": torch.where(valid, rollout, 0.0),
-        "entropy": torch.where(valid, batch.entropy, 0.0),
-        "confident": valid & (rollout >= math.log(0.5)) & (delta < -2.0),
-        "compared": mask,
-        "nonfinite": mask & ~valid,
-        "own_tokens": own_valid,
-        "own_k3": own_k3,
-        "own_abs_delta": own_abs,
-    }
+    by_sequence = _stacked(
+        valid,
+        -delta,
+        k3,
+        abs_delta,
+        w,
+        w * w,
+        less_1[0].abs() > BAND,
+        torch.where(valid, rollout, 0.0),
+        torch.where(valid, batch.entropy, 0.0),
+        (rollout >= math.log(0.5)) & (delta < -2.0),
+        mask,
+        own_valid,
+        own_k3,
+        own_abs,
+    ).sum(-1)
+    tokens, seq_delta, seq_mean_w = by_sequence[0], -by_sequence[1], by_sequence[4]
+    has_tokens = tokens > 0
+    seq_w = torch.where(has_tokens, seq_delta.clamp(max=_SEQ_CLAMP).exp(), 0.0)
+    per_sequence = _stacked(has_tokens, seq_delta, seq_w, seq_w * seq_w)
+    totals = torch.cat([by_sequence, per_sequence]).sum(-1)  # in the order of _SUMS
+    out.additive[: len(totals)] = totals
     if batch.log_kept is not None and batch.out_of_support is not None:
         log_kept = torch.where(valid, batch.log_kept.double(), 0.0)
-        per_token |= {
-            "trunc_tokens": valid,
-            "kept_mass": log_kept.exp() * valid,
-            "log_kept": log_kept,
-            "out_of_support": valid & batch.out_of_support,
-        }
-    by_sequence = torch.stack([x.double() for x in per_token.values()]).sum(-1)
-    rows = dict(zip(per_token, by_sequence, strict=True))
-    has_tokens, seq_delta = rows["tokens"] > 0, -rows["neg_delta"]
-    seq_w = torch.where(has_tokens, seq_delta.clamp(max=_SEQ_CLAMP).exp(), 0.0)
-    per_sequence = {"sequences": has_tokens.double(), "seq_delta": seq_delta, "seq_w": seq_w, "seq_w2": seq_w * seq_w}
-    totals = torch.cat([by_sequence, torch.stack(list(per_sequence.values()))]).sum(-1)
-    names = [_INDEX[name] for name in (*per_token, *per_sequence)]
-    out.additive[torch.tensor(names, device=device)] = totals
+        truncation = _stacked(valid, log_kept.exp() * valid, log_kept, valid & batch.out_of_support)
+        out.additive[_INDEX["trunc_tokens"] :][:4] = truncation.sum((1, 2))
 
     # scatter, not bincount: bincount syncs with the device to learn its size
-    bins = ((abs_delta.clamp_min(1e-300).log10() - _DECADES[0]) * _PER_DECADE).floor().add(1).clamp(0, _BINS - 1)
-    flat = (bins + _BINS * (delta >= 0)).long()
-    out.histogram.view(-1).scatter_add_(0, flat.view(-1), valid.double().view(-1))
+    position = abs_delta.clamp_min(1e-300).log10() * _PER_DECADE + (1 - _DECADES[0] * _PER_DECADE)
+    bins = position.clamp(0, _BINS - 1).long() + _BINS * (delta >= 0)
+    out.histogram.view(-1).scatter_add_(0, bins.view(-1), valid.double().view(-1))
 
     generator = torch.Generator(device=device).manual_seed(seed)
     uniform = torch.rand(bootstrap_samples, len(seq_w), generator=generator, device=device)
     weights = torch.bucketize(uniform, _POISSON_CDF.to(device)).double()  # Poisson(1) by its inverse distribution
-    out.bootstrap.copy_(weights @ torch.stack([rows["w"], rows["tokens"]], dim=-1))
+    out.bootstrap.copy_(weights @ torch.stack([seq_mean_w, tokens], dim=-1))
 
     out.maxima[:3] = torch.stack([abs_delta, delta, -delta]).masked_fill(~valid, -math.inf).amax((1, 2))
     out.maxima[3] = seq_delta.abs().masked_fill(~has_tokens, -math.inf).amax()
     return out
+
+
+def _stacked(*tensors: torch.Tensor) -> torch.Tensor:
+    return torch.stack([x.double() for x in tensors])
 
 
 @torch.no_grad()
@@ -176,8 +172,8 @@ def measure_policy_drift(out: MismatchSums, new: torch.Tensor, old: torch.Tensor
     delta = new.double() - old.double()
     valid = mask.bool() & torch.isfinite(delta)
     delta = torch.where(valid, delta, delta.new_zeros(()))
-    out.additive[_INDEX["drift_tokens"]] += valid.sum().to(out.additive.device)
-    out.additive[_INDEX["drift_k3"]] += (torch.expm1(delta) - delta).sum().to(out.additive.device)
+    sums = _stacked(valid, torch.expm1(delta) - delta).sum((1, 2))
+    out.additive[_INDEX["drift_tokens"] :][:2] += sums.to(out.additive.device)
 
 
 def compute(sums: MismatchSums) -> MismatchStats:
@@ -194,7 +190,7 @@ def compute(sums: MismatchSums) -> MismatchStats:
         if count > 0:
             values[name] = total / count
 
-    put("nonfinite_rate", s["nonfinite"], s["compared"])
+    put("nonfinite_rate", s["compared"] - n, s["compared"])
     put("own_head/kl_k3", s["own_k3"], s["own_tokens"])
     put("own_head/logp_abs_diff/mean", s["own_abs_delta"], s["own_tokens"])
     put("truncation/kept_mass", s["kept_mass"], s["trunc_tokens"])
