@@ -103,7 +103,11 @@ def reduce_on(rank, world, directory):
     assert accelerator.num_processes == world
     sums = MismatchSums.zeros()
     for i in range(rank):  # rank 0 has nothing, the others more and more
-        sums.add_(measure(random_batch(torch.Generator().manual_seed(i), 3 * rank, 5, 0.1), seed=rank * 10 + i))
+        sums.add_(
+            measure(
+                random_batch(torch.Generator().manual_seed(i), 3 * rank, 5, 0.1), first_sequence=rank * 100 + i * 30
+            )
+        )
     reduced = reduce_sums(sums, accelerator)
     rows = gather_rows([{"rank": rank}] * rank)
     torch.save((sums, reduced, rows), f"{directory}/{rank}.pt")

@@ -103,7 +103,7 @@ def merged(batches, shards):
                 f: v[low:high] if isinstance(v := getattr(batch, f), torch.Tensor) else v
                 for f in ScoredBatch.__dataclass_fields__
             }
-            parts.append(measure(ScoredBatch(**rows), seed=seed * 100 + low))
+            parts.append(measure(ScoredBatch(**rows), first_sequence=seed * 100 + low))
     for part in reversed(parts):
         total.add_(part)
     return total
@@ -140,7 +140,7 @@ def test_the_names_computed_are_exactly_the_documented_scalars():
 @settings(max_examples=40, deadline=None)
 def test_merging_is_the_same_in_any_order(rows, columns, scale, seed):
     generator = torch.Generator().manual_seed(seed)
-    a, b, c = (measure(random_batch(generator, rows, columns, scale), seed=i) for i in range(3))
+    a, b, c = (measure(random_batch(generator, rows, columns, scale), first_sequence=i * 20) for i in range(3))
     left, right = MismatchSums.zeros(), MismatchSums.zeros()
     for part in (a, b, c):
         left.add_(part)
@@ -205,7 +205,7 @@ def test_honesty_interval_holds_1_for_two_different_honest_models():
     other = torch.softmax(law.log() + 0.3 * torch.randn(50, generator=generator, dtype=torch.float64), 0)
     inside = 0
     for i in range(40):
-        stats = compute(measure(draw(generator, law, law, other, 64, 32), seed=i))
+        stats = compute(measure(draw(generator, law, law, other, 64, 32), first_sequence=i * 64))
         inside += stats["honesty_low"] <= 1.0 <= stats["honesty_high"]
         assert stats["kl_k3"] > 0.01  # and the drift itself is seen
     assert inside >= 38

@@ -94,6 +94,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         self._last: tuple[RolloutBatch, ScoredBatch] | None = None
         self._error = ""
         self._batches = 0
+        self._sequences = 0
         self._open_batches = 0  # of them in the open window
         self._windows = 0
         self._window_start = 0  # optimizer steps done when the open window began
@@ -156,9 +157,10 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         try:
             rollout = capture.rollout()
             scored = capture.score(rollout, self.config.token_budget)
-            # one seed per rank and batch: resamples of different sequences must be independent
-            seed = (capture.step * 1009 + self._batches) * 4096 + rank
-            sums = measure(scored, bootstrap_samples=self.config.bootstrap_samples, seed=seed)
+            # numbered over batches and ranks; a prime stride keeps the ranks' numbers apart in the resampling pool
+            first = self._sequences + rank * 1009
+            sums = measure(scored, bootstrap_samples=self.config.bootstrap_samples, first_sequence=first)
+            self._sequences += len(scored.mask)
             self._last = (rollout, scored)
             return sums, ""
         except Exception as e:

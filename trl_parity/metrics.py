@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -27,8 +28,7 @@ _SEQ_CLAMP = 300.0  # e^600 still fits a double
 BAND = 0.1  # a ratio outside [1 - BAND, 1 + BAND] counts as out_of_band (the band of TRL issue 6789)
 # An interval from a handful of sequences says nothing: below this many, honesty has no interval and no gap.
 MIN_BOOTSTRAP_SEQUENCES = 8
-_INTERVAL = (0.005, 0.995)
-_POISSON_CDF = torch.cumsum(torch.tensor([math.exp(-1) / math.factorial(k) for k in range(12)]), 0)
+_POOL = 4096  # sequences until their resampling weights repeat
 
 _SUMS = (
     # tokens both sides scored with a finite number, and how many were to be compared
@@ -99,11 +99,11 @@ class MismatchSums:
 
 
 @torch.no_grad()
-def measure(batch: ScoredBatch, *, bootstrap_samples: int = 200, seed: int = 0) -> MismatchSums:
+def measure(batch: ScoredBatch, *, bootstrap_samples: int = 200, first_sequence: int = 0) -> MismatchSums:
     """The sums of one scored batch, on its device, without a device sync.
 
-    ``seed`` drives the bootstrap's own generator: the global random state is not touched. Give every rank and batch
-    another one.
+    ``first_sequence``: the running number of the batch's first sequence, over batches and ranks. Sequences are
+    resampled by their number, so different ones need different numbers.
     """
     mask, device = batch.mask, batch.mask.device
     out = MismatchSums.zeros(device, bootstrap_samples)
@@ -152,14 +152,23 @@ def measure(batch: ScoredBatch, *, bootstrap_samples: int = 200, seed: int = 0) 
     bins = position.clamp(0, _BINS - 1).long() + _BINS * (delta >= 0)
     out.histogram.view(-1).scatter_add_(0, bins.view(-1), valid.double().view(-1))
 
-    generator = torch.Generator(device=device).manual_seed(seed)
-    uniform = torch.rand(bootstrap_samples, len(seq_w), generator=generator, device=device)
-    weights = torch.bucketize(uniform, _POISSON_CDF.to(device)).double()  # Poisson(1) by its inverse distribution
-    out.bootstrap.copy_(weights @ torch.stack([seq_mean_w, tokens], dim=-1))
+    weights = _resample_weights(bootstrap_samples, device)
+    rows = (torch.arange(len(tokens), device=device) + first_sequence) % len(weights)
+    out.bootstrap.copy_(weights[rows].t() @ torch.stack([seq_mean_w, tokens], dim=-1))
 
     out.maxima[:3] = torch.stack([abs_delta, delta, -delta]).masked_fill(~valid, -math.inf).amax((1, 2))
     out.maxima[3] = seq_delta.abs().masked_fill(~has_tokens, -math.inf).amax()
     return out
+
+
+@lru_cache(maxsize=4)
+def _resample_weights(samples: int, device: torch.device) -> torch.Tensor:
+    """(_POOL, R) fp64 draws from Poisson(1): how often each resample holds each sequence. Made once, from one seed.
+
+    Drawing them anew for every batch would cost more than all its sums. The global random state is not touched.
+    """
+    generator = torch.Generator().manual_seed(0)
+    return torch.poisson(torch.ones(_POOL, samples, dtype=torch.float64), generator).to(device)
 
 
 def _stacked(*tensors: torch.Tensor) -> torch.Tensor:
@@ -227,7 +236,8 @@ def compute(sums: MismatchSums) -> MismatchStats:
         }
         resampled = bootstrap[bootstrap[:, 1] > 0]
         if seqs >= MIN_BOOTSTRAP_SEQUENCES and len(resampled):
-            low, high = np.quantile(resampled[:, 0] / resampled[:, 1], _INTERVAL).tolist()
+            means = np.sort(resampled[:, 0] / resampled[:, 1])
+            low, high = float(means[int(0.005 * len(means))]), float(means[-1 - int(0.005 * len(means))])
             gap = max(0.0, low - 1.0, 1.0 - high)
             values |= {"honesty_low": low, "honesty_high": high, "honesty_gap": gap}
     return MismatchStats(int(n), int(seqs), int(s["batches"]), int(s["errors"]), values)
