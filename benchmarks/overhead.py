@@ -30,6 +30,7 @@ def run_arm(arm: str, steps: int, batch: int, length: int, out: Path) -> None:
     """One training in this process; writes step seconds and cost shares as JSON."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as in the recipe: so small a model only waits for a second thread
     sys.path.insert(0, str(ROOT / "recipes" / "grpo"))
     import task
     import tiny_model
@@ -88,9 +89,9 @@ def run_arm(arm: str, steps: int, batch: int, length: int, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--pairs", type=int, default=1, help="trainings per arm, in alternation")
-    parser.add_argument("--batch", type=int, default=16, help="completions per step")
+    parser.add_argument("--batch", type=int, default=64, help="completions per step")
     parser.add_argument("--length", type=int, default=40, help="completion tokens at most")
     parser.add_argument("--json", type=Path, help="keep the figures here")
     parser.add_argument("--arm", choices=["with", "without"], help=argparse.SUPPRESS)
