@@ -139,7 +139,7 @@ def inspect(run_dir):
 def test_wandb_gets_a_histogram_a_table_and_an_alert(tmp_path):
     import wandb
 
-    run = wandb.init(mode="offline", dir=tmp_path, project="parity-test")
+    run = wandb.init(mode="offline", dir=tmp_path, project="parity-test", reinit="finish_previous")
     sink = WandbSink()
     sink.log_rich(4, sums_of(), [{"step": 4, "token": "<b>", "log_ratio": 0.1}])
     sink.alert(verdict(4), "text")
@@ -153,7 +153,7 @@ def test_wandb_gets_a_histogram_a_table_and_an_alert(tmp_path):
 def test_a_failing_wandb_warns_once_and_the_run_goes_on(tmp_path, caplog):
     import wandb
 
-    run = wandb.init(mode="offline", dir=tmp_path)
+    run = wandb.init(mode="offline", dir=tmp_path, reinit="finish_previous")
     sink = WandbSink()
     run.finish()
     sink._wandb = type("Dead", (), {"run": run, "Histogram": wandb.Histogram, "Table": wandb.Table})

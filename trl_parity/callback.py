@@ -154,6 +154,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
 
     def _measure(self, capture: Capture, rank: int) -> tuple[MismatchSums, str]:
         """The sums of one batch; a failure of ours becomes ``errors=1``, only a missing interception raises."""
+        self._last = None
         try:
             rollout = capture.rollout()
             scored = capture.score(rollout, self.config.token_budget)

@@ -62,7 +62,7 @@ class Rule:
 DEFAULT_RULES: tuple[tuple[str, float], ...] = (
     ("kl_k3", 0.01),
     ("logp_abs_diff/mean", 0.06),
-    ("honesty_gap", 0.02),
+    ("honesty_gap", 0.01),
     ("nonfinite_rate", 0.01),
     ("confident_disagreement", 0.01),
 )
