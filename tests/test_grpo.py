@@ -199,7 +199,7 @@ def test_training_is_bit_equal_with_and_without_the_callback(make_trainer, tmp_p
 # ---- faults of the real stack -----------------------------------------------------------------------------------
 
 
-def test_a_lost_weight_sync_halts_with_a_checkpoint_and_a_reason(make_trainer, tmp_path, monkeypatch, capsys):
+def test_a_lost_weight_sync_halts_with_a_checkpoint_and_a_reason(make_trainer, tmp_path, monkeypatch, capfd):
     lose_sync(monkeypatch)
     callback = ParityCallback()
     trainer = make_trainer(tmp_path, callback, max_steps=20)
@@ -211,7 +211,7 @@ def test_a_lost_weight_sync_halts_with_a_checkpoint_and_a_reason(make_trainer, t
     halted = callback.verdicts[-1].step
     assert trainer.state.global_step == halted
     assert (tmp_path / f"checkpoint-{halted}" / "model.safetensors").exists()
-    told = capsys.readouterr().err
+    told = capfd.readouterr().err
     assert f"HALT at step {halted}" in told
     assert "logp_abs_diff/mean" in told
     assert "action='log'" in told
