@@ -162,3 +162,9 @@ def test_a_failing_wandb_warns_once_and_the_run_goes_on(tmp_path, caplog):
     assert caplog.text.count("W&B failed") == 1
     sink._wandb = wandb
     sink.log_rich(3, sums_of(), [])  # no active run at all: nothing to do, nothing to raise
+
+
+def test_wandb_not_installed_is_named_with_the_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match="pip install"):
+        WandbSink()

@@ -98,7 +98,12 @@ class WandbSink:
     """
 
     def __init__(self) -> None:
-        import wandb
+        try:
+            import wandb
+        except ImportError as e:
+            raise ConfigError(
+                "report_to names wandb, which is not installed. Run: pip install 'trl-parity[wandb]'."
+            ) from e
 
         self._wandb = wandb
         self._failed = False
