@@ -29,7 +29,7 @@ def statuses(b, windows):
 
 
 def test_three_breached_windows_in_a_row_halt_and_fewer_do_not():
-    bad, good = window(kl_k3=0.2), window(kl_k3=0.05)
+    bad, good = window(kl_k3=0.2), window(kl_k3=0.04)
     assert statuses(breaker(), [bad, bad, good, bad, bad, bad]) == [
         "BREACH",
         "BREACH",
@@ -55,8 +55,8 @@ def test_a_rule_with_its_own_consecutive_is_heeded():
     assert statuses(b, [window(kl_k3=0.2)] * 2) == ["BREACH", "HALT"]
 
 
-def test_at_the_limit_is_within_the_limit():
-    assert statuses(breaker(), [window(kl_k3=0.1)]) == ["OK"]
+def test_at_the_limit_is_within_the_limit_and_at_half_of_it_not_even_a_warning():
+    assert statuses(breaker(), [window(kl_k3=0.1), window(kl_k3=0.051), window(kl_k3=0.05)]) == ["WARN", "WARN", "OK"]
 
 
 def test_below_rules_breach_below():
@@ -70,6 +70,81 @@ def test_warn_only_rules_warn_and_leave_the_streak_alone():
     assert {v.status for v in verdicts} == {Status.WARN}
     assert verdicts[-1].streak == 0
     assert verdicts[-1].warnings == ("kl_k3",)
+
+
+def test_a_warn_window_holds_the_streak_so_that_a_run_swinging_about_its_limit_halts():
+    bad, near, good = window(kl_k3=0.2), window(kl_k3=0.08), window(kl_k3=0.01)
+    assert statuses(breaker(), [bad, near, bad, near, bad]) == ["BREACH", "WARN", "BREACH", "WARN", "HALT"]
+    assert statuses(breaker(), [bad, good, bad, good, bad]) == ["BREACH", "OK", "BREACH", "OK", "BREACH"]
+    after_halt = breaker()
+    assert statuses(after_halt, [bad] * 3 + [near, bad, good, bad]) == [
+        "BREACH", "BREACH", "HALT", "WARN", "HALT", "OK", "BREACH",
+    ]  # fmt: skip
+
+
+def test_in_the_warm_up_only_immediate_rules_halt():
+    bad, good = window(kl_k3=0.2), window(kl_k3=0.01)
+    b = breaker(warmup=4)
+    assert statuses(b, [good, bad, bad, bad, bad]) == ["CALIBRATING", "BREACH", "BREACH", "BREACH", "HALT"]
+    assert statuses(breaker(Rule(stat="kl_k3", limit=0.1, immediate=True), warmup=4), [bad]) == ["HALT"]
+
+
+def test_people_are_alerted_once_per_level_and_episode():
+    bad, near, good = window(kl_k3=0.2), window(kl_k3=0.08), window(kl_k3=0.01)
+    b = breaker()
+    windows = [near, near, bad, NO_DATA, bad, bad, bad, near, good, bad, good, near]
+    alerts = [b.judge(i, w).alert for i, w in enumerate(windows)]
+    assert alerts == ["WARN", "", "", "", "", "HALT", "", "", "", "WARN", "", "WARN"]
+
+
+# ---- rules on the noise floor -----------------------------------------------------------------------------------
+
+FLOORED_RULE = Rule(stat="kl_k3", limit=1e-4, k=5.0, ceiling=0.1)
+
+
+def noisy(value, floor, stat="kl_k3"):
+    return window(**{stat: 99.0, f"trimmed/{stat}": value, f"floor/{stat}": floor})
+
+
+@pytest.mark.parametrize(
+    ("value", "floor", "expected"),
+    [
+        (1.1e-4, 2e-6, "BREACH"),  # the floor is nothing: its own limit counts
+        (1.0e-4, 2e-6, "WARN"),
+        (4e-5, 2e-6, "OK"),
+        (4.9e-3, 1e-3, "WARN"),  # five times the floor
+        (5.1e-3, 1e-3, "BREACH"),
+        (2e-3, 1e-3, "OK"),
+        (0.11, 0.05, "BREACH"),  # above the ceiling, whatever the floor
+    ],
+)
+def test_a_rule_with_k_looks_at_the_excess_over_the_floor(value, floor, expected):
+    assert statuses(breaker(FLOORED_RULE), [noisy(value, floor)]) == [expected]
+
+
+def test_ess_falls_with_noise_and_its_excess_is_what_is_lost_beyond_it():
+    rule = Rule(stat="ess", limit=0.01, k=5.0)
+    assert statuses(breaker(rule), [noisy(0.95, 0.99, "ess"), noisy(0.98, 0.99, "ess")]) == ["WARN", "OK"]
+    verdict = breaker(rule).judge(1, noisy(0.94, 0.99, "ess"))
+    assert verdict.status is Status.BREACH
+    assert verdict.reason == "excess/ess 0.05 > 0.04"
+    assert breaker(rule).judge(1, window(trimmed__ess=0.94, ess=0.94)).status is Status.CALIBRATING
+
+
+def test_without_a_floor_its_absolute_limit_holds_and_a_healthy_window_is_calibrating():
+    rule = Rule(stat="kl_k3", limit=1e-4, k=5.0, absolute=0.01)
+    small, large = window(kl_k3=1e-3, trimmed__kl_k3=1e-3), window(kl_k3=0.02, trimmed__kl_k3=0.02)
+    assert statuses(breaker(rule), [small, large]) == ["CALIBRATING", "BREACH"]
+    assert statuses(breaker(rule, expects_floor=False), [small, large]) == ["OK", "BREACH"]
+    assert statuses(breaker(FLOORED_RULE), [window(kl_k3=1e-9, trimmed__kl_k3=1e-9)]) == ["CALIBRATING"]
+    assert statuses(breaker(FLOORED_RULE), [window(kl_k3=0.2, trimmed__kl_k3=0.2)]) == ["BREACH"]  # the ceiling
+
+
+def test_rules_look_at_the_trimmed_statistic_unless_immediate():
+    one_bad_token = window(nonfinite_rate=0.02, trimmed__nonfinite_rate=0.0)
+    rule = Rule(stat="nonfinite_rate", limit=0.01)
+    assert statuses(breaker(rule), [one_bad_token]) == ["OK"]
+    assert statuses(breaker(Rule(stat="nonfinite_rate", limit=0.01, immediate=True)), [one_bad_token]) == ["HALT"]
 
 
 def test_no_data_neither_ends_nor_feeds_a_streak():
@@ -110,7 +185,10 @@ def test_state_survives_a_restart_in_the_middle_of_a_streak():
     first, second = breaker(), breaker()
     assert statuses(first, [bad, bad]) == ["BREACH", "BREACH"]
     second.load_state(first.state())
-    assert statuses(second, [bad]) == ["HALT"]
+    verdict = second.judge(3, bad)
+    assert verdict.status is Status.HALT
+    assert verdict.alert == "HALT"
+    assert second.judge(4, bad).alert == ""
 
 
 def test_the_reason_names_value_and_limit():

@@ -16,15 +16,18 @@ def test_defaults_are_valid_and_halt_needs_three_windows():
 
 
 def test_rules_are_laid_over_the_defaults(tmp_path):
-    path = tmp_path / "parity.yaml"
+    path = tmp_path / "default.yaml"
     path.write_text(
         "consecutive: 2\nrules:\n  kl_k3: {limit: 0.5, immediate: true}\n  ess: {limit: 0.9, below: true}\n"
         "  honesty_gap: null\n  logp_abs_diff/p99: 3\n"
     )
     rules = {rule.stat: rule for rule in ParityConfig.from_yaml(path).resolved_rules()}
-    assert rules["kl_k3"] == Rule(stat="kl_k3", limit=0.5, immediate=True, consecutive=2)
+    assert rules["kl_k3"] == Rule(
+        stat="kl_k3", limit=0.5, k=5.0, ceiling=0.1, absolute=0.01, immediate=True, consecutive=2
+    )
     assert rules["ess"] == Rule(stat="ess", limit=0.9, below=True, consecutive=2)
     assert rules["logp_abs_diff/p99"].limit == 3
+    assert rules["logp_abs_diff/p99"].k is None  # a bare number is an absolute limit
     assert "honesty_gap" not in rules
     assert "nonfinite_rate" in rules
 
@@ -34,6 +37,11 @@ def test_rule_objects_are_accepted_and_survive_a_round_trip():
     again = ParityConfig.from_mapping(config.to_dict())
     assert again.resolved_rules() == config.resolved_rules()
     assert Rule(stat="ess", limit=0.5, below=True, consecutive=7) in config.resolved_rules()
+
+
+def test_temperature_phases_are_in_order_of_their_steps():
+    config = ParityConfig(temperatures='{"train@200": 1.0, "eval": 0, "train": 0.7}')
+    assert config.temperature_phases() == {"train": [(0, 0.7), (200, 1.0)], "eval": [(0, 0.0)]}
 
 
 @pytest.mark.parametrize(
@@ -46,8 +54,18 @@ def test_rule_objects_are_accepted_and_survive_a_round_trip():
         ({"every_n_steps": "ten"}, ">= 1"),
         ({"rules": {"kl_k4": 1.0}}, "did you mean 'kl_k3'"),
         ({"rules": {"kl_k3": {"limits": 1.0}}}, "did you mean 'limit'"),
-        ({"rules": {"ess": {"below": True}}}, "no limit"),
-        ({"rules": {"ess": None}}, "no default rule"),
+        ({"rules": {"chi2": {"below": True}}}, "no limit"),
+        ({"rules": {"chi2": None}}, "no default rule"),
+        ({"rules": {"chi2": {"limit": 1, "k": 3}}}, "no noise floor"),
+        ({"rules": {"kl_k3": {"k": 0.5}}}, ">= 1"),
+        ({"rules": {"ess": {"limit": 0.5, "k": 3, "below": True}}}, "both k and below"),
+        ({"rules": {"chi2": {"limit": 1, "ceiling": 3}}}, "sets ceiling but no k"),
+        ({"rules": {"kl_k3": {"warn": 2}}}, "0 to 1"),
+        ({"temperatures": {"training": 1.0}}, "Expected 'train', 'eval' or 'train@<step>'"),
+        ({"temperatures": {"train": "hot"}}, "Expected a number"),
+        ({"floor_cost_share": 2}, "0 to 1"),
+        ({"reward_window": 5}, ">= 20"),
+        ({"on_state_mismatch": "ignore"}, "Expected one of: restart, error"),
         ({"rules": {"kl_k3": "high"}}, "Expected a number"),
         ({"rules": {"kl_k3": float("nan")}}, "Expected a number"),
         ({"rules": {"kl_k3": {"consecutive": 0}}}, ">= 1"),
@@ -119,7 +137,7 @@ def test_the_commented_yaml_holds_every_setting_at_its_default():
 
     import yaml
 
-    path = Path(__file__).parent.parent / "configs" / "parity.yaml"
+    path = Path(__file__).parent.parent / "configs" / "default.yaml"
     assert set(yaml.safe_load(path.read_text())) == {f.name for f in fields(ParityConfig)}
     written, default = ParityConfig.from_yaml(path), ParityConfig()
     assert written.resolved_rules() == default.resolved_rules()

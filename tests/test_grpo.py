@@ -100,6 +100,7 @@ def test_a_clean_run_is_measured_on_every_batch_and_logged_everywhere(make_train
         trainer.vllm_generation.llm, "generate", lambda *a, **k: generated.append(generate(*a, **k)) or generated[-1]
     )
     trainer.train()
+    generated = [outputs for outputs in generated if outputs[0].prompt_logprobs is None]  # the floor's are re-scores
     import wandb
 
     wandb.finish()
@@ -155,13 +156,15 @@ def test_redacted_runs_leave_no_token_behind(make_trainer, tmp_path):
 
 def test_no_backbone_forward_is_added(make_trainer, tmp_path):
     counts = {}
-    for name, callbacks in (("with", [ParityCallback()]), ("without", [])):
+    arms = {"with": [ParityCallback(floor_tokens=0)], "without": [], "with floor": [ParityCallback()]}
+    for name, callbacks in arms.items():
         trainer = make_trainer(tmp_path / name, *callbacks, max_steps=2, per_device_train_batch_size=8)
         calls = []
         trainer.model.base_model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         trainer.train()
         counts[name] = len(calls)
     assert counts["with"] == counts["without"] > 0
+    assert counts["with floor"] == counts["without"] + 1 + 1 + 4  # once: plain, rounded, four sequences singly
 
 
 def test_uninstrumented_classes_are_trls_own(make_trainer, tmp_path):
@@ -326,7 +329,8 @@ def test_reused_batches_drift_by_policy_not_by_mismatch(make_trainer, tmp_path):
     callback = ParityCallback()
     make_trainer(tmp_path, callback, max_steps=6, num_iterations=3, learning_rate=3e-4).train()
     assert [v.step for v in callback.verdicts] == [1, 4]  # one batch feeds three steps
-    assert statuses(callback) == ["OK", "OK"]
+    assert statuses(callback) == ["OK", "WARN"]
+    assert callback.verdicts[-1].warnings == ("policy_drift/kl_k3",)  # its own rule, and no breach
     stats = callback.verdicts[-1].stats
     assert stats["policy_drift/kl_k3"] > 10 * stats["kl_k3"]
 
@@ -338,7 +342,7 @@ def test_several_generations_in_one_step_make_one_window(make_trainer, tmp_path)
 
 
 def test_without_trls_pass_the_callback_scores_a_sample_under_its_budget(make_trainer, tmp_path):
-    callback = ParityCallback(token_budget=200)
+    callback = ParityCallback(token_budget=200, floor_tokens=0)
     trainer = make_trainer(
         tmp_path, callback, max_steps=2, vllm_importance_sampling_correction=False, per_device_train_batch_size=16
     )

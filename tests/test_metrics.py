@@ -14,13 +14,14 @@ from trl_parity.records import ScoredBatch
 from trl_parity.scalars import SCALARS
 
 
-def scored(rollout, trainer, mask, *, own=None, entropy=None, log_kept=None, outside=None, lag=0):
+def scored(rollout, trainer, mask, *, own=None, entropy=None, law_entropy=None, log_kept=None, outside=None, lag=0):
     return ScoredBatch(
         mask=mask,
         rollout_logprobs=rollout,
         trainer_logprobs=trainer,
         own_logprobs=trainer if own is None else own,
         entropy=torch.zeros_like(trainer) if entropy is None else entropy,
+        law_entropy=law_entropy,
         log_kept=log_kept,
         out_of_support=outside,
         lag=lag,
@@ -37,6 +38,7 @@ def random_batch(generator, rows, columns, scale):
         torch.arange(columns) < lengths.unsqueeze(1),
         own=rollout + delta * 1.5,
         entropy=torch.rand(rows, columns, generator=generator, dtype=torch.float64),
+        law_entropy=torch.rand(rows, columns, generator=generator, dtype=torch.float64),
         log_kept=-torch.rand(rows, columns, generator=generator, dtype=torch.float64) * 0.2,
         outside=torch.rand(rows, columns, generator=generator) < 0.1,
         lag=2,
@@ -45,7 +47,7 @@ def random_batch(generator, rows, columns, scale):
 
 def oracle(batches):
     """Every scalar by its formula, token by token."""
-    d, own, ent, roll, kept, out, seqs = [], [], [], [], [], [], []
+    d, own, ent, law, roll, kept, out, seqs = [], [], [], [], [], [], [], []
     for batch in batches:
         for b in range(batch.mask.shape[0]):
             row = []
@@ -56,6 +58,7 @@ def oracle(batches):
                 row.append(float(batch.trainer_logprobs[b, t]) - r)
                 own.append(float(batch.own_logprobs[b, t]) - r)
                 ent.append(float(batch.entropy[b, t]))
+                law.append(float(batch.law_entropy[b, t]))
                 roll.append(r)
                 kept.append(float(batch.log_kept[b, t]))
                 out.append(bool(batch.out_of_support[b, t]))
@@ -79,7 +82,7 @@ def oracle(batches):
         "seq/ess": sum(seq_w) ** 2 / (len(seqs) * sum(x * x for x in seq_w)),
         "entropy/trainer": mean(ent),
         "entropy/rollout": -mean(roll),
-        "entropy/drift": mean(ent) + mean(roll),
+        "entropy/drift": mean(law) + mean(roll),
         "honesty": mean(w),
         "truncation/kept_mass": mean([math.exp(x) for x in kept]),
         "truncation/log_bias": mean(kept),
@@ -188,7 +191,8 @@ def test_a_huge_log_ratio_neither_raises_nor_hides():
     rollout, trainer = torch.full((2, 3), -2000.0), torch.full((2, 3), -1.0)
     stats = compute(measure(scored(rollout, trainer, torch.ones(2, 3, dtype=torch.bool))))
     assert stats["ratio/max"] == math.inf
-    assert stats["kl_k3"] == math.inf
+    assert stats["kl_k3"] == pytest.approx(math.exp(300), rel=1e-9)  # Δ is clamped there in e^Δ
+    assert stats["trimmed/kl_k3"] > 1e100
     assert stats["logp_abs_diff/max"] == pytest.approx(1999.0)
 
 
@@ -277,3 +281,84 @@ def test_histogram_counts_every_token():
     counts, edges = log_ratio_histogram(measure(batch))
     assert counts.sum() == int(batch.mask.sum())
     assert len(edges) == len(counts) + 1
+
+
+# ---- trimmed statistics -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1e-2, 0.5])
+@pytest.mark.parametrize("n", [40, 5000])
+def test_trimmed_statistics_leave_out_the_worst_tokens(n, scale):
+    generator = torch.Generator().manual_seed(n)
+    delta = torch.randn(1, n, generator=generator, dtype=torch.float64) * scale
+    rollout = torch.full_like(delta, -1.0)
+    stats = compute(measure(scored(rollout, rollout + delta, torch.ones_like(delta, dtype=torch.bool))))
+    kept = sorted(delta.flatten().tolist(), key=abs)[: n - max(1, n // 1000)]
+    w = [math.exp(x) for x in kept]
+    expected = {
+        "kl_k3": sum(math.expm1(x) - x for x in kept) / len(kept),
+        "logp_abs_diff/mean": sum(map(abs, kept)) / len(kept),
+        "logp_abs_diff/p99": abs(kept[math.ceil(0.99 * len(kept)) - 1]),
+        "ess": sum(w) ** 2 / (len(w) * sum(x * x for x in w)),
+    }
+    for name, value in expected.items():  # bins are 3.7 % wide, and a square of Δ doubles that
+        assert stats[f"trimmed/{name}"] == pytest.approx(value, rel=0.04), name
+    share = sum(abs(math.expm1(x)) > 0.1 for x in kept) / len(kept)
+    assert stats["trimmed/ratio/out_of_band"] == pytest.approx(share, abs=0.02)
+
+
+@pytest.mark.parametrize("size", [-1e4, -30.0, -3.0, 3.0, 30.0, 700.0, 1e4, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("rows", "columns"), [(16, 24), (8, 2), (64, 400)])
+def test_one_outlier_token_of_any_size_never_breaches_a_default_rule(size, rows, columns):
+    from trl_parity import ParityConfig
+    from trl_parity.breaker import Breaker
+
+    generator = torch.Generator().manual_seed(rows)
+    rollout = -torch.rand(rows, columns, generator=generator, dtype=torch.float64)
+    delta = torch.randn(rows, columns, generator=generator, dtype=torch.float64) * 2e-3
+    delta[rows // 2, columns // 2] = size
+    rollout[rows // 2, columns // 2] = -0.1  # the engine was sure of it
+    batch = scored(rollout, rollout + delta, torch.ones_like(delta, dtype=torch.bool), entropy=-rollout)
+    stats = compute(measure(batch))
+    floor = {f"floor/{name}": 0.0 for name in ("kl_k3", "logp_abs_diff/mean", "logp_abs_diff/p99")}
+    stats = stats.updated(floor | {"floor/ratio/out_of_band": 0.0, "floor/ess": 1.0})
+    verdict = Breaker.from_config(ParityConfig()).judge(1, stats)
+    assert verdict.breaches == (), verdict.reason
+
+
+def test_entropy_drift_has_an_interval_that_holds_zero_when_the_law_is_the_trainers():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(64, 50, 30, generator=generator, dtype=torch.float64) * 2
+    logprobs = logits.log_softmax(-1)
+    tokens = torch.distributions.Categorical(logits=logits).sample()
+    taken = logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    mask = torch.ones_like(taken, dtype=torch.bool)
+    clean = compute(measure(scored(taken, taken, mask, entropy=entropy)))
+    assert clean["entropy/drift_low"] < 0 < clean["entropy/drift_high"]
+    assert clean["entropy/drift_gap"] == 0
+    half = (logits / 2).log_softmax(-1)  # what a trainer at twice the temperature thinks
+    other = -(half.exp() * half).sum(-1)
+    warm = compute(measure(scored(taken, taken, mask, entropy=other)))
+    assert warm["entropy/drift_gap"] == pytest.approx(warm["entropy/drift_low"])
+    assert warm["entropy/drift_gap"] > 0.1
+
+
+def test_unknown_entropy_is_not_measured_rather_than_zero():
+    x = torch.full((8, 3), -1.0)
+    batch = ScoredBatch(
+        mask=torch.ones(8, 3, dtype=torch.bool), rollout_logprobs=x, trainer_logprobs=x, own_logprobs=x, entropy=None
+    )
+    stats = compute(measure(batch))
+    assert stats["entropy/trainer"] is None
+    assert stats["entropy/drift_gap"] is None
+    assert stats["entropy/rollout"] == 1.0
+
+
+def test_sums_survive_json_exactly():
+    import json
+
+    sums = measure(random_batch(torch.Generator().manual_seed(1), 9, 20, 0.3))
+    back = MismatchSums.from_sparse(json.loads(json.dumps(sums.to_sparse(), allow_nan=False)))
+    assert torch.equal(back.additive, sums.additive)
+    assert torch.equal(back.maxima, sums.maxima)

@@ -1,7 +1,6 @@
 """Files and trackers: crash-safe JSONL, the real wandb client offline."""
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -44,7 +43,7 @@ def test_each_window_is_one_line_that_keeps_the_contract(tmp_path):
     sink.write(verdict(1))
     sink.write(Verdict(step=2, status=Status.ERROR, streak=1))
     first, second = rows(sink.path)
-    assert first["schema_version"] == 1
+    assert first["schema_version"] == 2
     assert (first["step"], first["status"], first["streak"], first["breaches"]) == (1, "OK", 0, [])
     assert first["num_tokens"] == 32
     assert first["kl_k1"] == pytest.approx(-0.1, rel=1e-6)
@@ -56,8 +55,7 @@ def test_infinite_statistics_are_written_as_valid_json(tmp_path):
     sink = JsonlSink(tmp_path)
     stats = compute(sums_of(delta=1999.0))
     sink.write(Verdict(step=1, status=Status.BREACH, streak=1, stats=stats))
-    assert rows(sink.path)[0]["kl_k3"] == "inf"
-    assert math.isinf(float("inf"))
+    assert rows(sink.path)[0]["ratio/max"] == "inf"
 
 
 def test_a_resumed_run_neither_repeats_nor_loses_windows(tmp_path):
@@ -156,11 +154,11 @@ def test_a_failing_wandb_warns_once_and_the_run_goes_on(tmp_path, caplog):
     run = wandb.init(mode="offline", dir=tmp_path, reinit="finish_previous")
     sink = WandbSink()
     run.finish()
-    sink._wandb = type("Dead", (), {"run": run, "Histogram": wandb.Histogram, "Table": wandb.Table})
+    sink._module = type("Dead", (), {"run": run, "Histogram": wandb.Histogram, "Table": wandb.Table})
     for step in (1, 2):
         sink.log_rich(step, sums_of(), [])
-    assert caplog.text.count("W&B failed") == 1
-    sink._wandb = wandb
+    assert caplog.text.count("wandb failed") == 1
+    sink._module = wandb
     sink.log_rich(3, sums_of(), [])  # no active run at all: nothing to do, nothing to raise
 
 

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from .callback import ParityCallback
     from .config import ParityConfig, Rule
     from .errors import ParityError, ParityHalt
+    from .monitor import ParityMonitor
     from .records import MismatchStats, Status, Verdict
+    from .rewards import RewardBaseline
 
 __all__ = [
     "MismatchStats",
@@ -24,6 +26,8 @@ __all__ = [
     "ParityConfig",
     "ParityError",
     "ParityHalt",
+    "ParityMonitor",
+    "RewardBaseline",
     "Rule",
     "Status",
     "Verdict",
@@ -33,6 +37,8 @@ __all__ = [
 _HOME = {
     "ParityCallback": "callback",
     "ParityConfig": "config",
+    "ParityMonitor": "monitor",
+    "RewardBaseline": "rewards",
     "Rule": "config",
     "ParityError": "errors",
     "ParityHalt": "errors",

@@ -16,25 +16,24 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from .breaker import Breaker
 from .config import ParityConfig
-from .distributed import gather_rows, reduce_sums
+from .distributed import gather_rows, reduce_many, reduce_sums
 from .engine.cpu import prepare_cpu_engine
 from .errors import ConfigError, InterceptionError, ParityHalt
+from .floor import SOURCES, measure_floor
 from .metrics import MismatchSums, compute, measure, measure_policy_drift
+from .monitor import ParityMonitor
 from .recompute import CompletionScorer
 from .records import RolloutBatch, SamplingSettings, ScoredBatch, Status, Verdict
-from .sinks import JsonlSink, WandbSink
+from .sinks import WandbSink
 from .taps import Capture, Observer, instrument
 from .taps.grpo import append_metrics
-from .text import halt_text, settings_notes
+from .text import alert_text, halt_text, settings_notes
+from .watch import expected_temperature
 
 __all__ = ["ParityCallback"]
 
 logger = logging.getLogger(__name__)
-
-STATE_VERSION = 1
-_KEEP_VERDICTS = 1000
 
 
 class ParityCallback(TrainerCallback, ExportableState, Observer):
@@ -46,7 +45,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
     before the condemned batch reaches the weights.
 
     ``verdicts`` holds the last 1000 :class:`~trl_parity.Verdict`, ``status`` the last one's status, ``halt_message``
-    what was printed at a halt.
+    what was printed at a halt, ``monitor`` the :class:`~trl_parity.ParityMonitor` that judges.
 
     Args:
         config: A :class:`~trl_parity.ParityConfig`. Default: all defaults.
@@ -69,29 +68,36 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         else:
             ParityConfig.from_mapping(config.to_dict() | overrides, where="ParityCallback")
             self.config = replace(config, **overrides)
-        self.verdicts: deque[Verdict] = deque(maxlen=_KEEP_VERDICTS)
         self.halt_message: str | None = None
-        self._jsonl: JsonlSink | None = None
-        self._wandb: WandbSink | None = None
+        self.monitor = ParityMonitor(self.config, opened=False)
+        self._phases = self.config.temperature_phases()
         self._reset()
         prepare_cpu_engine()  # before the trainer builds its engine
         instrument()
 
     @property
+    def verdicts(self) -> deque[Verdict]:
+        """The last 1000 verdicts."""
+        return self.monitor.verdicts
+
+    @property
     def status(self) -> Status:
         """The status of the last window; NO_DATA before the first."""
-        return self.verdicts[-1].status if self.verdicts else Status.NO_DATA
+        return self.monitor.status
 
     def _reset(self) -> None:
-        self._breaker = Breaker.from_config(self.config)
+        self.monitor.reset()
+        self._wandb: WandbSink | None = None
         self._window: MismatchSums | None = None
         self._since_log: MismatchSums | None = None
+        self._saved_window: MismatchSums | None = None  # the open window over all ranks, as a checkpoint keeps it
         self._unlogged = 0  # windows since the trainer last logged, their worst status and longest streak
         self._worst_status = Status.NO_DATA
         self._longest_streak = 0
         self._eval: MismatchSums | None = None
         self._trainer: Any = None
         self._last: tuple[RolloutBatch, ScoredBatch] | None = None
+        self._capture: Capture | None = None  # of the last batch, for as long as its window is being judged
         self._error = ""
         self._batches = 0
         self._sequences = 0
@@ -101,8 +107,10 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         self._next_generation = 0  # optimizer steps by which a new batch must have come
         self._condemned = False
         self._stop = False
+        self._told: set[str] = set()
         self._clock = time.perf_counter()
         self._spent = 0.0
+        self._spent_on_floor = 0.0
 
     # ---- rollouts in (called by taps) -------------------------------------------------------------------------
 
@@ -111,7 +119,12 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         return training or self.config.eval_batches == "separate"
 
     def scorer(
-        self, model: Any, logits_to_keep: int, temperature: float, sampling: SamplingSettings
+        self,
+        model: Any,
+        logits_to_keep: int,
+        temperature: float,
+        sampling: SamplingSettings,
+        logits_dtype: torch.dtype | None = None,
     ) -> CompletionScorer:
         """A scorer for one pass over the policy."""
         return CompletionScorer(
@@ -121,6 +134,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
             sampling=sampling,
             replay_sampling=self.config.truncation == "replay",
             chunk_bytes=self.config.chunk_mib << 20,
+            logits_dtype=logits_dtype,
         )
 
     def on_generation(self, capture: Capture) -> None:
@@ -128,11 +142,13 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         start = time.perf_counter()
         accelerator = capture.trainer.accelerator
         sums, error = self._measure(capture, accelerator.process_index)
+        self._check_temperature(capture, sums)
         if not capture.training:
             self._on_eval_batch(capture.trainer, sums)
             return
         if self._trainer is None:
             self._first_batch(capture)
+        self.monitor.add_rewards(sums, capture.rewards())
         self._batches += 1
         self._open_batches += 1
         self._condemned = False
@@ -142,7 +158,11 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         self._spent += capture.seconds + time.perf_counter() - start
         step = capture.step + 1  # the optimizer step this batch feeds: the trackers' global_step of its row
         if capture.last_in_step and step - self._window_start >= self.config.every_n_steps:
-            self._close_window(step)
+            self._capture = capture
+            try:
+                self._close_window(step)
+            finally:
+                self._capture = None
 
     def on_update(self, new: torch.Tensor, old: torch.Tensor, mask: torch.Tensor) -> None:
         """Add the policy drift of one loss computation to the open window."""
@@ -174,6 +194,21 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
             sums.bump(batches=1, errors=1)
             return sums, error
 
+    def _check_temperature(self, capture: Capture, sums: MismatchSums) -> None:
+        """What the engine was really asked for, against the trainer and the phase's setting."""
+        kind = "train" if capture.training else "eval"
+        meant = expected_temperature(self._phases, kind, capture.step)
+        for used in capture.engine_temperatures or [capture.sampling.temperature]:
+            others = [meant] if meant is not None else []
+            if capture.training:  # evaluation may sample as it likes: nothing is learned from it
+                others.append(capture.trainer.temperature)
+            gap = max((abs(used - other) for other in others), default=0.0)
+            sums.bump(requests=1, temperature_engine=used, temperature_trainer=capture.trainer.temperature)
+            sums.raise_to(temperature_gap=gap)
+            if gap > 0 and not capture.training and kind not in self._told:
+                self._told.add(kind)
+                logger.warning("evaluation samples at temperature %g but temperatures.eval is %g", used, meant)
+
     def _first_batch(self, capture: Capture) -> None:
         trainer = self._trainer = capture.trainer
         if trainer.is_deepspeed_enabled and self.config.action in ("skip_update", "stop"):
@@ -198,27 +233,49 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         start = time.perf_counter()
         trainer, sums = self._trainer, self._window
         assert sums is not None
-        sums.bump(cost_seconds=self._spent, wall_seconds=start - self._clock)
-        self._clock, self._spent = start, 0.0
+        if self.monitor.floor.due:
+            self._measure_floor()
+        sums.bump(
+            cost_seconds=self._spent,
+            floor_seconds=self._spent_on_floor,
+            wall_seconds=time.perf_counter() - self._clock,
+        )
+        self._clock, self._spent, self._spent_on_floor = time.perf_counter(), 0.0, 0.0
         sums = reduce_sums(sums, trainer.accelerator)
-        verdict = self._breaker.judge(step, compute(sums), self._error)
-        self.verdicts.append(verdict)
+        self.monitor.floor.account(sums.total("floor_seconds"), sums.total("wall_seconds"))
+        stats = self.monitor.scalars(compute(sums), new_window=True)
+        if self.monitor.doubts_floor(stats) and self._measure_floor():
+            stats = self.monitor.scalars(stats)
+        verdict = self.monitor.judge(step, stats, self._error)
         self._unlogged += 1
         self._worst_status = max(self._worst_status, verdict.status, key=_SEVERITY.index)
         self._longest_streak = max(self._longest_streak, verdict.streak)
         self._since_log = sums if self._since_log is None else _merged(self._since_log, sums)
-        first_of_episode = not (len(self.verdicts) > 1 and self.verdicts[-2].halted)
-        if self._jsonl is not None:
-            self._jsonl.write(verdict)
         self._log_rich(verdict, sums)
         self._windows += 1
         self._window, self._window_start, self._open_batches, self._error = None, step, 0, ""
-        if verdict.halted:
-            if first_of_episode:
-                self._announce(verdict)
-            if not final:
-                self._act(verdict)
-        self._spent += time.perf_counter() - start
+        self._announce(verdict)
+        if verdict.halted and not final:
+            self._act(verdict)
+        self._spent += time.perf_counter() - start - self._spent_on_floor
+
+    def _measure_floor(self) -> bool:
+        """Measure the noise floor on the batch at hand. Collective; False when there is none, or nothing came out."""
+        if self._capture is None or not self.monitor.floor.enabled:
+            return False
+        start = time.perf_counter()
+        trainer = self._trainer
+        empty = MismatchSums.zeros(trainer.accelerator.device, bootstrap_samples=2)
+        sources = dict.fromkeys(SOURCES, empty)
+        try:
+            sources |= measure_floor(self._capture, self._capture.rollout(), self.config)
+        except Exception as e:  # the floor of before holds; without any, windows stay CALIBRATING
+            logger.warning("the noise floor could not be measured: %s: %s", type(e).__name__, e)
+            logger.debug("%s", traceback.format_exc())
+        reduced = reduce_many([sources[name] for name in SOURCES], trainer.accelerator)
+        measured = self.monitor.floor.update(dict(zip(SOURCES, reduced, strict=True)))
+        self._spent_on_floor += time.perf_counter() - start
+        return measured
 
     def _log_rich(self, verdict: Verdict, sums: MismatchSums) -> None:
         every = self.config.rich_every_n_windows
@@ -271,11 +328,18 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         return rows
 
     def _announce(self, verdict: Verdict) -> None:
-        text = self.halt_message = halt_text(verdict, self.config, list(self.verdicts), self._jsonl_path())
+        if not verdict.alert:
+            return
+        if verdict.halted:
+            text = self.halt_message = halt_text(verdict, self.config, list(self.verdicts), self._jsonl_path())
+        else:
+            text = alert_text(verdict)
         if self._trainer.accelerator.is_main_process:
-            print(text, file=sys.stderr, flush=True)
-            if self._wandb is not None:
-                self._wandb.alert(verdict, text)
+            if verdict.halted:
+                print(text, file=sys.stderr, flush=True)
+            else:
+                logger.warning("%s", text)
+        self.monitor.alert(verdict, text)
 
     def _act(self, verdict: Verdict) -> None:
         if self.config.action == "raise":
@@ -299,9 +363,8 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         error = ""
         if state.is_world_process_zero:
             try:
-                self._jsonl = JsonlSink(self.config.parity_dir or Path(args.output_dir) / "parity", resume)
-                if "wandb" in args.report_to:
-                    self._wandb = WandbSink()
+                self.monitor.open(args.output_dir, args.report_to, resume)
+                self._wandb = next((sink for sink in self.monitor.sinks if isinstance(sink, WandbSink)), None)
             except (ConfigError, ImportError) as e:
                 error = str(e)
         if args.world_size > 1:  # main alone writes, all ranks must fail together
@@ -338,7 +401,8 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
             control.should_training_stop = control.should_save = control.should_log = True
         if control.should_log and self._since_log is not None:
             only = self.verdicts[-1].stats if self._unlogged == 1 else None
-            scalars = _scalars(compute(self._since_log) if only is None else only)
+            stats = self.monitor.scalars(compute(self._since_log)) if only is None else only
+            scalars = _scalars(stats)
             scalars |= {
                 "parity/breaker/status": self._worst_status.code,
                 "parity/breaker/streak": self._longest_streak,
@@ -346,6 +410,8 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
             append_metrics(self._trainer, "train", scalars)
             self._since_log, self._unlogged = None, 0
             self._worst_status, self._longest_streak = Status.NO_DATA, 0
+        if control.should_save:  # the same on every rank
+            self._carry_window()
         self._spent += time.perf_counter() - start
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -356,39 +422,48 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         """Judge what an unfinished window holds, and close the file."""
         if self._open_batches and not self._stop:  # the same on every rank: batches are generated together
             self._close_window(int(state.global_step), final=True)
-        if self._jsonl is not None:
-            self._jsonl.close()
-            self._jsonl = None
+        self.monitor.close()
         self._last = None
 
     # ---- checkpoints ------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """What the trainer's checkpoint keeps: the settings and the breaker's memory."""
-        return {
-            "args": self.config.to_dict(),
-            "attributes": {
-                "checkpoint": {
-                    "state_version": STATE_VERSION,
-                    "breaker": self._breaker.state(),
-                    "window_start": self._window_start,
-                }
-            },
+        """What the trainer's checkpoint keeps: the settings and the monitor's memory."""
+        checkpoint = self.monitor.state() | {
+            "window_start": self._window_start,
+            "open_batches": self._open_batches,
+            "window": None if self._saved_window is None else self._saved_window.to_sparse(),
         }
+        return {"args": self.config.to_dict(), "attributes": {"checkpoint": checkpoint}}
+
+    def _carry_window(self) -> None:
+        """Reduce the open window, so that rank 0's checkpoint holds all of it. Collective."""
+        self._saved_window = None
+        if self._window is None:
+            return
+        accelerator = self._trainer.accelerator
+        whole = reduce_sums(self._window, accelerator)
+        self._saved_window = whole
+        fresh = MismatchSums.zeros(accelerator.device, self.config.bootstrap_samples)
+        self._window = whole.copy() if accelerator.is_main_process else fresh
 
     def _restore(self, state: Any) -> None:
         saved = state.stateful_callbacks.get(type(self).__name__)
         if isinstance(saved, list):
             saved = saved[0] if saved else None
         checkpoint = (saved or {}).get("attributes", {}).get("checkpoint")
-        if not isinstance(checkpoint, Mapping) or checkpoint.get("state_version") != STATE_VERSION:
+        if not self.monitor.load_state(checkpoint):
             logger.warning(
-                "the checkpoint of step %d holds no trl-parity state this version reads; the streak starts at 0.",
+                "the checkpoint of step %d holds no trl-parity state this version reads; the streak starts at 0 and "
+                "the noise floor is measured anew.",
                 state.global_step,
             )
             return
-        self._breaker.load_state(checkpoint["breaker"])
         self._window_start = int(checkpoint["window_start"])
+        if checkpoint["window"] is not None:
+            self._open_batches = int(checkpoint["open_batches"])
+            if state.is_world_process_zero:
+                self._window = MismatchSums.from_sparse(checkpoint["window"])
 
 
 # mildest first

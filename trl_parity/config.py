@@ -16,55 +16,88 @@ __all__ = ["DEFAULT_RULES", "ParityConfig", "Rule"]
 ACTIONS = ("log", "skip_update", "stop", "raise")
 TRUNCATION = ("replay", "ignore")
 EVAL_BATCHES = ("separate", "skip")
+ON_STATE_MISMATCH = ("restart", "error")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
     """One limit on one statistic of a window.
 
-    A window breaches the rule when ``stat > limit`` (``stat < limit`` with ``below=True``). A non-finite value of
-    a statistic that was measured breaches too: it can't be shown to be within the limit. A statistic that was not
-    measured (absent, ``None``) never breaches.
+    With ``k``, the rule looks at the excess over the noise floor: breach when
+    ``excess > max(limit, (k - 1) * floor)``, that is when the statistic is above both floor + limit and k x floor;
+    or when the statistic is above ``ceiling``, whatever the floor; where no floor is known, above ``absolute``. (Of
+    ``ess``, which falls with noise, it is 1 - ess that is meant.) Without ``k`` it looks at the statistic alone:
+    breach when ``stat > limit`` (``stat < limit`` with ``below=True``).
+
+    Unless ``immediate``, what is looked at is the ``trimmed/*`` form of the statistic, where there is one: a single
+    token of any size can't breach. A non-finite value of a statistic that was measured breaches: it can't be shown
+    to be within the limit. A statistic that was not measured (absent, ``None``) never breaches.
     """
 
     stat: str
     limit: float
+    k: float | None = None  # multiple of the noise floor; None: an absolute limit
+    ceiling: float | None = None  # with k: the statistic breaches above it whatever the floor
+    absolute: float | None = None  # with k: the limit on the statistic where no floor is known
+    warn: float = 0.5  # WARN from this share of the limit on; below it a streak ends (hysteresis)
     consecutive: int | None = None  # breached windows in a row that halt; None: ParityConfig.consecutive
     immediate: bool = False  # halt at the first breached window
     below: bool = False  # breach below the limit instead of above
     warn_only: bool = False  # the window becomes WARN; streak and halt are untouched
 
     def __post_init__(self) -> None:
-        from .scalars import SCALARS
+        from .scalars import FLOORED, SCALARS
 
         if self.stat not in SCALARS:
             raise ConfigError(
                 f"rule on unknown statistic {self.stat!r}{_nearest(self.stat, SCALARS)}. Expected one of: "
                 f"{', '.join(SCALARS)}."
             )
-        if isinstance(self.limit, bool) or not isinstance(self.limit, int | float) or self.limit != self.limit:
-            raise ConfigError(f"rule {self.stat!r}: limit is {self.limit!r}. Expected a number.")
+        self._number("limit", self.limit, None)
+        if self.k is not None:
+            self._number("k", self.k, 1.0)
+            if self.stat not in FLOORED:
+                raise ConfigError(
+                    f"rule {self.stat!r} sets k={self.k:g}, but that statistic has no noise floor. Expected k only "
+                    f"for: {', '.join(FLOORED)}."
+                )
+            if self.below:
+                raise ConfigError(f"rule {self.stat!r} sets both k and below. An excess over a floor is too high.")
+        for name in ("ceiling", "absolute"):
+            if getattr(self, name) is not None:
+                self._number(name, getattr(self, name), 0.0)
+                if self.k is None:
+                    raise ConfigError(f"rule {self.stat!r} sets {name} but no k. Set limit alone.")
+        self._number("warn", self.warn, 0.0)
+        if self.warn > 1:
+            raise ConfigError(f"rule {self.stat!r}: warn is {self.warn!r}. Expected a share of the limit, 0 to 1.")
         if self.consecutive is not None and (not isinstance(self.consecutive, int) or self.consecutive < 1):
             raise ConfigError(
                 f"rule {self.stat!r}: consecutive is {self.consecutive!r}. Expected a whole number >= 1 or null."
             )
 
-    def breached(self, value: float | None) -> bool:
-        """Whether ``value`` (``None``: not measured) is outside the limit."""
-        if value is None:
-            return False
-        return not (value >= self.limit if self.below else value <= self.limit)
+    def _number(self, name: str, value: Any, least: float | None) -> None:
+        fits = not isinstance(value, bool) and isinstance(value, int | float) and value == value
+        if not fits or (least is not None and value < least):
+            expected = "a number" if least is None else f"a number >= {least:g}"
+            raise ConfigError(f"rule {self.stat!r}: {name} is {value!r}. Expected {expected}.")
 
 
-# Provisional absolute limits: clean floors span three orders of magnitude between models (mean |log-ratio| 1.5e-3
-# nats on a tiny fp32/bf16 pair, 0.025 to 0.05 on a 135M model in bf16), faults seen so far start near 0.08. They
-# sit above every clean run measured and below those faults. Tighten them to your own run's clean values.
-DEFAULT_RULES: tuple[tuple[str, float], ...] = (
-    ("kl_k3", 0.01),
-    ("logp_abs_diff/mean", 0.06),
-    ("honesty_gap", 0.01),
-    ("nonfinite_rate", 0.01),
-    ("confident_disagreement", 0.01),
+# What a run is judged by. configs/default.yaml has the same numbers, each with the command and table behind it.
+DEFAULT_RULES: tuple[Rule, ...] = (
+    Rule(stat="kl_k3", limit=1e-4, k=5.0, ceiling=0.1, absolute=0.01),
+    Rule(stat="logp_abs_diff/mean", limit=0.003, k=3.0, ceiling=0.3, absolute=0.06),
+    Rule(stat="logp_abs_diff/p99", limit=0.03, k=3.0, absolute=0.5),
+    Rule(stat="ratio/out_of_band", limit=0.02, k=3.0, absolute=0.25),
+    Rule(stat="ess", limit=0.01, k=5.0, absolute=0.05),
+    Rule(stat="honesty_gap", limit=0.005),
+    Rule(stat="entropy/drift_gap", limit=0.05),
+    Rule(stat="confident_disagreement", limit=0.005),
+    Rule(stat="nonfinite_rate", limit=0.01),
+    Rule(stat="policy_drift/kl_k3", limit=0.1, warn_only=True),
+    Rule(stat="entropy/relative", limit=0.1, below=True, warn_only=True),
+    Rule(stat="temperature/gap", limit=1e-6, warn_only=True),
+    Rule(stat="reward/parted", limit=0.5, warn=1.0, warn_only=True),
 )
 
 
@@ -95,9 +128,73 @@ class ParityConfig:
     rules: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Limits by statistic, laid over the defaults, e.g. {'kl_k3': {'limit': 0.001}, 'ess': "
-            "{'limit': 0.5, 'below': true}}; a bare number is a limit, null or false drops a default rule. On a "
-            "command line: JSON."
+            "help": "Limits by statistic, laid over the defaults, e.g. {'kl_k3': {'k': 8}, 'seq/ess': {'limit': 0.5, "
+            "'below': true}}; a bare number is an absolute limit, without the noise floor; null or false drops a "
+            "default rule. On a command line: JSON."
+        },
+    )
+    warmup: int = field(
+        default=0,
+        metadata={
+            "help": "First windows of a run that can breach but not halt (immediate rules can). Healthy ones are "
+            "CALIBRATING."
+        },
+    )
+    floor_tokens: int = field(
+        default=2048,
+        metadata={
+            "help": "Tokens (prompts and padding included) per rank on which the noise floor is measured: the trainer "
+            "against itself and the engine against itself. 0: no floor, rules with k use their absolute limit."
+        },
+    )
+    floor_every_n_windows: int = field(
+        default=50,
+        metadata={
+            "help": "Windows between measurements of the noise floor, at least. It is also measured anew before a "
+            "window is condemned by it."
+        },
+    )
+    floor_cost_share: float = field(
+        default=0.005,
+        metadata={
+            "help": "Bound on the share of training time that regular measurements of the noise floor may take; the "
+            "first one, and those that confirm a breach, are always made."
+        },
+    )
+    engine_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "The engine's dtype (e.g. bfloat16) where it can't be read, as behind a server. Default there: "
+            "the trainer's compute dtype."
+        },
+    )
+    temperatures: dict[str, float] | str | None = field(
+        default=None,
+        metadata={
+            "help": "The sampling temperature meant for each phase, checked against what the engine was asked for: "
+            "{'train': 0.7, 'eval': 0.0, 'train@200': 1.0}, '@' for the first step of a later phase. Default: not "
+            "checked beyond engine against trainer. On a command line: JSON."
+        },
+    )
+    reward_baseline: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON file of historical rewards (RewardBaseline.save), compared with the run's last rewards."
+        },
+    )
+    reward_window: int = field(
+        default=1000, metadata={"help": "Last rewards of the run that are compared with the baseline."}
+    )
+    reward_min_effect: float = field(
+        default=0.3,
+        metadata={"help": "Cliff's delta or Kolmogorov-Smirnov distance from which on rewards count as parted."},
+    )
+    on_state_mismatch: str = field(
+        default="restart",
+        metadata={
+            "help": "A checkpoint whose trl-parity state this version can't read: 'restart' with an empty streak and "
+            "a new floor (and a warning), or 'error'.",
+            "choices": list(ON_STATE_MISMATCH),
         },
     )
     truncation: str = field(
@@ -159,6 +256,7 @@ class ParityConfig:
             ("action", ACTIONS),
             ("truncation", TRUNCATION),
             ("eval_batches", EVAL_BATCHES),
+            ("on_state_mismatch", ON_STATE_MISMATCH),
         ):
             value = getattr(self, name)
             if value not in allowed:
@@ -168,6 +266,10 @@ class ParityConfig:
         for name, least in (
             ("every_n_steps", 1),
             ("consecutive", 1),
+            ("warmup", 0),
+            ("floor_tokens", 0),
+            ("floor_every_n_windows", 1),
+            ("reward_window", 20),
             ("token_budget", 1),
             ("chunk_mib", 1),
             ("bootstrap_samples", 2),
@@ -177,12 +279,17 @@ class ParityConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name} is {value!r}. Expected a whole number >= {least}.")
+        for name in ("floor_cost_share", "reward_min_effect"):
+            share = getattr(self, name)
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+                raise ConfigError(f"{name} is {share!r}. Expected a number from 0 to 1.")
+        self.temperature_phases()
         self.resolved_rules()  # a wrong rule fails here, before any training
 
     def resolved_rules(self) -> tuple[Rule, ...]:
         """The default rules with ``rules`` laid over them, each with its ``consecutive`` filled in."""
-        merged = {stat: Rule(stat=stat, limit=limit) for stat, limit in DEFAULT_RULES}
-        for stat, spec in _as_mapping(self.rules).items():
+        merged = {rule.stat: rule for rule in DEFAULT_RULES}
+        for stat, spec in _as_mapping(self.rules, "rules").items():
             if spec is None or spec is False:
                 if stat not in merged:
                     raise ConfigError(
@@ -192,6 +299,12 @@ class ParityConfig:
                 del merged[stat]
                 continue
             keys = dict(spec) if isinstance(spec, Mapping) else {"limit": spec}
+            if not isinstance(spec, Mapping) or (keys.get("below") and "k" not in keys):
+                keys |= {
+                    "k": None,
+                    "ceiling": None,
+                    "absolute": None,
+                }  # an absolute limit, not one over the noise floor
             _refuse_unknown(keys, [f.name for f in fields(Rule) if f.name != "stat"], f"rules.{stat}")
             if stat in merged:
                 merged[stat] = replace(merged[stat], **keys)
@@ -203,6 +316,18 @@ class ParityConfig:
             rule if rule.consecutive is not None else replace(rule, consecutive=self.consecutive)
             for rule in merged.values()
         )
+
+    def temperature_phases(self) -> dict[str, list[tuple[int, float]]]:
+        """``temperatures`` as {"train" or "eval": [(first step, temperature), ...] in order of steps}."""
+        phases: dict[str, list[tuple[int, float]]] = {}
+        for key, value in _as_mapping(self.temperatures, "temperatures").items():
+            kind, at, step = str(key).partition("@")
+            if kind not in ("train", "eval") or (at and not step.isdigit()):
+                raise ConfigError(f"temperatures has the phase {key!r}. Expected 'train', 'eval' or 'train@<step>'.")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+                raise ConfigError(f"temperatures.{key} is {value!r}. Expected a number >= 0.")
+            phases.setdefault(kind, []).append((int(step or 0), float(value)))
+        return {kind: sorted(steps) for kind, steps in phases.items()}
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str = "config") -> ParityConfig:
@@ -232,30 +357,24 @@ class ParityConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values of all fields, as JSON and YAML take them."""
         out = {f.name: getattr(self, f.name) for f in fields(self)}
-        return out | {"rules": _as_mapping(self.rules) or None}
+        return out | {name: _as_mapping(getattr(self, name), name) or None for name in ("rules", "temperatures")}
 
 
-def _as_mapping(rules: Any) -> dict[str, Any]:
+def _as_mapping(rules: Any, name: str) -> dict[str, Any]:
     if isinstance(rules, str):
         try:
             rules = json.loads(rules)
         except json.JSONDecodeError as e:
-            raise ConfigError(f"rules is not valid JSON ({e}): {rules!r}.") from e
+            raise ConfigError(f"{name} is not valid JSON ({e}): {rules!r}.") from e
     if rules is None:
         return {}
     if isinstance(rules, Mapping):
         return dict(rules)
     if isinstance(rules, list | tuple) and all(isinstance(rule, Rule) for rule in rules):
-        return {
-            rule.stat: {
-                f.name: value
-                for f in fields(Rule)
-                if f.name != "stat" and (value := getattr(rule, f.name)) != f.default
-            }
-            for rule in rules
-        }
+        return {rule.stat: {f.name: getattr(rule, f.name) for f in fields(Rule) if f.name != "stat"} for rule in rules}
     raise ConfigError(
-        f"rules is a {type(rules).__name__}: {rules!r}. Expected a mapping of statistic to limit, or Rule objects."
+        f"{name} is a {type(rules).__name__}: {rules!r}. Expected a mapping"
+        + (" of statistic to limit, or Rule objects." if name == "rules" else ".")
     )
 
 

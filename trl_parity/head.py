@@ -46,6 +46,7 @@ class Head:
     logit_scale: float = 1.0
     softcap: float | None = None  # softcap * tanh(z / softcap)
     vocab_size: int | None = None  # rows from here on are padding, left out (None: all rows count)
+    logits_dtype: torch.dtype | None = None  # round W h + b to this dtype, as a head of that dtype does (None: fp32)
     # LoRA on the head: (A (r, H), B (V, r), scaling), each adds scaling * B A to W
     low_rank: tuple[tuple[torch.Tensor, torch.Tensor, float], ...] = ()
 
@@ -219,6 +220,8 @@ class _Projection:
             z.addmm_(x, b[cols].float().t(), alpha=scaling)
         if head.bias is not None:
             z.add_(head.bias[cols])
+        if head.logits_dtype is not None:
+            z.copy_(z.to(head.logits_dtype))
         if head.logit_scale != 1.0:
             z.mul_(head.logit_scale)
         if head.softcap is not None:

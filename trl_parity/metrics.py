@@ -8,9 +8,10 @@ it is summed. Formulas: :data:`trl_parity.scalars.SCALARS`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,16 +25,19 @@ __all__ = ["MismatchSums", "compute", "log_ratio_histogram", "measure", "measure
 _DECADES = (-9, 3)  # |Δ| from 1e-9 (below: zero) to 1e3 nats (above: the last bin)
 _PER_DECADE = 64
 _BINS = (_DECADES[1] - _DECADES[0]) * _PER_DECADE + 1  # bin 0 holds |Δ| < 1e-9
-_SEQ_CLAMP = 300.0  # e^600 still fits a double
+_EXP_CLAMP = 300.0  # Δ in e^Δ, of tokens and sequences: e^600 still fits a double
 BAND = 0.1  # a ratio outside [1 - BAND, 1 + BAND] counts as out_of_band (the band of TRL issue 6789)
 # An interval from a handful of sequences says nothing: below this many, honesty has no interval and no gap.
 MIN_BOOTSTRAP_SEQUENCES = 8
+_BOOT = 3  # sums a resample keeps
+TRIM = 1000  # one token of so many, the worst ones, at least one, is left out of trimmed/*
 _POOL = 4096  # sequences until their resampling weights repeat
 
 _SUMS = (
     # tokens both sides scored with a finite number, and how many were to be compared
-    "tokens", "neg_delta", "k3", "abs_delta", "w", "w2", "out_of_band", "rollout_logprob", "entropy", "confident",
-    "compared",
+    "tokens", "neg_delta", "k3", "abs_delta", "w", "w2", "out_of_band", "rollout_logprob", "confident", "compared",
+    # trainer entropy: plain, and of the law the rollout is compared with
+    "entropy_tokens", "entropy", "law_entropy",
     # the trainer's own head
     "own_tokens", "own_k3", "own_abs_delta",
     # sequences with at least one such token
@@ -43,10 +47,12 @@ _SUMS = (
     # updates against the policy that generated
     "drift_tokens", "drift_k3",
     # bookkeeping, per rank
-    "batches", "errors", "lag", "cost_seconds", "wall_seconds",
+    "batches", "errors", "lag", "cost_seconds", "floor_seconds", "wall_seconds",
+    # the same on every rank
+    "requests", "temperature_engine", "temperature_trainer", "rewards", "reward_sum",
 )  # fmt: skip
 _INDEX = {name: i for i, name in enumerate(_SUMS)}
-_MAXIMA = ("abs_delta", "delta", "neg_delta", "seq_abs_delta")
+_MAXIMA = ("abs_delta", "delta", "neg_delta", "seq_abs_delta", "temperature_gap")
 
 
 @dataclass(slots=True)
@@ -54,8 +60,8 @@ class MismatchSums:
     """Everything a window needs, in two vectors: one that adds and one that takes the maximum.
 
     ``additive``: fp64, the sums named in ``_SUMS``, then the histogram (2 signs x ``_BINS``), then the bootstrap
-    (R resamples x [Σ w, Σ tokens]). ``maxima``: fp64, ``-inf`` where nothing was seen. About 16 KiB with R = 200,
-    whatever the number of tokens.
+    (R resamples x [Σ w, Σ (H + rollout log-prob), Σ tokens]). ``maxima``: fp64, ``-inf`` where nothing was seen.
+    About 17 KiB with R = 200, whatever the number of tokens.
     """
 
     additive: torch.Tensor
@@ -65,7 +71,7 @@ class MismatchSums:
     @classmethod
     def zeros(cls, device: torch.device | str = "cpu", bootstrap_samples: int = 200) -> MismatchSums:
         """The sums of no tokens."""
-        size = len(_SUMS) + 2 * _BINS + 2 * bootstrap_samples
+        size = len(_SUMS) + 2 * _BINS + _BOOT * bootstrap_samples
         return cls(
             torch.zeros(size, dtype=torch.float64, device=device),
             torch.full((len(_MAXIMA),), -math.inf, dtype=torch.float64, device=device),
@@ -82,10 +88,38 @@ class MismatchSums:
         self.additive += other.additive.to(self.additive.device)
         torch.maximum(self.maxima, other.maxima.to(self.maxima.device), out=self.maxima)
 
+    def copy(self) -> MismatchSums:
+        """A copy with tensors of its own."""
+        return MismatchSums(self.additive.clone(), self.maxima.clone(), self.bootstrap_samples)
+
+    def to_sparse(self) -> dict[str, Any]:
+        """Plain JSON numbers, zeros left out; exact (Python prints the shortest digits that give a double back)."""
+        maxima = [x if math.isfinite(x) else str(x) for x in self.maxima.tolist()]
+        additive = {str(i): x if math.isfinite(x) else str(x) for i, x in enumerate(self.additive.tolist()) if x != 0}
+        return {"additive": additive, "maxima": maxima, "bootstrap_samples": self.bootstrap_samples}
+
+    @classmethod
+    def from_sparse(cls, saved: Mapping[str, Any]) -> MismatchSums:
+        """Back from :meth:`to_sparse`."""
+        out = cls.zeros(bootstrap_samples=int(saved["bootstrap_samples"]))
+        for i, x in saved["additive"].items():
+            out.additive[int(i)] = float(x)
+        out.maxima.copy_(torch.tensor([float(x) for x in saved["maxima"]], dtype=torch.float64))
+        return out
+
     def bump(self, **amounts: float) -> None:
         """Add plain numbers to named sums."""
         for name, amount in amounts.items():
             self.additive[_INDEX[name]] += amount
+
+    def raise_to(self, **values: float) -> None:
+        """Raise named maxima to plain numbers."""
+        for name, value in values.items():
+            self.maxima[_MAXIMA.index(name)].clamp_(min=value)
+
+    def total(self, name: str) -> float:
+        """One of the sums. A device sync on accelerators."""
+        return float(self.additive[_INDEX[name]])
 
     @property
     def histogram(self) -> torch.Tensor:
@@ -94,8 +128,8 @@ class MismatchSums:
 
     @property
     def bootstrap(self) -> torch.Tensor:
-        """(R, 2): per resample Σ w and Σ tokens."""
-        return self.additive[len(_SUMS) + 2 * _BINS :].view(self.bootstrap_samples, 2)
+        """(R, 3): per resample Σ w, Σ (H + rollout log-prob) and Σ tokens."""
+        return self.additive[len(_SUMS) + 2 * _BINS :].view(self.bootstrap_samples, _BOOT)
 
 
 @torch.no_grad()
@@ -116,10 +150,13 @@ def measure(batch: ScoredBatch, *, bootstrap_samples: int = 200, first_sequence:
     deltas = scores - rollout
     valids = torch.isfinite(deltas) & mask
     deltas = torch.where(valids, deltas, 0.0)
-    less_1 = torch.expm1(deltas)
+    less_1 = torch.expm1(deltas.clamp(max=_EXP_CLAMP))  # so that sums of w² still fit a double
     (k3, own_k3), (abs_delta, own_abs) = less_1 - deltas, deltas.abs()
     delta, (valid, own_valid) = deltas[0], valids
     w = less_1[0] + valid
+    known = valid if batch.entropy is not None else torch.zeros_like(valid)
+    entropy = torch.where(known, batch.entropy if batch.entropy is not None else 0.0, 0.0)
+    law_entropy = entropy if batch.law_entropy is None else torch.where(known, batch.law_entropy, 0.0)
     by_sequence = _stacked(
         valid,
         -delta,
@@ -129,16 +166,18 @@ def measure(batch: ScoredBatch, *, bootstrap_samples: int = 200, first_sequence:
         w * w,
         less_1[0].abs() > BAND,
         torch.where(valid, rollout, 0.0),
-        torch.where(valid, batch.entropy, 0.0),
         (rollout >= math.log(0.5)) & (delta < -2.0),
         mask,
+        known,
+        entropy,
+        law_entropy,
         own_valid,
         own_k3,
         own_abs,
     ).sum(-1)
     tokens, seq_delta, seq_mean_w = by_sequence[0], -by_sequence[1], by_sequence[4]
     has_tokens = tokens > 0
-    seq_w = torch.where(has_tokens, seq_delta.clamp(max=_SEQ_CLAMP).exp(), 0.0)
+    seq_w = torch.where(has_tokens, seq_delta.clamp(max=_EXP_CLAMP).exp(), 0.0)
     per_sequence = _stacked(has_tokens, seq_delta, seq_w, seq_w * seq_w)
     totals = torch.cat([by_sequence, per_sequence]).sum(-1)  # in the order of _SUMS
     out.additive[: len(totals)] = totals
@@ -154,7 +193,8 @@ def measure(batch: ScoredBatch, *, bootstrap_samples: int = 200, first_sequence:
 
     weights = _resample_weights(bootstrap_samples, device)
     rows = (torch.arange(len(tokens), device=device) + first_sequence) % len(weights)
-    out.bootstrap.copy_(weights[rows].t() @ torch.stack([seq_mean_w, tokens], dim=-1))
+    drift = by_sequence[_INDEX["law_entropy"]] + by_sequence[_INDEX["rollout_logprob"]]
+    out.bootstrap.copy_(weights[rows].t() @ torch.stack([seq_mean_w, drift, tokens], dim=-1))
 
     out.maxima[:3] = torch.stack([abs_delta, delta, -delta]).masked_fill(~valid, -math.inf).amax((1, 2))
     out.maxima[3] = seq_delta.abs().masked_fill(~has_tokens, -math.inf).amax()
@@ -191,7 +231,7 @@ def compute(sums: MismatchSums) -> MismatchStats:
     maxima = dict(zip(_MAXIMA, sums.maxima.cpu().tolist(), strict=True))
     s = dict(zip(_SUMS, additive[: len(_SUMS)].tolist(), strict=True))
     histogram = additive[len(_SUMS) : len(_SUMS) + 2 * _BINS].reshape(2, _BINS)
-    bootstrap = additive[len(_SUMS) + 2 * _BINS :].reshape(-1, 2)
+    bootstrap = additive[len(_SUMS) + 2 * _BINS :].reshape(-1, _BOOT)
     n, seqs = s["tokens"], s["sequences"]
     values: dict[str, float | None] = dict.fromkeys(SCALARS)
 
@@ -209,6 +249,11 @@ def compute(sums: MismatchSums) -> MismatchStats:
     put("lag", s["lag"], s["batches"])
     put("cost/seconds", s["cost_seconds"], s["batches"])
     put("cost/share", s["cost_seconds"], s["wall_seconds"])
+    put("temperature/engine", s["temperature_engine"], s["requests"])
+    put("temperature/trainer", s["temperature_trainer"], s["requests"])
+    put("reward/mean", s["reward_sum"], s["rewards"])
+    if s["requests"]:
+        values["temperature/gap"] = maxima["temperature_gap"]
     if n > 0:
         p01, p50, p99 = map(_exp, _quantiles(histogram, (0.01, 0.50, 0.99), maxima))
         values |= {
@@ -228,19 +273,63 @@ def compute(sums: MismatchSums) -> MismatchStats:
             "seq/log_ratio_mean": s["seq_delta"] / seqs,
             "seq/log_ratio_max": maxima["seq_abs_delta"],
             "seq/ess": s["seq_w"] ** 2 / (seqs * s["seq_w2"]) if s["seq_w2"] > 0 else 0.0,
-            "entropy/trainer": s["entropy"] / n,
             "entropy/rollout": -s["rollout_logprob"] / n,
-            "entropy/drift": (s["entropy"] + s["rollout_logprob"]) / n,
             "honesty": s["w"] / n,
             "confident_disagreement": s["confident"] / n,
         }
-        resampled = bootstrap[bootstrap[:, 1] > 0]
+        has_entropy = s["entropy_tokens"] == n
+        if has_entropy:
+            values["entropy/trainer"] = s["entropy"] / n
+            values["entropy/drift"] = (s["law_entropy"] + s["rollout_logprob"]) / n
+        resampled = bootstrap[bootstrap[:, -1] > 0]
         if seqs >= MIN_BOOTSTRAP_SEQUENCES and len(resampled):
-            means = np.sort(resampled[:, 0] / resampled[:, 1])
-            low, high = float(means[int(0.005 * len(means))]), float(means[-1 - int(0.005 * len(means))])
-            gap = max(0.0, low - 1.0, 1.0 - high)
-            values |= {"honesty_low": low, "honesty_high": high, "honesty_gap": gap}
+            values |= _interval("honesty", resampled[:, 0] / resampled[:, -1], 1.0)
+            if has_entropy:
+                values |= _interval("entropy/drift", resampled[:, 1] / resampled[:, -1], 0.0)
+        values |= trimmed(histogram, s)
     return MismatchStats(int(n), int(seqs), int(s["batches"]), int(s["errors"]), values)
+
+
+def _interval(name: str, means: np.ndarray, expected: float) -> dict[str, float | None]:
+    """The 99 % interval of bootstrap means and its distance from what is expected."""
+    ordered = np.sort(means)
+    cut = int(0.005 * len(ordered))
+    low, high = float(ordered[cut]), float(ordered[-1 - cut])
+    return {f"{name}_low": low, f"{name}_high": high, f"{name}_gap": max(0.0, low - expected, expected - high)}
+
+
+def trimmed(histogram: np.ndarray, s: dict[str, float]) -> dict[str, float | None]:
+    """``trimmed/*``: statistics without the worst tokens, so that a single one, of any size, can't move a verdict.
+
+    From the histogram, without the ``max(1, n // TRIM)`` tokens of largest |Δ|: off by a bin's width (3.7 %) at most
+    per token, and far less in the mean. Rates are taken without one of their tokens.
+    """
+    values: dict[str, float | None] = {}
+    n = int(s["tokens"])
+    left = n - max(1, n // TRIM)
+    if s["compared"] > 1:
+        values["trimmed/nonfinite_rate"] = max(0.0, s["compared"] - n - 1) / s["compared"]
+    if left <= 0:
+        return values
+    # counts by |Δ| ascending, both signs side by side, cut off after `left` tokens
+    counts = histogram.copy()
+    over = np.clip(np.cumsum(counts.sum(0)) - left, 0.0, counts.sum(0))
+    counts *= 1.0 - np.divide(over, counts.sum(0), out=np.zeros_like(over), where=counts.sum(0) > 0)
+    delta = np.stack([-_CENTERS, _CENTERS])
+    less_1 = np.expm1(delta.clip(max=_EXP_CLAMP))
+    w = less_1 + 1.0
+    sum_w, sum_w2 = float((counts * w).sum()), float((counts * w * w).sum())
+    cumulative = np.cumsum(counts.sum(0))
+    rank = min(max(1.0, math.ceil(0.99 * left)), cumulative[-1])
+    outside = (np.abs(less_1) > BAND) * counts
+    return values | {
+        "trimmed/kl_k3": float((counts * (less_1 - delta)).sum()) / left,
+        "trimmed/logp_abs_diff/mean": float((counts.sum(0) * _CENTERS).sum()) / left,
+        "trimmed/logp_abs_diff/p99": float(_CENTERS[np.searchsorted(cumulative, rank - 1e-6)]),
+        "trimmed/ratio/out_of_band": float(outside.sum()) / left,
+        "trimmed/ess": sum_w**2 / (left * sum_w2) if sum_w2 > 0 else 0.0,
+        "trimmed/confident_disagreement": max(0.0, s["confident"] - 1) / n,
+    }
 
 
 def _exp(x: float) -> float:

@@ -19,6 +19,7 @@ class ReplayScores(NamedTuple):
     """Per token, (N,) fp32 and bool."""
 
     logprobs: torch.Tensor  # log-prob of the target under the processed (penalized, truncated, renormalized) law
+    entropy: torch.Tensor  # of that law, nats
     log_kept: torch.Tensor  # log probability of the kept set under the untruncated law; <= 0
     out_of_support: torch.Tensor  # the target is outside the kept set: it was added to it, to keep the log finite
 
@@ -81,6 +82,9 @@ def replay(
     kept = kept_mask(scaled, settings)
     outside = ~kept.gather(-1, target).squeeze(-1)
     kept.scatter_(-1, target, True)
-    log_kept_sum = scaled.masked_fill(~kept, -torch.inf).logsumexp(-1)
+    survivors = scaled.masked_fill(~kept, -torch.inf)
+    log_kept_sum = survivors.logsumexp(-1)
     log_kept = (log_kept_sum - scaled.logsumexp(-1)).clamp(max=0.0)
-    return ReplayScores(scaled.gather(-1, target).squeeze(-1) - log_kept_sum, log_kept, outside)
+    law = survivors - log_kept_sum.unsqueeze(-1)
+    entropy = -(law.exp() * law).nansum(-1)  # 0 * -inf where cut off
+    return ReplayScores(scaled.gather(-1, target).squeeze(-1) - log_kept_sum, entropy, log_kept, outside)

@@ -27,6 +27,7 @@ class CompletionScores(NamedTuple):
 
     logprobs: torch.Tensor  # fp32 head, engine's processing replayed when asked
     entropy: torch.Tensor  # of the plain fp32-head law, nats
+    law_entropy: torch.Tensor  # of the law that logprobs belongs to: after replayed processing, else the same
     log_kept: torch.Tensor | None
     out_of_support: torch.Tensor | None
 
@@ -61,7 +62,9 @@ def _logit_constants(lm: Any) -> tuple[float, float | None, int]:
 
 
 @contextmanager
-def materialized_head(model: torch.nn.Module, temperature: float) -> Iterator[Head]:
+def materialized_head(
+    model: torch.nn.Module, temperature: float, logits_dtype: torch.dtype | None = None
+) -> Iterator[Head]:
     """The head of ``model`` with whole weights, for the duration of the block.
 
     Sharded weights are gathered: FSDP2 DTensors and DeepSpeed ZeRO-3 parameters. A collective there: every rank must
@@ -96,6 +99,7 @@ def materialized_head(model: torch.nn.Module, temperature: float) -> Iterator[He
             softcap=softcap,
             vocab_size=min(vocab_size, weight.shape[0]),
             low_rank=tuple((whole(a), whole(b), float(s)) for a, b, s in low_rank),
+            logits_dtype=logits_dtype,
         )
 
 
@@ -115,8 +119,8 @@ class CompletionScorer:
     """Context manager: while open, every forward of the model's backbone is scored through the fp32 head.
 
     ``logits_to_keep`` (C): completion columns at the right of each row. With ``replay_sampling``, the engine's
-    truncation and penalties are applied to the trainer's logits. A failure inside never reaches the forward: it is
-    kept in ``error``, and ``scores()`` re-raises it.
+    truncation and penalties are applied to the trainer's logits; ``logits_dtype`` rounds them as a head of that dtype
+    would. A failure inside never reaches the forward: it is kept in ``error``, and ``scores()`` re-raises it.
     """
 
     def __init__(
@@ -128,6 +132,7 @@ class CompletionScorer:
         sampling: SamplingSettings,
         replay_sampling: bool,
         chunk_bytes: int,
+        logits_dtype: torch.dtype | None = None,
     ):
         self._model = model
         self._keep = logits_to_keep
@@ -135,6 +140,7 @@ class CompletionScorer:
         self._sampling = sampling
         self._replay = replay_sampling and (sampling.truncates or sampling.penalizes)
         self._chunk_bytes = chunk_bytes
+        self._logits_dtype = logits_dtype
         self._parts: list[CompletionScores] = []
         self.error: Exception | None = None
         self.seconds = 0.0
@@ -149,33 +155,39 @@ class CompletionScorer:
     def _hook(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         start = time.perf_counter()
         try:
-            if self.error is None:
-                ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-                hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
-                self._parts.append(self._score(hidden.detach(), ids, kwargs["attention_mask"]))
+            # Gathering a sharded head is a collective: first, and even after a failure on this rank, or others hang.
+            with torch.no_grad(), materialized_head(self._model, self._temperature, self._logits_dtype) as head:
+                if self.error is None:
+                    ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+                    hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
+                    self._parts.append(self._score(head, hidden.detach(), ids, kwargs["attention_mask"]))
         except Exception as e:
             self.error = e
         self.seconds += time.perf_counter() - start
 
-    @torch.no_grad()
-    def _score(self, hidden: torch.Tensor, ids: torch.Tensor, attention_mask: torch.Tensor) -> CompletionScores:
+    def _score(
+        self, head: Head, hidden: torch.Tensor, ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> CompletionScores:
         keep = self._keep
         mask = attention_mask[:, -keep:].bool()
         states = hidden[:, -(keep + 1) : -1][mask]  # position t - 1 predicts token t
         targets = ids[:, -keep:][mask]
         log_kept = outside = None
-        with materialized_head(self._model, self._temperature) as head:
-            states = states.to(head.weight.device)
-            targets = targets.to(head.weight.device)
-            scored = score_tokens(states, targets, head, chunk_bytes=self._chunk_bytes)
-            logprobs, entropy = scored
-            if self._replay:
-                logprobs, log_kept, outside = self._replay_tokens(states, targets, head, ids, attention_mask, mask)
+        states = states.to(head.weight.device)
+        targets = targets.to(head.weight.device)
+        logprobs, entropy = score_tokens(states, targets, head, chunk_bytes=self._chunk_bytes)
+        if self._replay:
+            logprobs, law_entropy, log_kept, outside = self._replay_tokens(
+                states, targets, head, ids, attention_mask, mask
+            )
+        else:
+            law_entropy = entropy
         blank = torch.zeros(mask.shape, dtype=torch.float32, device=logprobs.device)
         mask = mask.to(blank.device)
         return CompletionScores(
             blank.masked_scatter(mask, logprobs),
             blank.masked_scatter(mask, entropy),
+            blank.masked_scatter(mask, law_entropy),
             None if log_kept is None else blank.masked_scatter(mask, log_kept),
             None if outside is None else blank.bool().masked_scatter(mask, outside),
         )
@@ -188,7 +200,7 @@ class CompletionScorer:
         ids: torch.Tensor,
         attention_mask: torch.Tensor,
         mask: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         vocab = head.vocab_size or head.weight.shape[0]
         # a row of logits, its sort with int64 indices, and masks and copies: about 12 fp32 rows a token
         step = max(1, self._chunk_bytes // (vocab * 4 * 12))
@@ -214,7 +226,7 @@ class CompletionScorer:
             parts.append(replay(logits, targets[part], self._sampling, self._temperature, seen, counts))
         if not parts:
             empty = torch.zeros(0, device=states.device)
-            return empty, empty, empty.bool()
+            return empty, empty, empty, empty.bool()
         return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))  # type: ignore[return-value]
 
     def scores(self) -> CompletionScores:

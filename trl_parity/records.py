@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from .errors import DataError
@@ -25,7 +25,7 @@ class Status(enum.StrEnum):
     HALT = "HALT"
     NO_DATA = "NO_DATA"  # nothing to compare: never a pass, never 0.0
     ERROR = "ERROR"  # the measurement itself failed
-    CALIBRATING = "CALIBRATING"
+    CALIBRATING = "CALIBRATING"  # nothing wrong seen, but the noise floor is missing or the warm-up not over
 
     @property
     def code(self) -> int:
@@ -109,7 +109,8 @@ class ScoredBatch:
     rollout_logprobs: torch.Tensor
     trainer_logprobs: torch.Tensor  # fp32 head, with the engine's processing replayed when configured
     own_logprobs: torch.Tensor  # the trainer's own head, plain
-    entropy: torch.Tensor  # nats, of the trainer's fp32-head law (plain)
+    entropy: torch.Tensor | None  # nats, of the trainer's fp32-head law (plain); None: not known
+    law_entropy: torch.Tensor | None = None  # of the law trainer_logprobs belongs to; None: the plain one's
     log_kept: torch.Tensor | None = None  # log probability mass of the engine's support under the trainer
     out_of_support: torch.Tensor | None = None  # bool: sampled token outside the trainer's own kept set
     lag: int = 0
@@ -140,6 +141,10 @@ class MismatchStats(Mapping[str, float | None]):
     def __hash__(self) -> int:
         return id(self)
 
+    def updated(self, values: Mapping[str, float | None]) -> MismatchStats:
+        """A copy with these scalars laid over its own."""
+        return replace(self, values_by_name=self.values_by_name | dict(values))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
@@ -149,7 +154,8 @@ class Verdict:
     status: Status
     streak: int  # breached windows in a row, this one included
     breaches: tuple[str, ...] = ()  # statistics over their limit
-    warnings: tuple[str, ...] = ()  # the same for warn_only rules
+    warnings: tuple[str, ...] = ()  # statistics over their WARN level, or over the limit of a warn_only rule
+    alert: str = ""  # WARN or HALT: the first window of this episode that reached it, people should be told
     stats: MismatchStats | None = None  # None: the measurement failed
     reason: str = ""  # one line for people
 
@@ -168,6 +174,7 @@ class Verdict:
             "streak": self.streak,
             "breaches": list(self.breaches),
             "warnings": list(self.warnings),
+            "alert": self.alert,
             "reason": self.reason,
             "num_tokens": 0 if self.stats is None else self.stats.num_tokens,
             "num_sequences": 0 if self.stats is None else self.stats.num_sequences,

@@ -2,7 +2,7 @@
 
 Notation: mean over the window's compared tokens of all ranks (completion tokens the engine generated, both
 log-probs finite) unless said otherwise; Δ = trainer log-prob (fp32 head) - rollout log-prob of the sampled token, in
-nats; w = e^Δ; per sequence S = the sum of its Δ. Trackers show each as ``parity/<name>``.
+nats; w = e^Δ (Δ clamped to 300); per sequence S = the sum of its Δ. Trackers show each as ``parity/<name>``.
 """
 
 from __future__ import annotations
@@ -26,17 +26,49 @@ SCALARS: dict[str, str] = {
     "seq/ess": "(Σe^S)² / (N Σe^2S) over sequences, S clamped to 300",
     "entropy/trainer": "mean exact entropy of the trainer's fp32-head law, nats",
     "entropy/rollout": "mean of -rollout log-prob: Monte Carlo entropy of the law sampled from, nats",
-    "entropy/drift": "entropy/trainer - entropy/rollout",
+    "entropy/drift": "trainer's exact entropy (of the law compared, after replay) - entropy/rollout",
     "honesty": "mean(w): 1 if the engine reports the true log-prob of the law it sampled from",
     "honesty_low": "lower end of the 99 % interval of honesty (Poisson bootstrap over sequences)",
     "honesty_high": "upper end of the 99 % interval of honesty",
     "honesty_gap": "distance of that interval from 1; 0 where it contains 1",
+    "entropy/drift_low": "lower end of its 99 % interval (the same bootstrap)",
+    "entropy/drift_high": "upper end of its 99 % interval",
+    "entropy/drift_gap": "distance of that interval from 0; 0 where it contains 0",
+    "entropy/trend": "slope of entropy/trainer over the last 20 windows (least squares), nats per window",
+    "entropy/relative": "entropy/trainer / its median over the run's first 5 windows",
     "truncation/kept_mass": "mean probability the trainer gives to the support the engine sampled from",
     "truncation/log_bias": "mean log kept mass: what truncation alone does to Δ",
     "truncation/out_of_support": "share of sampled tokens outside the trainer's own kept set",
     "own_head/kl_k3": "kl_k3 with the trainer's own head and no replayed processing: what the run really has",
     "own_head/logp_abs_diff/mean": "mean |Δ| with the trainer's own head",
     "confident_disagreement": "share of tokens the engine gave >= 50 % and the trainer > 2 nats less",
+    "trimmed/kl_k3": "kl_k3 without the 0.1 % of tokens (at least one) of largest |Δ|: what rules see",
+    "trimmed/logp_abs_diff/mean": "the same for logp_abs_diff/mean",
+    "trimmed/logp_abs_diff/p99": "the same for logp_abs_diff/p99",
+    "trimmed/ratio/out_of_band": "the same for ratio/out_of_band",
+    "trimmed/ess": "the same for ess",
+    "trimmed/confident_disagreement": "confident_disagreement without one of its tokens",
+    "trimmed/nonfinite_rate": "nonfinite_rate without one of its tokens",
+    "floor/kl_k3": "trimmed/kl_k3 of one side against itself: the largest of the noise floor's sources",
+    "floor/logp_abs_diff/mean": "the same for logp_abs_diff/mean",
+    "floor/logp_abs_diff/p99": "the same for logp_abs_diff/p99",
+    "floor/ratio/out_of_band": "the same for ratio/out_of_band",
+    "floor/ess": "the same for ess: the smallest",
+    "floor/age": "windows since the floor was measured",
+    "excess/kl_k3": "trimmed/kl_k3 - floor/kl_k3",
+    "excess/logp_abs_diff/mean": "trimmed - floor of logp_abs_diff/mean",
+    "excess/logp_abs_diff/p99": "trimmed - floor of logp_abs_diff/p99",
+    "excess/ratio/out_of_band": "trimmed - floor of ratio/out_of_band",
+    "excess/ess": "floor/ess - trimmed/ess: effective sample size lost beyond noise",
+    "temperature/trainer": "what the loss divides logits by",
+    "temperature/engine": "what the requests of the window's last batch asked the engine for",
+    "temperature/gap": "largest |difference| between engine, trainer and the temperature set for this phase",
+    "reward/mean": "mean reward of the window's batches",
+    "reward/effect_size": "Cliff's delta of the run's last rewards against the stored baseline, -1 to 1",
+    "reward/ks": "two-sample Kolmogorov-Smirnov distance of the same",
+    "reward/p_value": "its p-value",
+    "reward/parted": "1 where the two differ by more than chance and by more than reward_min_effect, else 0",
+    "cost/floor_share": "host seconds spent on the noise floor / wall seconds, since the run began",
     "nonfinite_rate": "share of completion tokens whose rollout or trainer log-prob is NaN, None or infinite",
     "policy_drift/kl_k3": "kl_k3 of the training policy at each update against the policy that generated the batch",
     "lag": "mean optimizer steps between the weights the engine held and the trainer's at generation",
@@ -45,3 +77,6 @@ SCALARS: dict[str, str] = {
     "breaker/status": "0 OK, 1 WARN, 2 BREACH, 3 HALT, -1 NO_DATA, -2 ERROR, -3 CALIBRATING",
     "breaker/streak": "breached windows in a row",
 }
+
+# statistics with a noise floor; ``ess`` falls with noise, the others rise
+FLOORED = ("kl_k3", "logp_abs_diff/mean", "logp_abs_diff/p99", "ratio/out_of_band", "ess")

@@ -5,21 +5,23 @@ A sink that can't be set up fails before the first step; one that fails later wa
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from .errors import ConfigError
 from .metrics import MismatchSums, log_ratio_histogram
 from .records import Verdict
 
-__all__ = ["SCHEMA_VERSION", "JsonlSink", "WandbSink"]
+__all__ = ["SCHEMA_VERSION", "AlertSink", "JsonlSink", "TrackioSink", "WandbSink", "alert_sinks"]
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class JsonlSink:
@@ -91,46 +93,99 @@ def _step_of(line: bytes) -> float:
         return float("inf")
 
 
-class WandbSink:
-    """Histogram of log-ratios, table of the worst tokens and alerts, on the active W&B run (main process only).
+class AlertSink(Protocol):
+    """A tracker that takes alerts, and scalars outside a trainer."""
 
-    The scalars don't pass here: they reach W&B through the trainer, as they reach every other reporter.
-    """
+    def alert(self, verdict: Verdict, text: str) -> None:
+        """Send an alert."""
+
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        """Log scalars."""
+
+
+def alert_sinks(report_to: Iterable[str]) -> list[AlertSink]:
+    """A sink for each tracker of ``report_to`` that has alerts. Raises ConfigError when one is not installed."""
+    kinds: dict[str, Callable[[], AlertSink]] = {"wandb": WandbSink, "trackio": TrackioSink}
+    return [kinds[name]() for name in report_to if name in kinds]
+
+
+class _GuardedSink:
+    """Base of sinks on a tracker: a failure warns once and ends this sink, never the run."""
+
+    name = ""
 
     def __init__(self) -> None:
         try:
-            import wandb
+            self._module = importlib.import_module(self.name)
         except ImportError as e:
             raise ConfigError(
-                "report_to names wandb, which is not installed. Run: pip install 'trl-parity[wandb]'."
+                f"report_to names {self.name}, which is not installed. Run: pip install 'trl-parity[{self.name}]'."
             ) from e
-
-        self._wandb = wandb
         self._failed = False
+
+    def _guarded(self, send: Callable[[], Any]) -> None:
+        if self._failed:
+            return
+        try:
+            send()
+        except Exception as e:  # a tracker must not take the run down, whatever it raises
+            self._failed = True
+            logger.warning(
+                "%s failed (%s: %s); metrics.jsonl goes on, alerts and objects there stop.",
+                self.name,
+                type(e).__name__,
+                e,
+            )
+
+
+class WandbSink(_GuardedSink):
+    """Histogram of log-ratios, table of the worst tokens and alerts, on the active W&B run (main process only).
+
+    In a trainer the scalars don't pass here: they reach W&B through it, as they reach every other reporter.
+    """
+
+    name = "wandb"
 
     def log_rich(self, step: int, sums: MismatchSums, worst: list[dict[str, Any]]) -> None:
         """Log a window's histogram and worst tokens at ``train/global_step`` = ``step``."""
+        if self._module.run is None:
+            return
         histogram = log_ratio_histogram(sums)
         objects: dict[str, Any] = {}
         if histogram is not None:
-            objects["parity/log_ratio"] = self._wandb.Histogram(np_histogram=histogram)
+            objects["parity/log_ratio"] = self._module.Histogram(np_histogram=histogram)
         if worst:
-            table = self._wandb.Table(columns=list(worst[0]), data=[list(row.values()) for row in worst])
+            table = self._module.Table(columns=list(worst[0]), data=[list(row.values()) for row in worst])
             objects["parity/worst_tokens"] = table
         if objects:
-            self._guarded(lambda run: run.log({**objects, "train/global_step": step}))
+            self._guarded(lambda: self._module.run.log({**objects, "train/global_step": step}))
+
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        """Log scalars at ``train/global_step`` = ``step``."""
+        if self._module.run is not None:
+            self._guarded(lambda: self._module.run.log({**scalars, "train/global_step": step}))
 
     def alert(self, verdict: Verdict, text: str) -> None:
-        """Send a W&B alert."""
-        title = f"trl-parity {verdict.status} at step {verdict.step}"
-        self._guarded(lambda run: run.alert(title=title, text=text, level=self._wandb.AlertLevel.ERROR))
+        """Send a W&B alert: level WARN, or ERROR for a halt."""
+        if self._module.run is not None:
+            level = self._module.AlertLevel.ERROR if verdict.halted else self._module.AlertLevel.WARN
+            self._guarded(lambda: self._module.run.alert(title=_title(verdict), text=text, level=level))
 
-    def _guarded(self, send: Any) -> None:
-        run = self._wandb.run
-        if run is None or self._failed:
-            return
-        try:
-            send(run)
-        except Exception as e:  # a tracker must not take the run down, whatever it raises
-            self._failed = True
-            logger.warning("W&B failed (%s: %s); metrics.jsonl goes on, W&B objects stop.", type(e).__name__, e)
+
+class TrackioSink(_GuardedSink):
+    """Alerts (and scalars outside a trainer) on the current trackio run."""
+
+    name = "trackio"
+
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        """Log scalars at ``train/global_step`` = ``step``."""
+        self._guarded(lambda: self._module.log({**scalars, "train/global_step": step}))
+
+    def alert(self, verdict: Verdict, text: str) -> None:
+        """Send a trackio alert: level warn, or error for a halt."""
+        level = self._module.AlertLevel.ERROR if verdict.halted else self._module.AlertLevel.WARN
+        self._guarded(lambda: self._module.alert(title=_title(verdict), text=text, level=level))
+
+
+def _title(verdict: Verdict) -> str:
+    return f"trl-parity {verdict.status} at step {verdict.step}"

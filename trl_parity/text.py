@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from .breaker import read
 from .config import ParityConfig
 from .records import Status, Verdict
 
-__all__ = ["halt_text", "settings_notes"]
+__all__ = ["alert_text", "halt_text", "settings_notes"]
 
 _CONSEQUENCE = {
     "log": "Training goes on (action=log): it learns from batches another policy produced.",
@@ -40,9 +41,11 @@ def halt_text(verdict: Verdict, config: ParityConfig, verdicts: Sequence[Verdict
         + (f", steps {streak[0].step} to {verdict.step}:" if streak and streak[0].step != verdict.step else ":"),
     ]
     for name in verdict.breaches:
-        rule = rules[name]
-        trail = " → ".join(number(v.stats.get(name) if v.stats else None) for v in streak[-5:])
-        lines.append(f"             {name:<22} {trail}   (limit {'>=' if rule.below else '<='} {rule.limit:g})")
+        readings = [None if v.stats is None else read(rules[name], v.stats) for v in streak[-5:]]
+        trail = " → ".join(number(None if r is None else r.value) for r in readings)
+        if (last := readings[-1]) is not None:
+            sign = ">=" if last.rule.below else "<="
+            lines.append(f"             {last.seen:<26} {trail}   (limit {sign} {number(last.limit)})")
     if stats is not None:
         lines += [
             f"           in {stats.num_tokens:,} tokens of {stats.num_sequences:,} sequences of the last window:",
@@ -59,6 +62,14 @@ def halt_text(verdict: Verdict, config: ParityConfig, verdicts: Sequence[Verdict
         "",
     ]
     return "\n".join(lines).replace("\xa0", " ")
+
+
+def alert_text(verdict: Verdict) -> str:
+    """One line for a WARN-level alert."""
+    return (
+        f"trl-parity: {verdict.status} at step {verdict.step}: {verdict.reason}. Nothing is done yet; a halt needs "
+        "this to persist."
+    )
 
 
 def _wrap(label: str, text: str) -> list[str]:

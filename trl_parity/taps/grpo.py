@@ -1,7 +1,7 @@
 """From a GRPOTrainer with vLLM to rollout batches. Written against TRL 1.16; private names used:
 
 GRPOTrainer: ``_generate_and_score_completions``, ``_get_per_token_logps_and_entropies``, ``_compute_loss``,
-``_metrics``, ``_step``, ``_last_loaded_step``, ``vllm_generation`` (attributes of VLLMGeneration).
+``_metrics``, ``_logs``, ``_step``, ``_last_loaded_step``, ``vllm_generation`` (attributes of VLLMGeneration).
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import DistributedType
 
+from ..engine.live import requested_temperatures
 from ..errors import InterceptionError
 from ..records import RolloutBatch, SamplingSettings, ScoredBatch
 from . import instrumentation
 
 if TYPE_CHECKING:
-    from ..recompute import CompletionScorer
+    from ..recompute import CompletionScorer, CompletionScores
 
 PRIVATE_NAMES = ("_generate_and_score_completions", "_get_per_token_logps_and_entropies", "_compute_loss")
 _ACTIVE = "_trl_parity_capture"
@@ -48,7 +49,8 @@ def _around_generation(original: Callable[..., Any], trainer: Any, inputs: Any) 
     capture = GRPOCapture(trainer, observer, training)
     setattr(trainer, _ACTIVE, capture)
     try:
-        capture.output = original(trainer, inputs)
+        with requested_temperatures(trainer.vllm_generation) as capture.engine_temperatures:
+            capture.output = original(trainer, inputs)
     finally:
         delattr(trainer, _ACTIVE)
     observer.on_generation(capture)
@@ -71,7 +73,8 @@ def _around_scoring(
     capture: GRPOCapture | None = getattr(trainer, _ACTIVE, None)
     # Only the first pass over the policy can be the one behind old_per_token_logps; later ones are reference passes.
     if capture is not None and capture.scorer is None and model is trainer.model:
-        with capture.new_scorer(logits_to_keep):
+        capture.scorer = capture.new_scorer(logits_to_keep)
+        with capture.scorer:
             result = run()
         capture.pass_logprobs = result[0]
         return result
@@ -151,6 +154,7 @@ class GRPOCapture:
         self.output: dict[str, Any] = {}
         self.scorer: CompletionScorer | None = None
         self.pass_logprobs: torch.Tensor | None = None
+        self.engine_temperatures: list[float] = []
         self._observer = observer
         self.sampling = sampling_settings(trainer)
 
@@ -159,11 +163,22 @@ class GRPOCapture:
         """Host seconds the scoring took inside TRL's own pass."""
         return 0.0 if self.scorer is None else self.scorer.seconds
 
-    def new_scorer(self, logits_to_keep: int) -> CompletionScorer:
-        """The scorer of one pass over the policy."""
+    def rewards(self) -> list[float]:
+        """Weighted sums of this batch's rewards over all ranks, as TRL logs them; NaN where no function gave one."""
+        trainer = self.trainer
+        logged = [list(trainer._logs["rewards"][name]) for name in trainer.reward_func_names]
+        by_function = torch.tensor(logged, dtype=torch.float64)[:, -self._global_batch() :]
+        weights = trainer.reward_weights.to("cpu", torch.float64).unsqueeze(-1)
+        total = (by_function * weights).nansum(0)
+        return torch.where(by_function.isnan().all(0), torch.nan, total).tolist()
+
+    def _global_batch(self) -> int:
+        return len(self.output["completion_ids"]) * self.trainer.accelerator.num_processes
+
+    def new_scorer(self, logits_to_keep: int, logits_dtype: torch.dtype | None = None) -> CompletionScorer:
+        """A scorer of one pass over the policy."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        self.scorer = self._observer.scorer(model, logits_to_keep, self.trainer.temperature, self.sampling)
-        return self.scorer
+        return self._observer.scorer(model, logits_to_keep, self.trainer.temperature, self.sampling, logits_dtype)
 
     def rollout(self) -> RolloutBatch:
         """What the engine handed over. Raises InterceptionError without log-probs, DataError on contradictions."""
@@ -193,23 +208,45 @@ class GRPOCapture:
 
     def score(self, rollout: RolloutBatch, token_budget: int) -> ScoredBatch:
         """The trainer's scores, from TRL's own pass where it made one, else from a forward over sampled rows."""
+        rows: Any = slice(None)
         if rollout.own_logprobs is not None and self.scorer is not None:
             scores, own = self.scorer.scores(), rollout.own_logprobs
-            rows: Any = slice(None)
         else:
-            scores, own, rows = self._own_forward(rollout, token_budget)
+            rows = self.rows_within(rollout, token_budget)
+            scores = self.forward(rollout, rows)
+            own = self.own_logprobs
         return ScoredBatch(
             mask=rollout.engine_mask[rows],
             rollout_logprobs=rollout.rollout_logprobs[rows],
             trainer_logprobs=scores.logprobs,
             own_logprobs=own,
             entropy=scores.entropy,
+            law_entropy=scores.law_entropy,
             log_kept=scores.log_kept,
             out_of_support=scores.out_of_support,
             lag=rollout.lag,
         )
 
-    def _own_forward(self, rollout: RolloutBatch, token_budget: int) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    def rows_within(self, rollout: RolloutBatch, token_budget: int) -> torch.Tensor:
+        """Rows of the batch, evenly spaced, that fit the budget (at least one); another set from step to step."""
+        width = rollout.prompt_ids.shape[1] + rollout.completion_ids.shape[1]
+        device, total = rollout.prompt_ids.device, len(rollout.prompt_ids)
+        count = min(total, max(1, token_budget // width))
+        accelerator = self.trainer.accelerator
+        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            # a sharded model's forward is a collective: every rank must run as many rows
+            count = int(accelerator.gather(torch.tensor([count], device=device)).min())
+        return (torch.arange(count, device=device) * total // count + self.step) % total
+
+    def forward(
+        self,
+        rollout: RolloutBatch,
+        rows: torch.Tensor,
+        *,
+        batch_size: int | None = None,
+        logits_dtype: torch.dtype | None = None,
+    ) -> CompletionScores:
+        """Scores of some rows from a no-grad pass of our own, the way TRL makes its own; also ``own_logprobs``."""
         from trl.models.utils import disable_gradient_checkpointing
 
         trainer = self.trainer
@@ -217,22 +254,16 @@ class GRPOCapture:
             raise InterceptionError(
                 "image prompts are measured only on TRL's own pass. Set vllm_importance_sampling_correction=True."
             )
-        ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1)
-        attention = torch.cat([rollout.prompt_mask, rollout.completion_mask], dim=1)
-        count = min(len(ids), max(1, token_budget // ids.shape[1]))
-        if trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            # a sharded model's forward is a collective: every rank must run as many rows
-            count = int(trainer.accelerator.gather(torch.tensor([count], device=ids.device)).min())
-        # evenly spaced, shifted from batch to batch so that all rows of a group get their turn
-        rows = (torch.arange(count, device=ids.device) * len(ids) // count + self.step) % len(ids)
+        ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1)[rows]
+        attention = torch.cat([rollout.prompt_mask, rollout.completion_mask], dim=1)[rows]
         args = trainer.args
-        batch_size = args.per_device_train_batch_size if self.training else args.per_device_eval_batch_size
+        size = batch_size or (args.per_device_train_batch_size if self.training else args.per_device_eval_batch_size)
         score = instrumentation.original(type(trainer), PRIVATE_NAMES[1])
         keep = rollout.completion_ids.shape[1]
         with (
             torch.no_grad(),
             disable_gradient_checkpointing(trainer.model, args.gradient_checkpointing_kwargs),
-            self.new_scorer(keep) as scorer,
+            self.new_scorer(keep, logits_dtype) as scorer,
         ):
-            own, _, _ = score(trainer, trainer.model, ids[rows], attention[rows], keep, batch_size=batch_size)
-        return scorer.scores(), own, rows
+            self.own_logprobs, _, _ = score(trainer, trainer.model, ids, attention, keep, batch_size=size)
+        return scorer.scores()

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from ..recompute import CompletionScorer
+    import torch
+
+    from ..recompute import CompletionScorer, CompletionScores
     from ..records import RolloutBatch, SamplingSettings, ScoredBatch
 
 TESTED_TRL = ("1.16",)  # minor versions that the real runs in tests/ were made with
@@ -27,6 +29,7 @@ class Capture(Protocol):
     sampling: SamplingSettings
     step: int  # optimizer steps done
     last_in_step: bool  # no further generation before the next optimizer step
+    engine_temperatures: list[float]  # of the requests really sent, one a call of the engine
     generation_period: int  # optimizer steps that one generation batch feeds
 
     @property
@@ -39,6 +42,22 @@ class Capture(Protocol):
     def score(self, rollout: RolloutBatch, token_budget: int) -> ScoredBatch:
         """The trainer's side of it; runs a forward of its own only where the trainer made none."""
 
+    def rows_within(self, rollout: RolloutBatch, token_budget: int) -> torch.Tensor:
+        """Rows of the batch that fit a budget of tokens."""
+
+    def forward(
+        self,
+        rollout: RolloutBatch,
+        rows: torch.Tensor,
+        *,
+        batch_size: int | None = None,
+        logits_dtype: torch.dtype | None = None,
+    ) -> CompletionScores:
+        """Scores of some rows from a no-grad pass of our own."""
+
+    def rewards(self) -> list[float]:
+        """Rewards of this batch over all ranks, the same on each; NaN where none was given."""
+
 
 class Observer:
     """Base of callbacks that are handed rollouts."""
@@ -48,7 +67,12 @@ class Observer:
         raise NotImplementedError
 
     def scorer(
-        self, model: Any, logits_to_keep: int, temperature: float, sampling: SamplingSettings
+        self,
+        model: Any,
+        logits_to_keep: int,
+        temperature: float,
+        sampling: SamplingSettings,
+        logits_dtype: torch.dtype | None = None,
     ) -> CompletionScorer:
         """A scorer for one pass over the policy."""
         raise NotImplementedError

@@ -1,0 +1,239 @@
+"""The noise floor: how far one side disagrees with itself, for reasons no setting can mend.
+
+Three sources, each on a few sequences of the current batch, none of which a fault between the two sides can reach:
+
+- ``rounding``: the trainer against itself with activations and logits rounded in the engine's dtype. Each module's
+  output is multiplied by 1 + e, e uniform within half a unit in the last place, and rounded (Monte Carlo arithmetic,
+  Parker 1997): one more draw of the rounding errors another implementation of the same model makes. The weights stay
+  as they are: what rounding *them* does is a fault to be seen (``dtype_gap``), no noise.
+- ``batch_shape``: the trainer against itself, one sequence at a time instead of all together, in the same padding.
+- ``engine``: the engine scoring the same tokens alone and in a batch, by prefill, at temperature 1.
+
+All trainer passes run in eval mode, so that layers left in training mode are no floor either.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from .config import ParityConfig
+from .engine.live import ColocatedEngine, engine_of
+from .metrics import MismatchSums, compute, measure
+from .recompute import causal_lm
+from .records import RolloutBatch, ScoredBatch
+from .scalars import FLOORED
+
+__all__ = ["SOURCES", "NoiseFloor", "eval_mode", "measure_floor", "noise_dtype", "rounding_noise"]
+
+logger = logging.getLogger(__name__)
+
+SOURCES = ("rounding", "batch_shape", "engine")
+_SINGLE_SEQUENCES = 4  # passed through the trainer one by one
+_ENGINE_SEQUENCES = 4  # scored alone and together: one request each, and one for all
+
+
+@contextmanager
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Every layer in eval mode inside the block, each back as it was after it."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def rounding_noise(backbone: torch.nn.Module, dtype: torch.dtype, seed: int) -> Iterator[None]:
+    """Round what every module of ``backbone`` takes in and puts out to ``dtype``, with a random last digit.
+
+    The random numbers come from generators of their own.
+    """
+    half_ulp = torch.finfo(dtype).eps / 2
+    generators: dict[torch.device, torch.Generator] = {}
+    # a tensor handed on unchanged by the next module must not be rounded twice; held, so that no id is reused
+    done: dict[int, torch.Tensor] = {}
+
+    def noisy(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point() or id(x) in done:
+            return x
+        if x.device not in generators:
+            generators[x.device] = torch.Generator(x.device).manual_seed(seed)
+        e = torch.rand(x.shape, dtype=torch.float32, device=x.device, generator=generators[x.device])
+        e.mul_(2.0).sub_(1.0).mul_(half_ulp).add_(1.0)
+        y = e.mul_(x).to(dtype).to(x.dtype)
+        if len(done) > 8:
+            done.pop(next(iter(done)))
+        done[id(y)] = y
+        return y
+
+    def before(module: Any, args: Any) -> Any:
+        return (noisy(args[0]), *args[1:]) if args else None
+
+    def after(module: Any, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (noisy(output[0]), *output[1:])
+        return noisy(output)
+
+    handles = []
+    for module in backbone.modules():
+        leaf = next(module.children(), None) is None
+        if leaf:
+            handles.append(module.register_forward_pre_hook(before))
+        if module is not backbone:
+            handles.append(module.register_forward_hook(after))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def noise_dtype(engine: torch.dtype, trainer: Any) -> torch.dtype:
+    """The coarser of the engine's dtype and the one the trainer computes in (mixed precision, else its weights')."""
+    mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision)
+    own = mixed or next(p.dtype for p in trainer.model.parameters() if p.is_floating_point())
+    return max((engine, own), key=lambda dtype: torch.finfo(dtype).eps)
+
+
+@torch.no_grad()
+def measure_floor(capture: Any, rollout: RolloutBatch, config: ParityConfig) -> dict[str, MismatchSums]:
+    """The sums of one side against itself, by source, on this rank's share; reduce and hand to :class:`NoiseFloor`.
+
+    On sharded models every rank must call it: the passes are collective. A source that failed has ``errors=1``.
+    """
+    trainer = capture.trainer
+    engine = engine_of(trainer.vllm_generation)
+    if engine is not None:
+        dtype, head_dtype = engine.dtype, engine.head_dtype
+    elif config.engine_dtype is not None:
+        dtype = head_dtype = getattr(torch, config.engine_dtype)
+    else:
+        dtype = head_dtype = noise_dtype(torch.float32, trainer)
+    dtype = noise_dtype(dtype, trainer)
+    rows = capture.rows_within(rollout, config.floor_tokens)
+    mask = rollout.engine_mask[rows]
+    backbone = causal_lm(trainer.accelerator.unwrap_model(trainer.model)).base_model
+
+    with eval_mode(trainer.model):
+        plain = capture.forward(rollout, rows).logprobs
+        with rounding_noise(backbone, dtype, seed=rollout.step):
+            logits_dtype = None if head_dtype == torch.float32 else head_dtype
+            rounded = capture.forward(rollout, rows, logits_dtype=logits_dtype).logprobs
+        few = rows[:_SINGLE_SEQUENCES]
+        single = capture.forward(rollout, few, batch_size=1).logprobs
+    sources = {
+        "rounding": _against_itself(rounded, plain, mask),
+        "batch_shape": _against_itself(single, plain[: len(few)], mask[: len(few)]),
+    }
+    if engine is not None and engine.can_rescore():
+        try:
+            sources["engine"] = _engine_against_itself(engine, rollout, rows[:_ENGINE_SEQUENCES])
+        except Exception as e:  # the trainer's sources stand without it
+            logger.warning("the engine could not score its own tokens (%s: %s)", type(e).__name__, e)
+    return sources
+
+
+def _against_itself(one: torch.Tensor, other: torch.Tensor, mask: torch.Tensor) -> MismatchSums:
+    scored = ScoredBatch(
+        mask=mask.to(other.device), rollout_logprobs=other, trainer_logprobs=one, own_logprobs=one, entropy=None
+    )
+    return measure(scored, bootstrap_samples=2)
+
+
+def _engine_against_itself(engine: ColocatedEngine, rollout: RolloutBatch, rows: torch.Tensor) -> MismatchSums:
+    sequences, lengths = [], []
+    for row in rows.tolist():
+        prompt = rollout.prompt_ids[row][rollout.prompt_mask[row].bool()].tolist()
+        completion = rollout.completion_ids[row][rollout.completion_mask[row].bool()].tolist()
+        if prompt and completion and len(prompt) + len(completion) < engine.max_model_len:
+            sequences.append(prompt + completion)
+            lengths.append(len(completion))
+    if not sequences:
+        return MismatchSums.zeros(bootstrap_samples=2)
+    together = engine.rescore(sequences)
+    alone = [engine.rescore([ids])[0] for ids in sequences]
+    one, other = (
+        torch.cat([scores[-n:] for scores, n in zip(side, lengths, strict=True)])[None] for side in (alone, together)
+    )
+    return _against_itself(one, other, torch.ones_like(one, dtype=torch.bool))
+
+
+class NoiseFloor:
+    """The floor in force, when it is measured anew, and what it has cost. All from reduced numbers.
+
+    ``values``: ``floor/<stat>`` for every statistic of :data:`~trl_parity.scalars.FLOORED`, the largest of its sources
+    (``ess``: the smallest); empty before the first measurement. ``sources``: the same by source.
+    """
+
+    def __init__(self, config: ParityConfig):
+        self._every, self._share = config.floor_every_n_windows, config.floor_cost_share
+        self.enabled = config.floor_tokens > 0
+        self.sources: dict[str, dict[str, float]] = {}
+        self.values: dict[str, float] = {}
+        self.age = 0  # windows since it was measured
+        self.seconds = 0.0  # summed over ranks and measurements
+        self.last_seconds = 0.0
+        self.wall = 0.0  # summed over ranks
+
+    @property
+    def due(self) -> bool:
+        """Whether the coming window shall measure it."""
+        if not self.enabled:
+            return False
+        affordable = self.seconds + self.last_seconds <= self._share * self.wall
+        return not self.values or (self.age >= self._every and affordable)
+
+    def update(self, sources: Mapping[str, MismatchSums]) -> bool:
+        """Take over (reduced) measurements. False, and everything as before, when none of them has a token."""
+        found: dict[str, dict[str, float]] = {}
+        for name, sums in sources.items():
+            stats = compute(sums)
+            values = {stat: stats[f"trimmed/{stat}"] for stat in FLOORED}
+            if all(value is not None and math.isfinite(value) for value in values.values()):
+                found[name] = {stat: float(value or 0.0) for stat, value in values.items()}
+        if "rounding" not in found:
+            return False
+        self.sources, self.age = found, 0
+        for stat in FLOORED:
+            measured = [values[stat] for values in found.values()]
+            self.values[f"floor/{stat}"] = min(measured) if stat == "ess" else max(measured)
+        return True
+
+    def account(self, floor_seconds: float, wall_seconds: float) -> None:
+        """Add one window's (reduced) seconds."""
+        self.seconds += floor_seconds
+        self.wall += wall_seconds
+        if floor_seconds:
+            self.last_seconds = floor_seconds
+
+    def scalars(self, stats: Mapping[str, float | None]) -> dict[str, float | None]:
+        """``floor/*`` and ``excess/*`` of a window."""
+        out: dict[str, float | None] = dict(self.values)
+        if self.enabled:
+            out["cost/floor_share"] = self.seconds / self.wall if self.wall else None
+            out["floor/age"] = float(self.age)
+        for stat in FLOORED:
+            value, floor = stats.get(f"trimmed/{stat}"), self.values.get(f"floor/{stat}")
+            if value is not None and floor is not None:
+                out[f"excess/{stat}"] = floor - value if stat == "ess" else value - floor
+        return out
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        names = ("sources", "values", "age", "seconds", "last_seconds", "wall")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state`; a floor switched off or on since then stays as the settings say."""
+        if self.enabled:
+            for name, value in state.items():
+                setattr(self, name, value)
