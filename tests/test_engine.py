@@ -136,35 +136,146 @@ from pathlib import Path
 from support import digit_reward, grpo_args, prompts
 from trl import GRPOTrainer
 from trl_parity import ParityCallback
-model, out = sys.argv[1:]
+model, out, kind = sys.argv[1:]
 os.environ["WANDB_DIR"] = out
-callback = ParityCallback(truncation="ignore", rich_every_n_windows=1)
-args = grpo_args(Path(out), max_steps=20, learning_rate=1e-4, top_p=0.9, per_device_train_batch_size=8,
-                 report_to="wandb")
+from accelerate import PartialState
+arguments = {"top_p": 0.9} if kind == "truncated" else {"max_steps": 3, "mask_truncated_completions": True}
+if kind == "masked":  # on rank 1 no completion may end: all are truncated, and so masked
+    never = {0: -100.0, 1: -100.0}
+    arguments["generation_kwargs"] = {"logit_bias": never if PartialState().process_index else {1: 4.0}}
+callback = ParityCallback(truncation="ignore", rich_every_n_windows=1, action="log" if kind == "masked" else "stop")
+args = grpo_args(Path(out), **({"max_steps": 20, "learning_rate": 1e-4, "per_device_train_batch_size": 8,
+                                "report_to": "wandb"} | arguments))
 trainer = GRPOTrainer(model=model, args=args, reward_funcs=digit_reward, train_dataset=prompts(), callbacks=[callback])
 assert trainer.accelerator.num_processes == 2
 trainer.train()
 rank = trainer.accelerator.process_index
-lines = [f"{v.step} {v.status} {v.streak} {v.stats.num_tokens} {v.stats['kl_k3']!r}" for v in callback.verdicts]
+lines = [f"{v.step} {v.status} {v.streak} {v.stats.num_tokens} {v.stats['kl_k3']!r} {v.stats.get('floor/kl_k3')!r}"
+         for v in callback.verdicts]
 weight = sum(float(p.double().sum()) for p in trainer.model.parameters())
 Path(out, f"rank{rank}.txt").write_text("\\n".join([*lines, f"{weight!r} {trainer.state.global_step}"]))
 """
 
 
-@pytest.mark.engine
-def test_two_ranks_reach_the_same_verdicts_and_stop_together(tmp_path):
+def two_ranks(tmp_path, kind, port):
     model, out, script = save_tiny_model(tmp_path / "model"), tmp_path / "out", tmp_path / "run.py"
     out.mkdir()
     script.write_text(RANKS)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29618"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
     environment = os.environ | {"PYTHONPATH": str(HERE), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launcher, str(script), str(model), str(out)], capture_output=True, text=True, env=environment, timeout=600
-    )
+    command = [*launcher, str(script), str(model), str(out), kind]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = ((out / f"rank{rank}.txt").read_text() for rank in (0, 1))
-    assert first == second
-    assert [line.split()[1] for line in first.splitlines()[:-1]] == ["BREACH", "BREACH", "HALT"]
-    assert first.splitlines()[0].split()[3] == str(16 * 24)  # tokens of both ranks
+    assert first == second  # verdicts, statistics to the last digit, weights
+    return out, first.splitlines()[:-1], done.stderr
+
+
+@pytest.mark.engine
+def test_two_ranks_reach_the_same_verdicts_and_stop_together(tmp_path):
+    out, lines, told = two_ranks(tmp_path, "truncated", 29618)
+    assert [line.split()[1] for line in lines] == ["BREACH", "BREACH", "HALT"]
+    assert lines[0].split()[3] == str(16 * 24)  # tokens of both ranks
     assert len((out / "parity" / "metrics.jsonl").read_text().splitlines()) == 3  # rank 0 alone writes
-    assert done.stderr.count("HALT at step 3") == 1
+    assert told.count("HALT at step 3") == 1
+
+
+@pytest.mark.engine
+def test_a_rank_whose_batches_are_all_masked_judges_like_the_others(tmp_path):
+    _, lines, _ = two_ranks(tmp_path, "masked", 29619)
+    assert len(lines) == 3
+    tokens = [int(line.split()[3]) for line in lines]
+    assert all(0 < n < 8 * 24 for n in tokens)  # rank 0's alone, and only those that ended
+    assert all(float(line.split()[4]) > 0 and float(line.split()[5]) > 0 for line in lines)
+
+
+def sharded_head_on(rank, world, directory, port):
+    os.environ |= {
+        "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }  # fmt: skip
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from transformers import AutoModelForCausalLM
+
+    import trl_parity.recompute
+    from trl_parity.recompute import CompletionScorer
+    from trl_parity.records import SamplingSettings
+
+    dist.init_process_group("gloo")
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(rank)
+    ids = torch.randint(2, 40, (3 + rank, 12), generator=generator)  # uneven shards
+    attention = torch.ones_like(ids)
+    if rank == 1:
+        attention[:, -5:] = 0  # nothing to compare on this rank
+
+    def score(passes=1):
+        settings = SamplingSettings()
+        scorer = CompletionScorer(
+            model, 5, temperature=0.7, sampling=settings, replay_sampling=False, chunk_bytes=1 << 20
+        )
+        with torch.no_grad(), scorer:
+            for _ in range(passes):
+                model(input_ids=ids, attention_mask=attention)
+        return scorer
+
+    expected = score().scores()
+    mesh = init_device_mesh("cpu", (world,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model.lm_head, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    torch.testing.assert_close(score().scores(), expected)
+    assert type(model.lm_head.weight).__name__ == "DTensor"
+
+    # a failure on one rank alone, in the first of two passes: the others must not wait for it
+    real, calls = trl_parity.recompute.score_tokens, []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if rank == 0 and len(calls) == 1:
+            raise RuntimeError("out of memory on rank 0")
+        return real(*args, **kwargs)
+
+    trl_parity.recompute.score_tokens = failing
+    scorer = score(passes=2)
+    assert (scorer.error is not None) == (rank == 0)
+    assert len(calls) == (1 if rank == 0 else 2)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_a_sharded_head_is_scored_right_and_without_a_deadlock(tmp_path):
+    model = save_tiny_model(tmp_path / "model")
+    torch.multiprocessing.spawn(sharded_head_on, args=(2, str(model), 29620), nprocs=2)
+
+
+def test_a_window_costs_less_than_64_kib_of_reduction_whatever_its_tokens():
+    from trl_parity.floor import SOURCES
+    from trl_parity.metrics import MismatchSums
+
+    window, floor = MismatchSums.zeros(), MismatchSums.zeros(bootstrap_samples=2)
+    size = sum(8 * (x.additive.numel() + x.maxima.numel()) for x in (window, *[floor] * len(SOURCES)))
+    assert size <= 64 << 10  # with the noise floor measured in the same window
+
+
+@pytest.mark.engine
+def test_sixty_clean_batches_from_still_to_sharpening_never_halt(tmp_path):
+    """The short form of benchmarks/false_alarms.py; the long one has 1,200."""
+    import json
+
+    script, out = HERE.parent / "benchmarks" / "false_alarms.py", tmp_path / "figures.json"
+    done = subprocess.run(
+        [sys.executable, str(script), "--quick", "--json", str(out)], capture_output=True, text=True, timeout=800
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    statuses = [status for row in json.loads(out.read_text())["rows"] for status in row["statuses"].items()]
+    counts = {}
+    for status, n in statuses:
+        counts[status] = counts.get(status, 0) + n
+    assert sum(counts.values()) == 60
+    assert counts.get("HALT", 0) == counts.get("BREACH", 0) == counts.get("ERROR", 0) == 0
+    assert counts.get("OK", 0) >= 54
+    assert "false-WARN rate" in done.stdout

@@ -199,6 +199,94 @@ def test_training_is_bit_equal_with_and_without_the_callback(make_trainer, tmp_p
         assert torch.equal(value, weights["without"][name]), name
 
 
+# ---- the noise floor --------------------------------------------------------------------------------------------
+
+
+def test_the_floor_is_measured_once_logged_and_taken_off(make_trainer, tmp_path):
+    callback = ParityCallback()
+    trainer = make_trainer(tmp_path, callback, max_steps=3, learning_rate=1e-5)
+    trainer.train()
+    lines = jsonl(tmp_path)
+    assert [line["floor/age"] for line in lines] == [0, 1, 2]
+    assert len({line["floor/kl_k3"] for line in lines}) == 1
+    for line, row in zip(lines, [r for r in trainer.state.log_history if "parity/kl_k3" in r], strict=True):
+        # the yardstick fits: a clean run's own drift is about as large
+        assert 0.2 < line["trimmed/logp_abs_diff/mean"] / line["floor/logp_abs_diff/mean"] < 3
+        assert line["excess/kl_k3"] == pytest.approx(line["trimmed/kl_k3"] - line["floor/kl_k3"])
+        assert row["parity/excess/kl_k3"] == pytest.approx(line["excess/kl_k3"])
+        assert row["parity/floor/kl_k3"] == line["floor/kl_k3"]
+    assert set(callback.monitor.floor.sources) == {"rounding", "batch_shape", "engine"}
+    shares = [line["cost/floor_share"] for line in lines]
+    assert shares == sorted(shares, reverse=True)
+
+
+@pytest.mark.parametrize("fault", [{"top_p": 0.9}, {"generation_kwargs": {"temperature": 1.3}}])
+def test_a_run_sick_from_its_first_batch_does_not_calibrate_itself_healthy(make_trainer, tmp_path, fault):
+    floors = []
+    for name, arguments in (("sick", fault), ("clean", {})):
+        callback = ParityCallback(truncation="ignore", action="log")
+        make_trainer(tmp_path / name, callback, max_steps=3, learning_rate=1e-5, **arguments).train()
+        floors.append(callback.verdicts[-1].stats["floor/logp_abs_diff/mean"])
+        assert statuses(callback) == (["BREACH", "BREACH", "HALT"] if name == "sick" else ["OK"] * 3)
+    assert floors[0] < 2.5 * floors[1]
+
+
+def test_a_layer_left_in_training_mode_is_drift_and_no_floor(make_trainer, tmp_path):
+    callback = ParityCallback()
+    trainer = make_trainer(tmp_path, callback, max_steps=4, learning_rate=1e-5)
+    for module in trainer.model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.2
+    trainer.train()
+    assert statuses(callback) == ["BREACH", "BREACH", "HALT"]
+
+
+def test_a_floor_that_cannot_be_measured_leaves_windows_calibrating_and_the_run_alive(
+    make_trainer, tmp_path, monkeypatch, caplog
+):
+    def broken(*args, **kwargs):
+        raise RuntimeError("out of memory, say")
+
+    monkeypatch.setattr("trl_parity.callback.measure_floor", broken)
+    callback = ParityCallback()
+    trainer = make_trainer(tmp_path, callback, max_steps=2)
+    trainer.train()
+    assert statuses(callback) == ["CALIBRATING"] * 2
+    assert trainer.state.global_step == 2
+    assert "noise floor could not be measured: RuntimeError: out of memory, say" in caplog.text
+    assert callback.verdicts[-1].stats.get("floor/kl_k3") is None
+
+
+def test_the_temperature_really_sent_is_checked_against_trainer_and_phase(make_trainer, tmp_path):
+    callback = ParityCallback(temperatures={"train": 0.7, "train@1": 0.9})
+    make_trainer(tmp_path, callback, max_steps=2, learning_rate=1e-6).train()
+    first, second = callback.verdicts
+    assert (first.stats["temperature/engine"], first.stats["temperature/trainer"]) == (0.7, 0.7)
+    assert first.stats["temperature/gap"] == 0
+    assert (str(second.status), second.warnings) == ("WARN", ("temperature/gap",))
+    assert second.stats["temperature/gap"] == pytest.approx(0.2)
+
+    callback = ParityCallback(action="log")
+    kwargs = {"temperature": 0.8}
+    make_trainer(tmp_path / "b", callback, max_steps=1, learning_rate=1e-6, generation_kwargs=kwargs).train()
+    assert callback.verdicts[0].stats["temperature/engine"] == 0.8
+    assert "temperature/gap" in callback.verdicts[0].warnings
+
+
+def test_rewards_are_those_trl_logs_and_are_compared_with_a_history(make_trainer, tmp_path):
+    from trl_parity import RewardBaseline
+
+    RewardBaseline.from_rewards([0.9 + 0.001 * i for i in range(100)]).save(tmp_path / "history.json")
+    callback = ParityCallback(reward_baseline=str(tmp_path / "history.json"))
+    trainer = make_trainer(tmp_path, callback, max_steps=2, learning_rate=1e-6)
+    trainer.train()
+    logged = [row["reward"] for row in trainer.state.log_history if "reward" in row]
+    assert [line["reward/mean"] for line in jsonl(tmp_path)] == pytest.approx(logged, rel=1e-5)
+    last = callback.verdicts[-1]
+    assert last.stats["reward/effect_size"] < -0.9
+    assert last.warnings == ("reward/parted",)
+
+
 # ---- faults of the real stack -----------------------------------------------------------------------------------
 
 
@@ -394,6 +482,34 @@ def test_a_run_killed_in_a_streak_resumes_the_streak(make_trainer, tmp_path, res
     with pytest.raises(ParityHalt, match="step 3"):
         make_trainer(tmp_path, second, **settings).train(resume_from_checkpoint=True)
     assert [(line["step"], line["streak"]) for line in jsonl(tmp_path)] == [(1, 1), (2, 2), (3, 3)]
+
+
+def test_a_checkpoint_in_the_middle_of_a_window_loses_none_of_it(make_trainer, tmp_path):
+    settings = {"learning_rate": 1e-5, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, ParityCallback(every_n_steps=3), max_steps=2, **settings).train()
+    # as a kill after the checkpoint of step 2 leaves it: the window of its end was never judged
+    (tmp_path / "parity" / "metrics.jsonl").unlink()
+    second = ParityCallback(every_n_steps=3)
+    make_trainer(tmp_path, second, max_steps=6, **settings).train(resume_from_checkpoint=True)
+    lines = jsonl(tmp_path)
+    assert [(line["step"], line["num_batches"], line["num_tokens"]) for line in lines] == [
+        (3, 3, 3 * 16 * 24),
+        (6, 3, 3 * 16 * 24),
+    ]
+    assert lines[0]["floor/age"] == 0
+    assert statuses(second) == ["OK", "OK"]
+
+
+def test_the_floor_and_the_episode_are_part_of_the_checkpoint(make_trainer, tmp_path):
+    settings = {"learning_rate": 1e-5, "save_strategy": "steps", "save_steps": 1, "top_p": 0.9}
+    first = ParityCallback(truncation="ignore", action="log")
+    make_trainer(tmp_path, first, max_steps=2, **settings).train()
+    second = ParityCallback(truncation="ignore", action="log")
+    make_trainer(tmp_path, second, max_steps=3, **settings).train(resume_from_checkpoint=True)
+    assert [v.alert for v in first.verdicts] == ["WARN", ""]
+    assert [v.alert for v in second.verdicts] == ["HALT"]
+    assert second.monitor.floor.wall > first.monitor.floor.wall  # the cost account goes on
+    assert [line["streak"] for line in jsonl(tmp_path)] == [1, 2, 3]
 
 
 # ---- what can't be measured -------------------------------------------------------------------------------------

@@ -288,6 +288,8 @@ class ParityConfig:
 
     def resolved_rules(self) -> tuple[Rule, ...]:
         """The default rules with ``rules`` laid over them, each with its ``consecutive`` filled in."""
+        from .scalars import SCALARS
+
         merged = {rule.stat: rule for rule in DEFAULT_RULES}
         for stat, spec in _as_mapping(self.rules, "rules").items():
             if spec is None or spec is False:
@@ -308,10 +310,10 @@ class ParityConfig:
             _refuse_unknown(keys, [f.name for f in fields(Rule) if f.name != "stat"], f"rules.{stat}")
             if stat in merged:
                 merged[stat] = replace(merged[stat], **keys)
-            elif "limit" not in keys:
+            elif "limit" not in keys and stat in SCALARS:
                 raise ConfigError(f"rules.{stat} sets {sorted(keys)} but no limit. Add one: {{'limit': 0.01}}.")
             else:
-                merged[stat] = Rule(stat=stat, **keys)
+                merged[stat] = Rule(**({"limit": 0.0} | keys | {"stat": stat}))  # names an unknown statistic
         return tuple(
             rule if rule.consecutive is not None else replace(rule, consecutive=self.consecutive)
             for rule in merged.values()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
@@ -16,9 +17,11 @@ from .breaker import Breaker
 from .config import ParityConfig
 from .distributed import reduce_sums
 from .errors import ConfigError
+from .files import write_whole
 from .floor import NoiseFloor
 from .metrics import MismatchSums, compute, measure
 from .records import MismatchStats, ScoredBatch, Status, Verdict
+from .replay import CONFIG_NAME
 from .rewards import RewardBaseline, RewardWindow
 from .scalars import FLOORED
 from .sinks import AlertSink, JsonlSink, alert_sinks
@@ -98,6 +101,7 @@ class ParityMonitor:
         directory = self.config.parity_dir or (None if output_dir is None else Path(output_dir) / "parity")
         if directory is not None:
             self._jsonl = JsonlSink(directory, resume_step)
+            write_whole(Path(directory) / CONFIG_NAME, json.dumps(self.config.to_dict(), indent=1))
 
     def close(self) -> None:
         """Close the file. Later windows are still judged, and written nowhere."""

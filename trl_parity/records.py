@@ -179,4 +179,5 @@ class Verdict:
             "num_tokens": 0 if self.stats is None else self.stats.num_tokens,
             "num_sequences": 0 if self.stats is None else self.stats.num_sequences,
             "num_batches": 0 if self.stats is None else self.stats.num_batches,
+            "num_errors": 1 if self.stats is None else self.stats.num_errors,
         } | {k: v if v is None or math.isfinite(v) else str(v) for k, v in scalars.items()}

@@ -25,7 +25,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from typing import Any
 import numpy as np
 
 from .errors import ConfigError, DataError
+from .files import write_whole
 
 __all__ = ["MIN_REWARDS", "RewardBaseline", "RewardComparison", "RewardWindow", "plot_rewards"]
 
@@ -109,7 +109,7 @@ class RewardBaseline:
             "count": self.rewards.size,
             "rewards": self.rewards.tolist(),
         }
-        _write_whole(Path(path), json.dumps(content, allow_nan=False).encode() + b"\n")
+        write_whole(Path(path), json.dumps(content, allow_nan=False).encode() + b"\n")
 
     @classmethod
     def load(cls, path: str | Path) -> RewardBaseline:
@@ -273,7 +273,7 @@ def plot_rewards(baseline: RewardBaseline, rewards: Iterable[float], path: str |
     figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     png = io.BytesIO()
     canvas.print_png(png)
-    _write_whole(Path(path), png.getvalue())
+    write_whole(Path(path), png.getvalue())
 
 
 def _as_floats(values: Any) -> np.ndarray:
@@ -302,17 +302,3 @@ def _comparable(values: np.ndarray) -> np.ndarray:
 def _check_size(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < MIN_REWARDS:
         raise ConfigError(f"{name} is {value!r}. Expected a whole number >= {MIN_REWARDS}.")
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write under a temporary name in the same directory, then rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as e:
-        raise ConfigError(f"cannot write {path}: {e.strerror}. Expected a file name in a writable directory.") from e
