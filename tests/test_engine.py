@@ -252,6 +252,57 @@ def test_a_sharded_head_is_scored_right_and_without_a_deadlock(tmp_path):
     torch.multiprocessing.spawn(sharded_head_on, args=(2, str(model), 29620), nprocs=2)
 
 
+ZERO3 = """
+import sys
+import deepspeed
+import torch
+from transformers import AutoModelForCausalLM
+from trl_parity.recompute import CompletionScorer
+from trl_parity.records import SamplingSettings
+
+deepspeed.init_distributed("gloo")
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+ids = torch.randint(2, 40, (3, 12), generator=torch.Generator().manual_seed(torch.distributed.get_rank()))
+
+
+def score(forward):
+    scorer = CompletionScorer(
+        model, 5, temperature=0.7, sampling=SamplingSettings(), replay_sampling=False, chunk_bytes=1 << 20
+    )
+    with torch.no_grad(), scorer:
+        forward(input_ids=ids, attention_mask=torch.ones_like(ids))
+    return scorer.scores()
+
+
+expected = score(model)
+engine, *_ = deepspeed.initialize(
+    model=model,
+    optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+    config={
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    },
+)
+assert model.lm_head.weight.numel() == 0, "the head is not sharded"
+torch.testing.assert_close(score(engine), expected)
+assert model.lm_head.weight.numel() == 0, "the head was left gathered"
+"""
+
+
+def test_a_zero3_head_is_gathered_and_let_go(tmp_path):
+    pytest.importorskip("deepspeed", reason="not in the lock: its CPU build needs a compiler and its own build step")
+    model, script = save_tiny_model(tmp_path / "model"), tmp_path / "zero3.py"
+    script.write_text(ZERO3)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29621"]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, str(script), str(model)], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_a_window_costs_less_than_64_kib_of_reduction_whatever_its_tokens():
     from trl_parity.floor import SOURCES
     from trl_parity.metrics import MismatchSums

@@ -285,6 +285,7 @@ def test_rewards_are_those_trl_logs_and_are_compared_with_a_history(make_trainer
     last = callback.verdicts[-1]
     assert last.stats["reward/effect_size"] < -0.9
     assert last.warnings == ("reward/parted",)
+    assert (tmp_path / "parity" / "rewards.png").read_bytes().startswith(b"\x89PNG")
 
 
 # ---- faults of the real stack -----------------------------------------------------------------------------------

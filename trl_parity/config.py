@@ -91,7 +91,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     Rule(stat="ratio/out_of_band", limit=0.02, k=3.0, absolute=0.25),
     Rule(stat="ess", limit=0.01, k=5.0, absolute=0.05),
     Rule(stat="honesty_gap", limit=0.005),
-    Rule(stat="entropy/drift_gap", limit=0.05),
+    Rule(stat="entropy/drift_gap", limit=0.1),
     Rule(stat="confident_disagreement", limit=0.005),
     Rule(stat="nonfinite_rate", limit=0.01),
     Rule(stat="policy_drift/kl_k3", limit=0.1, warn_only=True),

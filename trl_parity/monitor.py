@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import statistics
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
@@ -22,7 +23,7 @@ from .floor import NoiseFloor
 from .metrics import MismatchSums, compute, measure
 from .records import MismatchStats, ScoredBatch, Status, Verdict
 from .replay import CONFIG_NAME
-from .rewards import RewardBaseline, RewardWindow
+from .rewards import RewardBaseline, RewardWindow, plot_rewards
 from .scalars import FLOORED
 from .sinks import AlertSink, JsonlSink, alert_sinks
 from .watch import EntropyWatch
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 __all__ = ["ParityMonitor"]
+
+logger = logging.getLogger(__name__)
 
 STATE_VERSION = 2
 _KEEP_VERDICTS = 1000
@@ -104,10 +107,16 @@ class ParityMonitor:
             write_whole(Path(directory) / CONFIG_NAME, json.dumps(self.config.to_dict(), indent=1))
 
     def close(self) -> None:
-        """Close the file. Later windows are still judged, and written nowhere."""
-        if self._jsonl is not None:
-            self._jsonl.close()
-            self._jsonl = None
+        """Close the file, and draw ``rewards.png`` beside it if there is a baseline. Later windows are not written."""
+        if self._jsonl is None:
+            return
+        self._jsonl.close()
+        if self.baseline is not None and len(self.rewards):
+            try:
+                plot_rewards(self.baseline, self.rewards.rewards, self._jsonl.path.with_name("rewards.png"))
+            except ConfigError as e:  # a picture less: no matplotlib, a full disk
+                logger.warning("no picture of the rewards: %s", e)
+        self._jsonl = None
 
     @property
     def status(self) -> Status:

@@ -65,11 +65,9 @@ def halt_text(verdict: Verdict, config: ParityConfig, verdicts: Sequence[Verdict
 
 
 def alert_text(verdict: Verdict) -> str:
-    """One line for a WARN-level alert."""
-    return (
-        f"trl-parity: {verdict.status} at step {verdict.step}: {verdict.reason}. Nothing is done yet; a halt needs "
-        "this to persist."
-    )
+    """A few words for a WARN-level alert."""
+    told = f"trl-parity: {verdict.status} at step {verdict.step}: {verdict.reason}. Training goes on."
+    return " ".join([told, *findings(verdict)]) if verdict.breaches or "entropy/relative" in verdict.warnings else told
 
 
 def _wrap(label: str, text: str) -> list[str]:
@@ -95,9 +93,14 @@ def findings(verdict: Verdict) -> Iterator[str]:
             )
     if own and fp32 is not None and own > 2 * fp32:
         yield f"The trainer's own head drifts more ({own:.3g}) than an fp32 head ({fp32:.3g})."
-    rate = stats.get("nonfinite_rate")
+    rate, left = stats.get("nonfinite_rate"), stats.get("entropy/relative")
     if rate:
         yield f"{rate:.2%} of the tokens have no finite log-prob."
+    if left is not None and left < 0.1:
+        yield (
+            f"The policy's entropy is down to {left:.1%} of its beginning: so certain a policy hides every drift, and "
+            "log-probs that are not finite come next."
+        )
 
 
 def settings_notes(capture: Any, config: ParityConfig) -> Iterator[str]:
