@@ -142,13 +142,12 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         start = time.perf_counter()
         accelerator = capture.trainer.accelerator
         sums, error = self._measure(capture, accelerator.process_index)
-        self._check_temperature(capture, sums)
+        self._watch(capture, sums)
         if not capture.training:
             self._on_eval_batch(capture.trainer, sums)
             return
         if self._trainer is None:
             self._first_batch(capture)
-        self.monitor.add_rewards(sums, capture.rewards())
         self._batches += 1
         self._open_batches += 1
         self._condemned = False
@@ -194,6 +193,17 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
             sums.bump(batches=1, errors=1)
             return sums, error
 
+    def _watch(self, capture: Capture, sums: MismatchSums) -> None:
+        """Temperature and rewards of a batch; a failure there is a warning and no measurement, nothing else."""
+        try:
+            self._check_temperature(capture, sums)
+            if capture.training:
+                self.monitor.add_rewards(sums, capture.rewards())
+        except Exception as e:
+            if "watch" not in self._told:
+                self._told.add("watch")
+                logger.warning("temperature or rewards cannot be watched: %s: %s", type(e).__name__, e)
+
     def _check_temperature(self, capture: Capture, sums: MismatchSums) -> None:
         """What the engine was really asked for, against the trainer and the phase's setting."""
         kind = "train" if capture.training else "eval"
@@ -230,17 +240,13 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
 
     def _close_window(self, step: int, *, final: bool = False) -> None:
         """Reduce, judge, write, act (not when training is over). Collective: all ranks come here at the same batch."""
-        start = time.perf_counter()
         trainer, sums = self._trainer, self._window
         assert sums is not None
         if self.monitor.floor.due:
             self._measure_floor()
-        sums.bump(
-            cost_seconds=self._spent,
-            floor_seconds=self._spent_on_floor,
-            wall_seconds=time.perf_counter() - self._clock,
-        )
-        self._clock, self._spent, self._spent_on_floor = time.perf_counter(), 0.0, 0.0
+        start = time.perf_counter()  # the floor has an account of its own
+        sums.bump(cost_seconds=self._spent, floor_seconds=self._spent_on_floor, wall_seconds=start - self._clock)
+        self._clock, self._spent, self._spent_on_floor = start, 0.0, 0.0
         sums = reduce_sums(sums, trainer.accelerator)
         self.monitor.floor.account(sums.total("floor_seconds"), sums.total("wall_seconds"))
         stats = self.monitor.scalars(compute(sums), new_window=True)
@@ -359,7 +365,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         resume = int(state.global_step)
         self._window_start = self._next_generation = resume
         if resume:
-            self._restore(state)
+            self._restore(args, state)
         error = ""
         if state.is_world_process_zero:
             try:
@@ -447,7 +453,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         fresh = MismatchSums.zeros(accelerator.device, self.config.bootstrap_samples)
         self._window = whole.copy() if accelerator.is_main_process else fresh
 
-    def _restore(self, state: Any) -> None:
+    def _restore(self, args: Any, state: Any) -> None:
         saved = state.stateful_callbacks.get(type(self).__name__)
         if isinstance(saved, list):
             saved = saved[0] if saved else None
@@ -460,10 +466,21 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
             )
             return
         self._window_start = int(checkpoint["window_start"])
-        if checkpoint["window"] is not None:
-            self._open_batches = int(checkpoint["open_batches"])
-            if state.is_world_process_zero:
-                self._window = MismatchSums.from_sparse(checkpoint["window"])
+        saved_window = checkpoint["window"]
+        if saved_window is None:
+            return
+        if saved_window["bootstrap_samples"] != self.config.bootstrap_samples:
+            logger.warning("bootstrap_samples changed: the first part of the window open at the checkpoint is dropped")
+            return
+        self._open_batches = int(checkpoint["open_batches"])
+        # rank 0 holds the sums of all ranks, the others nothing
+        main = state.is_world_process_zero
+        window = (
+            MismatchSums.from_sparse(saved_window)
+            if main
+            else MismatchSums.zeros("cpu", self.config.bootstrap_samples)
+        )
+        self._window = window.to(args.device)
 
 
 # mildest first

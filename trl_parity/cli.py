@@ -28,6 +28,15 @@ _REPLAY_EXAMPLES = """examples:
   trl-parity replay runs/mine --config configs/default.yaml --json"""
 
 
+_WATCH = """Follow metrics.jsonl of a running job: status, streak, each statistic with its noise floor, how much of its
+limit it uses, and its last windows. Copes with restarts and with a file that is not there yet; Ctrl-C ends it. Where
+the output is no terminal, each new window is one plain line."""
+_WATCH_EXAMPLES = """examples:
+  trl-parity watch runs/mine
+  trl-parity watch runs/mine --once
+  trl-parity watch runs/mine >> parity.log &"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -52,6 +61,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     sub.add_argument("--all", action="store_true", help="list every window, not only those that matter")
     sub.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     sub.set_defaults(run=_replay)
+    sub = commands.add_parser(
+        "watch",
+        help="follow a running job in the terminal",
+        description=_WATCH,
+        epilog=_WATCH_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sub.add_argument("path", help="metrics.jsonl, or the folder of the run; it need not exist yet")
+    sub.add_argument("--every", type=float, default=1.0, metavar="SECONDS", help="how often to look (default: 1)")
+    sub.add_argument("--once", action="store_true", help="show the run as it is now, and end")
+    sub.set_defaults(run=_watch)
     options = parser.parse_args(argv)
     try:
         return options.run(options)
@@ -95,6 +115,19 @@ def _replay(options: argparse.Namespace) -> int:
     if recorded is None and not options.config:
         print("note: no config.json beside the windows; replayed with the default settings", file=sys.stderr)
     _print_replay(judged, result, everything=options.all)
+    return 0
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from .terminal import watch
+
+    try:
+        for _ in watch(options.path, Console(), every=options.every, once=options.once):
+            pass
+    except KeyboardInterrupt:
+        pass
     return 0
 
 

@@ -227,6 +227,8 @@ def summarize(
     if last["breaches"]:
         table.add_row("rules breached", ", ".join(last["breaches"]))
     table.add_row("worst k3 KL", f"{worst(windows, 'kl_k3')} nats/token")
+    if last.get("floor/kl_k3") is not None:
+        table.add_row("its noise floor", f"{last['floor/kl_k3']:.2e} nats/token")
     table.add_row("worst |log-ratio|", f"{worst(windows, 'logp_abs_diff/max')} nats")
     table.add_row("reward", trend(history, "reward"))
     table.add_row("accuracy", trend(history, "rewards/exact/mean"))

@@ -81,10 +81,13 @@ def requested_temperatures(generation: Any) -> Iterator[list[float]]:
 
     def recording(*args: Any, **kwargs: Any) -> Any:
         if colocated:
-            params = kwargs["sampling_params"] if "sampling_params" in kwargs else args[1]
-            seen.append(float((params[0] if isinstance(params, list) else params).temperature))
+            params = kwargs.get("sampling_params", args[1] if len(args) > 1 else None)
+            params = params[0] if isinstance(params, list) else params
+            temperature = None if params is None else params.temperature
         else:
-            seen.append(float(kwargs.get("generation_kwargs", {}).get("temperature", kwargs["temperature"])))
+            temperature = (kwargs.get("generation_kwargs") or {}).get("temperature", kwargs.get("temperature"))
+        if temperature is not None:
+            seen.append(float(temperature))
         return generate(*args, **kwargs)
 
     target.generate = recording
