@@ -8,7 +8,6 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from .distributed import gather_rows, reduce_many, reduce_sums
 from .engine.cpu import prepare_cpu_engine
 from .errors import ConfigError, InterceptionError, ParityHalt
 from .floor import SOURCES, measure_floor
-from .metrics import MismatchSums, compute, measure, measure_policy_drift
+from .metrics import MismatchSums, compute, measure_policy_drift
 from .monitor import ParityMonitor
 from .recompute import CompletionScorer
 from .records import RolloutBatch, SamplingSettings, ScoredBatch, Status, Verdict
@@ -58,16 +57,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
     """
 
     def __init__(self, config: ParityConfig | None = None, **overrides: Any):
-        if config is not None and not isinstance(config, ParityConfig):
-            raise ConfigError(
-                f"config is a {type(config).__name__}. Expected a ParityConfig; read a file with "
-                "ParityConfig.from_yaml(path)."
-            )
-        if config is None:
-            self.config = ParityConfig.from_mapping(overrides, where="ParityCallback")
-        else:
-            ParityConfig.from_mapping(config.to_dict() | overrides, where="ParityCallback")
-            self.config = replace(config, **overrides)
+        self.config = ParityConfig.of(config, overrides, where="ParityCallback")
         self.halt_message: str | None = None
         self.monitor = ParityMonitor(self.config, opened=False)
         self._phases = self.config.temperature_phases()
@@ -100,7 +90,6 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         self._capture: Capture | None = None  # of the last batch, for as long as its window is being judged
         self._error = ""
         self._batches = 0
-        self._sequences = 0
         self._open_batches = 0  # of them in the open window
         self._windows = 0
         self._window_start = 0  # optimizer steps done when the open window began
@@ -177,10 +166,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         try:
             rollout = capture.rollout()
             scored = capture.score(rollout, self.config.token_budget)
-            # numbered over batches and ranks; a prime stride keeps the ranks' numbers apart in the resampling pool
-            first = self._sequences + rank * 1009
-            sums = measure(scored, bootstrap_samples=self.config.bootstrap_samples, first_sequence=first)
-            self._sequences += len(scored.mask)
+            sums = self.monitor.measure(scored, rank)
             self._last = (rollout, scored)
             return sums, ""
         except Exception as e:

@@ -338,6 +338,17 @@ class ParityConfig:
         return cls(**values)
 
     @classmethod
+    def of(cls, config: ParityConfig | None, overrides: Mapping[str, Any], where: str) -> ParityConfig:
+        """``config`` (None: all defaults) with fields laid over it, as constructors take them."""
+        if config is not None and not isinstance(config, ParityConfig):
+            raise ConfigError(
+                f"config is a {type(config).__name__}. Expected a ParityConfig; read a file with "
+                "ParityConfig.from_yaml(path)."
+            )
+        _refuse_unknown(overrides, [f.name for f in fields(cls)], where)
+        return replace(config or cls(), **overrides)
+
+    @classmethod
     def from_yaml(cls, path: str | Path) -> ParityConfig:
         """Read a YAML mapping of field names. Unknown keys, wrong values and broken YAML raise ``ConfigError``."""
         import yaml

@@ -306,7 +306,7 @@ def trimmed(histogram: np.ndarray, s: dict[str, float]) -> dict[str, float | Non
     """``trimmed/*``: statistics without the worst tokens, so that a single one, of any size, can't move a verdict.
 
     From the histogram, without the ``max(1, n // TRIM)`` tokens of largest |Δ|: off by a bin's width (3.7 %) at most
-    per token, and far less in the mean. Rates are taken without one of their tokens.
+    per token, and far less in the mean. Rates are exact, without the left-out tokens (or one of them).
     """
     values: dict[str, float | None] = {}
     n = int(s["tokens"])
@@ -325,12 +325,11 @@ def trimmed(histogram: np.ndarray, s: dict[str, float]) -> dict[str, float | Non
     sum_w, sum_w2 = float((counts * w).sum()), float((counts * w * w).sum())
     cumulative = np.cumsum(counts.sum(0))
     rank = min(max(1.0, math.ceil(0.99 * left)), cumulative[-1])
-    outside = (np.abs(less_1) > BAND) * counts
     return values | {
         "trimmed/kl_k3": float((counts * (less_1 - delta)).sum()) / left,
         "trimmed/logp_abs_diff/mean": float((counts.sum(0) * _CENTERS).sum()) / left,
         "trimmed/logp_abs_diff/p99": float(_CENTERS[np.searchsorted(cumulative, rank - 1e-6)]),
-        "trimmed/ratio/out_of_band": float(outside.sum()) / left,
+        "trimmed/ratio/out_of_band": max(0.0, s["out_of_band"] - (n - left)) / left,
         "trimmed/ess": sum_w**2 / (left * sum_w2) if sum_w2 > 0 else 0.0,
         "trimmed/confident_disagreement": max(0.0, s["confident"] - 1) / n,
     }

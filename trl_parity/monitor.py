@@ -76,10 +76,8 @@ class ParityMonitor:
         opened: bool = True,
         **overrides: Any,
     ):
-        config = ParityConfig.from_mapping(overrides, where="ParityMonitor") if config is None else config
-        self.config = replace(config, **overrides)
+        self.config = ParityConfig.of(config, overrides, where="ParityMonitor")
         self._accelerator = accelerator
-        self._sequences = 0
         self.reset(measured_floor=False)
         self.floor.values |= {f"floor/{stat}": value for stat, value in _checked_floor(floor or {}).items()}
         if opened and (accelerator is None or accelerator.is_main_process):
@@ -88,6 +86,7 @@ class ParityMonitor:
     def reset(self, measured_floor: bool = True) -> None:
         """Forget everything: a new run begins. ``measured_floor``: somebody will measure the noise floor."""
         config = self.config if measured_floor else replace(self.config, floor_tokens=0)
+        self._sequences = 0
         self.verdicts: deque[Verdict] = deque(maxlen=_KEEP_VERDICTS)
         self.breaker = Breaker.from_config(config)
         self.floor = NoiseFloor(config)
@@ -164,10 +163,7 @@ class ParityMonitor:
             own_logprobs=trainer_logprobs,
             entropy=entropy,
         )
-        rank = 0 if self._accelerator is None else self._accelerator.process_index
-        first = self._sequences + rank * 1009
-        sums = measure(scored, bootstrap_samples=self.config.bootstrap_samples, first_sequence=first)
-        self._sequences += len(scored.mask)
+        sums = self.measure(scored, 0 if self._accelerator is None else self._accelerator.process_index)
         self.add_rewards(sums, [] if rewards is None else list(rewards))
         if self._accelerator is not None:
             sums = reduce_sums(sums, self._accelerator)
@@ -196,6 +192,14 @@ class ParityMonitor:
         }
 
     # ---- windows ----------------------------------------------------------------------------------------------
+
+    def measure(self, scored: ScoredBatch, rank: int) -> MismatchSums:
+        """The sums of one batch of this rank."""
+        # numbered over batches and ranks; a prime stride keeps the ranks' numbers apart in the resampling pool
+        first = self._sequences + rank * 1009
+        sums = measure(scored, bootstrap_samples=self.config.bootstrap_samples, first_sequence=first)
+        self._sequences += len(scored.mask)
+        return sums
 
     def add_rewards(self, sums: MismatchSums, rewards: list[float]) -> None:
         """Take in a batch's rewards (of all ranks, the same on each)."""

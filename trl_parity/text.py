@@ -57,8 +57,12 @@ def halt_text(verdict: Verdict, config: ParityConfig, verdicts: Sequence[Verdict
     lines += [
         "",
         f"  Look     {path}",
-        "  Go on    anyway: ParityConfig(action='log'), or raise the limit if this drift is expected:",
-        "           rules={" + ", ".join(f"'{name}': ..." for name in verdict.breaches) + "}",
+        *_wrap(
+            "Go on",
+            "anyway: ParityConfig(action='log'), or other rules if this drift is expected: rules={"
+            + ", ".join(f"'{name}': ..." for name in verdict.breaches)
+            + "}; trl-parity replay shows what they would have done.",
+        ),
         "",
     ]
     return "\n".join(lines).replace("\xa0", " ")
