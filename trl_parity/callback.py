@@ -212,6 +212,8 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
                 f"action={self.config.action!r} with DeepSpeed, which applies the update inside backward: the "
                 "condemned batch can't be kept from the weights there. Use action='raise' or action='log'."
             )
+        if self.config.panels and self._wandb is not None:
+            self._wandb.make_panels()
         if trainer.accelerator.is_main_process:
             for note in settings_notes(capture, self.config):
                 logger.warning("%s", note)

@@ -37,6 +37,13 @@ _WATCH_EXAMPLES = """examples:
   trl-parity watch runs/mine >> parity.log &"""
 
 
+_PANELS = """Make a W&B workspace view with sections Health, Drift, Policy, Engine and Tokens. A view with the same
+content is found again and left as it is, your edits included; a later version with other content makes another."""
+_PANELS_EXAMPLES = """examples:
+  trl-parity panels --project trl-parity
+  trl-parity panels --project rl --entity my-team"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -72,6 +79,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     sub.add_argument("--every", type=float, default=1.0, metavar="SECONDS", help="how often to look (default: 1)")
     sub.add_argument("--once", action="store_true", help="show the run as it is now, and end")
     sub.set_defaults(run=_watch)
+    sub = commands.add_parser(
+        "panels",
+        help="make the ready-made W&B workspace of a project",
+        description=_PANELS,
+        epilog=_PANELS_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sub.add_argument("--project", required=True, help="W&B project")
+    sub.add_argument("--entity", help="W&B user or team (default: your own)")
+    sub.set_defaults(run=_panels)
     options = parser.parse_args(argv)
     try:
         return options.run(options)
@@ -128,6 +145,14 @@ def _watch(options: argparse.Namespace) -> int:
             pass
     except KeyboardInterrupt:
         pass
+    return 0
+
+
+def _panels(options: argparse.Namespace) -> int:
+    from .panels import create
+
+    url, made = create(options.project, options.entity)
+    print(("made" if made else "already there, left as it is") + f": {url}")
     return 0
 
 

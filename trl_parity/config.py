@@ -242,6 +242,13 @@ class ParityConfig:
             "change to BREACH or HALT). 0: never."
         },
     )
+    panels: bool = field(
+        default=False,
+        metadata={
+            "help": "Make the ready-made W&B workspace (trl-parity panels) in the run's project, when the run is "
+            "online and the project has none of this version."
+        },
+    )
     worst_tokens: int = field(default=20, metadata={"help": "Rows of the worst-token table."})
     redact_text: bool = field(
         default=False,

@@ -24,7 +24,7 @@ from .metrics import MismatchSums, compute, measure
 from .records import MismatchStats, ScoredBatch, Status, Verdict
 from .replay import CONFIG_NAME
 from .rewards import RewardBaseline, RewardWindow, plot_rewards
-from .scalars import FLOORED
+from .scalars import FLOORED, SCALARS
 from .sinks import AlertSink, JsonlSink, alert_sinks
 from .watch import EntropyWatch
 
@@ -213,6 +213,9 @@ class ParityMonitor:
         if new_window:
             self.entropy.update(stats.get("entropy/trainer"))
         extra = self.floor.scalars(stats) | self.entropy.scalars()
+        for reading in self.breaker.readings(stats.updated(extra)):
+            if (name := f"limit/{reading.rule.stat}") in SCALARS and reading.seen.startswith("excess/"):
+                extra[name] = reading.limit
         if self.baseline is not None:
             comparison = self.baseline.compare(self.rewards.rewards)
             if comparison is not None:

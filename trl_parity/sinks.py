@@ -160,6 +160,20 @@ class WandbSink(_GuardedSink):
         if objects:
             self._guarded(lambda: self._module.run.log({**objects, "train/global_step": step}))
 
+    def make_panels(self) -> None:
+        """The ready-made workspace in the active run's project; nothing for an offline run."""
+        run = self._module.run
+        if run is None or run.offline:
+            return
+        from .panels import create
+
+        try:
+            url, made = create(run.project, run.entity)
+        except ConfigError as e:
+            logger.warning("no panels: %s", e)
+        else:
+            logger.warning("W&B panels %s: %s", "made" if made else "are there", url)
+
     def log(self, step: int, scalars: dict[str, float]) -> None:
         """Log scalars at ``train/global_step`` = ``step``."""
         if self._module.run is not None:
