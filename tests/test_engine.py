@@ -44,6 +44,8 @@ def test_raw_logprobs_halt_from_the_first_window_on(tmp_path):
     done = python(RAW, save_tiny_model(tmp_path / "model"), tmp_path / "out")
     assert "STATUSES BREACH BREACH HALT" in done.stdout, done.stderr[-3000:]
     assert "not those of the law that was sampled" in done.stderr
+    # and it was said before the first update, from the engine's own settings
+    assert "the engine returns raw_logprobs" in done.stderr
 
 
 LATE = """

@@ -232,7 +232,7 @@ def test_a_run_sick_from_its_first_batch_does_not_calibrate_itself_healthy(make_
     assert floors[0] < 2.5 * floors[1]
 
 
-def test_a_layer_left_in_training_mode_is_drift_and_no_floor(make_trainer, tmp_path):
+def test_a_layer_left_in_training_mode_is_drift_and_no_floor(make_trainer, tmp_path, caplog):
     callback = ParityCallback()
     trainer = make_trainer(tmp_path, callback, max_steps=4, learning_rate=1e-5)
     for module in trainer.model.modules():
@@ -240,6 +240,25 @@ def test_a_layer_left_in_training_mode_is_drift_and_no_floor(make_trainer, tmp_p
             module.attention_dropout = 0.2
     trainer.train()
     assert statuses(callback) == ["BREACH", "BREACH", "HALT"]
+    assert "dropout 0.2 switched on" in caplog.text
+
+
+def test_settings_are_read_from_the_live_engine_and_trainer(make_trainer, tmp_path):
+    from trl_parity.lint import facts
+
+    seen = []
+
+    class Reader(ParityCallback):
+        def on_generation(self, capture):
+            super().on_generation(capture)
+            seen.append(facts(capture, replayed=True))
+
+    make_trainer(tmp_path, Reader(), max_steps=1).train()
+    (f,) = seen
+    assert (f.logprobs_mode, f.engine_dtype, f.engine_head_dtype) == ("processed_logprobs", "bfloat16", "bfloat16")
+    assert (f.trainer_dtype, f.compute_dtype, f.trainer_head_fp32) == ("float32", "bfloat16", False)
+    assert (f.kv_cache_dtype, f.quantization, f.dropout) == ("auto", None, 0.0)
+    assert f.sampling.temperature == f.trainer_temperature == 0.7
 
 
 def test_a_floor_that_cannot_be_measured_leaves_windows_calibrating_and_the_run_alive(

@@ -20,6 +20,7 @@ from .distributed import gather_rows, reduce_many, reduce_sums
 from .engine.cpu import prepare_cpu_engine
 from .errors import ConfigError, InterceptionError, ParityHalt
 from .floor import SOURCES, measure_floor
+from .lint import facts, lint
 from .metrics import MismatchSums, compute, measure_policy_drift
 from .monitor import ParityMonitor
 from .recompute import CompletionScorer
@@ -27,7 +28,7 @@ from .records import RolloutBatch, SamplingSettings, ScoredBatch, Status, Verdic
 from .sinks import WandbSink
 from .taps import Capture, Observer, instrument
 from .taps.grpo import append_metrics
-from .text import alert_text, halt_text, settings_notes
+from .text import alert_text, halt_text
 from .watch import expected_temperature
 
 __all__ = ["ParityCallback"]
@@ -215,8 +216,11 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         if self.config.panels and self._wandb is not None:
             self._wandb.make_panels()
         if trainer.accelerator.is_main_process:
-            for note in settings_notes(capture, self.config):
-                logger.warning("%s", note)
+            try:
+                for finding in lint(facts(capture, replayed=self.config.truncation == "replay")):
+                    logger.log(logging.INFO if finding.severity == "note" else logging.WARNING, "%s", finding)
+            except Exception as e:
+                logger.warning("the settings could not be checked: %s: %s", type(e).__name__, e)
 
     def _on_eval_batch(self, trainer: Any, sums: MismatchSums) -> None:
         reduced = reduce_sums(sums, trainer.accelerator)

@@ -29,7 +29,7 @@ from .recompute import causal_lm
 from .records import RolloutBatch, ScoredBatch
 from .scalars import FLOORED
 
-__all__ = ["SOURCES", "NoiseFloor", "eval_mode", "measure_floor", "noise_dtype", "rounding_noise"]
+__all__ = ["SOURCES", "NoiseFloor", "compute_dtype", "eval_mode", "measure_floor", "noise_dtype", "rounding_noise"]
 
 logger = logging.getLogger(__name__)
 
@@ -97,11 +97,15 @@ def rounding_noise(backbone: torch.nn.Module, dtype: torch.dtype, seed: int) -> 
             handle.remove()
 
 
-def noise_dtype(engine: torch.dtype, trainer: Any) -> torch.dtype:
-    """The coarser of the engine's dtype and the one the trainer computes in (mixed precision, else its weights')."""
+def compute_dtype(trainer: Any) -> torch.dtype:
+    """What the trainer's forward computes in: mixed precision, else the dtype of its weights."""
     mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision)
-    own = mixed or next(p.dtype for p in trainer.model.parameters() if p.is_floating_point())
-    return max((engine, own), key=lambda dtype: torch.finfo(dtype).eps)
+    return mixed or next(p.dtype for p in trainer.model.parameters() if p.is_floating_point())
+
+
+def noise_dtype(engine: torch.dtype, trainer: Any) -> torch.dtype:
+    """The coarser of the engine's dtype and the one the trainer computes in."""
+    return max((engine, compute_dtype(trainer)), key=lambda dtype: torch.finfo(dtype).eps)
 
 
 @torch.no_grad()

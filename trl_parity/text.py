@@ -1,4 +1,4 @@
-"""Words for people: the halt, told like a health check, and notes on settings at the start."""
+"""Words for people: the halt, told like a health check, and alerts."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from .breaker import read
 from .config import ParityConfig
 from .records import Status, Verdict
 
-__all__ = ["alert_text", "halt_text", "settings_notes"]
+__all__ = ["alert_text", "halt_text"]
 
 _CONSEQUENCE = {
     "log": "Training goes on (action=log): it learns from batches another policy produced.",
@@ -105,32 +104,3 @@ def findings(verdict: Verdict) -> Iterator[str]:
             f"The policy's entropy is down to {left:.1%} of its beginning: so certain a policy hides every drift, and "
             "log-probs that are not finite come next."
         )
-
-
-def settings_notes(capture: Any, config: ParityConfig) -> Iterator[str]:
-    """Settings of the first batch that a reader of the numbers must know of."""
-    sampling = capture.sampling
-    if sampling.truncates or sampling.penalizes:
-        how = (
-            "replayed on the trainer's side and reported as parity/truncation/*; the loss itself uses the untruncated "
-            "policy (see parity/own_head/*)"
-            if config.truncation == "replay"
-            else "not replayed (truncation='ignore'), so they count as drift"
-        )
-        yield f"the engine truncates or penalizes its distribution ({_changed(sampling)}): {how}."
-    if sampling.unreplayed:
-        yield (
-            f"the requests set {', '.join(sampling.unreplayed)}, which changes the sampled law and is not replayed on "
-            "the trainer's side: expect drift where it applies."
-        )
-    if sampling.temperature != capture.trainer.temperature:
-        yield (
-            f"the engine samples at temperature {sampling.temperature:g} but the loss divides logits by "
-            f"{capture.trainer.temperature:g}. Set one temperature, in the trainer's arguments."
-        )
-
-
-def _changed(sampling: Any) -> str:
-    neutral = type(sampling)()
-    names = ("top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-    return ", ".join(f"{n}={getattr(sampling, n):g}" for n in names if getattr(sampling, n) != getattr(neutral, n))

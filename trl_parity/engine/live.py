@@ -34,6 +34,17 @@ class ColocatedEngine:
         """Dtype of the lm_head's product and of the logits."""
         return self._config.model_config.head_dtype
 
+    def settings(self) -> dict[str, Any]:
+        """What else it runs with, by the names of :class:`trl_parity.lint.Facts`."""
+        model = self._config.model_config
+        return {
+            "logprobs_mode": str(model.logprobs_mode),
+            "engine_dtype": str(self.dtype).removeprefix("torch."),
+            "engine_head_dtype": str(self.head_dtype).removeprefix("torch."),
+            "kv_cache_dtype": str(self._config.cache_config.cache_dtype),
+            "quantization": None if model.quantization is None else str(model.quantization),
+        }
+
     @property
     def max_model_len(self) -> int:
         """Longest sequence the engine takes."""

@@ -1,0 +1,176 @@
+"""Known traps in the settings, reported before the first update: what was seen, what it does, what mends it.
+
+``facts`` reads the live engine and trainer (not what somebody passed); ``lint`` judges plain facts and is pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from .records import SamplingSettings
+
+__all__ = ["Facts", "Finding", "facts", "lint"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """Settings of both sides. None: not known, as much of a server is."""
+
+    sampling: SamplingSettings
+    trainer_temperature: float
+    replayed: bool  # the engine's truncation and penalties are replayed on the trainer's side
+    trainer_dtype: str | None = None  # of the weights
+    compute_dtype: str | None = None  # of the forward, after mixed precision
+    trainer_head_fp32: bool = False
+    dropout: float = 0.0  # the largest in a layer that is in training mode while the policy is scored
+    masks_sequences: str | None = None  # TRL's importance-sampling mode, when it drops what drifts
+    logprobs_mode: str | None = None
+    engine_dtype: str | None = None
+    engine_head_dtype: str | None = None
+    kv_cache_dtype: str | None = None
+    quantization: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One trap. ``severity``: ``error`` (the numbers will be wrong), ``warning`` (they may be), ``note``."""
+
+    severity: str
+    cause: str  # the identifier of the cause it leads to
+    text: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.text} Fix: {self.fix}"
+
+
+def lint(f: Facts) -> Iterator[Finding]:
+    """Traps in these settings, worst first within their kind."""
+    s = f.sampling
+    processed = s.temperature not in (0.0, 1.0) or s.truncates or s.penalizes
+    if f.logprobs_mode is not None and f.logprobs_mode != "processed_logprobs" and processed:
+        yield Finding(
+            "error",
+            "raw_logprobs",
+            f"the engine returns {f.logprobs_mode}: log-probs from before temperature {s.temperature:g}, truncation "
+            "and penalties, while the loss uses them as those of the law sampled from.",
+            'logprobs_mode="processed_logprobs" (server: --logprobs-mode processed_logprobs).',
+        )
+    if s.temperature != f.trainer_temperature:
+        yield Finding(
+            "error",
+            "temperature",
+            f"the engine samples at temperature {s.temperature:g} but the loss divides logits by "
+            f"{f.trainer_temperature:g}.",
+            "one temperature, set in the trainer's arguments and nowhere else.",
+        )
+    if s.truncates or s.penalizes:
+        how = (
+            "it is replayed on the trainer's side and reported as parity/truncation/*, but the loss itself uses the "
+            "whole distribution (see parity/own_head/*)."
+            if f.replayed
+            else "it is not replayed (truncation='ignore'), so it counts as drift."
+        )
+        cause = "truncated_sampling" if s.truncates else "penalties"
+        fix = "top_p=1, top_k=0, min_p=0" if s.truncates else "repetition_penalty=1, presence_penalty=0"
+        yield Finding("warning", cause, f"the engine changes its distribution ({_changed(s)}): {how}", f"{fix}.")
+    if s.unreplayed:
+        yield Finding(
+            "warning",
+            "constrained_decoding",
+            f"the requests set {', '.join(s.unreplayed)}, which changes the law sampled from and is not replayed on "
+            "the trainer's side: expect drift where it applies.",
+            "drop it, or mask the tokens it forces.",
+        )
+    if f.dropout > 0:
+        yield Finding(
+            "error",
+            "trainer_numerics",
+            f"the trainer scores with dropout {f.dropout:g} switched on: two passes over one batch disagree.",
+            "disable_dropout=True in the trainer's arguments.",
+        )
+    if f.quantization is not None:
+        yield Finding(
+            "warning", "kv_cache_precision", f"the engine's weights are quantized ({f.quantization}).",
+            "an engine in the trainer's dtype, or expect an excess over the floor.",
+        )  # fmt: skip
+    if f.kv_cache_dtype is not None and f.kv_cache_dtype.startswith("fp8"):
+        yield Finding(
+            "warning", "kv_cache_precision", f"the engine's KV cache is {f.kv_cache_dtype}.",
+            'kv_cache_dtype="auto", or calibrated scales.',
+        )  # fmt: skip
+    if f.engine_head_dtype is not None and f.engine_head_dtype != "float32":
+        sides = (
+            "both heads are" if not f.trainer_head_fp32 and f.compute_dtype != "float32" else "the engine's head is"
+        )
+        yield Finding(
+            "note",
+            "head_precision",
+            f"{sides} {f.engine_head_dtype}: logits near 30 are rounded by up to 0.06 there.",
+            'hf_overrides={"head_dtype": "float32"} on the engine and cast_lm_head_to_fp32=True on the trainer.',
+        )
+    if f.trainer_dtype == "float32" and f.engine_dtype not in (None, "float32") and f.compute_dtype == "float32":
+        yield Finding(
+            "note",
+            "dtype_gap",
+            f"the trainer computes in float32, the engine in {f.engine_dtype}: updates smaller than its rounding "
+            "never reach it.",
+            "one dtype for both (bf16=True, or an engine in float32).",
+        )
+    if f.masks_sequences is not None:
+        yield Finding(
+            "note",
+            "unknown",
+            f"vllm_importance_sampling_mode={f.masks_sequences!r} drops what drifts most from the loss, and TRL's own "
+            "ratio metrics are taken after it: read parity/ratio/* instead.",
+            "nothing to mend; know it.",
+        )
+
+
+def _changed(sampling: SamplingSettings) -> str:
+    neutral = SamplingSettings()
+    names = ("top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    return ", ".join(f"{n}={getattr(sampling, n):g}" for n in names if getattr(sampling, n) != getattr(neutral, n))
+
+
+def facts(capture: Any, replayed: bool) -> Facts:
+    """The facts of a run, from its first batch's capture."""
+    from .engine.live import engine_of
+    from .floor import compute_dtype
+
+    trainer, args = capture.trainer, capture.trainer.args
+    engine = engine_of(trainer.vllm_generation)
+    weights = next(p.dtype for p in trainer.model.parameters() if p.is_floating_point())
+    mode = args.vllm_importance_sampling_mode if args.vllm_importance_sampling_correction else None
+    return Facts(
+        sampling=capture.sampling,
+        trainer_temperature=trainer.temperature,
+        replayed=replayed,
+        trainer_dtype=_name(weights),
+        compute_dtype=_name(compute_dtype(trainer)),
+        trainer_head_fp32=args.cast_lm_head_to_fp32,
+        dropout=_dropout(trainer.model),
+        masks_sequences=mode if mode is not None and mode.endswith("_mask") else None,
+        **({} if engine is None else engine.settings()),
+    )
+
+
+def _dropout(model: Any) -> float:
+    """The largest dropout of a layer in training mode: modules of torch, and the attention of transformers."""
+    import torch
+
+    largest = 0.0
+    for module in model.modules():
+        if not module.training:
+            continue
+        if isinstance(module, torch.nn.Dropout):
+            largest = max(largest, module.p)
+        elif isinstance(p := getattr(module, "attention_dropout", 0.0), float):
+            largest = max(largest, p)
+    return largest
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
