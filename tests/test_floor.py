@@ -121,9 +121,11 @@ def test_the_floor_is_the_largest_of_its_sources():
 
 
 def test_a_measurement_without_tokens_leaves_the_floor_as_it_was():
-    floor = NoiseFloor(ParityConfig())
+    floor = NoiseFloor(ParityConfig(floor_every_n_windows=7))
     assert not floor.update({"rounding": MismatchSums.zeros(), "engine": sums(0.01)})
     assert floor.values == {}
+    assert not floor.due  # tried in vain: not again at every window
+    floor.age += 7
     assert floor.due
     floor.update({"rounding": sums(0.01)})
     before = dict(floor.values)

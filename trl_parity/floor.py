@@ -183,7 +183,8 @@ class NoiseFloor:
         self.enabled = config.floor_tokens > 0
         self.sources: dict[str, dict[str, float]] = {}
         self.values: dict[str, float] = {}
-        self.age = 0  # windows since it was measured
+        self.age = 0  # windows since it was measured, or last tried in vain
+        self._tried = False
         self.seconds = 0.0  # summed over ranks and measurements
         self.last_seconds = 0.0
         self.wall = 0.0  # summed over ranks
@@ -193,8 +194,9 @@ class NoiseFloor:
         """Whether the coming window shall measure it."""
         if not self.enabled:
             return False
-        affordable = self.seconds + self.last_seconds <= self._share * self.wall
-        return not self.values or (self.age >= self._every and affordable)
+        if not self.values:
+            return not self._tried or self.age >= self._every
+        return self.age >= self._every and self.seconds + self.last_seconds <= self._share * self.wall
 
     def update(self, sources: Mapping[str, MismatchSums]) -> bool:
         """Take over (reduced) measurements. False, and everything as before, when none of them has a token."""
@@ -204,7 +206,9 @@ class NoiseFloor:
             values = {stat: stats[f"trimmed/{stat}"] for stat in FLOORED}
             if all(value is not None and math.isfinite(value) for value in values.values()):
                 found[name] = {stat: float(value or 0.0) for stat, value in values.items()}
+        self._tried = True
         if "rounding" not in found:
+            self.age = self.age if self.values else 0
             return False
         self.sources, self.age = found, 0
         for stat in FLOORED:
