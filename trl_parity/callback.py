@@ -29,6 +29,7 @@ from .sinks import WandbSink
 from .taps import Capture, Observer, instrument
 from .taps.grpo import append_metrics
 from .text import alert_text, halt_text
+from .tokens import worst_tokens
 from .watch import expected_temperature
 
 __all__ = ["ParityCallback"]
@@ -285,7 +286,10 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         if not (worse or self._windows % every == 0):
             return
         try:
-            worst = self._worst_tokens(verdict.step)
+            rank = self._trainer.accelerator.process_index
+            decode = None if self.config.redact_text else self._trainer.processing_class.decode
+            found = [] if self._last is None else worst_tokens(*self._last, self.config.worst_tokens, decode)
+            worst = [{"step": verdict.step, "rank": rank, **row} for row in found]
         except Exception as e:  # a tokenizer that can't decode one token must not end a run
             logger.warning("the worst tokens of step %d cannot be shown: %s: %s", verdict.step, type(e).__name__, e)
             worst = []
@@ -294,36 +298,6 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         worst = sorted(worst, key=lambda row: -abs(row["log_ratio"]))[: self.config.worst_tokens]
         if self._wandb is not None:
             self._wandb.log_rich(verdict.step, sums, worst)
-
-    def _worst_tokens(self, step: int) -> list[dict[str, Any]]:
-        """This rank's tokens of the last batch with the largest |Δ|."""
-        if self._last is None or not self.config.worst_tokens:
-            return []
-        rollout, scored = self._last
-        if scored.mask.shape != rollout.completion_ids.shape:  # a sample of rows was scored: ids don't line up
-            return []
-        delta = scored.trainer_logprobs - scored.rollout_logprobs
-        size = torch.where(scored.mask & torch.isfinite(delta), delta.abs(), -1.0).flatten()
-        picked = size.topk(min(self.config.worst_tokens, size.numel()))
-        rows = []
-        for value, flat in zip(picked.values.tolist(), picked.indices.tolist(), strict=True):
-            if value < 0:
-                break
-            b, t = divmod(flat, delta.shape[1])
-            token = {}
-            if not self.config.redact_text:
-                token_id = int(rollout.completion_ids[b, t])
-                token = {"token_id": token_id, "token": self._trainer.processing_class.decode([token_id])}
-            rows.append(
-                {"step": step, "rank": self._trainer.accelerator.process_index, "sequence": b, "position": t}
-                | token
-                | {
-                    "rollout_logprob": float(scored.rollout_logprobs[b, t]),
-                    "trainer_logprob": float(scored.trainer_logprobs[b, t]),
-                    "log_ratio": float(delta[b, t]),
-                }
-            )
-        return rows
 
     def _announce(self, verdict: Verdict) -> None:
         if not verdict.alert:
@@ -466,13 +440,10 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
             return
         self._open_batches = int(checkpoint["open_batches"])
         # rank 0 holds the sums of all ranks, the others nothing
-        main = state.is_world_process_zero
-        window = (
-            MismatchSums.from_sparse(saved_window)
-            if main
-            else MismatchSums.zeros("cpu", self.config.bootstrap_samples)
-        )
-        self._window = window.to(args.device)
+        window = MismatchSums.zeros(args.device, self.config.bootstrap_samples)
+        if state.is_world_process_zero:
+            window.add_(MismatchSums.from_sparse(saved_window))
+        self._window = window
 
 
 # mildest first

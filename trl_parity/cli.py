@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ._version import __version__
@@ -27,7 +27,6 @@ _REPLAY_EXAMPLES = """examples:
   trl-parity replay runs/mine --set rules.honesty_gap=null --all
   trl-parity replay runs/mine --config configs/default.yaml --json"""
 
-
 _WATCH = """Follow metrics.jsonl of a running job: status, streak, each statistic with its noise floor, how much of its
 limit it uses, and its last windows. Copes with restarts and with a file that is not there yet; Ctrl-C ends it. Where
 the output is no terminal, each new window is one plain line."""
@@ -35,7 +34,6 @@ _WATCH_EXAMPLES = """examples:
   trl-parity watch runs/mine
   trl-parity watch runs/mine --once
   trl-parity watch runs/mine >> parity.log &"""
-
 
 _PANELS = """Make a W&B workspace view with sections Health, Drift, Policy, Engine and Tokens. A view with the same
 content is found again and left as it is, your edits included; a later version with other content makes another."""
@@ -53,13 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"trl-parity {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    sub = commands.add_parser(
-        "replay",
-        help="judge a finished run again with other rules",
-        description=_REPLAY,
-        epilog=_REPLAY_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+
+    def command(name: str, run: Callable[..., int], short: str, long: str, examples: str) -> argparse.ArgumentParser:
+        plain = argparse.RawDescriptionHelpFormatter
+        sub = commands.add_parser(name, help=short, description=long, epilog=examples, formatter_class=plain)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("replay", _replay, "judge a finished run again with other rules", _REPLAY, _REPLAY_EXAMPLES)
     sub.add_argument("path", help="metrics.jsonl, or the folder of the run")
     sub.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting (repeatable)"
@@ -67,28 +66,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     sub.add_argument("--config", help="YAML file of settings instead of the run's own")
     sub.add_argument("--all", action="store_true", help="list every window, not only those that matter")
     sub.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    sub.set_defaults(run=_replay)
-    sub = commands.add_parser(
-        "watch",
-        help="follow a running job in the terminal",
-        description=_WATCH,
-        epilog=_WATCH_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    sub = command("watch", _watch, "follow a running job in the terminal", _WATCH, _WATCH_EXAMPLES)
     sub.add_argument("path", help="metrics.jsonl, or the folder of the run; it need not exist yet")
     sub.add_argument("--every", type=float, default=1.0, metavar="SECONDS", help="how often to look (default: 1)")
     sub.add_argument("--once", action="store_true", help="show the run as it is now, and end")
-    sub.set_defaults(run=_watch)
-    sub = commands.add_parser(
-        "panels",
-        help="make the ready-made W&B workspace of a project",
-        description=_PANELS,
-        epilog=_PANELS_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    sub = command("panels", _panels, "make the ready-made W&B workspace of a project", _PANELS, _PANELS_EXAMPLES)
     sub.add_argument("--project", required=True, help="W&B project")
     sub.add_argument("--entity", help="W&B user or team (default: your own)")
-    sub.set_defaults(run=_panels)
     options = parser.parse_args(argv)
     try:
         return options.run(options)

@@ -88,10 +88,6 @@ class MismatchSums:
         self.additive += other.additive.to(self.additive.device)
         torch.maximum(self.maxima, other.maxima.to(self.maxima.device), out=self.maxima)
 
-    def to(self, device: torch.device | str) -> MismatchSums:
-        """The same sums on another device."""
-        return MismatchSums(self.additive.to(device), self.maxima.to(device), self.bootstrap_samples)
-
     def copy(self) -> MismatchSums:
         """A copy with tensors of its own."""
         return MismatchSums(self.additive.clone(), self.maxima.clone(), self.bootstrap_samples)

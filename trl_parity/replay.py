@@ -39,11 +39,7 @@ def read_windows(path: str | Path) -> list[dict[str, Any]]:
         raise DataError(f"cannot read {path}: {e.strerror}. Expected a run's metrics.jsonl or its folder.") from e
     rows = []
     for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if not isinstance(row, dict) or "step" not in row or "status" not in row:
+        if (row := window_of(line)) is None:
             continue
         if row.get("schema_version") not in _READABLE:
             raise DataError(
@@ -54,6 +50,15 @@ def read_windows(path: str | Path) -> list[dict[str, Any]]:
     if not rows:
         raise DataError(f"{path} holds no window. Expected one JSON object a line, as ParityCallback writes them.")
     return rows
+
+
+def window_of(line: bytes) -> dict[str, Any] | None:
+    """The window in a line of ``metrics.jsonl``; None for a torn or foreign one."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and "step" in row and "status" in row else None
 
 
 def metrics_path(path: str | Path) -> Path:

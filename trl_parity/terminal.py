@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .breaker import read
 from .config import ParityConfig
-from .replay import metrics_path, recorded_config
+from .replay import metrics_path, recorded_config, window_of
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -57,15 +56,7 @@ class Tail:
             return []
         self._offset += len(data)
         *lines, self._partial = (self._partial + data).split(b"\n")
-        rows = []
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict) and "step" in row and "status" in row:
-                rows.append(row)
-        return rows
+        return [row for line in lines if (row := window_of(line)) is not None]
 
 
 def watch(target: str, console: Console, *, every: float = 1.0, once: bool = False) -> Iterator[None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -59,13 +60,14 @@ class Capture(Protocol):
         """Rewards of this batch over all ranks, the same on each; NaN where none was given."""
 
 
-class Observer:
+class Observer(ABC):
     """Base of callbacks that are handed rollouts."""
 
+    @abstractmethod
     def observes(self, training: bool) -> bool:
         """Whether training (or evaluation) rollouts are wanted."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scorer(
         self,
         model: Any,
@@ -75,15 +77,14 @@ class Observer:
         logits_dtype: torch.dtype | None = None,
     ) -> CompletionScorer:
         """A scorer for one pass over the policy."""
-        raise NotImplementedError
 
+    @abstractmethod
     def on_generation(self, capture: Capture) -> None:
         """Called right after a batch was generated, before anything is learned from it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def on_update(self, new: Any, old: Any, mask: Any) -> None:
         """Called at each loss with log-probs (B, C) of the training policy and of the one that generated."""
-        raise NotImplementedError
 
 
 def observer_of(trainer: Any) -> Observer | None:
