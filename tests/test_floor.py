@@ -53,9 +53,29 @@ def test_rounding_noise_is_that_of_the_dtype_and_repeats_with_its_seed(model):
     assert size(torch.bfloat16) / size(torch.float32) > 2**14
 
 
-def test_rounding_noise_is_about_what_a_real_bf16_model_differs_by(model):
+def architecture(name):
+    import transformers as t
+
+    common = {"vocab_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 64}
+    gated = common | {"intermediate_size": 128}
+    gpt2 = {"vocab_size": 64, "n_layer": 3, "n_head": 4, "n_embd": 64, "n_positions": 64}
+    opt = common | {"ffn_dim": 128, "word_embed_proj_dim": 64, "max_position_embeddings": 64}
+    gemma = gated | {"num_key_value_heads": 2, "head_dim": 16}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if name == "gpt2":  # learned positions, Conv1D layers
+            return t.GPT2LMHeadModel(t.GPT2Config(**gpt2))
+        if name == "opt":
+            return t.OPTForCausalLM(t.OPTConfig(**opt))
+        if name == "gemma2":
+            return t.Gemma2ForCausalLM(t.Gemma2Config(**gemma))
+        return t.LlamaForCausalLM(t.LlamaConfig(**gated))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama", "gpt2", "opt", "gemma2"])
+def test_rounding_noise_is_about_what_a_real_bf16_model_differs_by(model, name):
     """Not an exact law, but the size must fit: it is the yardstick of every rule."""
-    real = copy.deepcopy(model).to(torch.bfloat16)
+    real = copy.deepcopy(model if name == "qwen3" else architecture(name)).eval().to(torch.bfloat16)
     twin = copy.deepcopy(real).float()  # the same, already rounded weights in fp32 arithmetic
     plain = hidden(twin)
     with rounding_noise(twin.base_model, torch.bfloat16, seed=1):
