@@ -1,4 +1,7 @@
-"""The records that travel one way through trl-parity: RolloutBatch → ScoredBatch → MismatchStats → Verdict."""
+"""The records that travel one way through trl-parity.
+
+RolloutBatch → ScoredBatch → MismatchStats → Verdict → Diagnosis (of Evidence).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,17 @@ from .errors import DataError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MismatchStats", "RolloutBatch", "SamplingSettings", "ScoredBatch", "Status", "Verdict"]
+__all__ = [
+    "Diagnosis",
+    "Evidence",
+    "MismatchStats",
+    "NamedCause",
+    "RolloutBatch",
+    "SamplingSettings",
+    "ScoredBatch",
+    "Status",
+    "Verdict",
+]
 
 
 class Status(enum.StrEnum):
@@ -181,3 +194,85 @@ class Verdict:
             "num_batches": 0 if self.stats is None else self.stats.num_batches,
             "num_errors": 1 if self.stats is None else self.stats.num_errors,
         } | {k: v if v is None or math.isfinite(v) else str(v) for k, v in scalars.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """What one probe found. Residuals are mean Huber(Δ) of the probed tokens: Δ²/2 up to 1 nat, |Δ| - 1/2 beyond.
+
+    (For small Δ that is k3; the linear tail keeps one token from deciding.) ``explained`` is the share of the excess
+    over the noise floor that disappears: 1 - (after - floor)+ / (before - floor), None where nothing was redone.
+    """
+
+    name: str  # of the probe
+    cause: str  # the cause it would name
+    hypothesis: str
+    prediction: str  # what is seen if the hypothesis holds
+    cost: str  # none, head, forward, weights, engine: what it needs, cheapest first
+    before: float | None = None
+    after: float | None = None
+    explained: float | None = None
+    finding: str = ""  # what was seen, in words and numbers
+    seconds: float = 0.0
+    details: dict[str, Any] = field(default_factory=dict)  # JSON
+    error: str = ""  # why it gave nothing: a failure, or what this setup can't be asked
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its entry in incident.json."""
+        return {
+            "name": self.name,
+            "cause": self.cause,
+            "hypothesis": self.hypothesis,
+            "prediction": self.prediction,
+            "residual_before": self.before,
+            "residual_after": self.after,
+            "explained": self.explained,
+            "finding": self.finding,
+            "cost": self.cost,
+            "seconds": self.seconds,
+            "details": self.details,
+            "error": self.error,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamedCause:
+    """One cause of a drift, and how much of the whole excess disappears with it."""
+
+    cause: str
+    explained: float
+    confidence: float
+    finding: str
+    fix: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diagnosis:
+    """Why engine and trainer disagree: the cause that explains most, what remains after it, and all the evidence."""
+
+    step: int
+    cause: str  # an identifier of trl_parity.causes; "unknown" when nothing explains half of the excess
+    explained: float  # of the excess, by all named causes together, 0 to 1
+    confidence: float  # share of bootstrap resamples of sequences in which this cause explains most, and half or more
+    summary: str  # one or two sentences for people
+    fix: str
+    causes: tuple[NamedCause, ...] = ()  # in the order they were found; the first is ``cause``
+    evidence: tuple[Evidence, ...] = ()
+    details: dict[str, Any] = field(default_factory=dict)  # residual, floor, tokens, sequences, seconds, by position
+
+    def to_dict(self) -> dict[str, Any]:
+        """``diagnosis`` of incident.json."""
+        return {
+            "step": self.step,
+            "cause": self.cause,
+            "explained": self.explained,
+            "confidence": self.confidence,
+            "summary": self.summary,
+            "fix": self.fix,
+            "causes": [
+                {name: getattr(c, name) for name in ("cause", "explained", "confidence", "finding", "fix")}
+                for c in self.causes
+            ],
+            "evidence": [e.to_dict() for e in self.evidence],
+            "details": self.details,
+        }
