@@ -20,11 +20,12 @@ from .distributed import gather_rows, reduce_many, reduce_sums
 from .engine.cpu import prepare_cpu_engine
 from .errors import ConfigError, InterceptionError, ParityHalt
 from .floor import SOURCES, measure_floor
+from .investigator import Investigator
 from .lint import facts, lint
 from .metrics import MismatchSums, compute, measure_policy_drift
 from .monitor import ParityMonitor
 from .recompute import CompletionScorer
-from .records import RolloutBatch, SamplingSettings, ScoredBatch, Status, Verdict
+from .records import Diagnosis, RolloutBatch, SamplingSettings, ScoredBatch, Status, Verdict
 from .sinks import WandbSink
 from .taps import Capture, Observer, instrument
 from .taps.grpo import append_metrics
@@ -45,8 +46,9 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
     judged by the rules and logged as ``parity/*``; ``consecutive`` breached windows halt the run, as ``action`` says,
     before the condemned batch reaches the weights.
 
-    ``verdicts`` holds the last 1000 :class:`~trl_parity.Verdict`, ``status`` the last one's status, ``halt_message``
-    what was printed at a halt, ``monitor`` the :class:`~trl_parity.ParityMonitor` that judges.
+    ``verdicts`` holds the last 1000 :class:`~trl_parity.Verdict`, ``status`` the last one's status, ``diagnosis`` the
+    last :class:`~trl_parity.Diagnosis`, ``halt_message`` what was printed at a halt and ``incident`` the folder left
+    behind by it, ``monitor`` the :class:`~trl_parity.ParityMonitor` that judges.
 
     Args:
         config: A :class:`~trl_parity.ParityConfig`. Default: all defaults.
@@ -61,6 +63,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
     def __init__(self, config: ParityConfig | None = None, **overrides: Any):
         self.config = ParityConfig.of(config, overrides, where="ParityCallback")
         self.halt_message: str | None = None
+        self.incident: Path | None = None  # the folder left behind by the last halt (main process)
         self.monitor = ParityMonitor(self.config, opened=False)
         self._phases = self.config.temperature_phases()
         self._reset()
@@ -89,7 +92,10 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         self._eval: MismatchSums | None = None
         self._trainer: Any = None
         self._last: tuple[RolloutBatch, ScoredBatch] | None = None
-        self._capture: Capture | None = None  # of the last batch, for as long as its window is being judged
+        self._capture: Capture | None = None  # of the last training batch
+        self._judging = False  # its window is being closed
+        self._moved = False  # the weights have been updated since
+        self._investigator = Investigator(self.config)
         self._error = ""
         self._batches = 0
         self._open_batches = 0  # of them in the open window
@@ -141,18 +147,19 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
             self._first_batch(capture)
         self._batches += 1
         self._open_batches += 1
-        self._condemned = False
+        self._condemned = self._moved = False
+        self._capture = capture
         self._next_generation = capture.step + capture.generation_period
         self._error = error or self._error
         self._window = sums if self._window is None else _merged(self._window, sums)
         self._spent += capture.seconds + time.perf_counter() - start
         step = capture.step + 1  # the optimizer step this batch feeds: the trackers' global_step of its row
         if capture.last_in_step and step - self._window_start >= self.config.every_n_steps:
-            self._capture = capture
+            self._judging = True
             try:
                 self._close_window(step)
             finally:
-                self._capture = None
+                self._judging = False
 
     def on_update(self, new: torch.Tensor, old: torch.Tensor, mask: torch.Tensor) -> None:
         """Add the policy drift of one loss computation to the open window."""
@@ -253,6 +260,8 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         self._log_rich(verdict, sums)
         self._windows += 1
         self._window, self._window_start, self._open_batches, self._error = None, step, 0, ""
+        if self._judging and self._investigator.due(verdict):
+            self._diagnose(verdict.step)
         self._announce(verdict)
         if verdict.halted and not final:
             self._act(verdict)
@@ -260,7 +269,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
 
     def _measure_floor(self) -> bool:
         """Measure the noise floor on the batch at hand. Collective; False when there is none, or nothing came out."""
-        if self._capture is None or not self.monitor.floor.enabled:
+        if not self._judging or self._capture is None or not self.monitor.floor.enabled:
             return False
         start = time.perf_counter()
         trainer = self._trainer
@@ -275,6 +284,50 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         measured = self.monitor.floor.update(dict(zip(SOURCES, reduced, strict=True)))
         self._spent_on_floor += time.perf_counter() - start
         return measured
+
+    # ---- causes -----------------------------------------------------------------------------------------------
+
+    @property
+    def diagnosis(self) -> Diagnosis | None:
+        """The last diagnosis; None before the first."""
+        return self._investigator.diagnosis
+
+    def diagnose(self, *, heal: bool = False) -> Diagnosis | None:
+        """Name the cause of the drift of the last batch, now. With several ranks, all must call it.
+
+        ``heal``: afterwards hand the trainer's weights to the colocated engine and empty its prefix cache. Nothing
+        else of the run is changed. None when there is no batch the present weights generated (none yet, or updated
+        since): then the next window's batch is diagnosed, and ``diagnosis`` has it.
+        """
+        if self._capture is None or self._last is None or self._moved:
+            self._investigator.wanted = True
+            logger.warning("no batch of the present weights is at hand: the next one will be diagnosed")
+            diagnosis = None
+        else:
+            diagnosis = self._diagnose(self._capture.step + 1)
+        if heal and self._trainer is not None:
+            moved = self._investigator.heal(self._trainer)
+            logger.warning("weights delivered to the engine: %d tensors moved; prefix cache emptied", len(moved))
+        return diagnosis
+
+    def _diagnose(self, step: int) -> Diagnosis | None:
+        """Collective. Our own failure is a warning: the verdict stands without a cause."""
+        if self._capture is None or self._last is None:
+            return None
+        first = next((v for v in self.verdicts if v.stats is not None), None)
+        resumed = self.monitor.breaker.windows > len(self.verdicts)
+        try:
+            return self._investigator.diagnose(
+                self._capture,
+                *self._last,
+                step=step,
+                floor=self.monitor.floor.values.get("floor/kl_k3"),
+                began_healthy=None if first is None or resumed else first.status is Status.OK,
+            )
+        except Exception as e:
+            logger.warning("the drift of step %d could not be diagnosed: %s: %s", step, type(e).__name__, e)
+            logger.debug("%s", traceback.format_exc())
+            return None
 
     def _log_rich(self, verdict: Verdict, sums: MismatchSums) -> None:
         every = self.config.rich_every_n_windows
@@ -303,7 +356,16 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         if not verdict.alert:
             return
         if verdict.halted:
-            text = self.halt_message = halt_text(verdict, self.config, list(self.verdicts), self._jsonl_path())
+            parity_dir, last = self._jsonl_path().parent, self._last if self._judging else None
+            report = parity_dir / "incidents" / f"step-{verdict.step}" / "report.md"
+            text = halt_text(verdict, self.config, list(self.verdicts), report, self.diagnosis)
+            self.incident = self._investigator.write(
+                parity_dir, verdict, list(self.verdicts), last, text, self._trainer
+            )
+            if self.incident != report.parent:  # an earlier incident has the name, or nothing could be written
+                found = self._jsonl_path() if self.incident is None else self.incident / "report.md"
+                text = text.replace(str(report), str(found))
+            self.halt_message = text
         else:
             text = alert_text(verdict)
         if self._trainer.accelerator.is_main_process:
@@ -356,6 +418,8 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
             self._on_missing_batch(int(state.global_step))
         if self._condemned:
             drop_gradient(optimizer, self._trainer.accelerator)
+        else:
+            self._moved = True
 
     def _on_missing_batch(self, step: int) -> None:
         """A batch that should have been intercepted was not: a failed measurement, never silence."""

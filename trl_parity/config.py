@@ -17,6 +17,7 @@ ACTIONS = ("log", "skip_update", "stop", "raise")
 TRUNCATION = ("replay", "ignore")
 EVAL_BATCHES = ("separate", "skip")
 ON_STATE_MISMATCH = ("restart", "error")
+DIAGNOSE = ("breach", "warn", "never")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,6 +207,26 @@ class ParityConfig:
             "choices": list(TRUNCATION),
         },
     )
+    diagnose: str = field(
+        default="breach",
+        metadata={
+            "help": "When the cause of a drift is looked for, once an episode: 'breach' at its first breached window, "
+            "'warn' already at a WARN, 'never' only on callback.diagnose(). A halt whose cause is still unknown asks "
+            "again.",
+            "choices": list(DIAGNOSE),
+        },
+    )
+    diagnose_tokens: int = field(
+        default=4096,
+        metadata={"help": "Tokens per rank (prompts and padding included) of the batch that a diagnosis looks at."},
+    )
+    diagnose_budget: float = field(
+        default=2.0,
+        metadata={
+            "help": "Time a diagnosis may take, in rollout batches (generating and scoring one). Probes on one "
+            "recompute are always run; dearer ones are left out, and listed as such, once it is spent."
+        },
+    )
     eval_batches: str = field(
         default="separate",
         metadata={
@@ -264,6 +285,7 @@ class ParityConfig:
             ("truncation", TRUNCATION),
             ("eval_batches", EVAL_BATCHES),
             ("on_state_mismatch", ON_STATE_MISMATCH),
+            ("diagnose", DIAGNOSE),
         ):
             value = getattr(self, name)
             if value not in allowed:
@@ -278,6 +300,7 @@ class ParityConfig:
             ("floor_every_n_windows", 1),
             ("reward_window", 20),
             ("token_budget", 1),
+            ("diagnose_tokens", 1),
             ("chunk_mib", 1),
             ("bootstrap_samples", 2),
             ("rich_every_n_windows", 0),
@@ -290,6 +313,9 @@ class ParityConfig:
             share = getattr(self, name)
             if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
                 raise ConfigError(f"{name} is {share!r}. Expected a number from 0 to 1.")
+        budget = self.diagnose_budget
+        if isinstance(budget, bool) or not isinstance(budget, int | float) or not budget >= 0:
+            raise ConfigError(f"diagnose_budget is {budget!r}. Expected a number of rollout batches >= 0.")
         self.temperature_phases()
         self.resolved_rules()  # a wrong rule fails here, before any training
 

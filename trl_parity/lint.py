@@ -31,6 +31,10 @@ class Facts:
     engine_head_dtype: str | None = None
     kv_cache_dtype: str | None = None
     quantization: str | None = None
+    prefix_caching: bool | None = None
+    engine_defaults: tuple[str, ...] = ()  # sampling settings a server takes over from the model's generation_config
+    has_logprobs: bool = True  # the trainer asks the engine for log-probs
+    checkpoint_dtype: str | None = None  # of the model's files
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,14 @@ class Finding:
 def lint(f: Facts) -> Iterator[Finding]:
     """Traps in these settings, worst first within their kind."""
     s = f.sampling
+    if not f.has_logprobs:
+        yield Finding(
+            "error",
+            "unknown",
+            "the trainer asks the engine for no log-probs (RLOOTrainer never does, GRPOTrainer without importance "
+            "sampling correction): there is nothing to compare, and nothing corrects a mismatch.",
+            "trainer.vllm_generation.logprobs = 0 before trainer.train().",
+        )
     processed = s.temperature not in (0.0, 1.0) or s.truncates or s.penalizes
     if f.logprobs_mode is not None and f.logprobs_mode != "processed_logprobs" and processed:
         yield Finding(
@@ -118,6 +130,30 @@ def lint(f: Facts) -> Iterator[Finding]:
             f"the trainer computes in float32, the engine in {f.engine_dtype}: updates smaller than its rounding "
             "never reach it.",
             "one dtype for both (bf16=True, or an engine in float32).",
+        )
+    if f.engine_defaults:
+        yield Finding(
+            "warning",
+            "truncated_sampling",
+            f"the server takes defaults from the model's generation_config ({', '.join(f.engine_defaults)}) for what "
+            "a request leaves open.",
+            "vllm serve ... --generation-config vllm.",
+        )
+    if f.prefix_caching:
+        yield Finding(
+            "note",
+            "stale_prefix_cache",
+            "the engine caches prefixes, and nobody reads what reset_prefix_cache() returns after a sync: False means "
+            "that keys and values of the old weights stay.",
+            "enable_prefix_caching=False, or watch for drift after a sync (parity/excess/*).",
+        )
+    if f.trainer_dtype == "float32" and f.checkpoint_dtype in ("bfloat16", "float16"):
+        yield Finding(
+            "note",
+            "dtype_gap",
+            f"the checkpoint is {f.checkpoint_dtype} but the trainer's weights are float32 (TRL's default).",
+            f'model_init_kwargs={{"dtype": "{f.checkpoint_dtype}"}} if memory matters; float32 masters with bf16=True '
+            "are fine.",
         )
     if f.masks_sequences is not None:
         yield Finding(

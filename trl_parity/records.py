@@ -126,6 +126,7 @@ class ScoredBatch:
     law_entropy: torch.Tensor | None = None  # of the law trainer_logprobs belongs to; None: the plain one's
     log_kept: torch.Tensor | None = None  # log probability mass of the engine's support under the trainer
     out_of_support: torch.Tensor | None = None  # bool: sampled token outside the trainer's own kept set
+    rows: torch.Tensor | None = None  # of the rollout batch, where only some were scored; None: all of them
     lag: int = 0
 
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .breaker import read
+from .causes import CAUSES
 from .config import ParityConfig
-from .records import Status, Verdict
+from .records import Diagnosis, Status, Verdict
 
 __all__ = ["alert_text", "halt_text"]
 
@@ -27,8 +28,14 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}" if math.isfinite(value) else str(value)
 
 
-def halt_text(verdict: Verdict, config: ParityConfig, verdicts: Sequence[Verdict], path: Path) -> str:
-    """What was seen with counts, what it does, what is known, and how to go on anyway."""
+def halt_text(
+    verdict: Verdict,
+    config: ParityConfig,
+    verdicts: Sequence[Verdict],
+    path: Path,
+    diagnosis: Diagnosis | None = None,
+) -> str:
+    """What was seen with counts, what it does, the cause with its evidence, what mends it, how to go on anyway."""
     stats = verdict.stats
     streak = [v for v in verdicts if v.status in (Status.BREACH, Status.HALT, Status.ERROR)][-verdict.streak :]
     rules = {rule.stat: rule for rule in config.resolved_rules()}
@@ -51,8 +58,13 @@ def halt_text(verdict: Verdict, config: ParityConfig, verdicts: Sequence[Verdict
             *_wrap("", ", ".join(f"{name}\xa0{number(stats.get(name))}" for name in _SHOWN)),
         ]
     lines += ["", *_wrap("Means", _CONSEQUENCE[config.action])]
-    for finding in findings(verdict):
-        lines += _wrap("", finding)
+    if diagnosis is None or diagnosis.cause == "unknown":
+        for finding in findings(verdict):
+            lines += _wrap("", finding)
+    else:
+        lines += _wrap("", CAUSES[diagnosis.cause].harm)
+    if diagnosis is not None:
+        lines += ["", *_cause(diagnosis)]
     lines += [
         "",
         f"  Look     {path}",
@@ -65,6 +77,26 @@ def halt_text(verdict: Verdict, config: ParityConfig, verdicts: Sequence[Verdict
         "",
     ]
     return "\n".join(lines).replace("\xa0", " ")
+
+
+def _cause(diagnosis: Diagnosis) -> Iterator[str]:
+    """The named cause (or none), its evidence, and the line to change."""
+    if diagnosis.cause == "unknown":
+        yield from _wrap("Cause", f"unknown. {diagnosis.summary}")
+        return
+    first, *rest = diagnosis.causes
+    also = "".join(f", then {c.cause} {c.explained:.0%}" for c in rest)
+    yield from _wrap(
+        "Cause",
+        f"{first.cause}: explains {first.explained:.0%} of the drift above the noise floor"
+        f" (confidence {first.confidence:.0%}; found at step {diagnosis.step}{also}).",
+    )
+    yield from _wrap("", f"{CAUSES[first.cause].what} Seen: {first.finding}.")
+    for cause in rest:
+        yield from _wrap("", f"{cause.cause}: {cause.finding}.")
+    yield from _wrap("Fix", first.fix)
+    for cause in rest:
+        yield from _wrap("", cause.fix)
 
 
 def alert_text(verdict: Verdict) -> str:

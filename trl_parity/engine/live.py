@@ -6,13 +6,15 @@ what it answers over HTTP is known.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-__all__ = ["ColocatedEngine", "engine_of", "requested_temperatures"]
+__all__ = ["ColocatedEngine", "Request", "engine_of", "recorded_requests"]
 
 
 class ColocatedEngine:
@@ -43,6 +45,7 @@ class ColocatedEngine:
             "engine_head_dtype": str(self.head_dtype).removeprefix("torch."),
             "kv_cache_dtype": str(self._config.cache_config.cache_dtype),
             "quantization": None if model.quantization is None else str(model.quantization),
+            "prefix_caching": self.caches_prefixes,
         }
 
     @property
@@ -54,22 +57,79 @@ class ColocatedEngine:
         """Whether this rank can ask the engine alone: with tensor parallelism all its ranks would have to."""
         return self._tensor_parallel_size == 1 and not self._sleeps
 
+    @property
+    def model(self) -> Any:
+        """The served module, a torch.nn.Module with vLLM's ``load_weights``."""
+        return self.llm.llm_engine.model_executor.driver_worker.model_runner.model
+
+    @property
+    def hf_config(self) -> Any:
+        """The transformers config the served module was built from, overrides included."""
+        return self._config.model_config.hf_config
+
+    def everything(self) -> dict[str, Any]:
+        """Settings worth keeping with an incident: JSON."""
+        cache, scheduler, model = self._config.cache_config, self._config.scheduler_config, self._config.model_config
+        names = (
+            (cache, ("block_size", "enable_prefix_caching", "num_gpu_blocks")),
+            (scheduler, ("enable_chunked_prefill", "max_num_batched_tokens", "max_num_seqs", "async_scheduling")),
+            (model, ("enforce_eager", "max_logprobs", "generation_config", "seed", "model")),
+        )
+        found = {name: getattr(owner, name, None) for owner, some in names for name in some}
+        out = self.settings() | {n: v if isinstance(v, int | float | str | None) else str(v) for n, v in found.items()}
+        return out | {"max_model_len": self.max_model_len, "tensor_parallel_size": self._tensor_parallel_size}
+
+    @property
+    def caches_prefixes(self) -> bool:
+        """Whether keys and values of earlier requests are read again."""
+        return bool(self._config.cache_config.enable_prefix_caching)
+
     def rescore(self, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Log-prob of every token but the first under the engine's own prefill: T = 1, no processors, (len - 1,) each.
 
-        Prompt log-probs never read the prefix cache. The one token generated per request is greedy, so that no
-        random number is drawn.
+        Prompt log-probs never read the prefix cache, and what is written to it can't be read by the run's requests.
         """
-        from vllm import SamplingParams
-
-        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        prompts: Any = [{"prompt_token_ids": list(ids)} for ids in sequences]
-        outputs = self.llm.generate(prompts, sampling_params=params, use_tqdm=False)
+        params = self._params(temperature=0.0, prompt_logprobs=0)
+        outputs = self._ask(sequences, params, self._salt())
         scores = []
         for ids, output in zip(sequences, outputs, strict=True):
             given = output.prompt_logprobs[1:]
             scores.append(torch.tensor([given[i][token].logprob for i, token in enumerate(ids[1:])]))
         return scores
+
+    def next_token(
+        self, contexts: Sequence[Sequence[int]], targets: Sequence[int], temperature: float, *, cached: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the engine would report now for a token after a context, (N,), and how many tokens it read from cache.
+
+        Temperature only, no other request setting. ``cached``: the prefix cache is read as the run's requests do,
+        else each context is computed anew.
+        """
+        # each request draws from a generator of its own: no random number of the run is used up
+        params = [self._params(temperature=temperature, seed=0, logprob_token_ids=[token]) for token in targets]
+        outputs = self._ask(contexts, params, None if cached else self._salt())
+        reported = [
+            output.outputs[0].logprobs[0][token].logprob for output, token in zip(outputs, targets, strict=True)
+        ]
+        return torch.tensor(reported), torch.tensor([output.num_cached_tokens or 0 for output in outputs])
+
+    @staticmethod
+    def _params(**settings: Any) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(max_tokens=1, detokenize=False, **settings)
+
+    def _ask(self, sequences: Sequence[Sequence[int]], params: Any, salt: str | None) -> Any:
+        prompts: Any = [{"prompt_token_ids": list(ids)} | ({"cache_salt": salt} if salt else {}) for ids in sequences]
+        with torch.random.fork_rng():
+            return self.llm.generate(prompts, sampling_params=params, use_tqdm=False)
+
+    def _salt(self) -> str:
+        """A name under which nothing was cached yet: the weights may have changed since the last."""
+        return f"trl-parity-{next(_salts)}"
+
+
+_salts = itertools.count()
 
 
 def engine_of(generation: Any) -> ColocatedEngine | None:
@@ -79,27 +139,38 @@ def engine_of(generation: Any) -> ColocatedEngine | None:
     return ColocatedEngine(generation.llm, generation.tensor_parallel_size, generation.enable_sleep_mode)
 
 
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One call of the engine as it was really made."""
+
+    temperature: float | None
+    params: Any = None  # vllm.SamplingParams of a colocated engine, the HTTP arguments of a server
+    outputs: Any = None  # list of vllm.RequestOutput of a colocated engine
+
+
 @contextmanager
-def requested_temperatures(generation: Any) -> Iterator[list[float]]:
-    """The temperature of each call the engine gets inside the block, read from what is really sent to it."""
+def recorded_requests(generation: Any) -> Iterator[list[Request]]:
+    """The calls the engine gets inside the block, read from what is really sent to it."""
     colocated = generation.mode == "colocate"
     target = generation.llm if colocated else getattr(generation, "vllm_client", None)
-    seen: list[float] = []
+    seen: list[Request] = []
     if target is None:  # not the process that talks to the server
         yield seen
         return
     generate, own = target.generate, target.__dict__.get("generate")
 
     def recording(*args: Any, **kwargs: Any) -> Any:
+        out = generate(*args, **kwargs)
         if colocated:
             params = kwargs.get("sampling_params", args[1] if len(args) > 1 else None)
-            params = params[0] if isinstance(params, list) else params
-            temperature = None if params is None else params.temperature
+            first: Any = params[0] if isinstance(params, list) and params else params
+            temperature = None if first is None else first.temperature
+            seen.append(Request(temperature, first, out))
         else:
             temperature = (kwargs.get("generation_kwargs") or {}).get("temperature", kwargs.get("temperature"))
-        if temperature is not None:
-            seen.append(float(temperature))
-        return generate(*args, **kwargs)
+            sent = {k: v for k, v in kwargs.items() if k not in ("prompts", "features")}
+            seen.append(Request(None if temperature is None else float(temperature), sent))
+        return out
 
     target.generate = recording
     try:

@@ -6,13 +6,15 @@ GRPOTrainer: ``_generate_and_score_completions``, ``_get_per_token_logps_and_ent
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import DistributedType
 
-from ..engine.live import requested_temperatures
+from ..engine.live import Request, recorded_requests
 from ..errors import InterceptionError
 from ..records import RolloutBatch, SamplingSettings, ScoredBatch
 from . import instrumentation
@@ -49,11 +51,16 @@ def _around_generation(original: Callable[..., Any], trainer: Any, inputs: Any) 
     capture = GRPOCapture(trainer, observer, training)
     setattr(trainer, _ACTIVE, capture)
     try:
-        with requested_temperatures(trainer.vllm_generation) as capture.engine_temperatures:
+        start = time.perf_counter()
+        with recorded_requests(trainer.vllm_generation) as capture.requests:
             capture.output = original(trainer, inputs)
+        capture.batch_seconds = time.perf_counter() - start - capture.seconds
     finally:
         delattr(trainer, _ACTIVE)
-    observer.on_generation(capture)
+    try:
+        observer.on_generation(capture)
+    finally:
+        capture.requests = [replace(request, outputs=None) for request in capture.requests]  # many small objects
     return capture.output
 
 
@@ -154,7 +161,8 @@ class GRPOCapture:
         self.output: dict[str, Any] = {}
         self.scorer: CompletionScorer | None = None
         self.pass_logprobs: torch.Tensor | None = None
-        self.engine_temperatures: list[float] = []
+        self.requests: list[Request] = []
+        self.batch_seconds = 0.0
         self._observer = observer
         self.sampling = sampling_settings(trainer)
 
@@ -162,6 +170,11 @@ class GRPOCapture:
     def seconds(self) -> float:
         """Host seconds the scoring took inside TRL's own pass."""
         return 0.0 if self.scorer is None else self.scorer.seconds
+
+    @property
+    def engine_temperatures(self) -> list[float]:
+        """The temperature of each call the engine got, from what was really sent."""
+        return [request.temperature for request in self.requests if request.temperature is not None]
 
     def rewards(self) -> list[float]:
         """Weighted sums of this batch's rewards over all ranks, as TRL logs them; NaN where no function gave one."""
@@ -224,6 +237,7 @@ class GRPOCapture:
             law_entropy=scores.law_entropy,
             log_kept=scores.log_kept,
             out_of_support=scores.out_of_support,
+            rows=None if isinstance(rows, slice) else rows,
             lag=rollout.lag,
         )
 
@@ -247,23 +261,25 @@ class GRPOCapture:
         logits_dtype: torch.dtype | None = None,
     ) -> CompletionScores:
         """Scores of some rows from a no-grad pass of our own, the way TRL makes its own; also ``own_logprobs``."""
+        ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1)[rows]
+        attention = torch.cat([rollout.prompt_mask, rollout.completion_mask], dim=1)[rows]
+        keep = rollout.completion_ids.shape[1]
+        with self.new_scorer(keep, logits_dtype) as scorer:
+            self.own_logprobs = self.run_policy(ids, attention, keep, batch_size)
+        return scorer.scores()
+
+    def run_policy(
+        self, ids: torch.Tensor, attention: torch.Tensor, keep: int, batch_size: int | None = None
+    ) -> torch.Tensor:
+        """The trainer's own no-grad pass over given sequences: log-probs (B, keep) of its own head."""
         from trl.models.utils import disable_gradient_checkpointing
 
-        trainer = self.trainer
+        trainer, args = self.trainer, self.trainer.args
         if "pixel_values" in self.output:
             raise InterceptionError(
                 "image prompts are measured only on TRL's own pass. Set vllm_importance_sampling_correction=True."
             )
-        ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1)[rows]
-        attention = torch.cat([rollout.prompt_mask, rollout.completion_mask], dim=1)[rows]
-        args = trainer.args
         size = batch_size or (args.per_device_train_batch_size if self.training else args.per_device_eval_batch_size)
         score = instrumentation.original(type(trainer), PRIVATE_NAMES[1])
-        keep = rollout.completion_ids.shape[1]
-        with (
-            torch.no_grad(),
-            disable_gradient_checkpointing(trainer.model, args.gradient_checkpointing_kwargs),
-            self.new_scorer(keep, logits_dtype) as scorer,
-        ):
-            self.own_logprobs, _, _ = score(trainer, trainer.model, ids, attention, keep, batch_size=size)
-        return scorer.scores()
+        with torch.no_grad(), disable_gradient_checkpointing(trainer.model, args.gradient_checkpointing_kwargs):
+            return score(trainer, trainer.model, ids, attention, keep, batch_size=size)[0]

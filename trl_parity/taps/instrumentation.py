@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import torch
 
+    from ..engine.live import Request
     from ..recompute import CompletionScorer, CompletionScores
     from ..records import RolloutBatch, SamplingSettings, ScoredBatch
 
@@ -30,8 +31,14 @@ class Capture(Protocol):
     sampling: SamplingSettings
     step: int  # optimizer steps done
     last_in_step: bool  # no further generation before the next optimizer step
-    engine_temperatures: list[float]  # of the requests really sent, one a call of the engine
+    requests: list[Request]  # what was really sent to the engine, and until it is measured what came back
+    batch_seconds: float  # host seconds that generating and scoring took the trainer
     generation_period: int  # optimizer steps that one generation batch feeds
+    output: dict[str, Any]  # the trainer's batch
+
+    @property
+    def engine_temperatures(self) -> list[float]:
+        """The temperature of each call the engine got, from what was really sent."""
 
     @property
     def seconds(self) -> float:
@@ -55,6 +62,11 @@ class Capture(Protocol):
         logits_dtype: torch.dtype | None = None,
     ) -> CompletionScores:
         """Scores of some rows from a no-grad pass of our own."""
+
+    def run_policy(
+        self, ids: torch.Tensor, attention: torch.Tensor, keep: int, batch_size: int | None = None
+    ) -> torch.Tensor:
+        """The trainer's own no-grad pass over given sequences: log-probs (B, keep) of its own head."""
 
     def rewards(self) -> list[float]:
         """Rewards of this batch over all ranks, the same on each; NaN where none was given."""

@@ -1,0 +1,297 @@
+"""From a drift to its cause: probes cheapest first, the one that explains most is named, what remains is asked again.
+
+All decisions come from residuals gathered over ranks, so every rank runs the same probes and names the same cause.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from .causes import CAUSES
+from .distributed import gather_rows
+from .ladder import LADDER
+from .probes import COSTS, PROBES, Candidate, NotPossible, Probe
+from .records import Diagnosis, Evidence, NamedCause
+from .scene import Scene, World
+
+__all__ = ["diagnose"]
+
+logger = logging.getLogger(__name__)
+
+_ROUNDS = 3  # causes looked for, one after the other
+_FIRST, _LATER = 0.3, 0.5  # share of what remains that a cause must explain: the first one, further ones
+_NAMED = 0.5  # of all the excess, by all causes together, or the cause is unknown
+_ENOUGH = 0.9  # explained for sure: dearer probes are left out
+_LEFT = 0.2  # of the excess: less is not looked into
+_TIE = 0.03  # shares this close are equal: the cheaper one is named
+_RESAMPLES = 200
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    probe: Probe
+    candidate: Candidate | None  # of this rank
+    cause: str
+    share: float  # of the excess that remained
+    shares: torch.Tensor  # (R,) the same in bootstrap resamples of sequences
+    evidence: Evidence
+
+
+class _Stopwatch:
+    """Time spent, as of the slowest rank when they last met."""
+
+    def __init__(self, budget: float | None):
+        self._start, self.budget, self.spent = time.perf_counter(), budget, 0.0
+
+    def now(self) -> float:
+        return time.perf_counter() - self._start
+
+    @property
+    def over(self) -> bool:
+        return self.budget is not None and self.spent > self.budget
+
+
+def diagnose(scene: Scene, step: int, *, budget: float | None = None, ranks: int = 1) -> Diagnosis:
+    """Name the cause of the drift in a scene. A collective: all ranks call it with theirs.
+
+    ``budget``: seconds; probes beyond those on one recompute are left out once they are spent (None: no bound).
+    A probe that fails is an entry in the evidence.
+    """
+    watch = _Stopwatch(budget)
+    world = scene.base
+    evidence: list[Evidence] = []
+    named: list[NamedCause] = []
+    sums = _gathered(scene.residual(world)[0], ranks)
+    drift = _mean(sums)
+    excess = drift - scene.floor
+    remaining = 1.0
+    details: dict[str, Any] = {
+        "residual": drift, "floor": scene.floor, "tokens": int(sums[:, 1].sum()), "sequences": len(sums),
+    }  # fmt: skip
+    if excess <= 0 or not len(sums):
+        details["seconds"] = watch.now()
+        return _nothing(step, details)
+    for turn in range(_ROUNDS):
+        results = _try_all(scene, world, turn, watch, ranks, tuple(c.cause for c in named))
+        evidence += [result.evidence for result in results]
+        best = _best(results)
+        if best is None or best.share < (_FIRST if turn == 0 else _LATER):
+            break
+        named.append(
+            NamedCause(
+                cause=best.cause,
+                explained=remaining * best.share,
+                confidence=_confidence(best, results),
+                finding=best.evidence.finding,
+                fix=CAUSES[best.cause].fix,
+            )
+        )
+        remaining *= 1.0 - best.share
+        if best.candidate is not None:
+            world = best.candidate.world
+        if remaining < _LEFT or best.probe.cost == "last":
+            break
+    details |= {"by_position": _profile(scene, scene.base), **scene.notes, "seconds": watch.now()}
+    total = 1.0 - remaining
+    if not named or total < _NAMED:
+        return _unknown(step, total, named, evidence, details)
+    named.sort(key=lambda c: -c.explained)
+    first = named[0]
+    rest = "".join(f" Then {c.cause} ({c.explained:.0%}): {c.finding}." for c in named[1:])
+    return Diagnosis(
+        step=step,
+        cause=first.cause,
+        explained=total,
+        confidence=first.confidence,
+        summary=f"{CAUSES[first.cause].what} {_sentence(first.finding)}{rest}",
+        fix=first.fix,
+        causes=tuple(named),
+        evidence=tuple(evidence),
+        details=details,
+    )
+
+
+def _try_all(
+    scene: Scene, world: World, turn: int, watch: _Stopwatch, ranks: int, done: tuple[str, ...]
+) -> list[_Result]:
+    results: list[_Result] = []
+    for cost in COSTS:
+        for probe in (*PROBES, *LADDER):
+            if probe.cost != cost or (turn and probe.cost == "last"):
+                continue
+            if watch.over and COSTS.index(cost) > COSTS.index("head"):
+                text = f"not run: {watch.spent:.1f} s spent of a budget of {watch.budget:.1f} s"
+                results.append(_without_result(probe, turn, "", text, 0.0))
+                continue
+            results.append(_try(scene, world, probe, turn, watch, ranks))
+        best = _best(results)
+        if best is not None and float(best.shares.quantile(0.05)) >= _ENOUGH:
+            break
+    return results
+
+
+def _try(scene: Scene, world: World, probe: Probe, turn: int, watch: _Stopwatch, ranks: int) -> _Result:
+    """One probe on all ranks, and what became of the residual."""
+    start = time.perf_counter()
+    candidate: Candidate | None = None
+    row: dict[str, Any] = {"before": [], "after": [], "finding": "", "error": "", "cause": probe.cause, "details": {}}
+    try:
+        candidate = probe.run(scene, world)
+        if candidate is not None:
+            over = world if candidate.over is None else replace(world, kept=world.kept & candidate.over)
+            row["after"] = scene.residual(candidate.world)[0].tolist()
+            row["before"] = scene.residual(over)[0].tolist()
+            row |= {"finding": candidate.finding, "cause": candidate.cause or probe.cause}
+            row["details"] = candidate.details
+    except NotPossible as e:
+        row["error"] = f"not possible here: {e}"
+    except Exception as e:  # out of memory, engine gone, ...: the others go on
+        row["error"] = f"{type(e).__name__}: {e}"
+        logger.debug("probe %s failed", probe.name, exc_info=True)
+        candidate = None
+    row["spent"] = watch.now()
+    rows = gather_rows([row]) if ranks > 1 else [row]
+    watch.spent = max(r["spent"] for r in rows)
+    seconds = time.perf_counter() - start
+    good = [r for r in rows if r["after"]]
+    error = next((r["error"] for r in rows if r["error"]), "")
+    if not good:
+        return _without_result(probe, turn, "nothing to undo was found", error, seconds)
+    before, after = (torch.tensor([s for r in good for s in r[k]], dtype=torch.float64) for k in ("before", "after"))
+    causes = [r["cause"] for r in good]
+    cause = max(set(causes), key=lambda c: (causes.count(c), c))
+    share, shares = _shares(before, after, scene.floor)
+    evidence = Evidence(
+        name=probe.name if not turn else f"{probe.name} (after cause {turn})",
+        cause=cause,
+        hypothesis=probe.hypothesis,
+        prediction=probe.prediction,
+        cost=probe.cost,
+        before=_mean(before),
+        after=_mean(after),
+        explained=share,
+        finding=good[0]["finding"],
+        seconds=seconds,
+        details=good[0]["details"],
+        error=error,
+    )
+    return _Result(probe, candidate, cause, share, shares, evidence)
+
+
+def _without_result(probe: Probe, turn: int, finding: str, error: str, seconds: float) -> _Result:
+    evidence = Evidence(
+        name=probe.name if not turn else f"{probe.name} (after cause {turn})",
+        cause=probe.cause,
+        hypothesis=probe.hypothesis,
+        prediction=probe.prediction,
+        cost=probe.cost,
+        finding="" if error else finding,
+        seconds=seconds,
+        error=error,
+    )
+    return _Result(probe, None, probe.cause, 0.0, torch.zeros(_RESAMPLES, dtype=torch.float64), evidence)
+
+
+def _gathered(sums: torch.Tensor, ranks: int) -> torch.Tensor:
+    rows = gather_rows([{"sums": sums.tolist()}]) if ranks > 1 else [{"sums": sums.tolist()}]
+    return torch.tensor([s for row in rows for s in row["sums"]], dtype=torch.float64).reshape(-1, 2)
+
+
+def _mean(sums: torch.Tensor) -> float:
+    """Residual per token of (S, 2) sums and counts."""
+    return float(sums[:, 0].sum() / sums[:, 1].sum().clamp(min=1))
+
+
+def _shares(before: torch.Tensor, after: torch.Tensor, floor: float) -> tuple[float, torch.Tensor]:
+    """1 - (after - floor)+ / (before - floor), of all sequences and of bootstrap resamples of them."""
+    weights = torch.poisson(torch.ones(_RESAMPLES, len(before), dtype=torch.float64), torch.Generator().manual_seed(0))
+    weights = torch.cat([torch.ones(1, len(before), dtype=torch.float64), weights])
+
+    def mean(sums: torch.Tensor) -> torch.Tensor:
+        return (weights @ sums[:, 0]) / (weights @ sums[:, 1]).clamp(min=1)
+
+    b, a = mean(before), mean(after)
+    shares = 1.0 - (a - floor).clamp(min=0) / (b - floor).clamp(min=1e-12)
+    shares = torch.where(b > floor, shares, 0.0).clamp(-1.0, 1.0)
+    return float(shares[0]), shares[1:]
+
+
+def _best(results: Sequence[_Result]) -> _Result | None:
+    """The largest share; of nearly equal ones the cheapest (results come in that order)."""
+    tried = [r for r in results if r.share > 0 and r.probe.cost != "last"]
+    if not tried or max(r.share for r in tried) < _NAMED:  # by elimination only where nothing direct explains
+        tried += [r for r in results if r.share > 0 and r.probe.cost == "last"]
+    if not tried:
+        return None
+    top = max(r.share for r in tried)
+    return next(r for r in tried if r.share >= top - _TIE)
+
+
+def _confidence(best: _Result, results: Sequence[_Result]) -> float:
+    """Share of resamples in which the cause explains enough, and no other cause clearly more."""
+    others = [r.shares for r in results if r.cause != best.cause and (r.probe.cost != "last" or r is best)]
+    highest = torch.stack(others).amax(0) if others else torch.zeros_like(best.shares)
+    return float(((best.shares >= _FIRST) & (best.shares >= highest - _TIE)).double().mean())
+
+
+def _profile(scene: Scene, world: World) -> list[dict[str, float]]:
+    """The drift by eighths of the completion: mean Huber(Δ) and Δ."""
+    from .laws import huber
+
+    delta = (scene.log_probs(world) - world.reported)[world.kept]
+    column = scene.column[world.kept]
+    good = torch.isfinite(delta)
+    delta, column = delta[good], column[good]
+    if not len(delta):
+        return []
+    edges = torch.linspace(0, int(column.max()) + 1, 9)
+    out = []
+    for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+        inside = (column >= low) & (column < high)
+        if inside.any():
+            d = delta[inside]
+            out.append({"from": int(low), "tokens": int(inside.sum()), "residual": float(huber(d).mean()),
+                        "log_ratio": float(d.mean())})  # fmt: skip
+    return out
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + "."
+
+
+def _nothing(step: int, details: dict[str, Any]) -> Diagnosis:
+    return Diagnosis(
+        step=step,
+        cause="unknown",
+        explained=0.0,
+        confidence=0.0,
+        summary=f"Nothing to explain: the drift ({details['residual']:.3g}, Huber) is within the noise floor "
+        f"({details['floor']:.3g}).",
+        fix="",
+        details=details,
+    )
+
+
+def _unknown(
+    step: int, total: float, named: list[NamedCause], evidence: list[Evidence], details: dict[str, Any]
+) -> Diagnosis:
+    tried = [e for e in evidence if e.explained is not None]
+    closest = max(tried, key=lambda e: e.explained or 0.0, default=None)
+    near = f" Closest: {closest.cause} ({closest.name}) with {closest.explained:.0%}." if closest is not None else ""
+    return Diagnosis(
+        step=step,
+        cause="unknown",
+        explained=total,
+        confidence=0.0,
+        summary=f"{CAUSES['unknown'].what}{near}",
+        fix=CAUSES["unknown"].fix,
+        causes=tuple(named),
+        evidence=tuple(evidence),
+        details=details,
+    )

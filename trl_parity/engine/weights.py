@@ -1,0 +1,117 @@
+"""What a colocated engine holds, in the trainer's own layout, read by running a weight sync backwards.
+
+The trainer's tensors are handed one by one to the engine's own ``load_weights``, as TRL hands them, but no byte
+reaches the engine: each write to one of its parameters is turned round, and what the engine holds there is copied
+into a clone of the tensor at hand. So whatever the loader does on the way (renaming, packing q, k and v, splitting,
+transposing) is undone without a name mapping of ours, and a tensor the loader takes no notice of shows as such.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["HeldTensor", "policy_tensors", "read_back"]
+
+_WRAPPERS = ("_checkpoint_wrapped_module.", "modules_to_save.default.")
+
+
+@dataclass(frozen=True, slots=True)
+class HeldTensor:
+    """One of the trainer's tensors as the engine holds it."""
+
+    name: str
+    numel: int
+    written: int  # elements the loader would have written: 0 when it takes no notice of the tensor
+    differing: int  # of them, those that are not the trainer's rounded to the engine's dtype
+    gap: float  # mean |trainer - engine| over what would have been written
+    values: (
+        torch.Tensor | None
+    )  # the engine's, in the trainer's layout and dtype; None: equal, or not all could be read
+
+
+def policy_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, torch.nn.Parameter]]:
+    """Name, whole tensor and parameter of all the policy's weights, LoRA added in; nothing of the model is written.
+
+    Names are those the engine knows: without PEFT's and checkpointing's prefixes. Gathering a sharded parameter is a
+    collective. Raises ValueError for shards that can't be gathered one by one.
+    """
+    lora: dict[str, Any] = {}
+    if adapted := hasattr(model, "peft_config"):
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        lora = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    for name, parameter in model.named_parameters():
+        if adapted and ("original_module" in name or str(model.prefix) in name):
+            continue
+        whole = _whole(parameter).detach()
+        owner, _, leaf = name.partition(".base_layer.")
+        if leaf == "weight" and (layer := lora.get(owner)) is not None and not layer.disable_adapters:
+            for adapter in layer.active_adapters:
+                if hasattr(layer, "lora_A") and adapter in layer.lora_A:
+                    whole = whole + layer.get_delta_weight(adapter).to(whole.dtype)
+        if adapted:
+            name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        for part in _WRAPPERS:
+            name = name.replace(part, "")
+        yield name, whole, parameter
+
+
+def _whole(parameter: Any) -> torch.Tensor:
+    if hasattr(parameter, "full_tensor"):
+        return parameter.full_tensor()
+    if hasattr(parameter, "ds_status"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.data.clone()
+    if parameter.ndim == 1 and hasattr(parameter, "_is_flat_param"):
+        raise ValueError("FSDP1's flat parameters can't be compared tensor by tensor. Use FSDP2.")
+    return parameter
+
+
+def read_back(engine_model: Any, named: Iterable[tuple[str, torch.Tensor]]) -> list[HeldTensor]:
+    """The engine's side of each of these tensors. Writes nothing to the engine, whatever its loader does."""
+    held = []
+    owned = {t.untyped_storage().data_ptr() for t in (*engine_model.parameters(), *engine_model.buffers())}
+    for name, tensor in named:
+        mirror = tensor.detach().clone()
+        with _Backwards(owned, mirror) as seen:
+            engine_model.load_weights([(name, mirror)])
+        values = mirror if seen.differing and seen.mirrored == mirror.numel() else None
+        gap = seen.gap / seen.written if seen.written else 0.0
+        held.append(HeldTensor(name, mirror.numel(), seen.written, seen.differing, gap, values))
+    return held
+
+
+class _Backwards(TorchDispatchMode):
+    """Inside: a copy into one of the ``owned`` storages flows the other way, any other write to them is refused."""
+
+    def __init__(self, owned: set[int], mirror: torch.Tensor):
+        super().__init__()
+        self._owned, self._mirror = owned, mirror.untyped_storage().data_ptr()
+        self.written = self.differing = self.mirrored = 0
+        self.gap = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        target = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        writes = func._schema.is_mutable and func._schema.arguments[0].is_write
+        if target is None or not writes or target.untyped_storage().data_ptr() not in self._owned:
+            return func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.copy_.default:
+            source = args[1]
+            ours = source.to(target.device, target.dtype).expand_as(target)
+            self.written += target.numel()
+            self.differing += int((ours != target).sum())
+            self.gap += float((source.to(target.device).float() - target.float()).abs().sum())
+            if source.untyped_storage().data_ptr() == self._mirror and source.shape == target.shape:
+                source.copy_(target)
+                self.mirrored += target.numel()
+        elif func is torch.ops.aten.fill_.Scalar and target.numel() == 1:  # longer fills are padding
+            self.written += 1
+            self.differing += int(target != args[1])
+        return target

@@ -1,0 +1,403 @@
+"""Fits of sampling laws: the one thing that, changed in a law, brings it closest to what the engine reported.
+
+Every fit takes tokens and the best law so far, and returns a law with one thing changed, or None if nothing in its
+family improves on it (:func:`~trl_parity.laws.improves`). It minimizes mean Huber(Δ), Δ = the law's log-prob - the reported
+one, which a minority of tokens that are off for other reasons does not decide. Laws that report anything but processed
+log-probs are not fitted: None.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .laws import (
+    HEAD,
+    PROCESSED,
+    Law,
+    Support,
+    Tokens,
+    biased,
+    chunks,
+    huber,
+    improves,
+    log_probs,
+    logsumexp,
+    seen_tokens,
+    settings_of,
+    sketch_of,
+    supported,
+    target_values,
+)
+from .processors import penalize
+
+__all__ = ["fit_bias", "fit_penalty", "fit_shift", "fit_temperature", "fit_truncation", "mle_temperature"]
+
+_OUTSIDE = 0.02  # a truncation that cuts off more of the sampled targets is impossible
+_MASS_IDS = 128  # ids of largest total probability a bias is looked for on
+_LIKELY = 5.0  # expected count of an id that is never drawn with probability e^-5
+_MAX_BIASES = 8
+_WORTH = 0.99  # an id is allowed back if that leaves less than this of the objective
+_BIASES = (-12.0, -8.0, -5.0, -3.0, -2.0, -1.2, -0.6, -0.3, 0.0, 0.3, 0.6, 1.2, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0)
+
+
+def _minimize(objective: Callable[[Tensor], Tensor], grid: Tensor, rounds: int) -> tuple[float, float]:
+    """Argument and value of the least objective on an ascending grid, refined there: each round a third as wide."""
+    values = objective(grid)
+    for _ in range(rounds):
+        best = int(values.argmin())
+        nearby = slice(max(best - 1, 0), best + 2)
+        low, middle, high = grid[nearby][0], grid[best], grid[nearby][-1]
+        new = torch.cat([torch.lerp(low, middle, _THIRDS), torch.lerp(middle, high, _THIRDS)])
+        grid, order = torch.cat([grid[nearby], new]).sort()
+        values = torch.cat([values[nearby], objective(new)])[order]
+    best = int(values.argmin())
+    return float(grid[best]), float(values[best])
+
+
+_THIRDS = torch.tensor([1 / 3, 2 / 3], dtype=torch.float64)
+
+
+def _each(objective: Callable[[float], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda grid: torch.stack([objective(x) for x in grid.tolist()]).cpu()
+
+
+def _grid(low: float, high: float, count: int) -> Tensor:
+    return torch.linspace(low, high, count, dtype=torch.float64)
+
+
+def _sampling(law: Law, name: str, value: float) -> Law:
+    changes: Any = {name: value}
+    return replace(law, sampling=replace(law.sampling, **changes))
+
+
+def _if_better(tokens: Tokens, before: Tensor, law: Law) -> Law | None:
+    """``law``, if it improves on log-probs ``before`` (n,)."""
+    after = log_probs(tokens, law).logprobs
+    return law if improves(huber(before - tokens.reported), huber(after - tokens.reported)) else None
+
+
+def fit_temperature(tokens: Tokens, law: Law) -> Law | None:
+    """The temperature within a factor 8 of the law's that fits best; truncation is redone at each. None: no gain."""
+    if law.report != PROCESSED:
+        return None
+    sketch = sketch_of(tokens, law)
+    settings = settings_of(law.sampling, sketch.gaps)
+
+    def score(tau: float) -> Tensor:
+        return sketch.scores(settings, sketch.mass(tau), tau)[0].squeeze(-1)
+
+    octaves, _ = _minimize(_each(lambda x: huber(score(2.0**x) - tokens.reported).mean()), _grid(-3, 3, 25), 7)
+    fitted = _sampling(law, "temperature", law.sampling.temperature * 2.0**octaves)
+    return _if_better(tokens, score(1.0), fitted)
+
+
+def fit_truncation(tokens: Tokens, law: Law) -> Law | None:
+    """The top_p, top_k or min_p, put in the law's place or left out, that fits best; the law's other two stay.
+
+    One that cuts off more than 2 % of the targets is refused: the engine can't have sampled them. top_k is exact up
+    to 1024 and a multiple of ``ceil((V - 1024) / 2048)`` more beyond. None: no gain.
+    """
+    if law.report != PROCESSED:
+        return None
+    sketch, vocab = sketch_of(tokens, law), tokens.logits.shape[-1]
+    mass, settings = sketch.mass(), settings_of(law.sampling, sketch.gaps)
+    reported = tokens.reported.double().unsqueeze(-1)
+
+    def objective(index: int, values: Tensor) -> Tensor:
+        values = values.to(mass.device)
+        candidate = [values if i == index else x.expand_as(values) for i, x in enumerate(settings)]
+        logprobs, outside = sketch.scores(candidate, mass)
+        possible = outside.double().mean(0) <= _OUTSIDE
+        return torch.where(possible, huber(logprobs - reported).mean(0), torch.inf).cpu()
+
+    ks = torch.cat([_grid(1, 128, 128), _grid(math.log(129), math.log(vocab + 129), 100).exp()])
+    ks = torch.cat([ks[ks < vocab], torch.tensor([float(vocab)])])
+    k, at_k = _minimize(lambda x: objective(0, x.round()), ks, 6)
+    p, at_p = _minimize(lambda x: objective(1, x), torch.cat([_grid(0.005, 0.995, 199), _grid(0.996, 1.0, 5)]), 6)
+    q, at_q = _minimize(lambda x: objective(2, x.exp()), _grid(math.log(1e-9), 0.0, 80)[:-1], 6)
+    candidates = [
+        (at_k, "top_k", round(k) if round(k) < vocab else 0),
+        (at_p, "top_p", p),
+        (at_q, "min_p", math.exp(q) if math.exp(q) > 1e-8 else 0.0),
+    ]
+    before = sketch.scores(settings, mass)[0].squeeze(-1)
+    return _if_better(tokens, before, _sampling(law, *min(candidates)[1:]))
+
+
+def fit_penalty(tokens: Tokens, law: Law) -> Law | None:
+    """The repetition [0.5, 3], presence or frequency penalty [-2, 2], put in the law's place, that fits best.
+
+    log Σ e^z' = log(Σ_unseen e^z + Σ_seen e^z'): the unseen are summed once, nothing is subtracted. The kept mass of
+    a truncated law is taken to stay as it is, then redone and the fit repeated. None: no gain.
+    """
+    if law.report != PROCESSED or not bool(tokens.real.any()):
+        return None
+    temperature, vocab, n = law.sampling.temperature, tokens.logits.shape[-1], len(tokens.targets)
+    rows, ids, counts = seen_tokens(tokens)
+    unseen, seen, targets, tops = [], [], [], []
+    first = 0
+    for part in chunks(tokens):
+        z = biased(part, law)
+        here = (rows >= first) & (rows < first + len(z))
+        at = (rows[here] - first, ids[here])
+        seen.append(z[at].double())
+        targets.append(target_values(z, part).double())
+        tops.append(z.amax(-1).double() / temperature)
+        z[at] = -torch.inf
+        unseen.append(logsumexp(z.div_(temperature)).nan_to_num(nan=-torch.inf))  # nan: all are seen
+        first += len(z)
+    rest, before, target, top = map(torch.cat, (unseen, seen, targets, tops))
+    true = torch.ones_like(rows, dtype=torch.bool)
+    keys, wanted = rows * vocab + ids, torch.arange(n, device=rows.device) * vocab + tokens.targets
+    at_target = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
+    target_seen = keys[at_target] == wanted
+
+    def score(law: Law) -> Tensor:  # without what truncation adds
+        z = penalize(before, true, counts, law.sampling) / temperature
+        total = torch.zeros_like(rest).index_add(0, rows, (z - top[rows]).clamp(max=600.0).exp()).log() + top
+        return torch.where(target_seen, z[at_target], target / temperature) - torch.logaddexp(rest, total)
+
+    def loss(name: str, aim: Tensor, x: float) -> Tensor:
+        return huber(score(_sampling(law, name, x)) - aim).mean()
+
+    now = log_probs(tokens, law).logprobs
+    best, exact = law, now
+    for _ in range(3 if law.sampling.truncates else 1):
+        aim = tokens.reported - (exact - score(best))
+        candidates = []
+        for name, grid in _PENALTIES.items():
+            x, value = _minimize(_each(partial(loss, name, aim)), grid, 5)
+            candidates.append((value, _sampling(law, name, x)))
+        best = min(candidates, key=lambda x: x[0])[1]
+        exact = log_probs(tokens, best).logprobs
+    return best if improves(huber(now - tokens.reported), huber(exact - tokens.reported)) else None
+
+
+_PENALTIES = {
+    "repetition_penalty": _grid(math.log(0.5), math.log(3.0), 17).exp(),
+    "presence_penalty": _grid(-2.0, 2.0, 17),
+    "frequency_penalty": _grid(-2.0, 2.0, 17),
+}
+
+
+def fit_bias(tokens: Tokens, law: Law) -> Law | None:
+    """The bias on one to eight ids, the allow-list or the ban-list, added to the law's own, that fits best.
+
+    One id v: e^Δ' = e^Δ / (1 + p(v)(e^b - 1)), times e^b where v is the target; b in [-12, 20], or -inf if v never is.
+    Ids join while each is an improvement. Allow-list: the distinct targets, if 4 n times fewer, and ids that
+    improve the fit. Ban-list: ids never drawn but expected 5 times, less those that spoil it. The kept set of a
+    truncated law is taken to stay as it is. None: no gain.
+    """
+    if law.report != PROCESSED:
+        return None
+    mass = tokens.logits.new_zeros(tokens.logits.shape[-1])
+    supports, scores = [], []
+    for part in chunks(tokens):
+        scaled, support = supported(part, law)
+        supports.append(support)
+        scores.append(target_values(scaled, part).double() - support.log_sum)
+        cut = support.top.unsqueeze(-1) - scaled > support.limit.unsqueeze(-1)
+        mass += scaled.sub_(support.log_sum.to(scaled.dtype).unsqueeze(-1)).exp_().masked_fill_(cut, 0.0).sum(0)
+    now = torch.cat(scores)
+    ids = torch.cat([tokens.targets, mass.topk(min(_MASS_IDS, len(mass))).indices]).unique()
+    columns = _columns(tokens, law, ids, Support(*map(torch.cat, zip(*supports, strict=True))))
+    found = [fit(columns, law, now, tokens.reported) for fit in (_allow_list, _ban_list, _biases)]  # the last mutates
+    candidates = [x for x in found if x is not None]
+    return _if_better(tokens, now, min(candidates, key=lambda x: x[0])[1]) if candidates else None
+
+
+@dataclass(slots=True)
+class _Columns:
+    """A law on C ids of n tokens, (n, C) each."""
+
+    ids: Tensor  # (C,)
+    z: Tensor  # fp64, before penalties
+    seen: Tensor  # bool
+    counts: Tensor
+    probs: Tensor  # fp64, of the kept set's law
+    target: Tensor  # bool: the token's target
+
+    def moved(self, b: Tensor, at: slice, law: Law) -> tuple[Tensor, Tensor, Tensor]:
+        """With b added to an id's logit: how the target's log-prob moves, log Σ, and the id's scaled logit."""
+        z, seen, counts = self.z[:, at], self.seen[:, at], self.counts[:, at]
+        shift = penalize(z + b, seen, counts, law.sampling) - penalize(z, seen, counts, law.sampling)
+        shift = shift / law.sampling.temperature
+        total = (self.probs[:, at] * shift.expm1()).clamp(min=1e-9 - 1.0).log1p()
+        return torch.where(self.target[:, at], shift, 0.0) - total, total, shift
+
+    def apply(self, b: float, index: int, law: Law) -> Tensor:
+        """Add b for good; how the targets' log-probs move, (n,)."""
+        at = slice(index, index + 1)
+        moved, total, shift = self.moved(self.z.new_tensor([b]), at, law)
+        self.probs *= total.neg().exp()
+        self.probs[:, at] *= shift.exp()
+        self.z[:, at] += b
+        return moved.squeeze(-1)
+
+
+def _columns(tokens: Tokens, law: Law, ids: Tensor, support: Support) -> _Columns:
+    column = torch.full((tokens.logits.shape[-1],), -1, device=ids.device)
+    column[ids] = torch.arange(len(ids), device=ids.device)
+    context = column[torch.where(tokens.real, tokens.context, ids[0])]
+    known = tokens.real & (context >= 0)
+    target = column[tokens.targets].unsqueeze(-1) == torch.arange(len(ids), device=ids.device)
+    z = torch.cat([biased(part, law)[:, ids] for part in chunks(tokens)])
+    few = replace(tokens, logits=z, context=context, real=known)
+    row, at, count = seen_tokens(few)
+    seen, counts = torch.zeros_like(target), torch.zeros_like(z)
+    seen[row, at], counts[row, at] = True, count
+    scaled = penalize(z, seen, counts, law.sampling) / law.sampling.temperature
+    kept = (support.top.unsqueeze(-1) - scaled <= support.limit.unsqueeze(-1)) | target
+    probs = (scaled.double() - support.log_sum.unsqueeze(-1)).exp() * kept
+    return _Columns(ids, z.double(), seen, counts, probs, target)
+
+
+def _biases(columns: _Columns, law: Law, now: Tensor, reported: Tensor) -> tuple[float, Law] | None:
+    """Biases one by one, then each again given the others."""
+    never = ~columns.target.any(0)
+    bias: dict[int, float] = {}
+    grid = torch.tensor(_BIASES, dtype=torch.float64)
+    grid_on = grid.to(now.device)
+
+    def loss(logprobs: Tensor) -> Tensor:
+        return huber(logprobs - reported.unsqueeze(-1)).mean(0)
+
+    def refined(index: int, start: Tensor) -> tuple[float, float]:
+        at = slice(index, index + 1)
+
+        def objective(b: Tensor) -> Tensor:
+            return loss(now.unsqueeze(-1) + columns.moved(b.to(now.device), at, law)[0]).cpu()
+
+        b, value = _minimize(objective, start, 7)
+        if never[index] and (banned := float(objective(grid.new_tensor([-math.inf])))) <= 1.02 * value:
+            return banned, -math.inf
+        return value, b
+
+    while len(bias) < _MAX_BIASES:
+        values = torch.stack([loss(now.unsqueeze(-1) + columns.moved(b, slice(None), law)[0]) for b in grid_on])
+        values[:, list(bias)] = torch.inf
+        least, best = values.min(0)
+        tried = []
+        for index in least.topk(min(2, len(least)), largest=False).indices.tolist():
+            middle = int(best[index])
+            tried.append((*refined(index, grid[max(middle - 1, 0) : middle + 2]), index))
+        _, b, index = min(tried)
+        after = now + columns.moved(grid_on.new_tensor([b]), slice(index, index + 1), law)[0].squeeze(-1)
+        if not improves(huber(now - reported), huber(after - reported)):
+            break
+        now = now + columns.apply(b, index, law)
+        bias[index] = b
+    for index in [i for i, b in bias.items() if len(bias) > 1 and b > -math.inf]:
+        _, b = refined(index, _grid(-1.0, 1.0, 5))
+        now = now + columns.apply(b, index, law)
+        bias[index] += b
+    return (float(huber(now - reported).mean()), _with_bias(law, columns, bias)) if bias else None
+
+
+def _with_bias(law: Law, columns: _Columns, bias: dict[int, float]) -> Law:
+    merged = dict(law.bias)
+    for index, b in bias.items():
+        token = int(columns.ids[index])
+        merged[token] = merged.get(token, 0.0) + b
+    return replace(law, bias=tuple(sorted(merged.items())))
+
+
+def _allow_list(columns: _Columns, law: Law, now: Tensor, reported: Tensor) -> tuple[float, Law] | None:
+    banned = ~columns.target.any(0)
+    if 4 * int((~banned).sum()) > len(now):
+        return None
+    kept = (columns.probs * ~banned).sum(-1, keepdim=True)
+    value = _allow_back(columns, banned, kept, now - reported)
+    return value, replace(law, allowed=frozenset(columns.ids[~banned].tolist()))
+
+
+def _ban_list(columns: _Columns, law: Law, now: Tensor, reported: Tensor) -> tuple[float, Law] | None:
+    banned = ~columns.target.any(0) & (columns.probs.sum(0) >= _LIKELY)
+    kept = 1.0 - (columns.probs * banned).sum(-1, keepdim=True)
+    value = _allow_back(columns, banned, kept, now - reported)
+    bias = dict.fromkeys(banned.nonzero().squeeze(-1).tolist(), -math.inf)
+    return (value, _with_bias(law, columns, bias)) if bias else None
+
+
+def _allow_back(columns: _Columns, banned: Tensor, kept: Tensor, delta: Tensor) -> float:
+    """Clear ids of ``banned`` (C,), in place, while that is worth it; mean Huber(Δ - log kept mass (n, 1)) then."""
+
+    def loss(kept: Tensor) -> Tensor:
+        return huber(delta.unsqueeze(-1) - kept.clamp(min=1e-12).log()).mean(0)
+
+    value = float(loss(kept))
+    while True:
+        least, index = loss(kept + columns.probs).masked_fill(~banned, torch.inf).min(0)
+        if not float(least) < _WORTH * value:
+            return value
+        value, kept = float(least), kept + columns.probs[:, index].unsqueeze(-1)
+        banned[index] = False
+
+
+def fit_shift(
+    reported: Tensor, law_logprobs: Tensor, mask: Tensor, shifts: tuple[int, ...] = (-2, -1, 1, 2)
+) -> Tensor:
+    """Per sequence the s for which ``reported[t + s]`` belongs to token t: 1 if reports come one place late.
+
+    All (B, C), result (B,) int64. 0 unless some s takes the mean Huber to less than a third of that at 0. Both t and t + s are in
+    ``mask``; tokens without a partner are left out; 4 partners are the least.
+    """
+    width = mask.shape[-1]
+    t = torch.arange(width, device=mask.device)
+    means = []
+    for s in (0, *shifts):
+        at = (t + s).clamp(0, width - 1)
+        both = mask & mask[:, at] & (at == t + s)
+        total = torch.where(both, huber(law_logprobs - reported[:, at]), 0.0).sum(-1)
+        means.append(torch.where(both.sum(-1) >= 4, total / both.sum(-1), torch.inf))
+    plain, shifted = means[0], torch.stack(means[1:])
+    least, best = shifted.min(0)
+    chosen = torch.tensor(shifts, device=mask.device)[best]
+    return torch.where(torch.isfinite(plain) & (least < plain / 3.0), chosen, 0)
+
+
+def mle_temperature(tokens: Tokens, law: Law) -> tuple[float, float]:
+    """The temperature the sampled tokens speak for, whatever was reported, and its standard error.
+
+    Maximum of Σ log p_T(a), within a factor 16 of the law's: Σ z(a) = Σ E[z], z after bias and penalties, without
+    truncation (a truncated engine looks colder). With θ = 1/T: se(T) = T² sqrt(Σ_sequences score²) / Σ Var[z], times
+    sqrt(S / (S - 1)) of S sequences. At the edge of the range, or with one sequence, it is inf. Banned targets are
+    left out.
+    """
+    sketch = sketch_of(tokens, law)
+    valid = torch.isfinite(sketch.target)
+    gaps = sketch.gaps.nan_to_num(posinf=0.0)
+
+    def moments(theta: float) -> tuple[Tensor, Tensor]:
+        """Score of each token, E[gap] - gap(a), and Var[gap]."""
+        weight = sketch.gaps.mul(-theta).exp_()
+        weight[:, HEAD:] *= sketch.size
+        weight /= weight.sum(-1, keepdim=True)
+        mean = (weight * gaps).sum(-1)
+        return (mean - sketch.target)[valid], (weight * (gaps - mean.unsqueeze(-1)).square()).sum(-1)[valid]
+
+    low, high, theta = 1.0 / 16.0, 16.0, 1.0
+    for _ in range(60):  # Newton's method, bisection where it leaves the bracket: the score falls with θ
+        slope, information = (float(x.sum()) for x in moments(theta))
+        low, high = (theta, high) if slope > 0 else (low, theta)
+        old, theta = theta, theta + slope / max(information, 1e-12)
+        if not low < theta < high:
+            theta = math.sqrt(low * high)
+        if abs(theta - old) <= 1e-9 * theta:
+            break
+    score, variance = moments(theta)
+    _, sequence = tokens.sequence[valid].unique(return_inverse=True)
+    clusters, information = len(sequence.unique()), float(variance.sum())
+    by_sequence = score.new_zeros(clusters).index_add(0, sequence, score)
+    temperature = law.sampling.temperature / theta
+    if clusters < 2 or information <= 0.0 or not 1.0 / 15.9 < theta < 15.9:
+        return temperature, math.inf
+    spread = math.sqrt(float(by_sequence.square().sum()) * clusters / (clusters - 1))
+    return temperature, temperature / theta * spread / information

@@ -1,0 +1,136 @@
+"""When to ask for the cause of a drift, and what is left behind of it: diagnosis and incident bundle of an episode."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .config import ParityConfig
+from .distributed import gather_rows
+from .engine.live import engine_of
+from .engine.weights import policy_tensors
+from .errors import ConfigError
+from .incident import Incident, sequence_rows, versions, windows_in_short, write_incident
+from .records import Diagnosis, RolloutBatch, ScoredBatch, Status, Verdict
+from .taps import Capture
+
+__all__ = ["Investigator"]
+
+logger = logging.getLogger(__name__)
+
+_SEQUENCES = 16  # in the bundle
+
+
+class Investigator:
+    """Diagnoses once an episode (at its first BREACH, or WARN), and again at the halt if that named nothing."""
+
+    def __init__(self, config: ParityConfig):
+        self.config = config
+        self.diagnosis: Diagnosis | None = None  # the last one
+        self.wanted = False  # somebody asked for one when no batch was at hand
+        self._asked = False  # in this episode
+        self._named = False
+
+    def due(self, verdict: Verdict) -> bool:
+        """Whether this window is to be diagnosed; the same on every rank."""
+        if verdict.status is Status.OK:
+            self._asked = self._named = False
+        if self.wanted:
+            return True
+        breached = verdict.status in (Status.BREACH, Status.HALT)
+        if self.config.diagnose == "never" or not (
+            breached or (self.config.diagnose == "warn" and verdict.status is Status.WARN and verdict.warnings)
+        ):
+            return False
+        return not self._asked or (verdict.halted and not self._named)
+
+    def diagnose(
+        self,
+        capture: Capture,
+        rollout: RolloutBatch,
+        scored: ScoredBatch,
+        *,
+        step: int,
+        floor: float | None,
+        began_healthy: bool | None,
+    ) -> Diagnosis:
+        """Name the cause of the batch's drift. A collective."""
+        from .diagnose import diagnose
+        from .scene import Scene
+
+        trainer = capture.trainer
+        ranks = trainer.accelerator.num_processes
+        mine = {"seconds": capture.batch_seconds}
+        seconds = max(row["seconds"] for row in (gather_rows([mine]) if ranks > 1 else [mine]))
+        scene = Scene(
+            capture,
+            rollout,
+            scored,
+            engine_of(trainer.vllm_generation),
+            token_budget=self.config.diagnose_tokens,
+            replayed=self.config.truncation == "replay",
+            floor=floor or 0.0,
+            began_healthy=began_healthy,
+        )
+        self.diagnosis = diagnose(scene, step, budget=self.config.diagnose_budget * seconds, ranks=ranks)
+        self._asked, self.wanted = True, False
+        self._named = self.diagnosis.cause != "unknown"
+        return self.diagnosis
+
+    def heal(self, trainer: Any) -> list[str]:
+        """Deliver the policy's weights to the colocated engine and empty its prefix cache; names of what moved."""
+        from .engine.weights import read_back
+
+        engine = engine_of(trainer.vllm_generation)
+        if engine is None:
+            raise ConfigError("heal=True needs a colocated engine; call trainer.vllm_generation.sync_weights().")
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        moved = []
+        for name, tensor, _ in policy_tensors(model):
+            [held] = read_back(engine.model, [(name, tensor)])
+            if held.differing:
+                engine.model.load_weights([(name, tensor)])
+                moved.append(name)
+        engine.llm.reset_prefix_cache(reset_running_requests=True)
+        return moved
+
+    def write(
+        self,
+        directory: Path,
+        verdict: Verdict,
+        verdicts: Sequence[Verdict],
+        last: tuple[RolloutBatch, ScoredBatch] | None,
+        text: str,
+        trainer: Any,
+    ) -> Path | None:
+        """The incident bundle of the main process: its folder. None on other ranks, and where it can't be written."""
+        if not trainer.accelerator.is_main_process:
+            return None
+        redact = self.config.redact_text
+        decode = None if redact else trainer.processing_class.decode
+        rows: list[dict[str, Any]] = []
+        try:
+            if last is not None:
+                rows = sequence_rows(*last, decode, _SEQUENCES)
+        except Exception as e:  # a bundle without sequences is better than none
+            logger.warning("the incident's sequences could not be kept: %s: %s", type(e).__name__, e)
+        engine = engine_of(trainer.vllm_generation)
+        try:
+            settings = {"mode": trainer.vllm_generation.mode} | ({} if engine is None else engine.everything())
+            incident = Incident(
+                step=verdict.step,
+                verdict=verdict.to_dict(),
+                diagnosis=None if self.diagnosis is None else self.diagnosis.to_dict(),
+                engine=settings,
+                versions=versions(),
+                config=self.config.to_dict(),
+                windows=windows_in_short(verdicts),
+                text=text,
+                redacted=redact,
+            )
+            return write_incident(directory, incident, rows)
+        except Exception as e:  # a full disk must not change how the run ends
+            logger.warning("the incident of step %d could not be kept: %s: %s", verdict.step, type(e).__name__, e)
+            return None

@@ -1,0 +1,217 @@
+"""Probes that ask the engine again: the ladder from the sampled log-prob, over the engine's own re-score, to the trainer.
+
+Sampled is not re-scored: sampler, cache, decode path or weight version. Re-scored is not the trainer: weights,
+precision, or model. Requests of ours draw from generators of their own, and what they cache lies under a name that no
+request of the run reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from .laws import Law, huber
+from .probes import Candidate, NotPossible, Probe, make_probe, redone
+from .records import SamplingSettings
+from .scene import Scene, World
+
+__all__ = ["LADDER"]
+
+_TOKENS = 128  # asked for again, one request each
+_SEQUENCES = 8  # scored by prefill at temperature 1
+_REPRODUCED = 0.3  # asked again, the engine gives its number back: up to this share of the drift
+_STEP = 3.0  # a change within sequences: this much more drift on one side of it
+
+
+@dataclass(frozen=True, slots=True)
+class _Again:
+    picked: torch.Tensor  # (M,) of the scene's tokens
+    anew: torch.Tensor  # (M,) asked again, every context computed anew
+    cached: torch.Tensor | None  # (M,) asked again, reading the prefix cache; None: there is none
+    tokens_read: int  # from the cache
+
+
+def _ask_again(scene: Scene, world: World) -> _Again:
+    """The engine's numbers for some of the tokens, asked for one by one at the trainer's temperature."""
+    engine = scene.engine
+    if engine is None:
+        raise NotPossible("a server is not asked again token by token")
+    if not engine.can_rescore():
+        raise NotPossible("with tensor parallelism or sleep mode one rank can't ask the engine alone")
+    if scene.again is None:
+        usable = (world.kept & torch.isfinite(world.reported)).nonzero().squeeze(-1)
+        picked = usable[torch.linspace(0, len(usable) - 1, min(_TOKENS, len(usable))).long().unique()]
+        contexts, targets, kept = [], [], []
+        for n in picked.tolist():
+            at, t = int(scene.rows[scene.row[n]]), int(scene.column[n])
+            prompt = scene.engine_prompts.get(at)
+            if prompt is None:
+                prompt = scene.rollout.prompt_ids[at][scene.rollout.prompt_mask[at].bool()].tolist()
+            ids = list(prompt) + scene.rollout.completion_ids[at, :t].tolist()
+            if len(ids) < engine.max_model_len:
+                contexts.append(ids)
+                targets.append(int(scene.targets[n]))
+                kept.append(n)
+        if not kept:
+            raise NotPossible("no context fits the engine's max_model_len")
+        cached, read = None, torch.zeros(1)
+        if engine.caches_prefixes:  # first, while the cache is as the run left it
+            cached, read = engine.next_token(contexts, targets, scene.temperature, cached=True)
+        anew, _ = engine.next_token(contexts, targets, scene.temperature, cached=False)
+        scene.again = _Again(
+            torch.tensor(kept), anew.double(), None if cached is None else cached.double(), int(read.sum())
+        )
+    again: _Again = scene.again
+    return again
+
+
+def _size(delta: torch.Tensor) -> float:
+    return float(huber(delta[torch.isfinite(delta)]).mean()) if len(delta) else 0.0
+
+
+def _answered(scene: Scene, world: World, again: _Again) -> Candidate:
+    """The world in which the engine had said what it says now."""
+    base = redone(world)
+    reported, over = base.reported.clone(), torch.zeros(len(scene), dtype=torch.bool)
+    reported[again.picked], over[again.picked] = again.anew, True
+    plain = Law(sampling=SamplingSettings(temperature=scene.temperature))
+    return Candidate(world=replace(base, law=plain, reported=reported, kept=over), over=over, finding="")
+
+
+def _reproduced(scene: Scene, world: World, again: _Again, answers: torch.Tensor) -> tuple[bool, str]:
+    """Whether the engine gives its number back, and by how much it misses."""
+    sampled = world.reported[again.picked]
+    drift = _size(scene.log_probs(world)[again.picked] - sampled)
+    gap = answers - sampled
+    return _size(gap) <= _REPRODUCED * drift, f"mean |gap| {float(gap[torch.isfinite(gap)].abs().mean()):.3g} nats"
+
+
+def prefix_cache(scene: Scene, world: World) -> Candidate | None:
+    """One-token requests, reading the prefix cache and not."""
+    again = _ask_again(scene, world)
+    if again.cached is None:
+        raise NotPossible("the engine keeps no prefix cache")
+    if not again.tokens_read:
+        return None
+    same, gap = _reproduced(scene, world, again, again.cached)
+    apart = (again.cached - again.anew).abs()
+    words = (
+        f"read from the cache ({again.tokens_read:,} tokens), the engine's numbers differ from those computed anew by "
+        f"{float(apart.mean()):.3g} nats on average; those sampled differ from the cached ones: {gap}"
+    )
+    if not same:
+        return None
+    return replace(_answered(scene, world, again), finding=words)
+
+
+def within_sequences(scene: Scene, world: World) -> Candidate | None:
+    """Whether the engine, asked again, still says what it said; if not, where in the sequences it changed."""
+    again = _ask_again(scene, world)
+    same, gap = _reproduced(scene, world, again, again.anew if again.cached is None else again.cached)
+    if same:
+        return None
+    words = f"asked again, the engine does not give back what it reported: {gap}"
+    at, sides = _change(scene, world)
+    if at is not None:
+        cause = "in_flight_update"
+        words += f"; the drift changes at completion token {at}: {sides[0]:.3g} before, {sides[1]:.3g} after (Huber)"
+    else:
+        cause = "engine_numerics"
+        words += "; it does not change at one point of the sequences"
+    return replace(_answered(scene, world, again), cause=cause, finding=words)
+
+
+def _change(scene: Scene, world: World) -> tuple[int | None, tuple[float, float]]:
+    """The completion position at which the drift steps up or down, if it does."""
+    delta = (scene.log_probs(world) - world.reported)[world.kept]
+    column = scene.column[world.kept]
+    good = torch.isfinite(delta)
+    size, column = huber(delta[good]).double(), column[good]
+    width = int(column.max()) + 1 if len(column) else 0
+    counts = torch.zeros(width, dtype=torch.float64).scatter_add(0, column, torch.ones_like(size))
+    sums = torch.zeros(width, dtype=torch.float64).scatter_add(0, column, size)
+    best: tuple[float, int, float, float] | None = None
+    for at in range(2, width - 1):
+        left, right = counts[:at].sum(), counts[at:].sum()
+        if min(left, right) < 8:
+            continue
+        before, after = float(sums[:at].sum() / left), float(sums[at:].sum() / right)
+        between = float(left * right / (left + right)) * (before - after) ** 2
+        if best is None or between > best[0]:
+            best = between, at, before, after
+    if best is None:
+        return None, (0.0, 0.0)
+    _, at, before, after = best
+    high, low = max(before, after), min(before, after)
+    return (at if high > _STEP * low else None), (before, after)
+
+
+def prefill(scene: Scene, world: World) -> Candidate | None:
+    """The engine's own scores of the same tokens in place of the trainer's: what is left is not the model's."""
+    again = _ask_again(scene, world)
+    engine = scene.engine
+    assert engine is not None
+    same, gap = _reproduced(scene, world, again, again.anew)
+    few = scene.rows[:_SEQUENCES].tolist()
+    sequences, ours = [], []
+    base = redone(world)
+    assert base.variant is not None
+    at_one = Law(sampling=SamplingSettings(temperature=1.0))
+    trainer = scene.log_probs(replace(base, law=at_one))
+    for i, at in enumerate(few):
+        prompt = scene.engine_prompts.get(at)
+        if prompt is None:
+            prompt = scene.rollout.prompt_ids[at][scene.rollout.prompt_mask[at].bool()].tolist()
+        tokens = (scene.row == i).nonzero().squeeze(-1)
+        if not len(tokens):
+            continue
+        ids = list(prompt) + scene.rollout.completion_ids[at, : int(scene.column[tokens].max()) + 1].tolist()
+        if len(ids) < engine.max_model_len:
+            sequences.append((ids, len(prompt)))
+            ours.append(tokens)
+    if not sequences:
+        raise NotPossible("no sequence fits the engine's max_model_len")
+    scores = engine.rescore([ids for ids, _ in sequences])
+    deltas = [
+        trainer[tokens] - theirs.double()[start - 1 + scene.column[tokens]]
+        for tokens, theirs, (_, start) in zip(ours, scores, sequences, strict=True)
+    ]
+    delta = torch.cat(deltas)
+    at_1, floor = _size(delta), scene.floor
+    words = (
+        f"at temperature 1, by prefill alone, engine and trainer differ by {float(delta.abs().mean()):.3g} nats on "
+        f"average; asked again, the engine misses what it reported by {gap}"
+    )
+    scene.notes["ladder"] = {"prefill_at_1": at_1, "reproduced": same}
+    if not same or at_1 <= 3 * floor or scene.engine_values:
+        return None
+    theirs = base.reported.clone()
+    drift = again.anew - base.reported[again.picked]
+    theirs[again.picked] = scene.log_probs(base)[again.picked] - drift
+    over = torch.zeros(len(scene), dtype=torch.bool)
+    over[again.picked] = True
+    settings = engine.settings()
+    if settings["quantization"] is not None:
+        cause, why = "kv_cache_precision", f"the engine is quantized ({settings['quantization']})"
+    elif scene.began_healthy:
+        cause = "stale_weights"
+        why = "its parameters are the trainer's and the run began healthy: it serves an older copy of them"
+    else:
+        cause, why = "model_definition", "its parameters are the trainer's: it computes another function of them"
+    return Candidate(
+        world=replace(base, reported=theirs, kept=over), cause=cause, over=over, finding=f"{words}; {why}"
+    )
+
+
+LADDER: tuple[Probe, ...] = (
+    make_probe("prefix cache", "stale_prefix_cache", "engine", prefix_cache,
+               "keys and values of older weights are read from the prefix cache",
+               "computed anew, the engine agrees with the trainer, and from the cache with what it sampled"),
+    make_probe("asked again", "engine_numerics", "engine", within_sequences,
+               "the engine disagrees with itself, or its weights changed on the way",
+               "asked again, it agrees with the trainer and not with what it sampled"),
+    make_probe("engine's prefill", "model_definition", "last", prefill,
+               "on the same weights the engine computes another function",
+               "its own prefill, not the trainer, agrees with what it sampled"),
+)  # fmt: skip

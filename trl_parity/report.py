@@ -1,0 +1,252 @@
+"""An incident as Markdown for people: on GitHub, in an editor and on a terminal. Needs no torch.
+
+Whatever a model, a tokenizer or a library wrote is hostile until escaped: :func:`visible` for control characters and
+what has no shape, :func:`prose`, :func:`code` and :func:`fenced` for Markdown and HTML.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import textwrap
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from .causes import CAUSES
+from .config import ParityConfig
+from .text import number
+
+if TYPE_CHECKING:
+    from .incident import Incident
+
+__all__ = ["TEXT_COLUMNS", "bare", "code", "fenced", "prose", "report_markdown", "visible"]
+
+TEXT_COLUMNS = ("token_id", "token", "prompt")  # of the rows of tokens, when not redacted
+_TEXT_KEYS = {"token", "token_ids", "tokens", "text", "prompt", "ids", "banned", "bias"}
+_PICTURES = {
+    "windows.png": "Drift by step, with the noise floor, the limit and the status of each window",
+    "evidence.png": "Share of the excess that each probe explains",
+    "log_ratio.png": "Histogram of the log-ratios of the worst sequences",
+}
+_SEQUENCES, _TOKENS, _CHARS = 4, 12, 160  # shown
+_BLANKS = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"  # printable to Python, but without a shape
+
+
+def bare(incident: Incident, rows: Sequence[Mapping[str, Any]]) -> tuple[Incident, list[dict[str, Any]]]:
+    """What may be shown: all of it or, when redacted, without the columns and details that hold ids and text.
+
+    Sentences of the diagnosis stay as they are.
+    """
+    if not incident.redacted:
+        return incident, [dict(row) for row in rows]
+    diagnosis = incident.diagnosis
+    if diagnosis is not None:
+        details = diagnosis.get("details") or {}
+        counts = {k: v for k, v in details.items() if k == "tokens" and isinstance(v, int)}
+        evidence = [{**e, "details": _without_text(e.get("details"))} for e in diagnosis.get("evidence", ())]
+        diagnosis = {**diagnosis, "evidence": evidence, "details": _without_text(details) | counts}
+    kept = [{k: v for k, v in row.items() if k not in TEXT_COLUMNS} for row in rows]
+    return replace(incident, diagnosis=diagnosis, engine=_without_text(incident.engine)), kept
+
+
+def _without_text(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _without_text(v) for k, v in value.items() if k not in _TEXT_KEYS}
+    return [_without_text(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def visible(text: Any) -> str:
+    """One line without control, format or shapeless characters: those as escapes (``\\n``, ``\\u200b``)."""
+    return "".join(
+        c.encode("unicode_escape").decode()
+        if not c.isprintable() or c in _BLANKS or (i == 0 and unicodedata.category(c)[0] == "M")
+        else c
+        for i, c in enumerate(str(text))
+    )
+
+
+def prose(text: Any) -> str:
+    """Text within a Markdown paragraph or table cell, anywhere but at the start of a line."""
+    line = visible(" ".join(str(text).split()))
+    return re.sub(r"([\\`*<|~$]|(?<!\w)_|_(?!\w)|\](?=[(\[:])|&(?=#?\w+;))", r"\\\1", line)
+
+
+def code(text: Any) -> str:
+    """A code span, also within a table cell; '-' for nothing."""
+    line = visible(text).replace("|", "\\|")
+    if not line.strip():
+        return "-"
+    tick = "`" * (_longest_ticks(line) + 1)
+    pad = " " if line[0] in "` " or line[-1] in "` " else ""
+    return f"{tick}{pad}{line}{pad}{tick}"
+
+
+def fenced(text: str) -> list[str]:
+    """A code block that nothing in it can end, and an empty line."""
+    lines = [visible(line) for line in text.split("\n")]
+    fence = "`" * max(3, *(_longest_ticks(line) + 1 for line in lines))
+    return [fence, *lines, fence, ""]
+
+
+def _longest_ticks(text: str) -> int:
+    return max((len(run) for run in re.findall("`+", text)), default=0)
+
+
+def report_markdown(
+    incident: Incident, rows: Sequence[Mapping[str, Any]], pictures: Sequence[str], *, note: str = ""
+) -> str:
+    """``report.md``, with links to ``pictures``. ``note``: why some are missing."""
+    incident, rows = bare(incident, rows)
+    verdict, diagnosis = incident.verdict, incident.diagnosis
+    shown = {name: [f"![{said}]({name})", ""] if name in pictures else [] for name, said in _PICTURES.items()}
+    reason = prose(verdict.get("reason") or "no reason given")
+    return "\n".join(
+        [
+            f"# trl-parity: {prose(verdict.get('status', '?'))} at step {incident.step}",
+            "",
+            f"The engine that samples is not the policy that learns. Seen: {reason}.",
+            "",
+            *_cause(diagnosis),
+            *["## What happened", ""],
+            *shown["windows.png"],
+            *([f"({prose(note)})", ""] if note else []),
+            *(fenced(incident.text.strip("\n")) if incident.text.strip() else []),
+            *([] if diagnosis is None else _why(diagnosis, shown["evidence.png"])),
+            *_onward(list(verdict.get("breaches") or ())),
+            *["## Worst sequences", ""],
+            *shown["log_ratio.png"],
+            *_sequences(rows, incident.redacted),
+            *_settings(incident),
+        ]
+    )
+
+
+def _cause(diagnosis: dict[str, Any] | None) -> list[str]:
+    if diagnosis is None:
+        return ["**Cause** not looked for: no diagnosis was made.", ""]
+    shares = f"explains {_percent(diagnosis['explained'])} of the excess over the noise floor"
+    return [
+        f"**Cause** {code(diagnosis['cause'])}: {prose(diagnosis['summary'])}",
+        "",
+        f"All that was found {shares}; confidence {_percent(diagnosis['confidence'])}.",
+        "",
+        "**Fix**",
+        "",
+        *fenced(textwrap.fill(diagnosis["fix"], 100, break_long_words=False, break_on_hyphens=False)),
+    ]
+
+
+def _why(diagnosis: dict[str, Any], picture: list[str]) -> list[str]:
+    lines = ["## Why", ""]
+    if (cause := CAUSES.get(diagnosis["cause"])) is not None:
+        lines += [f"{prose(cause.what)} {prose(cause.harm)}", ""]
+    if len(diagnosis["causes"]) > 1:
+        lines += ["Each cause explains a share of what those before it left:", ""]
+        for c in diagnosis["causes"]:
+            lines.append(
+                f"- {code(c['cause'])} ({_percent(c['explained'])}, confidence {_percent(c['confidence'])}): "
+                f"{prose(c['finding'])} Fix: {prose(c['fix'])}"
+            )
+        lines.append("")
+    probed = [e for e in diagnosis["evidence"] if not e["error"]]
+    failed = [e for e in diagnosis["evidence"] if e["error"]]
+    probed.sort(key=lambda e: -math.inf if e["explained"] is None else float(e["explained"]), reverse=True)
+    if probed:
+        lines += ["| probe | hypothesis | before → after | explained | cost |", "| --- | --- | --- | ---: | --- |"]
+        for e in probed:
+            change = "-" if e["residual_after"] is None else f"→ {_figure(e['residual_after'])}"
+            change = "-" if e["residual_before"] is None else f"{_figure(e['residual_before'])} {change}"
+            cost = f"{e['cost']}, {float(e['seconds']):.1f} s"
+            cells = (code(e["name"]), prose(e["hypothesis"]), change, _percent(e["explained"]), prose(cost))
+            lines.append(f"| {' | '.join(cells)} |")
+        lines += ["", "Before and after: mean Huber(Δ) of the probed tokens, Δ = trainer - rollout log-prob.", ""]
+    lines += picture
+    if found := [f"- {code(e['name'])}: {prose(e['finding'])}" for e in probed if e["finding"]]:
+        lines += ["What each probe saw:", "", *found, ""]
+    if failed:
+        lines += ["Not probed, so not ruled out:", ""]
+        lines += [f"- {code(e['name'])} ({prose(e['hypothesis'])}): {prose(e['error'])}" for e in failed]
+        lines.append("")
+    return lines
+
+
+def _onward(breaches: list[str]) -> list[str]:
+    ways = ['ParityConfig(action="log")    # measures on, never halts, learns from such batches']
+    if breaches:
+        rules = ", ".join(f'"{stat}": ...' for stat in breaches)
+        ways += [
+            f"ParityConfig(rules={{{rules}}})    # other limits, if this drift is expected",
+            "",
+            "# what other limits would have done, from this folder",
+            f"trl-parity replay ../.. --set rules.{breaches[0]}.limit=...",
+        ]
+    return ["## Going on anyway", "", *fenced("\n".join(ways))]
+
+
+def _sequences(rows: list[dict[str, Any]], redacted: bool) -> list[str]:
+    by_sequence: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_sequence.setdefault(row["sequence"], []).append(row)
+    if not rows:
+        return ["No tokens: only a sample of the batch was scored, or nothing was compared.", ""]
+    lines = [
+        f"The worst {min(_SEQUENCES, len(by_sequence))} of {len(by_sequence)} in `tokens.parquet`, which holds every "
+        "token of each. Δ = trainer - rollout log-prob, in nats." + (" Ids and text are redacted." * redacted),
+        "",
+    ]
+    for sequence, tokens in list(by_sequence.items())[:_SEQUENCES]:
+        compared = [t for t in tokens if t["compared"] and t["log_ratio"] is not None]
+        finite = [t for t in compared if math.isfinite(t["log_ratio"])]
+        total = sum(abs(t["log_ratio"]) for t in finite)
+        lines += [f"### Sequence {sequence}: sum |Δ| {total:.4g} over {len(finite)} compared tokens", ""]
+        block = []
+        if not redacted:
+            block += [f"prompt      {_quoted(tokens[0].get('prompt') or '', from_end=True)}"]
+            block += [f"completion  {_quoted(''.join(t.get('token') or '' for t in tokens))}", ""]
+        block.append("position         Δ   rollout   trainer   entropy" + ("" if redacted else "  token"))
+        # a Δ that is not finite goes first; then by size, and shown in reading order
+        worst = sorted(compared, key=lambda t: (math.isfinite(t["log_ratio"]), -abs(t["log_ratio"])))[:_TOKENS]
+        for t in sorted(worst, key=lambda t: int(t["position"])):
+            figures = "".join(
+                f"{'-' if t.get(k) is None else format(t[k], form):>10}"
+                for k, form in (("log_ratio", "+.3f"), ("rollout_logprob", ".3f"), ("trainer_logprob", ".3f"),
+                                ("entropy", ".3f"))
+            )  # fmt: skip
+            block.append(f"{t['position']:>8}{figures}" + ("" if redacted else f"  {_quoted(t.get('token') or '')}"))
+        lines += fenced("\n".join(block))
+    return lines
+
+
+def _quoted(text: str, *, from_end: bool = False) -> str:
+    """In quotes on one line, its beginning or end where it is long."""
+    cut = text[-_CHARS:] if from_end else text[:_CHARS]
+    inner = visible(cut.replace("\\", "\\\\").replace('"', '\\"'))
+    if len(cut) == len(text):
+        return f'"{inner}"'
+    return f'…"{inner}"' if from_end else f'"{inner}"…'
+
+
+def _settings(incident: Incident) -> list[str]:
+    usual = ParityConfig().to_dict()
+    changed = {k: v for k, v in incident.config.items() if k not in usual or usual[k] != v}
+    lines = ["## Settings and versions", ""]
+    for heading, values in (("engine", incident.engine), ("package", incident.versions)):
+        if values:
+            lines += [f"| {heading} | |", "| --- | --- |", *(f"| {code(k)} | {code(v)} |" for k, v in values.items())]
+            lines.append("")
+    if not changed:
+        return [*lines, "All settings of trl-parity are the defaults.", ""]
+    said = json.dumps(changed, indent=2, ensure_ascii=False, default=str)
+    return [*lines, "Settings of trl-parity that are not the defaults:", "", *fenced(said)]
+
+
+def _figure(value: Any) -> str:
+    return number(None if value is None else float(value))
+
+
+def _percent(value: Any) -> str:
+    """A share; '-' for none. Numbers that are not finite come as strings out of a file."""
+    return "-" if value is None else f"{float(value):.0%}" if math.isfinite(float(value)) else str(value)

@@ -1,0 +1,316 @@
+"""A batch to ask "what if" of: some of its tokens, and what the trainer would have said of them in another world.
+
+A :class:`World` is one way the trainer's log-probs could have come about: a forward pass (:class:`Variant`), the law
+made of its logits (:class:`~trl_parity.laws.Law`), and the engine's numbers it is compared with. Probes undo one cause
+by changing one thing in it, so that causes can be undone one after the other. Nothing of the run is changed: weights
+are swapped by pointer and put back, and passes draw no random number of the run.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from .engine.live import ColocatedEngine
+from .floor import compute_dtype, eval_mode
+from .head import logits_chunk, score_tokens
+from .laws import Law, Tokens, huber, log_probs
+from .recompute import causal_lm, materialized_head
+from .records import RolloutBatch, SamplingSettings, ScoredBatch
+from .taps import Capture
+
+__all__ = ["Scene", "Variant", "World"]
+
+_FIT_BYTES = 96 << 20  # of the whole logits of the tokens that laws are fitted to
+_FIT_TOKENS = 256
+NONFINITE = 1.0  # nats that a token counts for when either side has no finite number for it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """A forward pass of the policy, always with every layer in eval mode."""
+
+    batch: str = "padded"  # padded as in training; single: one sequence at a time; unpadded: and without its padding
+    contexts: str = "trainer"  # engine: the prompts the engine was really given
+    model: str = "live"  # engine_config: built anew from the engine's config, on the trainer's weights
+    weights: str = "own"  # engine: those the engine holds; rounded: own ones, in the engine's dtype and back
+    kv_dtype: torch.dtype | None = None  # round keys and values to this dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class World:
+    """How the two sides' numbers came about. ``variant=None``: the trainer's numbers as the run scored them."""
+
+    variant: Variant | None
+    law: Law
+    reported: torch.Tensor  # (N,) the engine's side
+    kept: torch.Tensor  # (N,) bool: tokens that are looked at
+
+
+class Scene:
+    """Some rows of one rank's rollout batch. N tokens: those that were compared, row by row."""
+
+    def __init__(
+        self,
+        capture: Capture,
+        rollout: RolloutBatch,
+        scored: ScoredBatch,
+        engine: ColocatedEngine | None,
+        *,
+        token_budget: int,
+        replayed: bool,
+        floor: float,
+        began_healthy: bool | None = None,
+    ):
+        self.capture, self.rollout, self.engine = capture, rollout, engine
+        self.trainer = capture.trainer
+        self.model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        count = len(capture.rows_within(rollout, token_budget))
+        every = torch.arange(len(scored.mask), device=scored.mask.device)
+        self._scored_rows = every[torch.arange(count, device=every.device) * len(every) // count] if count else every
+        self.rows = self._scored_rows if scored.rows is None else scored.rows[self._scored_rows]
+        mask = scored.mask[self._scored_rows]
+        self.row, self.column = mask.nonzero(as_tuple=True)  # (N,) within rows, within the completion
+
+        def tokens(x: torch.Tensor) -> torch.Tensor:
+            return x[self._scored_rows][self.row, self.column].double().cpu()
+
+        self.reported, self.as_scored = tokens(scored.rollout_logprobs), tokens(scored.trainer_logprobs)
+        self.own_scored = tokens(scored.own_logprobs)
+        self.targets = rollout.completion_ids[self.rows][self.row, self.column]
+        self.row, self.column = self.row.cpu(), self.column.cpu()
+        self.temperature = rollout.trainer_temperature
+        meant = rollout.sampling if replayed else SamplingSettings()
+        self.law = Law(sampling=replace(meant, temperature=self.temperature, unreplayed=()))
+        self.plain = Law(sampling=SamplingSettings(temperature=self.temperature))
+        self.base = World(
+            variant=None, law=self.law, reported=self.reported, kept=torch.ones(len(self.row), dtype=torch.bool)
+        )
+        self.floor = floor  # the noise floor of the mean residual
+        self.began_healthy = began_healthy  # whether the run's first window was OK; None: not known
+        self.again: Any = None  # the engine's answers when asked again (ladder.py)
+        self.notes: dict[str, Any] = {}  # for the diagnosis' details: JSON
+        self.engine_values: Mapping[str, tuple[torch.nn.Parameter, torch.Tensor]] = {}  # read back, where they differ
+        self.engine_prompts: dict[int, list[int]] = {}  # by row of the batch, where they are not the trainer's
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    @property
+    def sequences(self) -> int:
+        """Sequences looked at."""
+        return len(self.rows)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the policy's weights are spread over ranks, so that they can't be swapped or rebuilt here."""
+        return any(hasattr(p, "full_tensor") or hasattr(p, "ds_status") for p in self.model.parameters())
+
+    @property
+    def backbone(self) -> torch.nn.Module:
+        """The policy without its head."""
+        return causal_lm(self.model).base_model
+
+    # ---- what disagrees ---------------------------------------------------------------------------------------
+
+    def residual(self, world: World) -> tuple[torch.Tensor, torch.Tensor]:
+        """(sequences, 2) sums of mean-able residuals: Σ Huber(Δ) and tokens of each sequence; and Δ (N,)."""
+        delta = self.log_probs(world) - world.reported
+        size = torch.where(torch.isfinite(delta), huber(delta), NONFINITE) * world.kept
+        zeros = torch.zeros(self.sequences, dtype=torch.float64)
+        sums = zeros.scatter_add(0, self.row, size.double())
+        counts = zeros.scatter_add(0, self.row, world.kept.double())
+        return torch.stack([sums, counts], dim=1), delta
+
+    def log_probs(self, world: World) -> torch.Tensor:
+        """(N,) fp64 on the CPU: the trainer's side of a world."""
+        if world.variant is None:
+            if world.law != self.law:
+                raise ValueError("the numbers as scored have the law they were scored with; give a variant")
+            return self.as_scored
+        parts = []
+        states = self.states(world.variant)
+        with self._applied(world.variant) as model, materialized_head(model, world.law.sampling.temperature) as head:
+            device = head.weight.device
+            plain = world.law == Law(sampling=SamplingSettings(temperature=world.law.sampling.temperature))
+            targets = self.targets.to(device)
+            if plain:
+                return score_tokens(states.to(device), targets, head).logprobs.double().cpu()
+            step = max(1, (64 << 20) // (head.vocab_used * 4 * 12))
+            for i in range(0, len(self), step):
+                part = slice(i, i + step)
+                logits = logits_chunk(states[part].to(device), head)
+                parts.append(log_probs(self._tokens(part, logits, world), world.law).logprobs.double().cpu())
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+
+    def fit_tokens(self, world: World) -> Tokens:
+        """Evenly spaced tokens of a world with their whole logits, for fits."""
+        if world.variant is None:
+            raise ValueError("a fit needs a forward pass; give a variant")
+        usable = (world.kept & torch.isfinite(world.reported)).nonzero().squeeze(-1)
+        with self._applied(world.variant) as model, materialized_head(model, self.temperature) as head:
+            count = max(16, min(_FIT_TOKENS, _FIT_BYTES // (4 * head.vocab_used), len(usable)))
+            picked = usable[torch.linspace(0, len(usable) - 1, count).long().unique()] if len(usable) else usable
+            logits = logits_chunk(self.states(world.variant)[picked].to(head.weight.device), head)
+            return self._tokens(picked, logits, world)
+
+    def _tokens(self, part: Any, logits: torch.Tensor, world: World) -> Tokens:
+        row, column = self.row[part], self.column[part]
+        at = self.rows.cpu()[row]
+        ids = torch.cat([self.rollout.prompt_ids, self.rollout.completion_ids], dim=1).cpu()[at]
+        real = torch.cat([self.rollout.prompt_mask, self.rollout.completion_mask], dim=1).cpu()[at].bool()
+        width = self.rollout.prompt_ids.shape[1]
+        position = torch.arange(ids.shape[1])
+        real &= position < width + column.unsqueeze(-1)
+        device = logits.device
+        return Tokens(
+            logits=logits,
+            targets=self.targets[part].to(device),
+            reported=world.reported[part].to(device),
+            context=ids.to(device),
+            real=real.to(device),
+            output=(real & (position >= width)).to(device),
+            sequence=row.to(device),
+        )
+
+    # ---- forward passes ---------------------------------------------------------------------------------------
+
+    def states(self, variant: Variant) -> torch.Tensor:
+        """(N, H) hidden states that predict the tokens, where they were computed. The last few are remembered."""
+        if variant not in self._states:
+            if len(self._states) > 3:
+                self._states.pop(next(iter(self._states)))
+            with self._applied(variant) as model, torch.no_grad():
+                self._states[variant] = self._pass(model, variant)
+        return self._states[variant]
+
+    @functools.cached_property
+    def _states(self) -> dict[Variant, torch.Tensor]:
+        return {}
+
+    def _pass(self, model: torch.nn.Module, variant: Variant) -> torch.Tensor:
+        rollout, keep = self.rollout, self.rollout.completion_ids.shape[1]
+        if variant.batch != "unpadded" and variant.contexts == "trainer":
+            ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1)[self.rows]
+            attention = torch.cat([rollout.prompt_mask, rollout.completion_mask], dim=1)[self.rows]
+            hidden = self._hidden(model, ids, attention, keep, 1 if variant.batch == "single" else None)
+            return hidden[self.row, self.column]
+        parts = []
+        for i, at in enumerate(self.rows.tolist()):
+            columns = self.column[self.row == i]
+            prompt = rollout.prompt_ids[at][rollout.prompt_mask[at].bool()]
+            if variant.contexts == "engine" and at in self.engine_prompts:
+                prompt = torch.tensor(self.engine_prompts[at], dtype=prompt.dtype, device=prompt.device)
+            length = int(columns.max()) + 1 if len(columns) else 1  # up to the last token looked at
+            ids = torch.cat([prompt, rollout.completion_ids[at][:length]])[None]
+            parts.append(self._hidden(model, ids, torch.ones_like(ids), length, 1)[0, columns])
+        return torch.cat(parts)
+
+    def _hidden(
+        self, model: torch.nn.Module, ids: torch.Tensor, attention: torch.Tensor, keep: int, batch_size: int | None
+    ) -> torch.Tensor:
+        """(B, keep, H): the states that predict the last ``keep`` tokens."""
+        seen: list[torch.Tensor] = []
+
+        def hook(module: Any, args: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
+            seen.append(hidden[:, -(keep + 1) : -1].detach())
+
+        handle = causal_lm(model).base_model.register_forward_hook(hook)
+        try:
+            if model is self.model:
+                self.capture.run_policy(ids, attention, keep, batch_size)
+            else:
+                with self.trainer.accelerator.autocast():
+                    for one, its_mask in zip(
+                        ids.split(batch_size or 8), attention.split(batch_size or 8), strict=True
+                    ):
+                        causal_lm(model).base_model(input_ids=one, attention_mask=its_mask, use_cache=False)
+        finally:
+            handle.remove()
+        return torch.cat(seen)
+
+    @contextmanager
+    def _applied(self, variant: Variant) -> Iterator[torch.nn.Module]:
+        """The model of a variant, for the duration of the block; everything as it was after it."""
+        model = self._rebuilt if variant.model == "engine_config" else self.model
+        with ExitStack() as stack:
+            stack.enter_context(eval_mode(self.model))
+            stack.enter_context(torch.random.fork_rng())
+            if variant.weights == "engine":
+                stack.enter_context(_swapped(dict(self.engine_values.values())))
+            elif variant.weights == "rounded":
+                stack.enter_context(_swapped(self._rounded_weights))
+            if variant.kv_dtype is not None:
+                stack.enter_context(_rounded_cache(causal_lm(model).base_model, variant.kv_dtype))
+            yield model
+
+    @functools.cached_property
+    def _rounded_weights(self) -> dict[torch.nn.Parameter, torch.Tensor]:
+        dtype = compute_dtype(self.trainer) if self.engine is None else self.engine.dtype
+        return {p: p.detach().to(dtype).to(p.dtype) for p in self.model.parameters() if p.is_floating_point()}
+
+    @functools.cached_property
+    def _rebuilt(self) -> torch.nn.Module:
+        """The trainer's class on the engine's config, sharing the trainer's parameters; buffers are new."""
+        from accelerate import init_empty_weights
+
+        if self.engine is None or self.sharded or hasattr(self.model, "peft_config"):
+            raise ValueError("the model can be rebuilt only beside a colocated engine, unsharded and without adapters")
+        own = causal_lm(self.model)
+        config = type(own.config).from_dict(self.engine.hf_config.to_dict())
+        config._attn_implementation = own.config._attn_implementation
+        with torch.random.fork_rng(), init_empty_weights(include_buffers=False):
+            model = type(own)(config)
+        model.to(next(own.buffers(), next(own.parameters())).device) if not list(model.parameters()) else None
+        for name, parameter in own.named_parameters():
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, parameter)
+        model.tie_weights()
+        device = next(own.parameters()).device
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
+        return model.eval()
+
+
+@contextmanager
+def _swapped(values: Mapping[torch.nn.Parameter, torch.Tensor]) -> Iterator[None]:
+    """Parameters point at other data inside the block."""
+    own = {parameter: parameter.data for parameter in values}
+    try:
+        for parameter, value in values.items():
+            parameter.data = value
+        yield
+    finally:
+        for parameter, data in own.items():
+            parameter.data = data
+
+
+@contextmanager
+def _rounded_cache(backbone: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Attention reads keys and values rounded to ``dtype``, as from a cache of that dtype with scale 1."""
+    from transformers import DynamicCache
+
+    largest = torch.finfo(dtype).max
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        return x.clamp(-largest, largest).to(dtype).to(x.dtype)
+
+    class Rounding(DynamicCache):
+        def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
+            return super().update(rounded(key_states), rounded(value_states), *args, **kwargs)
+
+    def before(module: Any, args: Any, kwargs: Any) -> Any:
+        return args, kwargs | {"past_key_values": Rounding(), "use_cache": True}
+
+    handle = backbone.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
