@@ -1,6 +1,7 @@
 """The ``trl-parity`` command.
 
-Exit codes: 0 done, 2 the input can't be used (said in one line on stderr).
+Exit codes: 0 done, 1 a drill was not detected or not named as expected, 2 the input can't be used (said in one line on
+stderr).
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from ._version import __version__
-from .errors import ParityError
+from .errors import ConfigError, ParityError
 
 __all__ = ["main"]
 
@@ -41,13 +43,25 @@ _PANELS_EXAMPLES = """examples:
   trl-parity panels --project trl-parity
   trl-parity panels --project rl --entity my-team"""
 
+_DRILL = """Break the real stack on purpose, train a few GRPO steps with ParityCallback, and see whether the fault is
+detected, how fast, and which cause is named. Needs the repository (recipes/drill) and vLLM; a CPU is enough. Progress
+goes to stderr, the result to stdout."""
+_DRILL_EXAMPLES = """examples:
+  trl-parity drill --list
+  trl-parity drill lost-sync                      # one run, with a control beside it
+  trl-parity drill temperature top-p --seeds 0 1 2 --temperatures 0.7 1.0
+  trl-parity drill --all --json > drills.json
+  trl-parity drill dropout --keep runs/drill
+
+exit codes: 0 all detected and named as expected, 1 some not, 2 the input can't be used"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="trl-parity",
         description="Is the vLLM engine that samples the same policy as the TRL trainer that learns?",
-        epilog="exit codes: 0 done, 2 the input can't be used",
+        epilog="exit codes: 0 done, 1 a drill was not detected or not named, 2 the input can't be used",
     )
     parser.add_argument("--version", action="version", version=f"trl-parity {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -73,6 +87,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     sub = command("panels", _panels, "make the ready-made W&B workspace of a project", _PANELS, _PANELS_EXAMPLES)
     sub.add_argument("--project", required=True, help="W&B project")
     sub.add_argument("--entity", help="W&B user or team (default: your own)")
+    sub = command("drill", _drill, "break the stack on purpose and see what is named", _DRILL, _DRILL_EXAMPLES)
+    sub.add_argument("names", nargs="*", metavar="NAME", help="drills to run")
+    sub.add_argument("--all", action="store_true", help="run all drills, the control included")
+    sub.add_argument("--list", action="store_true", help="list the drills, and end")
+    sub.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="seeds (default: 0)")
+    sub.add_argument("--temperatures", type=float, nargs="+", default=[0.7], metavar="T", help="default: 0.7")
+    sub.add_argument("--model", metavar="PATH", help="folder of a model (default: the recipe's tiny one, built once)")
+    sub.add_argument("--keep", metavar="DIR", help="keep the runs' folders here")
+    sub.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     options = parser.parse_args(argv)
     try:
         return options.run(options)
@@ -138,6 +161,24 @@ def _panels(options: argparse.Namespace) -> int:
     url, made = create(options.project, options.entity)
     print(("made" if made else "already there, left as it is") + f": {url}")
     return 0
+
+
+def _drill(options: argparse.Namespace) -> int:
+    import importlib.util
+
+    places = (Path(__file__).resolve().parent.parent, Path.cwd())
+    path = next((p for place in places if (p := place / "recipes" / "drill" / "run.py").is_file()), None)
+    if path is None:
+        raise ConfigError(
+            "the drills are not part of the installed package and recipes/drill is not under the current folder. "
+            "Clone the repository and run `trl-parity drill` in it."
+        )
+    spec = importlib.util.spec_from_file_location("trl_parity_drill", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return int(module.main(options))
 
 
 def _outcome(statuses: list[tuple[int, str]]) -> dict[str, Any]:

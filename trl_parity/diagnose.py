@@ -16,7 +16,7 @@ import torch
 from .causes import CAUSES
 from .distributed import gather_rows
 from .ladder import LADDER
-from .probes import COSTS, PROBES, Candidate, NotPossible, Probe
+from .probes import COSTS, PROBES, Candidate, NotPossible, Probe, redone
 from .records import Diagnosis, Evidence, NamedCause
 from .scene import Scene, World
 
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 _ROUNDS = 3  # causes looked for, one after the other
 _FIRST, _LATER = 0.3, 0.5  # share of what remains that a cause must explain: the first one, further ones
 _NAMED = 0.5  # of all the excess, by all causes together, or the cause is unknown
+_EXACT = 0.75  # a fitted law must explain this much of what remained, or all causes together must
 _ENOUGH = 0.9  # explained for sure: dearer probes are left out
 _LEFT = 0.2  # of the excess: less is not looked into
 _TIE = 0.03  # shares this close are equal: the cheaper one is named
@@ -67,6 +68,7 @@ def diagnose(scene: Scene, step: int, *, budget: float | None = None, ranks: int
     world = scene.base
     evidence: list[Evidence] = []
     named: list[NamedCause] = []
+    inexact: set[str] = set()  # named after fits that leave much
     sums = _gathered(scene.residual(world)[0], ranks)
     drift = _mean(sums)
     excess = drift - scene.floor
@@ -92,6 +94,8 @@ def diagnose(scene: Scene, step: int, *, budget: float | None = None, ranks: int
                 fix=CAUSES[best.cause].fix,
             )
         )
+        if best.probe.exact and best.share < _EXACT:
+            inexact.add(best.cause)
         remaining *= 1.0 - best.share
         if best.candidate is not None:
             world = best.candidate.world
@@ -99,7 +103,8 @@ def diagnose(scene: Scene, step: int, *, budget: float | None = None, ranks: int
             break
     details |= {"by_position": _profile(scene, scene.base), **scene.notes, "seconds": watch.now()}
     total = 1.0 - remaining
-    if not named or total < _NAMED:
+    vague = any(c.cause in inexact for c in named) and total < _EXACT
+    if not named or total < _NAMED or vague:
         return _unknown(step, total, named, evidence, details)
     named.sort(key=lambda c: -c.explained)
     first = named[0]
@@ -133,6 +138,10 @@ def _try_all(
         best = _best(results)
         if best is not None and float(best.shares.quantile(0.05)) >= _ENOUGH:
             break
+        if cost == "repeat" and world.variant is None:
+            if best is not None and best.share >= _FIRST:  # the trainer's own, before anything is asked of it
+                break
+            world = redone(world)
     return results
 
 

@@ -1,9 +1,9 @@
 """Fits of sampling laws: the one thing that, changed in a law, brings it closest to what the engine reported.
 
 Every fit takes tokens and the best law so far, and returns a law with one thing changed, or None if nothing in its
-family improves on it (:func:`~trl_parity.laws.improves`). It minimizes mean Huber(Δ), Δ = the law's log-prob - the reported
-one, which a minority of tokens that are off for other reasons does not decide. Laws that report anything but processed
-log-probs are not fitted: None.
+family improves on it (:func:`~trl_parity.laws.improves`). It minimizes mean Huber(Δ), Δ = the law's log-prob - the
+reported one, which a minority of tokens that are off for other reasons does not decide. Laws that report anything but
+processed log-probs are not fitted: None. Logits need no gradient.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def fit_temperature(tokens: Tokens, law: Law) -> Law | None:
     def score(tau: float) -> Tensor:
         return sketch.scores(settings, sketch.mass(tau), tau)[0].squeeze(-1)
 
-    octaves, _ = _minimize(_each(lambda x: huber(score(2.0**x) - tokens.reported).mean()), _grid(-3, 3, 25), 7)
+    octaves, _ = _minimize(_each(lambda x: huber(score(2.0**x) - tokens.reported).mean()), _grid(-3, 3, 13), 8)
     fitted = _sampling(law, "temperature", law.sampling.temperature * 2.0**octaves)
     return _if_better(tokens, score(1.0), fitted)
 
@@ -102,7 +102,7 @@ def fit_truncation(tokens: Tokens, law: Law) -> Law | None:
     """The top_p, top_k or min_p, put in the law's place or left out, that fits best; the law's other two stay.
 
     One that cuts off more than 2 % of the targets is refused: the engine can't have sampled them. top_k is exact up
-    to 1024 and a multiple of ``ceil((V - 1024) / 2048)`` more beyond. None: no gain.
+    to 1024 and a multiple of ``ceil((V - 1024) / 512)`` more beyond. None: no gain.
     """
     if law.report != PROCESSED:
         return None
@@ -110,25 +110,28 @@ def fit_truncation(tokens: Tokens, law: Law) -> Law | None:
     mass, settings = sketch.mass(), settings_of(law.sampling, sketch.gaps)
     reported = tokens.reported.double().unsqueeze(-1)
 
-    def objective(index: int, values: Tensor) -> Tensor:
-        values = values.to(mass.device)
-        candidate = [values if i == index else x.expand_as(values) for i, x in enumerate(settings)]
+    def objective(index: int, value_of: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        values = value_of(x.to(mass.device))
+        candidate = [values if i == index else other.expand_as(values) for i, other in enumerate(settings)]
         logprobs, outside = sketch.scores(candidate, mass)
         possible = outside.double().mean(0) <= _OUTSIDE
         return torch.where(possible, huber(logprobs - reported).mean(0), torch.inf).cpu()
 
     ks = torch.cat([_grid(1, 128, 128), _grid(math.log(129), math.log(vocab + 129), 100).exp()])
-    ks = torch.cat([ks[ks < vocab], torch.tensor([float(vocab)])])
-    k, at_k = _minimize(lambda x: objective(0, x.round()), ks, 6)
-    p, at_p = _minimize(lambda x: objective(1, x), torch.cat([_grid(0.005, 0.995, 199), _grid(0.996, 1.0, 5)]), 6)
-    q, at_q = _minimize(lambda x: objective(2, x.exp()), _grid(math.log(1e-9), 0.0, 80)[:-1], 6)
-    candidates = [
-        (at_k, "top_k", round(k) if round(k) < vocab else 0),
-        (at_p, "top_p", p),
-        (at_q, "min_p", math.exp(q) if math.exp(q) > 1e-8 else 0.0),
+    families: list[tuple[str, Callable[[Tensor], Tensor], Tensor, float]] = [  # the last: where nothing is cut off
+        ("top_k", torch.round, ks[ks < vocab], 0.0),
+        ("top_p", torch.clone, torch.cat([_grid(0.005, 0.995, 199), _grid(0.996, 0.9999, 5)]), 1.0),
+        ("min_p", torch.exp, _grid(math.log(1e-6), -0.01, 60), -math.inf),
     ]
+    found = []
+    for index, (name, value_of, grid, off) in enumerate(families):
+        x, value = _minimize(partial(objective, index, value_of), grid, 6)
+        plain = float(objective(index, value_of, grid.new_tensor([off])))
+        value, x = (plain, off) if plain <= 1.02 * value + 1e-12 else (value, x)
+        setting = float(value_of(grid.new_tensor(x)))
+        found.append((value, name, int(setting) if name == "top_k" else setting))
     before = sketch.scores(settings, mass)[0].squeeze(-1)
-    return _if_better(tokens, before, _sampling(law, *min(candidates)[1:]))
+    return _if_better(tokens, before, _sampling(law, *min(found)[1:]))
 
 
 def fit_penalty(tokens: Tokens, law: Law) -> Law | None:
@@ -147,43 +150,46 @@ def fit_penalty(tokens: Tokens, law: Law) -> Law | None:
         z = biased(part, law)
         here = (rows >= first) & (rows < first + len(z))
         at = (rows[here] - first, ids[here])
-        seen.append(z[at].double())
+        seen.append(z[at])
         targets.append(target_values(z, part).double())
-        tops.append(z.amax(-1).double() / temperature)
+        tops.append(z.amax(-1) / temperature)
         z[at] = -torch.inf
         unseen.append(logsumexp(z.div_(temperature)).nan_to_num(nan=-torch.inf))  # nan: all are seen
         first += len(z)
     rest, before, target, top = map(torch.cat, (unseen, seen, targets, tops))
-    true = torch.ones_like(rows, dtype=torch.bool)
+    row_top, true = top[rows], torch.ones_like(rows, dtype=torch.bool)
     keys, wanted = rows * vocab + ids, torch.arange(n, device=rows.device) * vocab + tokens.targets
     at_target = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
     target_seen = keys[at_target] == wanted
 
     def score(law: Law) -> Tensor:  # without what truncation adds
         z = penalize(before, true, counts, law.sampling) / temperature
-        total = torch.zeros_like(rest).index_add(0, rows, (z - top[rows]).clamp(max=600.0).exp()).log() + top
+        total = torch.zeros_like(top).index_add(0, rows, (z - row_top).clamp(max=80.0).exp()).log() + top
         return torch.where(target_seen, z[at_target], target / temperature) - torch.logaddexp(rest, total)
 
     def loss(name: str, aim: Tensor, x: float) -> Tensor:
         return huber(score(_sampling(law, name, x)) - aim).mean()
 
-    now = log_probs(tokens, law).logprobs
-    best, exact = law, now
-    for _ in range(3 if law.sampling.truncates else 1):
+    def refitted(best: Law, exact: Tensor, grids: dict[str, Tensor]) -> tuple[str, float]:
         aim = tokens.reported - (exact - score(best))
-        candidates = []
-        for name, grid in _PENALTIES.items():
-            x, value = _minimize(_each(partial(loss, name, aim)), grid, 5)
-            candidates.append((value, _sampling(law, name, x)))
-        best = min(candidates, key=lambda x: x[0])[1]
+        found = [(*_minimize(_each(partial(loss, name, aim)), grid, 5), name) for name, grid in grids.items()]
+        x, _, name = min(found, key=lambda x: x[1])
+        return name, x
+
+    now = log_probs(tokens, law).logprobs
+    name, x = refitted(law, now, _PENALTIES)
+    best = _sampling(law, name, x)
+    exact = log_probs(tokens, best).logprobs
+    if law.sampling.truncates:
+        best = _sampling(law, *refitted(best, exact, {name: _grid(x - 0.3, x + 0.3, 7)}))
         exact = log_probs(tokens, best).logprobs
     return best if improves(huber(now - tokens.reported), huber(exact - tokens.reported)) else None
 
 
 _PENALTIES = {
-    "repetition_penalty": _grid(math.log(0.5), math.log(3.0), 17).exp(),
-    "presence_penalty": _grid(-2.0, 2.0, 17),
-    "frequency_penalty": _grid(-2.0, 2.0, 17),
+    "repetition_penalty": _grid(math.log(0.5), math.log(3.0), 13).exp(),
+    "presence_penalty": _grid(-2.0, 2.0, 13),
+    "frequency_penalty": _grid(-2.0, 2.0, 13),
 }
 
 
@@ -294,8 +300,8 @@ def _biases(columns: _Columns, law: Law, now: Tensor, reported: Tensor) -> tuple
             break
         now = now + columns.apply(b, index, law)
         bias[index] = b
-    for index in [i for i, b in bias.items() if len(bias) > 1 and b > -math.inf]:
-        _, b = refined(index, _grid(-1.0, 1.0, 5))
+    for index in [i for i, b in bias.items() if len(bias) > 1 and b > -math.inf] * 3:
+        _, b = refined(index, _grid(-0.5, 0.5, 3))
         now = now + columns.apply(b, index, law)
         bias[index] += b
     return (float(huber(now - reported).mean()), _with_bias(law, columns, bias)) if bias else None
@@ -346,8 +352,8 @@ def fit_shift(
 ) -> Tensor:
     """Per sequence the s for which ``reported[t + s]`` belongs to token t: 1 if reports come one place late.
 
-    All (B, C), result (B,) int64. 0 unless some s takes the mean Huber to less than a third of that at 0. Both t and t + s are in
-    ``mask``; tokens without a partner are left out; 4 partners are the least.
+    All (B, C), result (B,) int64. 0 unless some s takes the mean Huber to less than a third of that at 0. Both t and
+    t + s are in ``mask``; tokens without a partner are left out; 4 partners are the least.
     """
     width = mask.shape[-1]
     t = torch.arange(width, device=mask.device)
@@ -367,9 +373,9 @@ def mle_temperature(tokens: Tokens, law: Law) -> tuple[float, float]:
     """The temperature the sampled tokens speak for, whatever was reported, and its standard error.
 
     Maximum of Σ log p_T(a), within a factor 16 of the law's: Σ z(a) = Σ E[z], z after bias and penalties, without
-    truncation (a truncated engine looks colder). With θ = 1/T: se(T) = T² sqrt(Σ_sequences score²) / Σ Var[z], times
-    sqrt(S / (S - 1)) of S sequences. At the edge of the range, or with one sequence, it is inf. Banned targets are
-    left out.
+    truncation (a truncated engine looks colder). With θ = 1/T and I = Σ Var[z]: se(T) = T² sqrt(max(B, I)) / I, B the
+    Σ over S sequences of score², times S / (S - 1): of few sequences B alone is at times far too small. At the edge of
+    the range, or with one sequence, se is inf. Banned targets are left out.
     """
     sketch = sketch_of(tokens, law)
     valid = torch.isfinite(sketch.target)
@@ -387,11 +393,10 @@ def mle_temperature(tokens: Tokens, law: Law) -> tuple[float, float]:
     for _ in range(60):  # Newton's method, bisection where it leaves the bracket: the score falls with θ
         slope, information = (float(x.sum()) for x in moments(theta))
         low, high = (theta, high) if slope > 0 else (low, theta)
-        old, theta = theta, theta + slope / max(information, 1e-12)
-        if not low < theta < high:
-            theta = math.sqrt(low * high)
-        if abs(theta - old) <= 1e-9 * theta:
+        step = slope / max(information, 1e-12)
+        if abs(step) <= 1e-9 * theta:
             break
+        theta = theta + step if low < theta + step < high else math.sqrt(low * high)
     score, variance = moments(theta)
     _, sequence = tokens.sequence[valid].unique(return_inverse=True)
     clusters, information = len(sequence.unique()), float(variance.sum())
@@ -399,5 +404,5 @@ def mle_temperature(tokens: Tokens, law: Law) -> tuple[float, float]:
     temperature = law.sampling.temperature / theta
     if clusters < 2 or information <= 0.0 or not 1.0 / 15.9 < theta < 15.9:
         return temperature, math.inf
-    spread = math.sqrt(float(by_sequence.square().sum()) * clusters / (clusters - 1))
-    return temperature, temperature / theta * spread / information
+    spread = max(float(by_sequence.square().sum()) * clusters / (clusters - 1), information)
+    return temperature, temperature / theta * math.sqrt(spread) / information

@@ -132,7 +132,8 @@ def write_incident(parity_dir: Path, incident: Incident, rows: list[dict[str, An
     """Write the folder whole or not at all, and return it. Raises ConfigError where that can't be done.
 
     A folder of the same step is left as it is; this one is called ``step-<n>-2`` then, ``-3`` and so on. A picture
-    that can't be drawn is left out, and the report says so. ``redacted`` keeps ids and text out whatever is given.
+    that can't be drawn is left out, and the report says so. When redacted, columns and details that hold ids or text
+    are dropped whatever is given; sentences are not looked into.
     """
     incident, rows = bare(incident, rows)
     home = Path(parity_dir) / "incidents"

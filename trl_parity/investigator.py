@@ -89,7 +89,7 @@ class Investigator:
         model = trainer.accelerator.unwrap_model(trainer.model)
         moved = []
         for name, tensor, _ in policy_tensors(model):
-            [held] = read_back(engine.model, [(name, tensor)])
+            [held] = read_back(engine.model.load_weights, engine.model, [(name, tensor)])
             if held.differing:
                 engine.model.load_weights([(name, tensor)])
                 moved.append(name)

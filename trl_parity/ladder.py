@@ -192,7 +192,9 @@ def prefill(scene: Scene, world: World) -> Candidate | None:
     over = torch.zeros(len(scene), dtype=torch.bool)
     over[again.picked] = True
     settings = engine.settings()
-    if settings["quantization"] is not None:
+    if "ignored" in scene.notes:
+        cause, why = "partial_sync", f"its load_weights takes no notice of {', '.join(scene.notes['ignored'][:8])}"
+    elif settings["quantization"] is not None:
         cause, why = "kv_cache_precision", f"the engine is quantized ({settings['quantization']})"
     elif scene.began_healthy:
         cause = "stale_weights"

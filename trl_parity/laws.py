@@ -25,7 +25,7 @@ MIN_GAIN = 0.1  # a fit lowers the objective by this share, or there is none
 PROCESSED = "processed_logprobs"
 _HUBER_CAP = 30.0
 _CHUNK = 1 << 20  # logits processed at once
-HEAD, _GROUPS = 1024, 2048  # of a sketch: tokens kept one by one, groups the others are summed in
+HEAD, _GROUPS = 1024, 512  # of a sketch: tokens kept one by one, groups the others are summed in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,7 +220,7 @@ class Sketch(NamedTuple):
 
     def scores(self, settings: Sequence[Tensor], mass: Tensor, tau: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probs of the targets under G settings and which are cut off (then added), (n, G) each."""
-        gaps = self.gaps / tau
+        gaps = self.gaps if tau == 1.0 else self.gaps / tau
         last = cut(gaps, mass, [self.position(settings[0]), *settings[1:]]) - 1
         target = (self.target / tau).unsqueeze(-1)
         outside = target > gaps.gather(-1, last) + 1e-9
@@ -250,13 +250,13 @@ def sketch_of(tokens: Tokens, law: Law) -> Sketch:
 # --- in words --------------------------------------------------------------------------------------------------------
 
 _FORMATS = {
-    "temperature": "{:.3g}",
-    "top_p": "{:.3f}",
-    "top_k": "{:d}",
-    "min_p": "{:.3g}",
-    "repetition_penalty": "{:.2f}",
-    "presence_penalty": "{:.2f}",
-    "frequency_penalty": "{:.2f}",
+    "temperature": " {:.3g}",
+    "top_p": " {:.2f}",
+    "top_k": " {:d}",
+    "min_p": " {:.3g}",
+    "repetition_penalty": " {:.2f}",
+    "presence_penalty": " {:.2f}",
+    "frequency_penalty": " {:.2f}",
 }
 _REPORTS = {
     "processed_logprobs": "log-probs of the law sampled from",
@@ -268,11 +268,13 @@ _REPORTS = {
 
 def describe(law: Law, base: Law) -> str:
     """What of ``law`` differs from ``base``, in words and numbers; empty where nothing does."""
-    words = []
+    words, none = [], SamplingSettings()
     for name, form in _FORMATS.items():
         value, configured = getattr(law.sampling, name), getattr(base.sampling, name)
         if value != configured:
-            words.append(f"{name} {form.format(value)} (configured {form.format(configured)})")
+            new = f"no {name}" if value == getattr(none, name) and name != "temperature" else name + form.format(value)
+            was = configured != getattr(none, name) or name == "temperature"
+            words.append(new + f" (configured{form.format(configured)})" * was)
     before = dict(base.bias)
     changed = {i: b - before.get(i, 0.0) for i, b in law.bias if b != before.get(i, 0.0)}
     words += [f"bias {b:+.2f} on token {i}" for i, b in changed.items() if b > -math.inf]

@@ -11,7 +11,7 @@ from typing import Any
 
 from .records import SamplingSettings
 
-__all__ = ["Facts", "Finding", "facts", "lint"]
+__all__ = ["Facts", "Finding", "facts", "largest_dropout", "lint"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,13 +187,13 @@ def facts(capture: Any, replayed: bool) -> Facts:
         trainer_dtype=_name(weights),
         compute_dtype=_name(compute_dtype(trainer)),
         trainer_head_fp32=args.cast_lm_head_to_fp32,
-        dropout=_dropout(trainer.model),
+        dropout=largest_dropout(trainer.model),
         masks_sequences=mode if mode is not None and mode.endswith("_mask") else None,
         **({} if engine is None else engine.settings()),
     )
 
 
-def _dropout(model: Any) -> float:
+def largest_dropout(model: Any) -> float:
     """The largest dropout of a layer in training mode: modules of torch, and the attention of transformers."""
     import torch
 

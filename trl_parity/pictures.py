@@ -43,6 +43,7 @@ def draw_windows(incident: Incident, rows: Sequence[Mapping[str, Any]]) -> bytes
     steps = np.array([float(w["step"]) for w in windows])
     drift, floor = (np.array([_number(w.get(name)) for w in windows]) for name in ("trimmed/kl_k3", "floor/kl_k3"))
     limit = np.array([_limit(rule, w, f) for w, f in zip(windows, floor, strict=True)])
+    limit[np.isnan(drift)] = np.nan
     shown = np.concatenate([drift, floor, limit])
     shown = shown[np.isfinite(shown) & (shown > 0)]
     if not (drift > 0).any() or not shown.size:
@@ -57,10 +58,10 @@ def draw_windows(incident: Incident, rows: Sequence[Mapping[str, Any]]) -> bytes
     axes.plot(steps, drawn, color=_BLUE, linewidth=1.5, marker=lone, markersize=3, label="trimmed k3", zorder=2)
     if np.isfinite(floor).any():
         axes.plot(steps, np.clip(floor, low, None), color=_SKY, linewidth=1.8, linestyle="--", marker=lone,
-                  label="noise floor", zorder=1)  # fmt: skip
+                  label="noise floor", zorder=2.5)  # fmt: skip
     if np.isfinite(limit).any():
         axes.plot(steps, np.clip(limit, low, None), color=_VERMILION, linewidth=1.8, linestyle=":", marker=lone,
-                  label="limit (with floor)", zorder=1)  # fmt: skip
+                  label="limit (with floor)", drawstyle="steps-mid", zorder=1)  # fmt: skip
     statuses = np.array([str(w["status"]) for w in windows])
     for name, (marker, colour, filled, size) in _MARKS.items():
         if (of := statuses == name).any():
@@ -100,8 +101,9 @@ def draw_evidence(incident: Incident, rows: Sequence[Mapping[str, Any]]) -> byte
     named = {cause["cause"] for cause in incident.diagnosis["causes"]} | {incident.diagnosis["cause"]}
     figure, axes = _figure(1.9 + 0.34 * len(evidence))
     half, box = 0.5, {"facecolor": "white", "edgecolor": "none", "pad": 1}
-    axes.axvline(half, color=_GREY, linestyle="--", linewidth=1.2, zorder=1)
-    kinds: dict[str, Any] = {}
+    kinds: dict[str, Any] = {
+        "needed to name one": axes.axvline(half, color=_GREY, linestyle="--", linewidth=1.2, zorder=1)
+    }
     for y, e in enumerate(evidence):
         share = _number(e["explained"])
         if e["error"] or not math.isfinite(share):
@@ -113,8 +115,8 @@ def draw_evidence(incident: Incident, rows: Sequence[Mapping[str, Any]]) -> byte
             width = min(1.0, max(0.0, share))
             kind = "named as a cause" if e["cause"] in named and share >= half else "tried"
             colour = _VERMILION if kind == "named as a cause" else _BLUE
-            bar = axes.barh(y, width, facecolor=colour, edgecolor=colour, zorder=2,
-                            hatch="" if kind == "tried" else "..")  # fmt: skip
+            bar = axes.barh(y, width, facecolor=colour, edgecolor="white", linewidth=0, zorder=2,
+                            hatch="" if kind == "tried" else "//")  # fmt: skip
             worse = " (worse than before)" if share < 0 else ""
             axes.text(width + 0.012, y, f"{share:.0%}{worse}", va="center", fontsize=9, bbox=box, zorder=3)
         kinds.setdefault(kind, bar)
@@ -125,9 +127,9 @@ def draw_evidence(incident: Incident, rows: Sequence[Mapping[str, Any]]) -> byte
     axes.set_xlim(0, 1.12)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
     axes.set_xlabel("share of the excess over the noise floor that disappears")
-    axes.set_title(f"Evidence: {_cut(_plain(incident.diagnosis['cause']), 60)}", fontsize=11, parse_math=False)
+    axes.set_title(f"Cause: {_cut(_plain(incident.diagnosis['cause']), 60)}", fontsize=11, parse_math=False)
     axes.grid(alpha=0.3, axis="x")
-    figure.legend(kinds.values(), kinds.keys(), loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    figure.legend(kinds.values(), kinds.keys(), loc="outside lower center", ncols=5, fontsize=9, frameon=False)
     return _png(figure)
 
 
@@ -139,12 +141,12 @@ def draw_log_ratio(incident: Incident, rows: Sequence[Mapping[str, Any]]) -> byt
         return None
     # the bulk, and the odd far token: those beyond 5 x the 99th percentile are counted, not drawn to scale
     size = np.abs(delta)
-    reach = max(min(size.max(), 5 * np.quantile(size, 0.99)) * 1.02, 1e-6)
-    edges = np.linspace(-reach, reach, 62)  # an odd number of bins: one is centred on 0
+    reach = max(size[size <= 5 * np.quantile(size, 0.99)].max() * 1.02, 1e-6)
+    edges = np.linspace(-reach, reach, 61)  # one edge is 0
     counts, _ = np.histogram(delta, edges)
     middle = (edges[1:] + edges[:-1]) / 2
     figure, axes = _figure(4.8)
-    less = middle < -(edges[1] - edges[0]) / 4
+    less = middle < 0
     for of, colour, hatch, label in (
         (less, _ORANGE, "...", "trainer gives less than the engine"),
         (~less, _BLUE, "", "as much or more"),
@@ -179,7 +181,7 @@ def draw_log_ratio(incident: Incident, rows: Sequence[Mapping[str, Any]]) -> byt
     axes.set_xlabel("Δ = trainer - rollout log-prob, nats")
     axes.set_ylabel("tokens")
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     return _png(figure)
 
 

@@ -7,6 +7,7 @@ A probe takes the scene and the world explained so far, and returns the :class:`
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,11 +17,21 @@ import torch
 from . import fits, laws
 from .engine.weights import policy_tensors, read_back
 from .laws import Law
-from .scene import Scene, Variant, World
+from .lint import largest_dropout
+from .scene import FEW, Scene, Variant, World
 
 __all__ = ["COSTS", "PROBES", "Candidate", "NotPossible", "Probe", "make_probe", "redone"]
 
-COSTS = ("none", "head", "forward", "weights", "engine", "last")  # cheapest first; last: by elimination
+COSTS = (
+    "none",
+    "repeat",
+    "head",
+    "weights",
+    "forward",
+    "engine",
+    "singles",
+    "last",
+)  # cheapest first; last: by elimination
 _TRUNCATION = ("top_k", "top_p", "min_p")
 _PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 _ARRIVED = 20  # elements that would differ, had a tensor not arrived, from which on "none does" means it did
@@ -51,6 +62,7 @@ class Probe:
     prediction: str
     cost: str
     run: Callable[[Scene, World], Candidate | None]
+    exact: bool = False  # a fitted law: the true one leaves next to nothing, one that leaves much is not it
 
 
 def redone(world: World) -> World:
@@ -162,8 +174,11 @@ def context(scene: Scene, world: World) -> Candidate | None:
     first = next(
         (i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), min(len(theirs), len(ours))
     )
+    some = scene.row < FEW
+    other = _with_variant(world, batch="unpadded", contexts="engine", few=True)
     return Candidate(
-        world=_with_variant(world, batch="unpadded", contexts="engine"),
+        world=replace(other, kept=world.kept & some),
+        over=some,
         finding=f"{len(scene.engine_prompts)} of {scene.sequences} prompts are not the ids the engine was given: the "
         f"first differs from position {first} on ({len(theirs)} tokens at the engine, {len(ours)} here)",
         details={"prompts": len(scene.engine_prompts), "first_difference": first,
@@ -181,11 +196,12 @@ def repeat(scene: Scene, world: World) -> Candidate | None:
     again = redone(world)
     gap = scene.log_probs(again) - scene.as_scored
     gap = gap[torch.isfinite(gap)].abs()
-    training = sorted({type(m).__name__ for m in scene.model.modules() if m.training and not list(m.children())})
+    dropped = largest_dropout(scene.model)
     return Candidate(
         world=again,
         finding=f"a second pass in eval mode differs by {_number(gap)} nats on average"
-        + (f"; in training mode while scoring: {', '.join(training[:6])}" if training else ""),
+        + (f"; dropout {dropped:g} is on while the policy is scored" if dropped else ""),
+        details={"dropout": dropped},
     )
 
 
@@ -200,8 +216,10 @@ def raw(scene: Scene, world: World) -> Candidate | None:
         return None
     best = min(worlds, key=lambda w: _mean(scene, w))
     cause, words = _who_samples(scene, world, best, "raw_logprobs")
+    if cause != "raw_logprobs":
+        return None
     mode = "" if scene.engine is None else f"; logprobs_mode of the live engine: {_mode(scene)}"
-    return Candidate(world=best, cause=cause, finding=laws.describe(best.law, world.law) + words + mode)
+    return Candidate(world=best, finding=laws.describe(best.law, world.law) + words + mode)
 
 
 def _mode(scene: Scene) -> str:
@@ -346,13 +364,21 @@ def logits_precision(scene: Scene, world: World) -> Candidate | None:
 
 def alone(scene: Scene, world: World) -> Candidate | None:
     """One sequence at a time, padded as before."""
-    return Candidate(world=_with_variant(world, batch="single"), finding="each sequence in a pass of its own")
+    return _few(scene, world, "single", "in a pass of its own")
 
 
 def unpadded(scene: Scene, world: World) -> Candidate | None:
     """One sequence at a time, without padding."""
+    return _few(scene, world, "unpadded", "alone, its positions from 0, no padding")
+
+
+def _few(scene: Scene, world: World, batch: str, words: str) -> Candidate:
+    some = scene.row < FEW
+    other = _with_variant(world, batch=batch, few=True)
     return Candidate(
-        world=_with_variant(world, batch="unpadded"), finding="each sequence alone, positions from 0, no padding"
+        world=replace(other, kept=world.kept & some),
+        over=some,
+        finding=f"{min(FEW, scene.sequences)} sequences, each {words}",
     )
 
 
@@ -365,7 +391,7 @@ _NOT_THE_MODEL = {
 
 
 def engine_config(scene: Scene, world: World) -> Candidate | None:
-    """The trainer's weights in a model built anew from the engine's config, without padding."""
+    """The trainer's weights in a model built anew from the engine's config."""
     if scene.engine is None:
         raise NotPossible("a server does not tell the config of the model it built")
     if scene.sharded or hasattr(scene.model, "peft_config"):
@@ -375,7 +401,7 @@ def engine_config(scene: Scene, world: World) -> Candidate | None:
     changed = {k: [ours.get(k), theirs.get(k)] for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)}
     words = ", ".join(f"{k}: trainer {a}, engine {b}" for k, (a, b) in sorted(changed.items()))
     return Candidate(
-        world=_with_variant(world, model="engine_config", batch="unpadded"),
+        world=_with_variant(world, model="engine_config"),
         finding=f"configs differ in {words}"
         if changed
         else "both sides have one config, which the live trainer model does not follow if this explains the drift",
@@ -407,19 +433,27 @@ def engine_weights(scene: Scene, world: World) -> Candidate | None:
     if scene.engine is None:
         raise NotPossible("a server does not hand out its weights")
     named = list(policy_tensors(scene.model))
-    held = read_back(scene.engine.model, ((name, tensor) for name, tensor, _ in named))
+    model = scene.engine.model
+    held = read_back(model.load_weights, model, ((name, tensor) for name, tensor, _ in named))
+    deaf = {h.name for h in held if not h.written}  # to the loader as it is now; the class's own may know them
+    known = read_back(
+        functools.partial(type(model).load_weights, model), model, ((n, t) for n, t, _ in named if n in deaf)
+    )
+    held = [h for h in held if h.written] + known
     parameters = {name: parameter for name, _, parameter in named}
     trained = [h for h in held if parameters[h.name].requires_grad or hasattr(scene.model, "peft_config")]
     differing = [h for h in held if h.differing]
-    ignored = [h for h in trained if not h.written]
+    ignored = [h for h in trained if h.name in deaf]
     scene.engine_values = {h.name: (parameters[h.name], h.values) for h in differing if h.values is not None}
     if not differing:
+        if ignored:
+            scene.notes["ignored"] = [h.name for h in ignored]
         return None
     wide = [h for h in differing if h.numel >= 1024] or differing
     rate = sum(h.differing for h in wide) / sum(h.written for h in wide)
     arrived = [h for h in trained if h.written and not h.differing and 0.25 * rate * h.numel >= _ARRIVED]
-    partial = bool(arrived) or bool(ignored)
-    missing = differing + ignored
+    partial = bool(arrived) or 0 < len(ignored) < len(trained)
+    missing = [*ignored, *(h for h in differing if h.name not in deaf)]
     words = f"{len(differing)} of {len(held)} tensors are not the trainer's in the engine's {_dtype(scene)}"
     if arrived:
         words += f", {len(arrived)} arrived"
@@ -475,7 +509,8 @@ def make_probe(
     name: str, cause: str, cost: str, run: Callable[[Scene, World], Candidate | None], hypothesis: str, prediction: str
 ) -> Probe:
     """A probe, its fields in reading order."""
-    return Probe(name=name, cause=cause, cost=cost, run=run, hypothesis=hypothesis, prediction=prediction)
+    exact = prediction == _FITS
+    return Probe(name=name, cause=cause, cost=cost, run=run, hypothesis=hypothesis, prediction=prediction, exact=exact)
 
 
 _FITS = "a fitted value explains the drift, and is not the configured one"
@@ -484,7 +519,7 @@ PROBES: tuple[Probe, ...] = (
            "some log-probs are not finite", "without these tokens the drift is gone"),
     make_probe("handover", "token_misalignment", "none", handover,
            "what arrived is not what the engine returned", "with the engine's own answer the drift is gone"),
-    make_probe("repeat", "trainer_numerics", "head", repeat,
+    make_probe("repeat", "trainer_numerics", "repeat", repeat,
            "the trainer disagrees with itself", "a second pass, every layer in eval mode, agrees with the engine"),
     make_probe("raw", "raw_logprobs", "head", raw,
            "the engine reports another log-prob mode", "raw numbers (T = 1, unprocessed) agree with it"),
@@ -508,11 +543,11 @@ PROBES: tuple[Probe, ...] = (
            "log-probs belong to a neighbouring token", "moved by a place or two, they agree"),
     make_probe("logits precision", "head_precision", "head", logits_precision,
            "the engine's head rounds its logits", "rounded alike, the trainer's logits agree"),
-    make_probe("context", "token_misalignment", "forward", context,
+    make_probe("context", "token_misalignment", "singles", context,
            "the engine was given other prompt ids", "on the engine's own ids the trainer agrees"),
-    make_probe("alone", "trainer_numerics", "forward", alone,
+    make_probe("alone", "trainer_numerics", "singles", alone,
            "the trainer's numbers depend on the batch", "one sequence at a time, it agrees"),
-    make_probe("unpadded", "model_definition", "forward", unpadded,
+    make_probe("unpadded", "model_definition", "singles", unpadded,
            "padding or positions differ", "unpadded and alone, the trainer agrees"),
     make_probe("engine's config", "model_definition", "forward", engine_config,
            "the two sides run different models on one set of weights",

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 __all__ = ["TEXT_COLUMNS", "bare", "code", "fenced", "prose", "report_markdown", "visible"]
 
 TEXT_COLUMNS = ("token_id", "token", "prompt")  # of the rows of tokens, when not redacted
-_TEXT_KEYS = {"token", "token_ids", "tokens", "text", "prompt", "ids", "banned", "bias"}
+_TEXT_KEYS = {
+    "token", "token_ids", "tokens", "text", "prompt", "ids", "banned", "bias", "allowed", "allowed_token_ids",
+    "bad_words", "bad_words_token_ids", "logit_bias", "stop", "stop_token_ids",
+}  # fmt: skip
 _PICTURES = {
     "windows.png": "Drift by step, with the noise floor, the limit and the status of each window",
     "evidence.png": "Share of the excess that each probe explains",
@@ -127,11 +130,11 @@ def report_markdown(
 def _cause(diagnosis: dict[str, Any] | None) -> list[str]:
     if diagnosis is None:
         return ["**Cause** not looked for: no diagnosis was made.", ""]
-    shares = f"explains {_percent(diagnosis['explained'])} of the excess over the noise floor"
+    explained, confidence = _percent(diagnosis["explained"]), _percent(diagnosis["confidence"])
     return [
         f"**Cause** {code(diagnosis['cause'])}: {prose(diagnosis['summary'])}",
         "",
-        f"All that was found {shares}; confidence {_percent(diagnosis['confidence'])}.",
+        f"Explained: {explained} of the excess over the noise floor. Confidence in this cause: {confidence}.",
         "",
         "**Fix**",
         "",
@@ -144,7 +147,7 @@ def _why(diagnosis: dict[str, Any], picture: list[str]) -> list[str]:
     if (cause := CAUSES.get(diagnosis["cause"])) is not None:
         lines += [f"{prose(cause.what)} {prose(cause.harm)}", ""]
     if len(diagnosis["causes"]) > 1:
-        lines += ["Each cause explains a share of what those before it left:", ""]
+        lines += ["All that was found, with the share of the whole excess that disappears with it:", ""]
         for c in diagnosis["causes"]:
             lines.append(
                 f"- {code(c['cause'])} ({_percent(c['explained'])}, confidence {_percent(c['confidence'])}): "
@@ -157,8 +160,7 @@ def _why(diagnosis: dict[str, Any], picture: list[str]) -> list[str]:
     if probed:
         lines += ["| probe | hypothesis | before → after | explained | cost |", "| --- | --- | --- | ---: | --- |"]
         for e in probed:
-            change = "-" if e["residual_after"] is None else f"→ {_figure(e['residual_after'])}"
-            change = "-" if e["residual_before"] is None else f"{_figure(e['residual_before'])} {change}"
+            change = f"{_figure(e['residual_before'])} → {_figure(e['residual_after'])}"
             cost = f"{e['cost']}, {float(e['seconds']):.1f} s"
             cells = (code(e["name"]), prose(e["hypothesis"]), change, _percent(e["explained"]), prose(cost))
             lines.append(f"| {' | '.join(cells)} |")
@@ -201,7 +203,8 @@ def _sequences(rows: list[dict[str, Any]], redacted: bool) -> list[str]:
         compared = [t for t in tokens if t["compared"] and t["log_ratio"] is not None]
         finite = [t for t in compared if math.isfinite(t["log_ratio"])]
         total = sum(abs(t["log_ratio"]) for t in finite)
-        lines += [f"### Sequence {sequence}: sum |Δ| {total:.4g} over {len(finite)} compared tokens", ""]
+        odd = f", {len(compared) - len(finite)} more are not finite" if len(finite) < len(compared) else ""
+        lines += [f"### Sequence {sequence}: sum |Δ| {total:.4g} over {len(finite)} compared tokens{odd}", ""]
         block = []
         if not redacted:
             block += [f"prompt      {_quoted(tokens[0].get('prompt') or '', from_end=True)}"]
@@ -248,5 +251,7 @@ def _figure(value: Any) -> str:
 
 
 def _percent(value: Any) -> str:
-    """A share; '-' for none. Numbers that are not finite come as strings out of a file."""
-    return "-" if value is None else f"{float(value):.0%}" if math.isfinite(float(value)) else str(value)
+    """A share; '-' for none, and never 100% for less. Non-finite ones come as strings out of a file."""
+    if value is None or not math.isfinite(share := float(value)):
+        return "-" if value is None else str(value)
+    return f"{share:.0%}" if share >= 1 or share <= 0.99 else f"{math.floor(share * 1000) / 10}%"

@@ -24,10 +24,11 @@ from .recompute import causal_lm, materialized_head
 from .records import RolloutBatch, SamplingSettings, ScoredBatch
 from .taps import Capture
 
-__all__ = ["Scene", "Variant", "World"]
+__all__ = ["FEW", "Scene", "Variant", "World"]
 
 _FIT_BYTES = 96 << 20  # of the whole logits of the tokens that laws are fitted to
 _FIT_TOKENS = 256
+FEW = 4
 NONFINITE = 1.0  # nats that a token counts for when either side has no finite number for it
 
 
@@ -40,6 +41,7 @@ class Variant:
     model: str = "live"  # engine_config: built anew from the engine's config, on the trainer's weights
     weights: str = "own"  # engine: those the engine holds; rounded: own ones, in the engine's dtype and back
     kv_dtype: torch.dtype | None = None  # round keys and values to this dtype
+    few: bool = False  # only the first FEW sequences: passes one by one are slow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -195,21 +197,27 @@ class Scene:
 
     def _pass(self, model: torch.nn.Module, variant: Variant) -> torch.Tensor:
         rollout, keep = self.rollout, self.rollout.completion_ids.shape[1]
+        rows = self.rows[:FEW] if variant.few else self.rows
+        known = self.row < len(rows)
         if variant.batch != "unpadded" and variant.contexts == "trainer":
-            ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1)[self.rows]
-            attention = torch.cat([rollout.prompt_mask, rollout.completion_mask], dim=1)[self.rows]
+            ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1)[rows]
+            attention = torch.cat([rollout.prompt_mask, rollout.completion_mask], dim=1)[rows]
             hidden = self._hidden(model, ids, attention, keep, 1 if variant.batch == "single" else None)
-            return hidden[self.row, self.column]
-        parts = []
-        for i, at in enumerate(self.rows.tolist()):
-            columns = self.column[self.row == i]
-            prompt = rollout.prompt_ids[at][rollout.prompt_mask[at].bool()]
-            if variant.contexts == "engine" and at in self.engine_prompts:
-                prompt = torch.tensor(self.engine_prompts[at], dtype=prompt.dtype, device=prompt.device)
-            length = int(columns.max()) + 1 if len(columns) else 1  # up to the last token looked at
-            ids = torch.cat([prompt, rollout.completion_ids[at][:length]])[None]
-            parts.append(self._hidden(model, ids, torch.ones_like(ids), length, 1)[0, columns])
-        return torch.cat(parts)
+            hidden = hidden[self.row[known], self.column[known]]
+        else:
+            hidden = torch.cat([self._unpadded(model, i, variant) for i in range(len(rows))])
+        out = hidden.new_zeros(len(self), hidden.shape[1])
+        out[known.to(out.device)] = hidden
+        return out
+
+    def _unpadded(self, model: torch.nn.Module, i: int, variant: Variant) -> torch.Tensor:
+        at, columns = int(self.rows[i]), self.column[self.row == i]
+        prompt = self.rollout.prompt_ids[at][self.rollout.prompt_mask[at].bool()]
+        if variant.contexts == "engine" and at in self.engine_prompts:
+            prompt = torch.tensor(self.engine_prompts[at], dtype=prompt.dtype, device=prompt.device)
+        length = int(columns.max()) + 1 if len(columns) else 1  # up to the last token looked at
+        ids = torch.cat([prompt, self.rollout.completion_ids[at][:length]])[None]
+        return self._hidden(model, ids, torch.ones_like(ids), length, 1)[0, columns]
 
     def _hidden(
         self, model: torch.nn.Module, ids: torch.Tensor, attention: torch.Tensor, keep: int, batch_size: int | None

@@ -8,7 +8,7 @@ transposing) is undone without a name mapping of ours, and a tensor the loader t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,14 +74,19 @@ def _whole(parameter: Any) -> torch.Tensor:
     return parameter
 
 
-def read_back(engine_model: Any, named: Iterable[tuple[str, torch.Tensor]]) -> list[HeldTensor]:
-    """The engine's side of each of these tensors. Writes nothing to the engine, whatever its loader does."""
+def read_back(
+    load_weights: Callable[[Any], Any], engine_model: torch.nn.Module, named: Iterable[tuple[str, torch.Tensor]]
+) -> list[HeldTensor]:
+    """The engine's side of each of these tensors. Writes nothing to the engine, whatever its loader does.
+
+    ``load_weights``: the engine model's, as a sync calls it.
+    """
     held = []
     owned = {t.untyped_storage().data_ptr() for t in (*engine_model.parameters(), *engine_model.buffers())}
     for name, tensor in named:
         mirror = tensor.detach().clone()
         with _Backwards(owned, mirror) as seen:
-            engine_model.load_weights([(name, mirror)])
+            load_weights([(name, mirror)])
         values = mirror if seen.differing and seen.mirrored == mirror.numel() else None
         gap = seen.gap / seen.written if seen.written else 0.0
         held.append(HeldTensor(name, mirror.numel(), seen.written, seen.differing, gap, values))
