@@ -20,7 +20,7 @@ CAUSES: dict[str, Cause] = {
     "raw_logprobs": Cause(
         "The engine reports log-probs from before temperature, truncation and penalties.",
         "Ratios compare two different laws: the importance weights are wrong at every token the policy is unsure of.",
-        'logprobs_mode="processed_logprobs" on the engine (server: vllm serve ... --logprobs-mode processed_logprobs).',
+        'logprobs_mode="processed_logprobs" on the engine (vllm serve ... --logprobs-mode processed_logprobs).',
     ),
     "temperature": Cause(
         "The engine samples at another temperature (or logit scale) than the one the loss divides by.",

@@ -15,7 +15,6 @@ import torch
 
 from .causes import CAUSES
 from .distributed import gather_rows
-from .ladder import LADDER
 from .probes import COSTS, PROBES, Candidate, NotPossible, Probe, redone
 from .records import Diagnosis, Evidence, NamedCause
 from .scene import Scene, World
@@ -127,7 +126,7 @@ def _try_all(
 ) -> list[_Result]:
     results: list[_Result] = []
     for cost in COSTS:
-        for probe in (*PROBES, *LADDER):
+        for probe in PROBES:
             if probe.cost != cost or (turn and probe.cost == "last"):
                 continue
             if watch.over and COSTS.index(cost) > COSTS.index("head"):

@@ -42,6 +42,8 @@ __all__ = ["fit_bias", "fit_penalty", "fit_shift", "fit_temperature", "fit_trunc
 _OUTSIDE = 0.02  # a truncation that cuts off more of the sampled targets is impossible
 _MASS_IDS = 128  # ids of largest total probability a bias is looked for on
 _LIKELY = 5.0  # expected count of an id that is never drawn with probability e^-5
+_TIE = 1.05  # nothing cut off, or a plain ban, is preferred to a number that fits better by less
+_BAN = -4.0  # a bias below it, among others, on an id that is never drawn is a ban
 _MAX_BIASES = 8
 _WORTH = 0.99  # an id is allowed back if that leaves less than this of the objective
 _BIASES = (-12.0, -8.0, -5.0, -3.0, -2.0, -1.2, -0.6, -0.3, 0.0, 0.3, 0.6, 1.2, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0)
@@ -49,19 +51,16 @@ _BIASES = (-12.0, -8.0, -5.0, -3.0, -2.0, -1.2, -0.6, -0.3, 0.0, 0.3, 0.6, 1.2, 
 
 def _minimize(objective: Callable[[Tensor], Tensor], grid: Tensor, rounds: int) -> tuple[float, float]:
     """Argument and value of the least objective on an ascending grid, refined there: each round a third as wide."""
-    values = objective(grid)
+    values, thirds = objective(grid), _grid(1 / 3, 2 / 3, 2)
     for _ in range(rounds):
         best = int(values.argmin())
         nearby = slice(max(best - 1, 0), best + 2)
         low, middle, high = grid[nearby][0], grid[best], grid[nearby][-1]
-        new = torch.cat([torch.lerp(low, middle, _THIRDS), torch.lerp(middle, high, _THIRDS)])
+        new = torch.cat([torch.lerp(low, middle, thirds), torch.lerp(middle, high, thirds)])
         grid, order = torch.cat([grid[nearby], new]).sort()
         values = torch.cat([values[nearby], objective(new)])[order]
     best = int(values.argmin())
     return float(grid[best]), float(values[best])
-
-
-_THIRDS = torch.tensor([1 / 3, 2 / 3], dtype=torch.float64)
 
 
 def _each(objective: Callable[[float], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -127,7 +126,7 @@ def fit_truncation(tokens: Tokens, law: Law) -> Law | None:
     for index, (name, value_of, grid, off) in enumerate(families):
         x, value = _minimize(partial(objective, index, value_of), grid, 6)
         plain = float(objective(index, value_of, grid.new_tensor([off])))
-        value, x = (plain, off) if plain <= 1.02 * value + 1e-12 else (value, x)
+        value, x = (plain, off) if plain <= _TIE * value + 1e-12 else (value, x)
         setting = float(value_of(grid.new_tensor(x)))
         found.append((value, name, int(setting) if name == "top_k" else setting))
     before = sketch.scores(settings, mass)[0].squeeze(-1)
@@ -179,11 +178,10 @@ def fit_penalty(tokens: Tokens, law: Law) -> Law | None:
     now = log_probs(tokens, law).logprobs
     name, x = refitted(law, now, _PENALTIES)
     best = _sampling(law, name, x)
-    exact = log_probs(tokens, best).logprobs
     if law.sampling.truncates:
-        best = _sampling(law, *refitted(best, exact, {name: _grid(x - 0.3, x + 0.3, 7)}))
         exact = log_probs(tokens, best).logprobs
-    return best if improves(huber(now - tokens.reported), huber(exact - tokens.reported)) else None
+        best = _sampling(law, *refitted(best, exact, {name: _grid(x - 0.3, x + 0.3, 7)}))
+    return _if_better(tokens, now, best)
 
 
 _PENALTIES = {
@@ -215,8 +213,8 @@ def fit_bias(tokens: Tokens, law: Law) -> Law | None:
     ids = torch.cat([tokens.targets, mass.topk(min(_MASS_IDS, len(mass))).indices]).unique()
     columns = _columns(tokens, law, ids, Support(*map(torch.cat, zip(*supports, strict=True))))
     found = [fit(columns, law, now, tokens.reported) for fit in (_allow_list, _ban_list, _biases)]  # the last mutates
-    candidates = [x for x in found if x is not None]
-    return _if_better(tokens, now, min(candidates, key=lambda x: x[0])[1]) if candidates else None
+    best = min((x for x in found if x is not None), key=lambda x: x[0], default=None)
+    return None if best is None else _if_better(tokens, now, best[1])
 
 
 @dataclass(slots=True)
@@ -230,18 +228,17 @@ class _Columns:
     probs: Tensor  # fp64, of the kept set's law
     target: Tensor  # bool: the token's target
 
-    def moved(self, b: Tensor, at: slice, law: Law) -> tuple[Tensor, Tensor, Tensor]:
-        """With b added to an id's logit: how the target's log-prob moves, log Σ, and the id's scaled logit."""
-        z, seen, counts = self.z[:, at], self.seen[:, at], self.counts[:, at]
-        shift = penalize(z + b, seen, counts, law.sampling) - penalize(z, seen, counts, law.sampling)
-        shift = shift / law.sampling.temperature
+    def moved(self, b: float | Tensor, at: slice, law: Law) -> tuple[Tensor, Tensor, Tensor]:
+        """With b added to an id's logit: how the target's log-prob, log Σ and the id's scaled logit move, (n, C)."""
+        z, seen, counts, sampling = self.z[:, at], self.seen[:, at], self.counts[:, at], law.sampling
+        shift = (penalize(z + b, seen, counts, sampling) - penalize(z, seen, counts, sampling)) / sampling.temperature
         total = (self.probs[:, at] * shift.expm1()).clamp(min=1e-9 - 1.0).log1p()
         return torch.where(self.target[:, at], shift, 0.0) - total, total, shift
 
     def apply(self, b: float, index: int, law: Law) -> Tensor:
         """Add b for good; how the targets' log-probs move, (n,)."""
         at = slice(index, index + 1)
-        moved, total, shift = self.moved(self.z.new_tensor([b]), at, law)
+        moved, total, shift = self.moved(b, at, law)
         self.probs *= total.neg().exp()
         self.probs[:, at] *= shift.exp()
         self.z[:, at] += b
@@ -255,8 +252,7 @@ def _columns(tokens: Tokens, law: Law, ids: Tensor, support: Support) -> _Column
     known = tokens.real & (context >= 0)
     target = column[tokens.targets].unsqueeze(-1) == torch.arange(len(ids), device=ids.device)
     z = torch.cat([biased(part, law)[:, ids] for part in chunks(tokens)])
-    few = replace(tokens, logits=z, context=context, real=known)
-    row, at, count = seen_tokens(few)
+    row, at, count = seen_tokens(replace(tokens, logits=z, context=context, real=known))
     seen, counts = torch.zeros_like(target), torch.zeros_like(z)
     seen[row, at], counts[row, at] = True, count
     scaled = penalize(z, seen, counts, law.sampling) / law.sampling.temperature
@@ -270,7 +266,6 @@ def _biases(columns: _Columns, law: Law, now: Tensor, reported: Tensor) -> tuple
     never = ~columns.target.any(0)
     bias: dict[int, float] = {}
     grid = torch.tensor(_BIASES, dtype=torch.float64)
-    grid_on = grid.to(now.device)
 
     def loss(logprobs: Tensor) -> Tensor:
         return huber(logprobs - reported.unsqueeze(-1)).mean(0)
@@ -282,28 +277,27 @@ def _biases(columns: _Columns, law: Law, now: Tensor, reported: Tensor) -> tuple
             return loss(now.unsqueeze(-1) + columns.moved(b.to(now.device), at, law)[0]).cpu()
 
         b, value = _minimize(objective, start, 7)
-        if never[index] and (banned := float(objective(grid.new_tensor([-math.inf])))) <= 1.02 * value:
+        if never[index] and (banned := float(objective(grid.new_tensor([-math.inf])))) <= _TIE * value:
             return banned, -math.inf
         return value, b
 
     while len(bias) < _MAX_BIASES:
-        values = torch.stack([loss(now.unsqueeze(-1) + columns.moved(b, slice(None), law)[0]) for b in grid_on])
+        values = torch.stack([loss(now.unsqueeze(-1) + columns.moved(b, slice(None), law)[0]) for b in _BIASES])
         values[:, list(bias)] = torch.inf
         least, best = values.min(0)
-        tried = []
-        for index in least.topk(min(2, len(least)), largest=False).indices.tolist():
-            middle = int(best[index])
-            tried.append((*refined(index, grid[max(middle - 1, 0) : middle + 2]), index))
-        _, b, index = min(tried)
-        after = now + columns.moved(grid_on.new_tensor([b]), slice(index, index + 1), law)[0].squeeze(-1)
+        likely = least.topk(min(2, len(least)), largest=False).indices.tolist()
+        _, b, index = min((*refined(i, grid[max(int(best[i]) - 1, 0) : int(best[i]) + 2]), i) for i in likely)
+        after = now + columns.moved(b, slice(index, index + 1), law)[0].squeeze(-1)
         if not improves(huber(now - reported), huber(after - reported)):
             break
         now = now + columns.apply(b, index, law)
         bias[index] = b
-    for index in [i for i, b in bias.items() if len(bias) > 1 and b > -math.inf] * 3:
-        _, b = refined(index, _grid(-0.5, 0.5, 3))
-        now = now + columns.apply(b, index, law)
-        bias[index] += b
+    for index in list(bias) * 3 * (len(bias) > 1):
+        if bias[index] > -math.inf:
+            _, b = refined(index, _grid(-1.0, 1.0, 5))
+            b = -math.inf if never[index] and bias[index] + b < _BAN else b
+            now = now + columns.apply(b, index, law)
+            bias[index] += b
     return (float(huber(now - reported).mean()), _with_bias(law, columns, bias)) if bias else None
 
 

@@ -78,8 +78,8 @@ def draw_windows(incident: Incident, rows: Sequence[Mapping[str, Any]]) -> bytes
     status = _plain(incident.verdict.get("status", "?"))
     axes.set_title(
         _cut(f"{status} at step {incident.step}" + (f" on {breached}" if breached else ""), 90)
-        + f"\nDrift of the last {len(windows)} window(s)"
-        + (f" ({'; '.join(notes)})" if notes else ""),
+        + f"\nDrift of the last {_many(len(windows), 'window')}"
+        + (f"\n({'; '.join(notes)})" if notes else ""),
         fontsize=11, parse_math=False,
     )  # fmt: skip
     axes.set_ylim(low, high)
@@ -141,8 +141,10 @@ def draw_log_ratio(incident: Incident, rows: Sequence[Mapping[str, Any]]) -> byt
         return None
     # the bulk, and the odd far token: those beyond 5 x the 99th percentile are counted, not drawn to scale
     size = np.abs(delta)
-    reach = max(size[size <= 5 * np.quantile(size, 0.99)].max() * 1.02, 1e-6)
-    edges = np.linspace(-reach, reach, 61)  # one edge is 0
+    near = size <= 5 * np.quantile(size, 0.99)
+    left, right = min(0.0, delta[near].min()), max(0.0, delta[near].max())
+    width = max((right - left) / 60, 1e-8)
+    edges = width * np.arange(math.floor(left / width), math.floor(right / width) + 2)  # one edge is 0
     counts, _ = np.histogram(delta, edges)
     middle = (edges[1:] + edges[:-1]) / 2
     figure, axes = _figure(4.8)
@@ -151,30 +153,30 @@ def draw_log_ratio(incident: Incident, rows: Sequence[Mapping[str, Any]]) -> byt
         (less, _ORANGE, "...", "trainer gives less than the engine"),
         (~less, _BLUE, "", "as much or more"),
     ):
-        axes.bar(middle[of], counts[of], width=edges[1] - edges[0], facecolor=colour, edgecolor="white", linewidth=0.3,
+        axes.bar(middle[of], counts[of], width=width, facecolor=colour, edgecolor="white", linewidth=0.3,
                  hatch=hatch, label=label, zorder=2)  # fmt: skip
-    if reach > _BAND / 4:
-        for x in (-_BAND, _BAND):
-            axes.axvline(x, color=_GREY, linestyle="--", linewidth=1.2, zorder=3,
-                         label="ratio 1/1.1 and 1.1" if x > 0 else None)  # fmt: skip
+    for x, ratio in ((-_BAND, "1/1.1"), (_BAND, "1.1")):
+        if edges[0] <= x <= edges[-1]:
+            axes.axvline(x, color=_GREY, linestyle="--" if x < 0 else "-.", linewidth=1.2, zorder=3,
+                         label=f"ratio {ratio}")  # fmt: skip
     mean = float(delta.mean())
-    if abs(mean) <= reach:
+    if edges[0] <= mean <= edges[-1]:
         axes.axvline(mean, color=_BLACK, linestyle=":", linewidth=1.8, label=f"mean {mean:+.3g}", zorder=4)
     axes.set_yscale("symlog", linthresh=1)
     axes.set_ylim(0, counts.max() * 2)
     ticks = [0, *(10**n for n in range(int(math.log10(counts.max())) + 1))]
     axes.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlim(-reach * 1.02, reach * 1.02)
+    axes.set_xlim(edges[0] - 2 * width, edges[-1] + 2 * width)
     sequences = len({row["sequence"] for row in rows})
-    beyond = np.abs(delta) > reach
+    beyond = (delta < edges[0]) | (delta > edges[-1])
     notes = []
     if beyond.any():
         notes.append(f"{beyond.sum():,} beyond the axis, to {delta[np.argmax(size)]:+.3g}")
     if left := given.size - delta.size:
         notes.append(f"{left:,} not finite")
     axes.set_title(
-        f"Log-ratio of {delta.size:,} compared tokens in the {sequences} worst sequence(s)"
+        f"Log-ratio of {delta.size:,} compared tokens in the {_many(sequences, 'worst sequence')}"
         + (f"\n({'; '.join(notes)})" if notes else ""),
         fontsize=11,
     )
@@ -241,6 +243,10 @@ def _number(value: Any) -> float:
 
 def _plain(text: Any) -> str:
     return visible(" ".join(str(text).split()))
+
+
+def _many(count: int, what: str) -> str:
+    return what if count == 1 else f"{count:,} {what}s"
 
 
 def _cut(text: str, most: int) -> str:

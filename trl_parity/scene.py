@@ -41,6 +41,7 @@ class Variant:
     model: str = "live"  # engine_config: built anew from the engine's config, on the trainer's weights
     weights: str = "own"  # engine: those the engine holds; rounded: own ones, in the engine's dtype and back
     kv_dtype: torch.dtype | None = None  # round keys and values to this dtype
+    kv_truncated: bool = False  # towards zero: the upper byte of fp16 is e5m2, and some kernels just take it
     few: bool = False  # only the first FEW sequences: passes one by one are slow
 
 
@@ -255,7 +256,9 @@ class Scene:
             elif variant.weights == "rounded":
                 stack.enter_context(_swapped(self._rounded_weights))
             if variant.kv_dtype is not None:
-                stack.enter_context(_rounded_cache(causal_lm(model).base_model, variant.kv_dtype))
+                stack.enter_context(
+                    _rounded_cache(causal_lm(model).base_model, variant.kv_dtype, variant.kv_truncated)
+                )
             yield model
 
     @functools.cached_property
@@ -301,13 +304,15 @@ def _swapped(values: Mapping[torch.nn.Parameter, torch.Tensor]) -> Iterator[None
 
 
 @contextmanager
-def _rounded_cache(backbone: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
+def _rounded_cache(backbone: torch.nn.Module, dtype: torch.dtype, truncated: bool) -> Iterator[None]:
     """Attention reads keys and values rounded to ``dtype``, as from a cache of that dtype with scale 1."""
     from transformers import DynamicCache
 
     largest = torch.finfo(dtype).max
 
     def rounded(x: torch.Tensor) -> torch.Tensor:
+        if truncated:
+            return (x.half().view(torch.int16) & ~0xFF).view(torch.half).to(x.dtype)
         return x.clamp(-largest, largest).to(dtype).to(x.dtype)
 
     class Rounding(DynamicCache):

@@ -1,4 +1,4 @@
-"""Probes that ask the engine again: the ladder from the sampled log-prob, over the engine's own re-score, to the trainer.
+"""Probes that ask the engine again: the ladder from what was sampled, over its own re-score, to the trainer.
 
 Sampled is not re-scored: sampler, cache, decode path or weight version. Re-scored is not the trainer: weights,
 precision, or model. Requests of ours draw from generators of their own, and what they cache lies under a name that no
@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .laws import Law, huber
-from .probes import Candidate, NotPossible, Probe, make_probe, redone
-from .records import SamplingSettings
-from .scene import Scene, World
+from ..laws import Law, huber
+from ..records import SamplingSettings
+from ..scene import Scene, World
+from .base import Candidate, NotPossible, Probe, probe, redone
 
 __all__ = ["LADDER"]
 
@@ -196,6 +196,10 @@ def prefill(scene: Scene, world: World) -> Candidate | None:
         cause, why = "partial_sync", f"its load_weights takes no notice of {', '.join(scene.notes['ignored'][:8])}"
     elif settings["quantization"] is not None:
         cause, why = "kv_cache_precision", f"the engine is quantized ({settings['quantization']})"
+    elif 3 * scene.notes.get("cache_moved", 0.0) > float(
+        (base.reported - scene.log_probs(base)).nan_to_num(0.0).abs().mean()
+    ):
+        cause, why = "kv_cache_precision", "a cache as coarse as the engine's moves the trainer as much as it drifts"
     elif scene.began_healthy:
         cause = "stale_weights"
         why = "its parameters are the trainer's and the run began healthy: it serves an older copy of them"
@@ -207,13 +211,13 @@ def prefill(scene: Scene, world: World) -> Candidate | None:
 
 
 LADDER: tuple[Probe, ...] = (
-    make_probe("prefix cache", "stale_prefix_cache", "engine", prefix_cache,
+    probe("prefix cache", "stale_prefix_cache", "engine", prefix_cache,
                "keys and values of older weights are read from the prefix cache",
                "computed anew, the engine agrees with the trainer, and from the cache with what it sampled"),
-    make_probe("asked again", "engine_numerics", "engine", within_sequences,
+    probe("asked again", "engine_numerics", "engine", within_sequences,
                "the engine disagrees with itself, or its weights changed on the way",
                "asked again, it agrees with the trainer and not with what it sampled"),
-    make_probe("engine's prefill", "model_definition", "last", prefill,
+    probe("engine's prefill", "model_definition", "last", prefill,
                "on the same weights the engine computes another function",
                "its own prefill, not the trainer, agrees with what it sampled"),
 )  # fmt: skip

@@ -1,0 +1,92 @@
+"""Probes of the engine's weights against the trainer's."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from ..engine.weights import policy_tensors, read_back
+from ..scene import Scene, World
+from .base import Candidate, NotPossible, Probe, dtype_name, probe, with_variant
+
+__all__ = ["WEIGHTS"]
+
+_ARRIVED = 20  # elements that would differ, had a tensor not arrived, from which on "none does" means it did
+
+
+def engine_weights(scene: Scene, world: World) -> Candidate | None:
+    """The trainer scores with the weights the engine holds, read tensor by tensor."""
+    if scene.engine is None:
+        raise NotPossible("a server does not hand out its weights")
+    named = list(policy_tensors(scene.model))
+    model = scene.engine.model
+    held = read_back(model.load_weights, model, ((name, tensor) for name, tensor, _ in named))
+    deaf = {h.name for h in held if not h.written}  # to the loader as it is now; the class's own may know them
+    known = read_back(
+        functools.partial(type(model).load_weights, model), model, ((n, t) for n, t, _ in named if n in deaf)
+    )
+    held = [h for h in held if h.written] + known
+    parameters = {name: parameter for name, _, parameter in named}
+    trained = [h for h in held if parameters[h.name].requires_grad or hasattr(scene.model, "peft_config")]
+    differing = [h for h in held if h.differing]
+    ignored = [h for h in trained if h.name in deaf]
+    scene.engine_values = {h.name: (parameters[h.name], h.values) for h in differing if h.values is not None}
+    if not differing:
+        if ignored:
+            scene.notes["ignored"] = [h.name for h in ignored]
+        return None
+    wide = [h for h in differing if h.numel >= 1024] or differing
+    rate = sum(h.differing for h in wide) / sum(h.written for h in wide)
+    arrived = [h for h in trained if h.written and not h.differing and 0.25 * rate * h.numel >= _ARRIVED]
+    partial = bool(arrived) or 0 < len(ignored) < len(trained)
+    missing = [*ignored, *(h for h in differing if h.name not in deaf)]
+    words = f"{len(differing)} of {len(held)} tensors are not the trainer's in the engine's {_dtype(scene)}"
+    if arrived:
+        words += f", {len(arrived)} arrived"
+    if ignored:
+        words += f", {len(ignored)} are ignored by its load_weights"
+    if partial:
+        words += ": " + ", ".join(h.name for h in missing[:8]) + (" …" if len(missing) > 8 else "")
+    if scene.sharded or hasattr(scene.model, "peft_config") or len(scene.engine_values) < len(differing):
+        raise NotPossible(f"{words}; the policy's weights can't be swapped here to see what that does")
+    return Candidate(
+        world=with_variant(world, weights="engine"),
+        cause="partial_sync" if partial else "stale_weights",
+        finding=words,
+        details={
+            "tensors": {h.name: {"differing": h.differing / max(1, h.written), "gap": h.gap} for h in differing},
+            "ignored": [h.name for h in ignored],
+            "arrived": len(arrived),
+        },
+    )
+
+
+def rounded_weights(scene: Scene, world: World) -> Candidate | None:
+    """The trainer scores with its own weights rounded to the engine's dtype."""
+    if scene.sharded:
+        raise NotPossible("the policy is sharded: its weights can't be swapped here")
+    dtype = scene.engine.dtype if scene.engine is not None else torch.bfloat16
+    finer = [p for p in scene.model.parameters() if p.is_floating_point() and _bits(p.dtype) > _bits(dtype)]
+    if not finer:
+        return None
+    return Candidate(
+        world=with_variant(world, weights="rounded"),
+        finding=f"{len(finer)} tensors are {dtype_name(finer[0].dtype)} here and {dtype_name(dtype)} in the engine",
+    )
+
+
+def _bits(dtype: torch.dtype) -> int:
+    return torch.finfo(dtype).bits
+
+
+def _dtype(scene: Scene) -> str:
+    return "dtype" if scene.engine is None else dtype_name(scene.engine.dtype)
+
+
+WEIGHTS: tuple[Probe, ...] = (
+    probe("engine's weights", "stale_weights", "weights", engine_weights,
+           "the engine holds other weights", "with the weights it holds, the trainer agrees"),
+    probe("rounded weights", "dtype_gap", "weights", rounded_weights,
+           "the trainer's weights are finer than the engine's", "rounded to its dtype, they agree"),
+)  # fmt: skip
