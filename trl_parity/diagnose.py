@@ -28,8 +28,9 @@ _FIRST, _LATER = 0.3, 0.5  # share of what remains that a cause must explain: th
 _NAMED = 0.5  # of all the excess, by all causes together, or the cause is unknown
 _EXACT = 0.75  # a fitted law must explain this much of what remained, or all causes together must
 _ENOUGH = 0.9  # explained for sure: dearer probes are left out
+_FITS_STOP = COSTS.index("forward")  # only from here on do fitted laws alone end the search
 _LEFT = 0.2  # of the excess: less is not looked into
-_TIE = 0.03  # shares this close are equal: the cheaper one is named
+_TIE = 0.04  # shares this close are equal
 _RESAMPLES = 200
 
 
@@ -40,6 +41,7 @@ class _Result:
     cause: str
     share: float  # of the excess that remained
     shares: torch.Tensor  # (R,) the same in bootstrap resamples of sequences
+    misfit: float  # what is left, dearer by the number of fitted values
     evidence: Evidence
 
 
@@ -135,7 +137,8 @@ def _try_all(
                 continue
             results.append(_try(scene, world, probe, turn, watch, ranks))
         best = _best(results)
-        if best is not None and float(best.shares.quantile(0.05)) >= _ENOUGH:
+        sure = best is not None and float(best.shares.quantile(0.05)) >= _ENOUGH
+        if best is not None and sure and (not best.probe.exact or COSTS.index(cost) >= _FITS_STOP):
             break
         if cost == "repeat" and world.variant is None:
             if best is not None and best.share >= _FIRST:  # the trainer's own, before anything is asked of it
@@ -189,7 +192,8 @@ def _try(scene: Scene, world: World, probe: Probe, turn: int, watch: _Stopwatch,
         details=good[0]["details"],
         error=error,
     )
-    return _Result(probe, candidate, cause, share, shares, evidence)
+    values = 1 if candidate is None else max(1, candidate.values)
+    return _Result(probe, candidate, cause, share, shares, _mean(after) * (1.0 + 0.15 * values), evidence)
 
 
 def _without_result(probe: Probe, turn: int, finding: str, error: str, seconds: float) -> _Result:
@@ -203,7 +207,7 @@ def _without_result(probe: Probe, turn: int, finding: str, error: str, seconds: 
         seconds=seconds,
         error=error,
     )
-    return _Result(probe, None, probe.cause, 0.0, torch.zeros(_RESAMPLES, dtype=torch.float64), evidence)
+    return _Result(probe, None, probe.cause, 0.0, torch.zeros(_RESAMPLES, dtype=torch.float64), 0.0, evidence)
 
 
 def _gathered(sums: torch.Tensor, ranks: int) -> torch.Tensor:
@@ -231,21 +235,35 @@ def _shares(before: torch.Tensor, after: torch.Tensor, floor: float) -> tuple[fl
 
 
 def _best(results: Sequence[_Result]) -> _Result | None:
-    """The largest share; of nearly equal ones the cheapest (results come in that order)."""
+    """The largest share. Of nearly equal ones: what was found rather than fitted, then the cheapest, or best fit."""
     tried = [r for r in results if r.share > 0 and r.probe.cost != "last"]
     if not tried or max(r.share for r in tried) < _NAMED:  # by elimination only where nothing direct explains
         tried += [r for r in results if r.share > 0 and r.probe.cost == "last"]
     if not tried:
         return None
     top = max(r.share for r in tried)
-    return next(r for r in tried if r.share >= top - _TIE)
+    equal = [r for r in tried if r.share >= top - _TIE]
+    found = [r for r in equal if not r.probe.exact]
+    return found[0] if found else min(equal, key=lambda r: r.misfit)
 
 
 def _confidence(best: _Result, results: Sequence[_Result]) -> float:
-    """Share of resamples in which the cause explains enough, and no other cause clearly more."""
-    others = [r.shares for r in results if r.cause != best.cause and (r.probe.cost != "last" or r is best)]
-    highest = torch.stack(others).amax(0) if others else torch.zeros_like(best.shares)
-    return float(((best.shares >= _FIRST) & (best.shares >= highest - _TIE)).double().mean())
+    """Mean over resamples of 1 / the number of causes that explain as much as the most, where this is one of them.
+
+    Causes found on the run itself count before fitted ones, as in :func:`_best`; a resample in which the cause explains
+    too little counts 0.
+    """
+    others = [r for r in results if r.cause != best.cause and (r.probe.cost != "last" or r is best)]
+    if not others:
+        return float((best.shares >= _FIRST).double().mean())
+    shares = torch.stack([r.shares for r in others])
+    fitted = torch.tensor([r.probe.exact for r in others])
+    rivals = shares if best.probe.exact else torch.where(fitted[:, None], shares - 2 * _TIE, shares)
+    highest = torch.maximum(rivals.amax(0), best.shares)
+    near = rivals >= highest - _TIE
+    causes = torch.stack([near[[r.cause == c for r in others]].any(0) for c in {r.cause for r in others}]).sum(0)
+    good = (best.shares >= _FIRST) & (best.shares >= highest - _TIE)
+    return float((good / (1.0 + causes)).mean())
 
 
 def _profile(scene: Scene, world: World) -> list[dict[str, float]]:

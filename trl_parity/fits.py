@@ -93,15 +93,14 @@ def fit_temperature(tokens: Tokens, law: Law) -> Law | None:
         return sketch.scores(settings, sketch.mass(tau), tau)[0].squeeze(-1)
 
     octaves, _ = _minimize(_each(lambda x: huber(score(2.0**x) - tokens.reported).mean()), _grid(-3, 3, 13), 8)
-    fitted = _sampling(law, "temperature", law.sampling.temperature * 2.0**octaves)
-    return _if_better(tokens, score(1.0), fitted)
+    return _if_better(tokens, score(1.0), _sampling(law, "temperature", law.sampling.temperature * 2.0**octaves))
 
 
 def fit_truncation(tokens: Tokens, law: Law) -> Law | None:
     """The top_p, top_k or min_p, put in the law's place or left out, that fits best; the law's other two stay.
 
     One that cuts off more than 2 % of the targets is refused: the engine can't have sampled them. top_k is exact up
-    to 1024 and a multiple of ``ceil((V - 1024) / 512)`` more beyond. None: no gain.
+    to 1024 and a multiple of ``ceil((V - 1024) / 1024)`` more beyond. None: no gain.
     """
     if law.report != PROCESSED:
         return None
@@ -129,8 +128,7 @@ def fit_truncation(tokens: Tokens, law: Law) -> Law | None:
         value, x = (plain, off) if plain <= _TIE * value + 1e-12 else (value, x)
         setting = float(value_of(grid.new_tensor(x)))
         found.append((value, name, int(setting) if name == "top_k" else setting))
-    before = sketch.scores(settings, mass)[0].squeeze(-1)
-    return _if_better(tokens, before, _sampling(law, *min(found)[1:]))
+    return _if_better(tokens, sketch.scores(settings, mass)[0].squeeze(-1), _sampling(law, *min(found)[1:]))
 
 
 def fit_penalty(tokens: Tokens, law: Law) -> Law | None:
@@ -287,7 +285,7 @@ def _biases(columns: _Columns, law: Law, now: Tensor, reported: Tensor) -> tuple
         least, best = values.min(0)
         likely = least.topk(min(2, len(least)), largest=False).indices.tolist()
         _, b, index = min((*refined(i, grid[max(int(best[i]) - 1, 0) : int(best[i]) + 2]), i) for i in likely)
-        after = now + columns.moved(b, slice(index, index + 1), law)[0].squeeze(-1)
+        after = columns.moved(b, slice(index, index + 1), law)[0].squeeze(-1) + now
         if not improves(huber(now - reported), huber(after - reported)):
             break
         now = now + columns.apply(b, index, law)
@@ -372,8 +370,7 @@ def mle_temperature(tokens: Tokens, law: Law) -> tuple[float, float]:
     the range, or with one sequence, se is inf. Banned targets are left out.
     """
     sketch = sketch_of(tokens, law)
-    valid = torch.isfinite(sketch.target)
-    gaps = sketch.gaps.nan_to_num(posinf=0.0)
+    valid, gaps = torch.isfinite(sketch.target), sketch.gaps.nan_to_num(posinf=0.0)
 
     def moments(theta: float) -> tuple[Tensor, Tensor]:
         """Score of each token, E[gap] - gap(a), and Var[gap]."""

@@ -25,7 +25,7 @@ MIN_GAIN = 0.1  # a fit lowers the objective by this share, or there is none
 PROCESSED = "processed_logprobs"
 _HUBER_CAP = 30.0
 _CHUNK = 1 << 20  # logits processed at once
-HEAD, _GROUPS = 1024, 512  # of a sketch: tokens kept one by one, groups the others are summed in
+HEAD, _GROUPS = 1024, 1024  # of a sketch: tokens kept one by one, groups the others are summed in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

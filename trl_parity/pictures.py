@@ -143,7 +143,7 @@ def draw_log_ratio(incident: Incident, rows: Sequence[Mapping[str, Any]]) -> byt
     size = np.abs(delta)
     near = size <= 5 * np.quantile(size, 0.99)
     left, right = min(0.0, delta[near].min()), max(0.0, delta[near].max())
-    width = max((right - left) / 60, 1e-8)
+    width = max((right - left) / 60, 1e-6)
     edges = width * np.arange(math.floor(left / width), math.floor(right / width) + 2)  # one edge is 0
     counts, _ = np.histogram(delta, edges)
     middle = (edges[1:] + edges[:-1]) / 2
@@ -153,8 +153,9 @@ def draw_log_ratio(incident: Incident, rows: Sequence[Mapping[str, Any]]) -> byt
         (less, _ORANGE, "...", "trainer gives less than the engine"),
         (~less, _BLUE, "", "as much or more"),
     ):
-        axes.bar(middle[of], counts[of], width=width, facecolor=colour, edgecolor="white", linewidth=0.3,
-                 hatch=hatch, label=label, zorder=2)  # fmt: skip
+        if counts[of].any():
+            axes.bar(middle[of], counts[of], width=width, facecolor=colour, edgecolor="white", linewidth=0.3,
+                     hatch=hatch, label=label, zorder=2)  # fmt: skip
     for x, ratio in ((-_BAND, "1/1.1"), (_BAND, "1.1")):
         if edges[0] <= x <= edges[-1]:
             axes.axvline(x, color=_GREY, linestyle="--" if x < 0 else "-.", linewidth=1.2, zorder=3,
@@ -183,7 +184,7 @@ def draw_log_ratio(incident: Incident, rows: Sequence[Mapping[str, Any]]) -> byt
     axes.set_xlabel("Δ = trainer - rollout log-prob, nats")
     axes.set_ylabel("tokens")
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     return _png(figure)
 
 

@@ -35,6 +35,7 @@ class Candidate:
     finding: str
     cause: str = ""  # where the probe itself tells several apart
     over: torch.Tensor | None = None
+    values: int = 1  # fitted to the data
     details: dict[str, Any] = field(default_factory=dict)
 
 

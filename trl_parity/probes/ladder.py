@@ -113,7 +113,10 @@ def within_sequences(scene: Scene, world: World) -> Candidate | None:
         return None
     words = f"asked again, the engine does not give back what it reported: {gap}"
     at, sides = _change(scene, world)
-    if at is not None:
+    if told := scene.rollout.sampling.unreplayed:
+        cause = "constrained_decoding"
+        words += f"; the requests set {', '.join(told)}, which was left out when asking again"
+    elif at is not None:
         cause = "in_flight_update"
         words += f"; the drift changes at completion token {at}: {sides[0]:.3g} before, {sides[1]:.3g} after (Huber)"
     else:

@@ -96,8 +96,12 @@ def _fitted(fit: Callable[[laws.Tokens, Law], Law | None]) -> Callable[[Scene, W
         law = fit(scene.fit_tokens(base), base.law)
         if law is None:
             return None
+        added = len(law.bias) - len(base.law.bias) + (0 if law.allowed is None else 4)
         return Candidate(
-            world=replace(base, law=law), finding=laws.describe(law, base.law), details=laws.law_details(law)
+            world=replace(base, law=law),
+            finding=laws.describe(law, base.law),
+            values=max(1, added),
+            details=laws.law_details(law),
         )
 
     return run

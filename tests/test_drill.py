@@ -1,0 +1,86 @@
+"""``trl-parity drill``: the real stack broken on purpose."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trl_parity.causes import CAUSES
+from trl_parity.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def drills(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes" / "drill"))
+    import drills
+
+    return drills
+
+
+def test_list_shows_every_drill_and_its_cause(capsys, drills, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["drill", "--list"]) == 0
+    shown = capsys.readouterr().out
+    for drill in drills.DRILLS:
+        line = next(line for line in shown.splitlines() if line.startswith(f"{drill.name} "))
+        assert (drill.cause or "none") in line
+
+
+def test_drills_name_causes_the_package_knows(drills):
+    assert {drill.cause for drill in drills.DRILLS} - {""} <= set(CAUSES)
+    assert len({drill.name for drill in drills.DRILLS}) == len(drills.DRILLS)
+    assert [drill.name for drill in drills.DRILLS if not drill.cause] == ["control"]
+
+
+def test_an_unknown_name_suggests_the_nearest(capsys):
+    assert main(["drill", "lost_sink"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("trl-parity: no drill is called 'lost_sink'. Did you mean 'lost-sync'?")
+
+
+def test_without_a_name_it_says_what_to_do(capsys):
+    assert main(["drill"]) == 2
+    assert "--list" in capsys.readouterr().err
+
+
+def test_an_installed_package_without_the_repository_says_to_clone_it(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("trl_parity.cli.__file__", str(tmp_path / "site-packages" / "trl_parity" / "cli.py"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["drill", "--list"]) == 2
+    assert "Clone the repository" in capsys.readouterr().err
+    monkeypatch.chdir(ROOT)
+    assert main(["drill", "--list"]) == 0
+
+
+@pytest.mark.parametrize("healthy", [True, False])
+def test_what_counts_as_passed(drills, healthy):
+    import run
+
+    row = {"cause": "" if healthy else "temperature", "correct": True, "detected": not healthy}
+    assert run.passed(row)
+    assert not run.passed(row | {"detected": healthy})
+    assert not run.passed(row | {"correct": False})
+
+
+@pytest.mark.engine
+def test_a_fault_is_halted_and_the_control_is_not(tmp_path):
+    command = [sys.executable, "-m", "trl_parity", "drill", "temperature", "control", "--json", "--keep", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode in (0, 1), done.stderr[-3000:]
+    result = json.loads(done.stdout)
+    control, broken = result["runs"]
+    assert (control["drill"], broken["drill"]) == ("control", "temperature")
+    assert not control["detected"]
+    assert set(control["statuses"]) == {"OK"}
+    assert broken["detected"]
+    assert broken["windows"] == 3
+    assert "HALT at step 3" in broken["halt_message"]
+    assert [row["detected"] for row in result["summary"]] == [0, 1]
+    assert done.returncode == (0 if control["correct"] and broken["correct"] else 1)
+    assert (tmp_path / "temperature-t0.7-s0" / "parity" / "metrics.jsonl").is_file()
+    assert "vllm" in result["versions"]
