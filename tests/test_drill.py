@@ -76,6 +76,7 @@ def test_a_fault_is_halted_and_the_control_is_not(tmp_path):
     control, broken = result["runs"]
     assert (control["drill"], broken["drill"]) == ("control", "temperature")
     assert not control["detected"]
+    assert control["seconds_to_diagnose"] is not None  # it was asked
     assert set(control["statuses"]) == {"OK"}
     assert broken["detected"]
     assert broken["windows"] == 3

@@ -20,6 +20,7 @@ from .distributed import gather_rows, reduce_many, reduce_sums
 from .engine.cpu import prepare_cpu_engine
 from .errors import ConfigError, InterceptionError, ParityHalt
 from .floor import SOURCES, measure_floor
+from .incident import incident_folder
 from .investigator import Investigator
 from .lint import facts, lint
 from .metrics import MismatchSums, compute, measure_policy_drift
@@ -357,14 +358,13 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
             return
         if verdict.halted:
             parity_dir, last = self._jsonl_path().parent, self._last if self._judging else None
-            report = parity_dir / "incidents" / f"step-{verdict.step}" / "report.md"
+            report = incident_folder(parity_dir, verdict.step) / "report.md"
             text = halt_text(verdict, self.config, list(self.verdicts), report, self.diagnosis)
             self.incident = self._investigator.write(
                 parity_dir, verdict, list(self.verdicts), last, text, self._trainer
             )
-            if self.incident != report.parent:  # an earlier incident has the name, or nothing could be written
-                found = self._jsonl_path() if self.incident is None else self.incident / "report.md"
-                text = text.replace(str(report), str(found))
+            if self.incident is None:  # nothing could be written
+                text = text.replace(str(report), str(self._jsonl_path()))
             self.halt_message = text
         else:
             text = alert_text(verdict)

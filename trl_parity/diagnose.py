@@ -16,6 +16,7 @@ import torch
 from .causes import CAUSES
 from .distributed import gather_rows
 from .probes import COSTS, PROBES, Candidate, NotPossible, Probe, redone
+from .probes.ladder import sampling_alone
 from .records import Diagnosis, Evidence, NamedCause
 from .scene import Scene, World
 
@@ -82,8 +83,11 @@ def diagnose(scene: Scene, step: int, *, budget: float | None = None, ranks: int
         return _nothing(step, details)
     for turn in range(_ROUNDS):
         results = _try_all(scene, world, turn, watch, ranks, tuple(c.cause for c in named))
-        evidence += [result.evidence for result in results]
         best = _best(results)
+        if best is not None and best.probe.exact and best.share < _ENOUGH:
+            results = _checked(scene, world, best, results, ranks)
+            best = _best(results)
+        evidence += [result.evidence for result in results]
         if best is None or best.share < (_FIRST if turn == 0 else _LATER):
             break
         named.append(
@@ -97,6 +101,8 @@ def diagnose(scene: Scene, step: int, *, budget: float | None = None, ranks: int
         )
         if best.probe.exact and best.share < _EXACT:
             inexact.add(best.cause)
+        if turn == 0 and (rivals := _rivals(best, results)):
+            details["as_well"] = list(rivals)
         remaining *= 1.0 - best.share
         if best.candidate is not None:
             world = best.candidate.world
@@ -110,6 +116,8 @@ def diagnose(scene: Scene, step: int, *, budget: float | None = None, ranks: int
     named.sort(key=lambda c: -c.explained)
     first = named[0]
     rest = "".join(f" Then {c.cause} ({c.explained:.0%}): {c.finding}." for c in named[1:])
+    if "as_well" in details:
+        rest += f" The same numbers could come from {' or '.join(details['as_well'])}."
     return Diagnosis(
         step=step,
         cause=first.cause,
@@ -137,6 +145,9 @@ def _try_all(
                 continue
             results.append(_try(scene, world, probe, turn, watch, ranks))
         best = _best(results)
+        if best is not None and best.probe.exact and COSTS.index(cost) >= _FITS_STOP:
+            results = _checked(scene, world, best, results, ranks)
+            best = _best(results)
         sure = best is not None and float(best.shares.quantile(0.05)) >= _ENOUGH
         if best is not None and sure and (not best.probe.exact or COSTS.index(cost) >= _FITS_STOP):
             break
@@ -145,6 +156,27 @@ def _try_all(
                 break
             world = redone(world)
     return results
+
+
+def _checked(scene: Scene, world: World, best: _Result, results: list[_Result], ranks: int) -> list[_Result]:
+    """Fitted laws count for nothing where the two models differ before anything is sampled."""
+    row: dict[str, Any] = {"agree": None}
+    if best.candidate is not None:
+        try:
+            row["agree"] = sampling_alone(scene, world, best.candidate.world.law)
+        except Exception as e:  # can't be asked: the fit stands for what it is
+            logger.debug("the engine's prefill could not be asked: %s", e)
+    rows = gather_rows([row]) if ranks > 1 else [row]
+    answers = [r["agree"] for r in rows if r["agree"] is not None]
+    if 2 * sum(answers) >= len(answers):
+        return results
+    word = "; but before sampling, at T = 1 by prefill, engine and trainer differ too, and not in this way"
+    return [_refuted(r, word) if r.probe.exact and r.share > 0 else r for r in results]
+
+
+def _refuted(result: _Result, word: str) -> _Result:
+    evidence = replace(result.evidence, finding=result.evidence.finding + word, explained=0.0)
+    return replace(result, share=0.0, shares=torch.zeros_like(result.shares), evidence=evidence)
 
 
 def _try(scene: Scene, world: World, probe: Probe, turn: int, watch: _Stopwatch, ranks: int) -> _Result:
@@ -235,23 +267,34 @@ def _shares(before: torch.Tensor, after: torch.Tensor, floor: float) -> tuple[fl
 
 
 def _best(results: Sequence[_Result]) -> _Result | None:
-    """The largest share. Of nearly equal ones: what was found rather than fitted, then the cheapest, or best fit."""
-    tried = [r for r in results if r.share > 0 and r.probe.cost != "last"]
-    if not tried or max(r.share for r in tried) < _NAMED:  # by elimination only where nothing direct explains
-        tried += [r for r in results if r.share > 0 and r.probe.cost == "last"]
-    if not tried:
+    """The cause that explains most. Of nearly equal ones: found rather than fitted, then the cheapest, or best fit.
+
+    A fitted law that leaves much is not the law: it is named only where nothing was found on the run itself. By
+    elimination (cost "last") a cause is named only where nothing else explains half.
+    """
+    tried = [r for r in results if r.share > 0]
+    good = [r for r in tried if r.probe.cost != "last" and r.share >= (_EXACT if r.probe.exact else _FIRST)]
+    if not good or max(r.share for r in good) < _NAMED:
+        good += [r for r in tried if r.probe.cost == "last" and r.share >= _NAMED]
+    if not (good := good or tried):
         return None
-    top = max(r.share for r in tried)
-    equal = [r for r in tried if r.share >= top - _TIE]
+    top = max(r.share for r in good)
+    equal = [r for r in good if r.share >= top - _TIE]
     found = [r for r in equal if not r.probe.exact]
     return found[0] if found else min(equal, key=lambda r: r.misfit)
+
+
+def _rivals(best: _Result, results: Sequence[_Result]) -> tuple[str, ...]:
+    """Other causes whose fitted laws explain as much as the fitted one that is named."""
+    equal = [r for r in results if best.probe.exact and r.probe.exact and r.share >= best.share - _TIE]
+    return tuple(sorted({r.cause for r in equal} - {best.cause}))
 
 
 def _confidence(best: _Result, results: Sequence[_Result]) -> float:
     """Mean over resamples of 1 / the number of causes that explain as much as the most, where this is one of them.
 
-    Causes found on the run itself count before fitted ones, as in :func:`_best`; a resample in which the cause explains
-    too little counts 0.
+    Causes found on the run itself count before fitted ones, as in :func:`_best`; a resample in which the cause
+    explains too little counts 0.
     """
     others = [r for r in results if r.cause != best.cause and (r.probe.cost != "last" or r is best)]
     if not others:

@@ -345,7 +345,7 @@ def fit_shift(
     """Per sequence the s for which ``reported[t + s]`` belongs to token t: 1 if reports come one place late.
 
     All (B, C), result (B,) int64. 0 unless some s takes the mean Huber to less than a third of that at 0. Both t and
-    t + s are in ``mask``; tokens without a partner are left out; 4 partners are the least.
+    t + s are in ``mask``; tokens without a partner are left out; 8 partners are the least.
     """
     width = mask.shape[-1]
     t = torch.arange(width, device=mask.device)
@@ -354,7 +354,7 @@ def fit_shift(
         at = (t + s).clamp(0, width - 1)
         both = mask & mask[:, at] & (at == t + s)
         total = torch.where(both, huber(law_logprobs - reported[:, at]), 0.0).sum(-1)
-        means.append(torch.where(both.sum(-1) >= 4, total / both.sum(-1), torch.inf))
+        means.append(torch.where(both.sum(-1) >= 8, total / both.sum(-1), torch.inf))
     plain, shifted = means[0], torch.stack(means[1:])
     least, best = shifted.min(0)
     chosen = torch.tensor(shifts, device=mask.device)[best]

@@ -148,7 +148,7 @@ def write_incident(parity_dir: Path, incident: Incident, rows: list[dict[str, An
         _write_tokens(temporary / "tokens.parquet", rows, incident.redacted)
         report = report_markdown(incident, rows, list(drawn), note=note)
         (temporary / "report.md").write_text(report, encoding="utf-8", newline="\n")
-        return _rename(temporary, home / f"step-{incident.step}")
+        return _rename(temporary, Path(parity_dir), incident.step)
     except OSError as e:
         raise ConfigError(
             f"cannot write {home / f'step-{incident.step}'}: {e.strerror or e}. Expected a writable directory with "
@@ -236,19 +236,25 @@ def _encodable(row: dict[str, Any]) -> dict[str, Any]:
     return {k: v.encode("utf-8", "backslashreplace").decode() if isinstance(v, str) else v for k, v in row.items()}
 
 
-def _rename(temporary: Path, wanted: Path) -> Path:
-    """Give the folder its name, or the first free one after it."""
+def incident_folder(parity_dir: Path, step: int) -> Path:
+    """The folder the next incident of a step gets: ``step-<n>``, or ``step-<n>-2`` and so on where there is one."""
+    wanted = Path(parity_dir) / "incidents" / f"step-{step}"
     final, n = wanted, 1
-    while True:
-        if not os.path.lexists(final):
-            try:
-                os.rename(temporary, final)
-                return final
-            except OSError:
-                if not os.path.lexists(final):  # else: another process was faster
-                    raise
+    while os.path.lexists(final):
         n += 1
         final = wanted.with_name(f"{wanted.name}-{n}")
+    return final
+
+
+def _rename(temporary: Path, parity_dir: Path, step: int) -> Path:
+    while True:
+        final = incident_folder(parity_dir, step)
+        try:
+            os.rename(temporary, final)
+            return final
+        except OSError:
+            if not os.path.lexists(final):  # else: another process was faster
+                raise
 
 
 def _plain(value: Any) -> Any:

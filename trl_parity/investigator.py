@@ -73,6 +73,7 @@ class Investigator:
             replayed=self.config.truncation == "replay",
             floor=floor or 0.0,
             began_healthy=began_healthy,
+            redacted=self.config.redact_text,
         )
         self.diagnosis = diagnose(scene, step, budget=self.config.diagnose_budget * seconds, ranks=ranks)
         self._asked, self.wanted = True, False

@@ -266,8 +266,8 @@ _REPORTS = {
 }
 
 
-def describe(law: Law, base: Law) -> str:
-    """What of ``law`` differs from ``base``, in words and numbers; empty where nothing does."""
+def describe(law: Law, base: Law, *, ids: bool = True) -> str:
+    """What of ``law`` differs from ``base``, in words and numbers; empty where nothing does. Not ``ids``: no ids."""
     words, none = [], SamplingSettings()
     for name, form in _FORMATS.items():
         value, configured = getattr(law.sampling, name), getattr(base.sampling, name)
@@ -277,9 +277,10 @@ def describe(law: Law, base: Law) -> str:
             words.append(new + f" (configured{form.format(configured)})" * was)
     before = dict(base.bias)
     changed = {i: b - before.get(i, 0.0) for i, b in law.bias if b != before.get(i, 0.0)}
-    words += [f"bias {b:+.2f} on token {i}" for i, b in changed.items() if b > -math.inf]
+    words += [f"bias {b:+.2f} on " + (f"token {i}" if ids else "a token") for i, b in changed.items() if b > -math.inf]
     if banned := [str(i) for i, b in changed.items() if b == -math.inf]:
-        words.append(f"token{'s' * (len(banned) > 1)} {', '.join(banned)} never drawn")
+        which = f"token{'s' * (len(banned) > 1)} {', '.join(banned)}" if ids else f"{len(banned)} token id(s)"
+        words.append(f"{which} never drawn")
     if law.allowed is not None and law.allowed != base.allowed:
         words.append(f"only {len(law.allowed)} token id{'s' * (len(law.allowed) > 1)} allowed")
     if law.logits_dtype is not None and law.logits_dtype != base.logits_dtype:

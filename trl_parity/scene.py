@@ -19,7 +19,7 @@ import torch
 from .engine.live import ColocatedEngine
 from .floor import compute_dtype, eval_mode
 from .head import logits_chunk, score_tokens
-from .laws import Law, Tokens, huber, log_probs
+from .laws import Law, Tokens, describe, huber, log_probs
 from .recompute import causal_lm, materialized_head
 from .records import RolloutBatch, SamplingSettings, ScoredBatch
 from .taps import Capture
@@ -69,6 +69,7 @@ class Scene:
         replayed: bool,
         floor: float,
         began_healthy: bool | None = None,
+        redacted: bool = False,
     ):
         self.capture, self.rollout, self.engine = capture, rollout, engine
         self.trainer = capture.trainer
@@ -96,7 +97,9 @@ class Scene:
         )
         self.floor = floor  # the noise floor of the mean residual
         self.began_healthy = began_healthy  # whether the run's first window was OK; None: not known
+        self.redacted = redacted  # name no token ids
         self.again: Any = None  # the engine's answers when asked again (ladder.py)
+        self.prefilled: Any = None  # its scores by prefill (ladder.py)
         self.notes: dict[str, Any] = {}  # for the diagnosis' details: JSON
         self.engine_values: Mapping[str, tuple[torch.nn.Parameter, torch.Tensor]] = {}  # read back, where they differ
         self.engine_prompts: dict[int, list[int]] = {}  # by row of the batch, where they are not the trainer's
@@ -108,6 +111,16 @@ class Scene:
     def sequences(self) -> int:
         """Sequences looked at."""
         return len(self.rows)
+
+    def prompt(self, at: int) -> list[int]:
+        """The prompt ids of a row of the batch, as far as known those the engine was given."""
+        if at in self.engine_prompts:
+            return self.engine_prompts[at]
+        return self.rollout.prompt_ids[at][self.rollout.prompt_mask[at].bool()].tolist()
+
+    def words(self, law: Law, base: Law) -> str:
+        """What of a law differs from another."""
+        return describe(law, base, ids=not self.redacted)
 
     @property
     def sharded(self) -> bool:
@@ -214,8 +227,8 @@ class Scene:
     def _unpadded(self, model: torch.nn.Module, i: int, variant: Variant) -> torch.Tensor:
         at, columns = int(self.rows[i]), self.column[self.row == i]
         prompt = self.rollout.prompt_ids[at][self.rollout.prompt_mask[at].bool()]
-        if variant.contexts == "engine" and at in self.engine_prompts:
-            prompt = torch.tensor(self.engine_prompts[at], dtype=prompt.dtype, device=prompt.device)
+        if variant.contexts == "engine":
+            prompt = torch.tensor(self.prompt(at), dtype=prompt.dtype, device=prompt.device)
         length = int(columns.max()) + 1 if len(columns) else 1  # up to the last token looked at
         ids = torch.cat([prompt, self.rollout.completion_ids[at][:length]])[None]
         return self._hidden(model, ids, torch.ones_like(ids), length, 1)[0, columns]

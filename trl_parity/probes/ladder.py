@@ -18,10 +18,11 @@ from .base import Candidate, NotPossible, Probe, probe, redone
 
 __all__ = ["LADDER"]
 
-_TOKENS = 128  # asked for again, one request each
-_SEQUENCES = 8  # scored by prefill at temperature 1
+_TOKENS = 96  # asked for again, one request each
+_SEQUENCES = 4  # scored by prefill at temperature 1
 _REPRODUCED = 0.3  # asked again, the engine gives its number back: up to this share of the drift
 _STEP = 3.0  # a change within sequences: this much more drift on one side of it
+_SIDE = 0.15  # and at least this share of the tokens on either side
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +46,7 @@ def _ask_again(scene: Scene, world: World) -> _Again:
         contexts, targets, kept = [], [], []
         for n in picked.tolist():
             at, t = int(scene.rows[scene.row[n]]), int(scene.column[n])
-            prompt = scene.engine_prompts.get(at)
-            if prompt is None:
-                prompt = scene.rollout.prompt_ids[at][scene.rollout.prompt_mask[at].bool()].tolist()
-            ids = list(prompt) + scene.rollout.completion_ids[at, :t].tolist()
+            ids = scene.prompt(at) + scene.rollout.completion_ids[at, :t].tolist()
             if len(ids) < engine.max_model_len:
                 contexts.append(ids)
                 targets.append(int(scene.targets[n]))
@@ -137,7 +135,7 @@ def _change(scene: Scene, world: World) -> tuple[int | None, tuple[float, float]
     best: tuple[float, int, float, float] | None = None
     for at in range(2, width - 1):
         left, right = counts[:at].sum(), counts[at:].sum()
-        if min(left, right) < 8:
+        if min(left, right) < _SIDE * counts.sum():
             continue
         before, after = float(sums[:at].sum() / left), float(sums[at:].sum() / right)
         between = float(left * right / (left + right)) * (before - after) ** 2
@@ -150,58 +148,97 @@ def _change(scene: Scene, world: World) -> tuple[int | None, tuple[float, float]
     return (at if high > _STEP * low else None), (before, after)
 
 
+@dataclass(frozen=True, slots=True)
+class _Prefill:
+    tokens: torch.Tensor  # (M,) of the scene's tokens
+    scores: torch.Tensor  # (M,) by the engine's prefill at T = 1, before any processing
+
+
+def _prefilled(scene: Scene) -> _Prefill:
+    """The engine's own scores of a few sequences."""
+    engine = scene.engine
+    if engine is None:
+        raise NotPossible("a server is not asked to score its own tokens again")
+    if not engine.can_rescore():
+        raise NotPossible("with tensor parallelism or sleep mode one rank can't ask the engine alone")
+    if scene.prefilled is None:
+        sequences, tokens, starts = [], [], []
+        for i, at in enumerate(scene.rows[:_SEQUENCES].tolist()):
+            mine = (scene.row == i).nonzero().squeeze(-1)
+            prompt = scene.prompt(at)
+            if len(mine):
+                ids = prompt + scene.rollout.completion_ids[at, : int(scene.column[mine].max()) + 1].tolist()
+                if len(ids) < engine.max_model_len:
+                    sequences.append(ids)
+                    tokens.append(mine)
+                    starts.append(len(prompt) - 1)
+        if not sequences:
+            raise NotPossible("no sequence fits the engine's max_model_len")
+        scores = [
+            x.double()[start + scene.column[mine]]
+            for x, start, mine in zip(engine.rescore(sequences), starts, tokens, strict=True)
+        ]
+        scene.prefilled = _Prefill(torch.cat(tokens), torch.cat(scores))
+    known: _Prefill = scene.prefilled
+    return known
+
+
+def prefill_drift(scene: Scene, world: World, law: Law) -> torch.Tensor:
+    """Δ (M,) of the trainer against the engine's prefill, both at T = 1: without what is done to sample.
+
+    ``law``: what of it a model itself may do (scale, bias, rounding) is taken over.
+    """
+    known = _prefilled(scene)
+    scale = law.sampling.temperature / scene.temperature
+    at_one = replace(law, sampling=SamplingSettings(temperature=scale), report="processed_logprobs")
+    return scene.log_probs(replace(redone(world), law=at_one))[known.tokens] - known.scores
+
+
+def sampling_alone(scene: Scene, world: World, law: Law) -> bool:
+    """Whether a law of sampling can be all there is: before sampling, the two models must agree.
+
+    They do not when at T = 1, by prefill, the drift is a third or more of what it is when sampled, and taking the law
+    over into the model does not mend that either.
+    """
+    base = redone(world)
+    delta = scene.log_probs(base) - base.reported
+    good = base.kept & torch.isfinite(delta)
+    sampled = _size(delta[good])
+    left = min(
+        _size(prefill_drift(scene, world, one))
+        for one in (Law(sampling=SamplingSettings(temperature=scene.temperature)), law)
+    )
+    flatter = min(1.0, scene.temperature) ** 2  # drift in logits shows less at T = 1 than at a lower temperature
+    return left <= max(3.0 * scene.floor, flatter * sampled / 3.0)
+
+
 def prefill(scene: Scene, world: World) -> Candidate | None:
     """The engine's own scores of the same tokens in place of the trainer's: what is left is not the model's."""
     again = _ask_again(scene, world)
     engine = scene.engine
     assert engine is not None
     same, gap = _reproduced(scene, world, again, again.anew)
-    few = scene.rows[:_SEQUENCES].tolist()
-    sequences, ours = [], []
+    plain = Law(sampling=SamplingSettings(temperature=scene.temperature))
+    delta = prefill_drift(scene, world, plain)
     base = redone(world)
-    assert base.variant is not None
-    at_one = Law(sampling=SamplingSettings(temperature=1.0))
-    trainer = scene.log_probs(replace(base, law=at_one))
-    for i, at in enumerate(few):
-        prompt = scene.engine_prompts.get(at)
-        if prompt is None:
-            prompt = scene.rollout.prompt_ids[at][scene.rollout.prompt_mask[at].bool()].tolist()
-        tokens = (scene.row == i).nonzero().squeeze(-1)
-        if not len(tokens):
-            continue
-        ids = list(prompt) + scene.rollout.completion_ids[at, : int(scene.column[tokens].max()) + 1].tolist()
-        if len(ids) < engine.max_model_len:
-            sequences.append((ids, len(prompt)))
-            ours.append(tokens)
-    if not sequences:
-        raise NotPossible("no sequence fits the engine's max_model_len")
-    scores = engine.rescore([ids for ids, _ in sequences])
-    deltas = [
-        trainer[tokens] - theirs.double()[start - 1 + scene.column[tokens]]
-        for tokens, theirs, (_, start) in zip(ours, scores, sequences, strict=True)
-    ]
-    delta = torch.cat(deltas)
-    at_1, floor = _size(delta), scene.floor
     words = (
         f"at temperature 1, by prefill alone, engine and trainer differ by {float(delta.abs().mean()):.3g} nats on "
         f"average; asked again, the engine misses what it reported by {gap}"
     )
-    scene.notes["ladder"] = {"prefill_at_1": at_1, "reproduced": same}
-    if not same or at_1 <= 3 * floor or scene.engine_values:
+    scene.notes["ladder"] = {"prefill_at_1": _size(delta), "reproduced": same}
+    if not same or _size(delta) <= 3 * scene.floor or scene.engine_values:
         return None
-    theirs = base.reported.clone()
-    drift = again.anew - base.reported[again.picked]
-    theirs[again.picked] = scene.log_probs(base)[again.picked] - drift
-    over = torch.zeros(len(scene), dtype=torch.bool)
+    theirs, over = base.reported.clone(), torch.zeros(len(scene), dtype=torch.bool)
+    ours = scene.log_probs(base)
+    theirs[again.picked] = ours[again.picked] - (again.anew - base.reported[again.picked])
     over[again.picked] = True
+    drift = float((base.reported - ours).nan_to_num(0.0).abs().mean())
     settings = engine.settings()
     if "ignored" in scene.notes:
         cause, why = "partial_sync", f"its load_weights takes no notice of {', '.join(scene.notes['ignored'][:8])}"
     elif settings["quantization"] is not None:
         cause, why = "kv_cache_precision", f"the engine is quantized ({settings['quantization']})"
-    elif 3 * scene.notes.get("cache_moved", 0.0) > float(
-        (base.reported - scene.log_probs(base)).nan_to_num(0.0).abs().mean()
-    ):
+    elif 3 * scene.notes.get("cache_moved", 0.0) > drift:
         cause, why = "kv_cache_precision", "a cache as coarse as the engine's moves the trainer as much as it drifts"
     elif scene.began_healthy:
         cause = "stale_weights"

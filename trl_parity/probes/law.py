@@ -32,7 +32,7 @@ def raw(scene: Scene, world: World) -> Candidate | None:
     if cause != "raw_logprobs":
         return None
     mode = "" if scene.engine is None else f"; logprobs_mode of the live engine: {_mode(scene)}"
-    return Candidate(world=best, finding=laws.describe(best.law, world.law) + words + mode)
+    return Candidate(world=best, finding=scene.words(best.law, world.law) + words + mode)
 
 
 def _mode(scene: Scene) -> str:
@@ -72,7 +72,7 @@ def temperature(scene: Scene, world: World) -> Candidate | None:
     if abs(law.sampling.temperature - 1.0) < 0.02:  # what a raw mode reports, too
         cause, words = _who_samples(scene, world, best, "temperature")
     return Candidate(
-        world=best, cause=cause, finding=laws.describe(law, base.law) + words, details=laws.law_details(law)
+        world=best, cause=cause, finding=scene.words(law, base.law) + words, details=laws.law_details(law)
     )
 
 
@@ -83,9 +83,7 @@ def _requested(names: tuple[str, ...]) -> Callable[[Scene, World], Candidate | N
         if not changed:
             return None
         new = replace(law, sampling=replace(law.sampling, **changed))
-        return Candidate(
-            world=with_law(world, new), finding="as requested: " + laws.describe(new, law), details=changed
-        )
+        return Candidate(world=with_law(world, new), finding="as requested: " + scene.words(new, law), details=changed)
 
     return run
 
@@ -99,7 +97,7 @@ def _fitted(fit: Callable[[laws.Tokens, Law], Law | None]) -> Callable[[Scene, W
         added = len(law.bias) - len(base.law.bias) + (0 if law.allowed is None else 4)
         return Candidate(
             world=replace(base, law=law),
-            finding=laws.describe(law, base.law),
+            finding=scene.words(law, base.law),
             values=max(1, added),
             details=laws.law_details(law),
         )
@@ -128,7 +126,7 @@ def constraints(scene: Scene, world: World) -> Candidate | None:
     if law == world.law:
         return None
     return Candidate(
-        world=with_law(world, law), finding="as requested: " + laws.describe(law, world.law), details={"set": told}
+        world=with_law(world, law), finding="as requested: " + scene.words(law, world.law), details={"set": told}
     )
 
 
@@ -172,7 +170,7 @@ def logits_precision(scene: Scene, world: World) -> Candidate | None:
     gap = gap[torch.isfinite(gap)].abs()
     return Candidate(
         world=best,
-        finding=f"{laws.describe(best.law, world.law)}; with the trainer's own head mean |Δ| is {number(gap)}",
+        finding=f"{scene.words(best.law, world.law)}; with the trainer's own head mean |Δ| is {number(gap)}",
     )
 
 
