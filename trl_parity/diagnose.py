@@ -15,7 +15,7 @@ import torch
 
 from .causes import CAUSES
 from .distributed import gather_rows
-from .probes import COSTS, PROBES, Candidate, NotPossible, Probe, redone
+from .probes import COSTS, FREE, PROBES, Candidate, NotPossible, Probe, redone
 from .probes.ladder import sampling_alone
 from .records import Diagnosis, Evidence, NamedCause
 from .scene import Scene, World
@@ -29,7 +29,6 @@ _FIRST, _LATER = 0.3, 0.5  # share of what remains that a cause must explain: th
 _NAMED = 0.5  # of all the excess, by all causes together, or the cause is unknown
 _EXACT = 0.75  # a fitted law must explain this much of what remained, or all causes together must
 _ENOUGH = 0.9  # explained for sure: dearer probes are left out
-_FITS_STOP = COSTS.index("forward")  # only from here on do fitted laws alone end the search
 _LEFT = 0.2  # of the excess: less is not looked into
 _TIE = 0.04  # shares this close are equal
 _RESAMPLES = 200
@@ -82,11 +81,8 @@ def diagnose(scene: Scene, step: int, *, budget: float | None = None, ranks: int
         details["seconds"] = watch.now()
         return _nothing(step, details)
     for turn in range(_ROUNDS):
-        results = _try_all(scene, world, turn, watch, ranks, tuple(c.cause for c in named))
+        results = _try_all(scene, world, turn, watch, ranks)
         best = _best(results)
-        if best is not None and best.probe.exact and best.share < _ENOUGH:
-            results = _checked(scene, world, best, results, ranks)
-            best = _best(results)
         evidence += [result.evidence for result in results]
         if best is None or best.share < (_FIRST if turn == 0 else _LATER):
             break
@@ -131,25 +127,24 @@ def diagnose(scene: Scene, step: int, *, budget: float | None = None, ranks: int
     )
 
 
-def _try_all(
-    scene: Scene, world: World, turn: int, watch: _Stopwatch, ranks: int, done: tuple[str, ...]
-) -> list[_Result]:
+def _try_all(scene: Scene, world: World, turn: int, watch: _Stopwatch, ranks: int) -> list[_Result]:
+    """Probes cheapest first, until one explains enough for sure."""
     results: list[_Result] = []
     for cost in COSTS:
         for probe in PROBES:
             if probe.cost != cost or (turn and probe.cost == "last"):
                 continue
-            if watch.over and COSTS.index(cost) > COSTS.index("head"):
+            if watch.over and cost not in FREE:
                 text = f"not run: {watch.spent:.1f} s spent of a budget of {watch.budget:.1f} s"
                 results.append(_without_result(probe, turn, "", text, 0.0))
                 continue
             results.append(_try(scene, world, probe, turn, watch, ranks))
         best = _best(results)
-        if best is not None and best.probe.exact and COSTS.index(cost) >= _FITS_STOP:
+        if best is not None and best.probe.exact and cost == "fit":
             results = _checked(scene, world, best, results, ranks)
             best = _best(results)
         sure = best is not None and float(best.shares.quantile(0.05)) >= _ENOUGH
-        if best is not None and sure and (not best.probe.exact or COSTS.index(cost) >= _FITS_STOP):
+        if best is not None and sure:
             break
         if cost == "repeat" and world.variant is None:
             if best is not None and best.share >= _FIRST:  # the trainer's own, before anything is asked of it

@@ -8,12 +8,12 @@ A probe takes the scene and the world explained so far, and returns the :class:`
 from __future__ import annotations
 
 from .arrived import ARRIVED
-from .base import COSTS, Candidate, NotPossible, Probe, redone
+from .base import COSTS, FREE, Candidate, NotPossible, Probe, redone
 from .forward import PASSES
 from .ladder import LADDER
 from .law import LAWS
 from .weights import WEIGHTS
 
-__all__ = ["COSTS", "PROBES", "Candidate", "NotPossible", "Probe", "redone"]
+__all__ = ["COSTS", "FREE", "PROBES", "Candidate", "NotPossible", "Probe", "redone"]
 
 PROBES: tuple[Probe, ...] = (*ARRIVED, *PASSES, *LAWS, *WEIGHTS, *LADDER)

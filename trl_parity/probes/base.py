@@ -11,16 +11,9 @@ import torch
 from ..laws import Law
 from ..scene import Scene, Variant, World
 
-COSTS = (
-    "none",
-    "repeat",
-    "head",
-    "weights",
-    "forward",
-    "engine",
-    "singles",
-    "last",
-)  # cheapest first; last: by elimination
+# What a probe needs, in the order they are run: what can be found on the run itself comes before fits to its numbers.
+COSTS = ("none", "repeat", "head", "weights", "forward", "engine", "fit", "singles", "last")
+FREE = ("none", "repeat", "head", "fit", "last")  # run whatever the budget: one recompute, or what was asked already
 
 
 class NotPossible(Exception):

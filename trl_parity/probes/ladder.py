@@ -254,7 +254,7 @@ LADDER: tuple[Probe, ...] = (
     probe("prefix cache", "stale_prefix_cache", "engine", prefix_cache,
                "keys and values of older weights are read from the prefix cache",
                "computed anew, the engine agrees with the trainer, and from the cache with what it sampled"),
-    probe("asked again", "engine_numerics", "engine", within_sequences,
+    probe("asked again", "engine_numerics", "last", within_sequences,
                "the engine disagrees with itself, or its weights changed on the way",
                "asked again, it agrees with the trainer and not with what it sampled"),
     probe("engine's prefill", "model_definition", "last", prefill,

@@ -88,15 +88,22 @@ def _requested(names: tuple[str, ...]) -> Callable[[Scene, World], Candidate | N
     return run
 
 
-def _fitted(fit: Callable[[laws.Tokens, Law], Law | None]) -> Callable[[Scene, World], Candidate | None]:
+def _fitted(
+    fit: Callable[[laws.Tokens, Law], Law | None], *, held_out: bool = False
+) -> Callable[[Scene, World], Candidate | None]:
+    """``held_out``: fit to every other sequence and compare on the rest, since several values can be made to fit."""
+
     def run(scene: Scene, world: World) -> Candidate | None:
         base = redone(world)
-        law = fit(scene.fit_tokens(base), base.law)
+        rest = scene.row % 2 == 1 if held_out and scene.sequences > 3 else None
+        fitted_to = base if rest is None else replace(base, kept=base.kept & ~rest)
+        law = fit(scene.fit_tokens(fitted_to), base.law)
         if law is None:
             return None
         added = len(law.bias) - len(base.law.bias) + (0 if law.allowed is None else 4)
         return Candidate(
-            world=replace(base, law=law),
+            world=replace(base, law=law, kept=base.kept if rest is None else base.kept & rest),
+            over=rest,
             finding=scene.words(law, base.law),
             values=max(1, added),
             details=laws.law_details(law),
@@ -185,13 +192,13 @@ LAWS: tuple[Probe, ...] = (
            "the requests penalize and the comparison does not", "with the penalties, the trainer agrees"),
     probe("requested constraints", "constrained_decoding", "head", constraints,
            "the requests rule tokens out or favour some", "with the same mask or bias, the trainer agrees"),
-    probe("fitted temperature", "temperature", "head", temperature,
+    probe("fitted temperature", "temperature", "fit", temperature,
            "the engine samples at another temperature or logit scale", FITS),
-    probe("fitted truncation", "truncated_sampling", "head", _fitted(fits.fit_truncation),
+    probe("fitted truncation", "truncated_sampling", "fit", _fitted(fits.fit_truncation),
            "the engine truncates behind the requests' back", FITS),
-    probe("fitted penalties", "penalties", "head", _fitted(fits.fit_penalty),
+    probe("fitted penalties", "penalties", "fit", _fitted(fits.fit_penalty),
            "the engine penalizes behind the requests' back", FITS),
-    probe("fitted bias", "constrained_decoding", "head", _fitted(fits.fit_bias),
+    probe("fitted bias", "constrained_decoding", "fit", _fitted(fits.fit_bias, held_out=True),
            "the engine rules tokens out or favours some behind the requests' back", FITS),
     probe("shift", "token_misalignment", "head", shift,
            "log-probs belong to a neighbouring token", "moved by a place or two, they agree"),
