@@ -55,6 +55,26 @@ def save_tiny_model(directory: Path, *, logit_std: float = 2.0, **config: Any) -
     return directory
 
 
+def save_tiny_gemma(directory: Path) -> Path:
+    """A random Gemma 2: logit soft cap, scaled embeddings, tied head, a sliding window in every other layer."""
+    import torch
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    tokenizer = save_tokenizer(directory)
+    config = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, query_pre_attn_scalar=32, max_position_embeddings=256, sliding_window=64,
+        final_logit_softcapping=8.0, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Gemma2ForCausalLM(config)
+        torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.2)
+    model.save_pretrained(directory)
+    return directory
+
+
 def prompts(n: int = 64) -> Any:
     from datasets import Dataset
 

@@ -43,6 +43,16 @@ _PANELS_EXAMPLES = """examples:
   trl-parity panels --project trl-parity
   trl-parity panels --project rl --entity my-team"""
 
+_LINT = """Find known traps in a run's settings before it starts: raw log-probs, two temperatures, truncation, penalties,
+dropout, dtypes and heads that differ, a server's own defaults. A running callback checks the live engine and trainer
+with the same rules, and says so before the first update. What only the engine knows is not guessed."""
+_LINT_EXAMPLES = """examples:
+  trl-parity lint configs/grpo_gpu.yaml
+  trl-parity lint configs/grpo_gpu.yaml --set top_p=0.9 --set temperature=0.7
+  trl-parity lint configs/grpo_gpu.yaml --serve "vllm serve Qwen/Qwen3-0.6B --max-model-len 1024"
+
+exit codes: 0 no error found, 1 at least one, 2 the input can't be used"""
+
 _DRILL = """Break the real stack on purpose, train a few GRPO steps with ParityCallback, and see whether the fault is
 detected, how fast, and which cause is named. Needs the repository (recipes/drill) and vLLM; a CPU is enough. Progress
 goes to stderr, the result to stdout."""
@@ -61,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="trl-parity",
         description="Is the vLLM engine that samples the same policy as the TRL trainer that learns?",
-        epilog="exit codes: 0 done, 1 a drill was not detected or not named, 2 the input can't be used",
+        epilog="exit codes: 0 done, 1 a drill was missed or lint found an error, 2 the input can't be used",
     )
     parser.add_argument("--version", action="version", version=f"trl-parity {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -87,6 +97,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     sub = command("panels", _panels, "make the ready-made W&B workspace of a project", _PANELS, _PANELS_EXAMPLES)
     sub.add_argument("--project", required=True, help="W&B project")
     sub.add_argument("--entity", help="W&B user or team (default: your own)")
+    sub = command("lint", _lint, "find known traps in a run's settings", _LINT, _LINT_EXAMPLES)
+    sub.add_argument("config", help="YAML file of TRL's and trl-parity's settings, as the recipes use")
+    sub.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="lay one setting over it")
+    sub.add_argument("--serve", metavar="LINE", help="how the server is started: 'vllm serve MODEL --dtype ...'")
+    sub.add_argument("--trainer", choices=["grpo", "rloo"], default="grpo", help="default: grpo")
+    sub.add_argument("--json", action="store_true", help="print one JSON list instead of a table")
     sub = command("drill", _drill, "break the stack on purpose and see what is named", _DRILL, _DRILL_EXAMPLES)
     sub.add_argument("names", nargs="*", metavar="NAME", help="drills to run")
     sub.add_argument("--all", action="store_true", help="run all drills, the control included")
@@ -140,6 +156,52 @@ def _replay(options: argparse.Namespace) -> int:
         print("note: no config.json beside the windows; replayed with the default settings", file=sys.stderr)
     _print_replay(judged, result, everything=options.all)
     return 0
+
+
+def _lint(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    import yaml
+
+    from .errors import ConfigError
+    from .lint import configured_facts, lint
+
+    try:
+        with open(options.config, encoding="utf-8") as f:
+            values = yaml.safe_load(f) or {}
+        if not isinstance(values, dict):
+            raise ConfigError(f"{options.config} holds a {type(values).__name__}. Expected a mapping of settings.")
+        for item in options.set:
+            name, equals, value = item.partition("=")
+            if not equals:
+                raise ConfigError(f"--set {item!r} has no '='. Expected NAME=VALUE, e.g. --set top_p=0.9.")
+            values[name.strip()] = yaml.safe_load(value)
+    except OSError as e:
+        raise ConfigError(f"cannot read {options.config}: {e.strerror}. Expected a YAML file of settings.") from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{options.config} is not valid YAML: {e}") from e
+    try:
+        found = list(lint(configured_facts(values, serve=options.serve, trainer=options.trainer)))
+    except (TypeError, ValueError, SystemExit) as e:
+        raise ConfigError(f"a setting can't be read ({e}). Check {options.config}, --set and --serve.") from e
+    if options.json:
+        print(json.dumps([asdict(finding) for finding in found], indent=1))
+    else:
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.table import Table
+
+        styles = {"error": "bold red", "warning": "yellow", "note": "dim"}
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for finding in found:
+            style = styles[finding.severity]
+            table.add_row(
+                f"[{style}]{finding.severity}[/]",
+                finding.cause,
+                f"{escape(finding.text)}\n[bold]Fix:[/] {escape(finding.fix)}",
+            )
+        Console(highlight=False).print(table if found else "no known trap in these settings")
+    return 1 if any(finding.severity == "error" for finding in found) else 0
 
 
 def _watch(options: argparse.Namespace) -> int:

@@ -83,7 +83,10 @@ def _if_better(tokens: Tokens, before: Tensor, law: Law) -> Law | None:
 
 
 def fit_temperature(tokens: Tokens, law: Law) -> Law | None:
-    """The temperature within a factor 8 of the law's that fits best; truncation is redone at each. None: no gain."""
+    """The temperature within a factor 8 of the law's that fits best; truncation is redone at each.
+
+    None: no gain, or the edge of the range, where it is not a temperature that makes the law so sharp or flat.
+    """
     if law.report != PROCESSED:
         return None
     sketch = sketch_of(tokens, law)
@@ -93,6 +96,8 @@ def fit_temperature(tokens: Tokens, law: Law) -> Law | None:
         return sketch.scores(settings, sketch.mass(tau), tau)[0].squeeze(-1)
 
     octaves, _ = _minimize(_each(lambda x: huber(score(2.0**x) - tokens.reported).mean()), _grid(-3, 3, 13), 8)
+    if abs(octaves) > 2.99:
+        return None
     return _if_better(tokens, score(1.0), _sampling(law, "temperature", law.sampling.temperature * 2.0**octaves))
 
 
@@ -135,7 +140,7 @@ def fit_penalty(tokens: Tokens, law: Law) -> Law | None:
     """The repetition [0.5, 3], presence or frequency penalty [-2, 2], put in the law's place, that fits best.
 
     log Σ e^z' = log(Σ_unseen e^z + Σ_seen e^z'): the unseen are summed once, nothing is subtracted. The kept mass of
-    a truncated law is taken to stay as it is, then redone and the fit repeated. None: no gain.
+    a truncated law is taken to stay as it is, then redone and the fit repeated. None: no gain, or an edge.
     """
     if law.report != PROCESSED or not bool(tokens.real.any()):
         return None
@@ -175,6 +180,8 @@ def fit_penalty(tokens: Tokens, law: Law) -> Law | None:
 
     now = log_probs(tokens, law).logprobs
     name, x = refitted(law, now, _PENALTIES)
+    if min(abs(x - float(_PENALTIES[name][edge])) for edge in (0, -1)) < 1e-3:
+        return None
     best = _sampling(law, name, x)
     if law.sampling.truncates:
         exact = log_probs(tokens, best).logprobs

@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from .records import SamplingSettings
 
-__all__ = ["Facts", "Finding", "facts", "largest_dropout", "lint"]
+__all__ = ["UNREPLAYED", "Facts", "Finding", "configured_facts", "facts", "largest_dropout", "lint"]
+
+# request settings that change the law the engine samples from and are not replayed on the trainer's logits
+UNREPLAYED = ("logit_bias", "bad_words", "allowed_token_ids", "min_tokens", "structured_outputs", "logits_processors")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +60,8 @@ def lint(f: Facts) -> Iterator[Finding]:
         yield Finding(
             "error",
             "unknown",
-            "the trainer asks the engine for no log-probs (RLOOTrainer never does, GRPOTrainer without importance "
-            "sampling correction): there is nothing to compare, and nothing corrects a mismatch.",
+            "the trainer asks the engine for no log-probs (RLOOTrainer does not by itself): there is nothing to "
+            "compare, and nothing corrects a mismatch.",
             "trainer.vllm_generation.logprobs = 0 before trainer.train().",
         )
     processed = s.temperature not in (0.0, 1.0) or s.truncates or s.penalizes
@@ -191,6 +194,103 @@ def facts(capture: Any, replayed: bool) -> Facts:
         masks_sequences=mode if mode is not None and mode.endswith("_mask") else None,
         **({} if engine is None else engine.settings()),
     )
+
+
+def configured_facts(values: Mapping[str, Any], *, serve: str | None = None, trainer: str = "grpo") -> Facts:
+    """The facts a run will have, from settings alone: TRL's (GRPOConfig, ModelConfig) and trl-parity's by name.
+
+    ``serve``: the line the server is started with, ``vllm serve MODEL --logprobs-mode ...``. What can't be known
+    before the engine runs is None. The checkpoint's config is read where it lies on this machine.
+    """
+    extra = dict(values.get("generation_kwargs") or {})
+    constrained = ("structured_outputs",) if values.get("vllm_structured_outputs_regex") else ()
+    init = dict(values.get("model_init_kwargs") or {})
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    set_to = {n: extra.get(n, values.get(n)) for n in (*names, "presence_penalty", "frequency_penalty")}
+    sampling = SamplingSettings(
+        **{n: v for n, v in set_to.items() if v is not None},
+        unreplayed=tuple(n for n in UNREPLAYED if n in constrained or extra.get(n)),
+    )
+    checkpoint = _checkpoint(values.get("model_name_or_path"))
+    dtype = str(values.get("dtype") or init.get("dtype") or "float32").removeprefix("torch.")
+    half = None if values.get("fp16") else values.get("bf16", True) is not False
+    weights = checkpoint.get("dtype") if dtype == "auto" else dtype
+    mode = values.get("vllm_importance_sampling_mode", "sequence_mask")
+    masks = values.get("vllm_importance_sampling_correction", True) and str(mode).endswith("_mask")
+    if serve is not None or values.get("vllm_mode") == "server":
+        engine = _served(serve, checkpoint)
+    else:  # colocated: TRL sets the log-prob mode, and nothing else of these
+        own = _engine_dtype("auto", checkpoint)
+        engine = {"logprobs_mode": "processed_logprobs", "engine_dtype": own, "engine_head_dtype": own}
+        engine["prefix_caching"] = True
+    return Facts(
+        sampling=sampling,
+        trainer_temperature=float(values.get("temperature", 1.0)),
+        replayed=values.get("truncation", "replay") == "replay",
+        trainer_dtype=weights,
+        compute_dtype="float16" if half is None else "bfloat16" if half else weights,
+        trainer_head_fp32=bool(values.get("cast_lm_head_to_fp32")),
+        dropout=0.0 if values.get("disable_dropout") else checkpoint.get("dropout", 0.0),
+        masks_sequences=str(mode) if masks else None,
+        has_logprobs=trainer != "rloo",
+        checkpoint_dtype=checkpoint.get("dtype"),
+        **engine,
+    )
+
+
+def _checkpoint(model: Any) -> dict[str, Any]:
+    """dtype, dropout and sampling defaults of a model's files; empty where they are not on this machine."""
+    from transformers import AutoConfig, GenerationConfig
+
+    found: dict[str, Any] = {}
+    try:
+        config = AutoConfig.from_pretrained(model, local_files_only=True).get_text_config()
+        found["dtype"] = None if config.dtype is None else _name(config.dtype)
+        rates = [v for k, v in config.to_dict().items() if k.endswith(("dropout", "pdrop")) and isinstance(v, float)]
+        found["dropout"] = max(rates, default=0.0)
+        defaults = GenerationConfig.from_pretrained(model, local_files_only=True)
+        neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+        told = {
+            n: v for n in neutral if (v := getattr(defaults, n, None)) not in (None, neutral[n], 50 * (n == "top_k"))
+        }
+        found["defaults"] = tuple(f"{n}={v:g}" for n, v in told.items())
+    except (OSError, ValueError, TypeError):
+        pass
+    return found
+
+
+def _engine_dtype(asked: str, checkpoint: Mapping[str, Any]) -> str | None:
+    """vLLM's ``auto``: the checkpoint's, but half precision where that is float32."""
+    own = checkpoint.get("dtype")
+    return asked if asked != "auto" else "bfloat16" if own == "float32" else own
+
+
+def _served(serve: str | None, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The engine's facts from the line a server is started with; nothing without it."""
+    if serve is None:
+        return {}
+    import argparse
+    import json
+    import shlex
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag, default in (
+        ("--logprobs-mode", "raw_logprobs"), ("--dtype", "auto"), ("--kv-cache-dtype", "auto"),
+        ("--quantization", None), ("--hf-overrides", "{}"), ("--generation-config", "auto"),
+    ):  # fmt: skip
+        parser.add_argument(flag, default=default)
+    parser.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True)
+    found, _ = parser.parse_known_args(shlex.split(serve))
+    dtype = _engine_dtype(found.dtype, checkpoint)
+    return {
+        "logprobs_mode": found.logprobs_mode,
+        "engine_dtype": dtype,
+        "engine_head_dtype": json.loads(found.hf_overrides).get("head_dtype", dtype),
+        "kv_cache_dtype": found.kv_cache_dtype,
+        "quantization": found.quantization,
+        "prefix_caching": found.enable_prefix_caching,
+        "engine_defaults": checkpoint.get("defaults", ()) if found.generation_config != "vllm" else (),
+    }
 
 
 def largest_dropout(model: Any) -> float:

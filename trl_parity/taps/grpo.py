@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType
 
 from ..engine.live import Request, recorded_requests
 from ..errors import InterceptionError
+from ..lint import UNREPLAYED
 from ..records import RolloutBatch, SamplingSettings, ScoredBatch
 from . import instrumentation
 
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 PRIVATE_NAMES = ("_generate_and_score_completions", "_get_per_token_logps_and_entropies", "_compute_loss")
 _ACTIVE = "_trl_parity_capture"
 _LOSS = "_trl_parity_loss"
-# request settings that change the law the engine samples from and are not replayed on the trainer's logits
-_UNREPLAYED = ("logit_bias", "bad_words", "allowed_token_ids", "min_tokens", "structured_outputs", "logits_processors")
 
 
 def wrappers() -> Iterator[tuple[Any, str, Callable[..., Any]]]:
@@ -134,7 +133,7 @@ def sampling_settings(trainer: Any) -> SamplingSettings:
     values = {name: extra.get(name, getattr(generation, name)) for name in names}
     values |= {name: extra.get(name, 0.0) for name in ("presence_penalty", "frequency_penalty")}
     values = {name: 0.0 if value is None else value for name, value in values.items()}  # TRL: min_p=None is off
-    unreplayed = [name for name in _UNREPLAYED if extra.get(name)]
+    unreplayed = [name for name in UNREPLAYED if extra.get(name)]
     if generation.structured_outputs_regex is not None and "structured_outputs" not in unreplayed:
         unreplayed.append("structured_outputs")
     return SamplingSettings(**values, unreplayed=tuple(unreplayed))
