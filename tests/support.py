@@ -64,13 +64,15 @@ def save_tiny_gemma(directory: Path) -> Path:
     config = Gemma2Config(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=32, query_pre_attn_scalar=32, max_position_embeddings=256, sliding_window=64,
-        final_logit_softcapping=8.0, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        final_logit_softcapping=4.0, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Gemma2ForCausalLM(config)
-        torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.2)
+        for name, parameter in model.named_parameters():  # so that the layers matter and tokens are not repeated
+            if parameter.ndim == 2:
+                parameter.data.mul_(15.0 if "embed" in name else 3.0)
     model.save_pretrained(directory)
     return directory
 

@@ -67,6 +67,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         self.incident: Path | None = None  # the folder left behind by the last halt (main process)
         self.monitor = ParityMonitor(self.config, opened=False)
         self._phases = self.config.temperature_phases()
+        self._investigator = Investigator(self.config)
         self._reset()
         prepare_cpu_engine()  # before the trainer builds its engine
         instrument()
@@ -96,7 +97,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         self._capture: Capture | None = None  # of the last training batch
         self._judging = False  # its window is being closed
         self._moved = False  # the weights have been updated since
-        self._investigator = Investigator(self.config)
+        self._investigator.reset()
         self._error = ""
         self._batches = 0
         self._open_batches = 0  # of them in the open window
@@ -459,7 +460,6 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         if self._open_batches and not self._stop:  # the same on every rank: batches are generated together
             self._close_window(int(state.global_step), final=True)
         self.monitor.close()
-        self._last = None
 
     # ---- checkpoints ------------------------------------------------------------------------------------------
 

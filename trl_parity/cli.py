@@ -1,7 +1,7 @@
 """The ``trl-parity`` command.
 
-Exit codes: 0 done, 1 a drill was not detected or not named as expected, 2 the input can't be used (said in one line on
-stderr).
+Exit codes: 0 done, 1 a drill was missed or misnamed, or lint found an error, 2 the input can't be used (said in one
+line on stderr).
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ _PANELS_EXAMPLES = """examples:
   trl-parity panels --project trl-parity
   trl-parity panels --project rl --entity my-team"""
 
-_LINT = """Find known traps in a run's settings before it starts: raw log-probs, two temperatures, truncation, penalties,
-dropout, dtypes and heads that differ, a server's own defaults. A running callback checks the live engine and trainer
-with the same rules, and says so before the first update. What only the engine knows is not guessed."""
+_LINT = """Find known traps in a run's settings before it starts: raw log-probs, two temperatures, truncation,
+penalties, dropout, dtypes and heads that differ, a server's own defaults. A running callback checks the live engine
+and trainer with the same rules, and says so before the first update. What only the engine knows is not guessed."""
 _LINT_EXAMPLES = """examples:
   trl-parity lint configs/grpo_gpu.yaml
   trl-parity lint configs/grpo_gpu.yaml --set top_p=0.9 --set temperature=0.7

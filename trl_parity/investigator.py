@@ -28,8 +28,12 @@ class Investigator:
 
     def __init__(self, config: ParityConfig):
         self.config = config
-        self.diagnosis: Diagnosis | None = None  # the last one
         self.wanted = False  # somebody asked for one when no batch was at hand
+        self.reset()
+
+    def reset(self) -> None:
+        """A new run begins."""
+        self.diagnosis: Diagnosis | None = None  # the last one
         self._asked = False  # in this episode
         self._named = False
 
