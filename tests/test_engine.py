@@ -154,6 +154,8 @@ trainer.train()
 rank = trainer.accelerator.process_index
 lines = [f"{v.step} {v.status} {v.streak} {v.stats.num_tokens} {v.stats['kl_k3']!r} {v.stats.get('floor/kl_k3')!r}"
          for v in callback.verdicts]
+d = callback.diagnosis
+lines.append("none" if d is None else f"{d.cause} {d.explained!r} {d.confidence!r} {len(d.evidence)}")
 weight = sum(float(p.double().sum()) for p in trainer.model.parameters())
 Path(out, f"rank{rank}.txt").write_text("\\n".join([*lines, f"{weight!r} {trainer.state.global_step}"]))
 """
@@ -170,21 +172,23 @@ def two_ranks(tmp_path, kind, port):
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = ((out / f"rank{rank}.txt").read_text() for rank in (0, 1))
     assert first == second  # verdicts, statistics to the last digit, weights
-    return out, first.splitlines()[:-1], done.stderr
+    return out, first.splitlines()[:-2], first.splitlines()[-2], done.stderr
 
 
 @pytest.mark.engine
 def test_two_ranks_reach_the_same_verdicts_and_stop_together(tmp_path):
-    out, lines, told = two_ranks(tmp_path, "truncated", 29618)
+    out, lines, found, told = two_ranks(tmp_path, "truncated", 29618)
     assert [line.split()[1] for line in lines] == ["BREACH", "BREACH", "HALT"]
     assert lines[0].split()[3] == str(16 * 24)  # tokens of both ranks
     assert len((out / "parity" / "metrics.jsonl").read_text().splitlines()) == 3  # rank 0 alone writes
     assert told.count("HALT at step 3") == 1
+    assert found.split()[0] == "truncated_sampling"  # named alike, from the residuals of both ranks
+    assert [d.name for d in (out / "parity" / "incidents").iterdir()] == ["step-3"]
 
 
 @pytest.mark.engine
 def test_a_rank_whose_batches_are_all_masked_judges_like_the_others(tmp_path):
-    _, lines, _ = two_ranks(tmp_path, "masked", 29619)
+    _, lines, _, _ = two_ranks(tmp_path, "masked", 29619)
     assert len(lines) == 3
     tokens = [int(line.split()[3]) for line in lines]
     assert all(0 < n < 8 * 24 for n in tokens)  # rank 0's alone, and only those that ended

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from .config import ParityConfig, Rule
     from .errors import ParityError, ParityHalt
     from .monitor import ParityMonitor
-    from .records import MismatchStats, Status, Verdict
+    from .records import Diagnosis, MismatchStats, Status, Verdict
     from .rewards import RewardBaseline
 
 __all__ = [
+    "Diagnosis",
     "MismatchStats",
     "ParityCallback",
     "ParityConfig",
@@ -42,6 +43,7 @@ _HOME = {
     "Rule": "config",
     "ParityError": "errors",
     "ParityHalt": "errors",
+    "Diagnosis": "records",
     "MismatchStats": "records",
     "Status": "records",
     "Verdict": "records",

@@ -316,6 +316,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         """Collective. Our own failure is a warning: the verdict stands without a cause."""
         if self._capture is None or self._last is None:
             return None
+        start = time.perf_counter()
         first = next((v for v in self.verdicts if v.stats is not None), None)
         resumed = self.monitor.breaker.windows > len(self.verdicts)
         try:
@@ -330,6 +331,9 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
             logger.warning("the drift of step %d could not be diagnosed: %s: %s", step, type(e).__name__, e)
             logger.debug("%s", traceback.format_exc())
             return None
+        finally:  # once an episode, and said in its details: no part of the running cost
+            if self._judging:
+                self._spent -= time.perf_counter() - start
 
     def _log_rich(self, verdict: Verdict, sums: MismatchSums) -> None:
         every = self.config.rich_every_n_windows

@@ -70,6 +70,7 @@ def diagnose(scene: Scene, step: int, *, budget: float | None = None, ranks: int
     evidence: list[Evidence] = []
     named: list[NamedCause] = []
     inexact: set[str] = set()  # named after fits that leave much
+    scene.prepare()
     sums = _gathered(scene.residual(world)[0], ranks)
     drift = _mean(sums)
     excess = drift - scene.floor

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from .engine.live import ColocatedEngine
+from .engine.live import ColocatedEngine, own_random_numbers
 from .floor import compute_dtype, eval_mode
-from .head import logits_chunk, score_tokens
+from .head import Head, logits_chunk, score_tokens
 from .laws import Law, Tokens, describe, huber, log_probs
 from .recompute import causal_lm, materialized_head
 from .records import RolloutBatch, SamplingSettings, ScoredBatch
@@ -100,6 +100,7 @@ class Scene:
         self.redacted = redacted  # name no token ids
         self.again: Any = None  # the engine's answers when asked again (ladder.py)
         self.prefilled: Any = None  # its scores by prefill (ladder.py)
+        self._whole_head: Head | None = None
         self.notes: dict[str, Any] = {}  # for the diagnosis' details: JSON
         self.engine_values: Mapping[str, tuple[torch.nn.Parameter, torch.Tensor]] = {}  # read back, where they differ
         self.engine_prompts: dict[int, list[int]] = {}  # by row of the batch, where they are not the trainer's
@@ -125,12 +126,16 @@ class Scene:
     @property
     def sharded(self) -> bool:
         """Whether the policy's weights are spread over ranks, so that they can't be swapped or rebuilt here."""
-        return any(hasattr(p, "full_tensor") or hasattr(p, "ds_status") for p in self.model.parameters())
+        return self.capture.sharded
 
-    @property
-    def backbone(self) -> torch.nn.Module:
-        """The policy without its head."""
-        return causal_lm(self.model).base_model
+    def prepare(self) -> None:
+        """Of a sharded policy: the one pass and the head all readings are made from. A collective there."""
+        if self.sharded:
+            self.states(Variant())
+            with materialized_head(self.model, self.temperature) as head:
+                bias = None if head.bias is None else head.bias.clone()
+                low = tuple((a.clone(), b.clone(), x) for a, b, x in head.low_rank)
+                self._whole_head = replace(head, weight=head.weight.clone(), bias=bias, low_rank=low)
 
     # ---- what disagrees ---------------------------------------------------------------------------------------
 
@@ -151,7 +156,7 @@ class Scene:
             return self.as_scored
         parts = []
         states = self.states(world.variant)
-        with self._applied(world.variant) as model, materialized_head(model, world.law.sampling.temperature) as head:
+        with self._head(world.variant, world.law.sampling.temperature) as head:
             device = head.weight.device
             plain = world.law == Law(sampling=SamplingSettings(temperature=world.law.sampling.temperature))
             targets = self.targets.to(device)
@@ -169,11 +174,19 @@ class Scene:
         if world.variant is None:
             raise ValueError("a fit needs a forward pass; give a variant")
         usable = (world.kept & torch.isfinite(world.reported)).nonzero().squeeze(-1)
-        with self._applied(world.variant) as model, materialized_head(model, self.temperature) as head:
+        with self._head(world.variant, self.temperature) as head:
             count = max(16, min(_FIT_TOKENS, _FIT_BYTES // (4 * head.vocab_used), len(usable)))
             picked = usable[torch.linspace(0, len(usable) - 1, count).long().unique()] if len(usable) else usable
             logits = logits_chunk(self.states(world.variant)[picked].to(head.weight.device), head)
             return self._tokens(picked, logits, world)
+
+    @contextmanager
+    def _head(self, variant: Variant, temperature: float) -> Iterator[Head]:
+        if self._whole_head is not None:
+            yield replace(self._whole_head, temperature=temperature)
+            return
+        with self._applied(variant) as model, materialized_head(model, temperature) as head:
+            yield head
 
     def _tokens(self, part: Any, logits: torch.Tensor, world: World) -> Tokens:
         row, column = self.row[part], self.column[part]
@@ -199,6 +212,8 @@ class Scene:
     def states(self, variant: Variant) -> torch.Tensor:
         """(N, H) hidden states that predict the tokens, where they were computed. The last few are remembered."""
         if variant not in self._states:
+            if self._whole_head is not None:
+                raise ValueError("the policy is sharded over ranks: one pass over it is made, and no other")
             if len(self._states) > 3:
                 self._states.pop(next(iter(self._states)))
             with self._applied(variant) as model, torch.no_grad():
@@ -263,7 +278,7 @@ class Scene:
         model = self._rebuilt if variant.model == "engine_config" else self.model
         with ExitStack() as stack:
             stack.enter_context(eval_mode(self.model))
-            stack.enter_context(torch.random.fork_rng())
+            stack.enter_context(own_random_numbers())
             if variant.weights == "engine":
                 stack.enter_context(_swapped(dict(self.engine_values.values())))
             elif variant.weights == "rounded":
@@ -289,9 +304,8 @@ class Scene:
         own = causal_lm(self.model)
         config = type(own.config).from_dict(self.engine.hf_config.to_dict())
         config._attn_implementation = own.config._attn_implementation
-        with torch.random.fork_rng(), init_empty_weights(include_buffers=False):
+        with own_random_numbers(), init_empty_weights(include_buffers=False):
             model = type(own)(config)
-        model.to(next(own.buffers(), next(own.parameters())).device) if not list(model.parameters()) else None
         for name, parameter in own.named_parameters():
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, parameter)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["ColocatedEngine", "Request", "engine_of", "recorded_requests"]
+__all__ = ["ColocatedEngine", "Request", "engine_of", "own_random_numbers", "recorded_requests"]
 
 
 class ColocatedEngine:
@@ -121,7 +121,7 @@ class ColocatedEngine:
 
     def _ask(self, sequences: Sequence[Sequence[int]], params: Any, salt: str | None) -> Any:
         prompts: Any = [{"prompt_token_ids": list(ids)} | ({"cache_salt": salt} if salt else {}) for ids in sequences]
-        with torch.random.fork_rng():
+        with own_random_numbers():
             return self.llm.generate(prompts, sampling_params=params, use_tqdm=False)
 
     def _salt(self) -> str:
@@ -130,6 +130,14 @@ class ColocatedEngine:
 
 
 _salts = itertools.count()
+
+
+@contextmanager
+def own_random_numbers() -> Iterator[None]:
+    """The random state of the CPU and of this process's CUDA device is after the block what it was before."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
 
 
 def engine_of(generation: Any) -> ColocatedEngine | None:

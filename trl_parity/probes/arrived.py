@@ -117,6 +117,6 @@ ARRIVED: tuple[Probe, ...] = (
            "some log-probs are not finite", "without these tokens the drift is gone"),
     probe("handover", "token_misalignment", "none", handover,
            "what arrived is not what the engine returned", "with the engine's own answer the drift is gone"),
-    probe("context", "token_misalignment", "singles", context,
+    probe("context", "token_misalignment", "head", context,
            "the engine was given other prompt ids", "on the engine's own ids the trainer agrees"),
 )  # fmt: skip

@@ -166,6 +166,11 @@ class GRPOCapture:
         self.sampling = sampling_settings(trainer)
 
     @property
+    def sharded(self) -> bool:
+        """Whether the policy's weights may be spread over ranks, so that a pass over it is a collective."""
+        return self.trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+    @property
     def seconds(self) -> float:
         """Host seconds the scoring took inside TRL's own pass."""
         return 0.0 if self.scorer is None else self.scorer.seconds
@@ -245,10 +250,8 @@ class GRPOCapture:
         width = rollout.prompt_ids.shape[1] + rollout.completion_ids.shape[1]
         device, total = rollout.prompt_ids.device, len(rollout.prompt_ids)
         count = min(total, max(1, token_budget // width))
-        accelerator = self.trainer.accelerator
-        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            # a sharded model's forward is a collective: every rank must run as many rows
-            count = int(accelerator.gather(torch.tensor([count], device=device)).min())
+        if self.sharded:  # a sharded model's forward is a collective: every rank must run as many rows
+            count = int(self.trainer.accelerator.gather(torch.tensor([count], device=device)).min())
         return (torch.arange(count, device=device) * total // count + self.step) % total
 
     def forward(
@@ -280,5 +283,8 @@ class GRPOCapture:
             )
         size = batch_size or (args.per_device_train_batch_size if self.training else args.per_device_eval_batch_size)
         score = instrumentation.original(type(trainer), PRIVATE_NAMES[1])
+        model = trainer.model
+        if not self.sharded:  # DDP's own forward may sync buffers over ranks, and ranks may run different passes here
+            model = trainer.accelerator.unwrap_model(model)
         with torch.no_grad(), disable_gradient_checkpointing(trainer.model, args.gradient_checkpointing_kwargs):
-            return score(trainer, trainer.model, ids, attention, keep, batch_size=size)[0]
+            return score(trainer, model, ids, attention, keep, batch_size=size)[0]

@@ -41,6 +41,10 @@ class Capture(Protocol):
         """The temperature of each call the engine got, from what was really sent."""
 
     @property
+    def sharded(self) -> bool:
+        """Whether the policy's weights may be spread over ranks, so that a pass over it is a collective."""
+
+    @property
     def seconds(self) -> float:
         """Host seconds the scoring took inside the trainer's own pass."""
 
