@@ -10,6 +10,7 @@ from typing import Any
 from .config import ParityConfig
 from .distributed import gather_rows
 from .engine.live import engine_of
+from .engine.server import reachable
 from .engine.weights import policy_tensors
 from .errors import ConfigError
 from .incident import Incident, sequence_rows, versions, windows_in_short, write_incident
@@ -72,7 +73,7 @@ class Investigator:
             capture,
             rollout,
             scored,
-            engine_of(trainer.vllm_generation),
+            reachable(trainer.vllm_generation),
             token_budget=self.config.diagnose_tokens,
             replayed=self.config.truncation == "replay",
             floor=floor or 0.0,
@@ -121,7 +122,7 @@ class Investigator:
                 rows = sequence_rows(*last, decode, _SEQUENCES)
         except Exception as e:  # a bundle without sequences is better than none
             logger.warning("the incident's sequences could not be kept: %s: %s", type(e).__name__, e)
-        engine = engine_of(trainer.vllm_generation)
+        engine = reachable(trainer.vllm_generation)
         try:
             settings = {"mode": trainer.vllm_generation.mode} | ({} if engine is None else engine.everything())
             incident = Incident(

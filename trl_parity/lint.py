@@ -176,11 +176,11 @@ def _changed(sampling: SamplingSettings) -> str:
 
 def facts(capture: Any, replayed: bool) -> Facts:
     """The facts of a run, from its first batch's capture."""
-    from .engine.live import engine_of
+    from .engine.server import reachable
     from .floor import compute_dtype
 
     trainer, args = capture.trainer, capture.trainer.args
-    engine = engine_of(trainer.vllm_generation)
+    engine = reachable(trainer.vllm_generation)
     weights = next(p.dtype for p in trainer.model.parameters() if p.is_floating_point())
     mode = args.vllm_importance_sampling_mode if args.vllm_importance_sampling_correction else None
     return Facts(
@@ -191,6 +191,7 @@ def facts(capture: Any, replayed: bool) -> Facts:
         compute_dtype=_name(compute_dtype(trainer)),
         trainer_head_fp32=args.cast_lm_head_to_fp32,
         dropout=largest_dropout(trainer.model),
+        has_logprobs=trainer.vllm_generation.logprobs is not None,
         masks_sequences=mode if mode is not None and mode.endswith("_mask") else None,
         **({} if engine is None else engine.settings()),
     )

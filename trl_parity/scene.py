@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .engine.live import ColocatedEngine, own_random_numbers
+from .engine.server import ServerEngine
 from .floor import compute_dtype, eval_mode
 from .head import Head, logits_chunk, score_tokens
 from .laws import Law, Tokens, describe, huber, log_probs
@@ -63,7 +64,7 @@ class Scene:
         capture: Capture,
         rollout: RolloutBatch,
         scored: ScoredBatch,
-        engine: ColocatedEngine | None,
+        engine: ColocatedEngine | ServerEngine | None,
         *,
         token_budget: int,
         replayed: bool,
@@ -299,10 +300,11 @@ class Scene:
         """The trainer's class on the engine's config, sharing the trainer's parameters; buffers are new."""
         from accelerate import init_empty_weights
 
-        if self.engine is None or self.sharded or hasattr(self.model, "peft_config"):
+        engine = self.engine
+        if not isinstance(engine, ColocatedEngine) or self.sharded or hasattr(self.model, "peft_config"):
             raise ValueError("the model can be rebuilt only beside a colocated engine, unsharded and without adapters")
         own = causal_lm(self.model)
-        config = type(own.config).from_dict(self.engine.hf_config.to_dict())
+        config = type(own.config).from_dict(engine.hf_config.to_dict())
         config._attn_implementation = own.config._attn_implementation
         with own_random_numbers(), init_empty_weights(include_buffers=False):
             model = type(own)(config)

@@ -20,6 +20,8 @@ __all__ = ["ColocatedEngine", "Request", "engine_of", "own_random_numbers", "rec
 class ColocatedEngine:
     """The ``vllm.LLM`` inside this process."""
 
+    in_process = True
+
     def __init__(self, llm: Any, tensor_parallel_size: int = 1, sleeps: bool = False):
         self.llm = llm
         self._config = llm.llm_engine.vllm_config

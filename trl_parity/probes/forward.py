@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from ..engine.live import ColocatedEngine
 from ..lint import largest_dropout
 from ..scene import FEW, Scene, World
 from .base import Candidate, NotPossible, Probe, mean, number, probe, redone, with_variant
@@ -59,7 +60,7 @@ _NOT_THE_MODEL = {
 
 def engine_config(scene: Scene, world: World) -> Candidate | None:
     """The trainer's weights in a model built anew from the engine's config."""
-    if scene.engine is None:
+    if not isinstance(scene.engine, ColocatedEngine):
         raise NotPossible("a server does not tell the config of the model it built")
     if scene.sharded or hasattr(scene.model, "peft_config"):
         raise NotPossible("the policy is sharded or has adapters: no second model is built on its weights")
@@ -79,7 +80,7 @@ def engine_config(scene: Scene, world: World) -> Candidate | None:
 def kv_cache(scene: Scene, world: World) -> Candidate | None:
     """The trainer attends to keys and values rounded as in the engine's cache."""
     if scene.engine is None:
-        raise NotPossible("a server does not tell the dtype of its cache")
+        raise NotPossible("the engine's settings are not at hand on this rank, or the server does not tell them")
     name = scene.engine.settings()["kv_cache_dtype"]
     dtypes = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2", "bfloat16": "bfloat16",
               "float16": "float16"}  # fmt: skip

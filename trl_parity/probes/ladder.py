@@ -21,6 +21,7 @@ __all__ = ["LADDER"]
 _TOKENS = 96  # asked for again, one request each
 _SEQUENCES = 4  # scored by prefill at temperature 1
 _REPRODUCED = 0.3  # asked again, the engine gives its number back: up to this share of the drift
+_NO_ENGINE = "no engine to ask: the server does not answer /server_info, or another rank talks to it"
 _STEP = 3.0  # a change within sequences: this much more drift on one side of it
 _SIDE = 0.15  # and at least this share of the tokens on either side
 
@@ -37,7 +38,7 @@ def _ask_again(scene: Scene, world: World) -> _Again:
     """The engine's numbers for some of the tokens, asked for one by one at the trainer's temperature."""
     engine = scene.engine
     if engine is None:
-        raise NotPossible("a server is not asked again token by token")
+        raise NotPossible(_NO_ENGINE)
     if not engine.can_rescore():
         raise NotPossible("with tensor parallelism or sleep mode one rank can't ask the engine alone")
     if scene.again is None:
@@ -158,7 +159,7 @@ def _prefilled(scene: Scene) -> _Prefill:
     """The engine's own scores of a few sequences."""
     engine = scene.engine
     if engine is None:
-        raise NotPossible("a server is not asked to score its own tokens again")
+        raise NotPossible(_NO_ENGINE)
     if not engine.can_rescore():
         raise NotPossible("with tensor parallelism or sleep mode one rank can't ask the engine alone")
     if scene.prefilled is None:

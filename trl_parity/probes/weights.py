@@ -6,6 +6,7 @@ import functools
 
 import torch
 
+from ..engine.live import ColocatedEngine
 from ..engine.weights import policy_tensors, read_back
 from ..scene import Scene, World
 from .base import Candidate, NotPossible, Probe, dtype_name, probe, with_variant
@@ -17,7 +18,7 @@ _ARRIVED = 20  # elements that would differ, had a tensor not arrived, from whic
 
 def engine_weights(scene: Scene, world: World) -> Candidate | None:
     """The trainer scores with the weights the engine holds, read tensor by tensor."""
-    if scene.engine is None:
+    if not isinstance(scene.engine, ColocatedEngine):
         raise NotPossible("a server does not hand out its weights")
     named = list(policy_tensors(scene.model))
     model = scene.engine.model

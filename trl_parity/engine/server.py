@@ -1,0 +1,132 @@
+"""What a vLLM server can be asked over HTTP: its settings, and to score tokens again. Its weights it keeps."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from .live import ColocatedEngine, engine_of
+
+__all__ = ["ServerEngine", "reachable", "server_of"]
+
+logger = logging.getLogger(__name__)
+
+_REQUESTS = 16  # at once
+_salts = itertools.count()
+# a server lays the model's generation_config over what a request leaves open
+_NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+
+
+class ServerEngine:
+    """The server behind TRL's ``VLLMClient``, in the interface of :class:`~trl_parity.engine.live.ColocatedEngine`.
+
+    Only the process that holds the client can ask. ``/server_info`` is there with ``VLLM_SERVER_DEV_MODE=1``, which
+    TRL's weight transfer needs too.
+    """
+
+    in_process = False
+
+    def __init__(self, client: Any):
+        self._client = client
+        self._info: dict[str, Any] = client.get_server_info()
+
+    def _told(self, part: str, name: str) -> Any:
+        return (self._info.get(part) or {}).get(name)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of activations and weights."""
+        return getattr(torch, str(self._told("model_config", "dtype")).removeprefix("torch."))
+
+    @property
+    def head_dtype(self) -> torch.dtype:
+        """Dtype of the lm_head's product, as far as the server tells it; else that of the model."""
+        overrides = self._told("model_config", "hf_overrides")
+        asked = overrides.get("head_dtype") if isinstance(overrides, dict) else None
+        return getattr(torch, asked) if isinstance(asked, str) and hasattr(torch, asked) else self.dtype
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest sequence the engine takes."""
+        return int(self._told("model_config", "max_model_len"))
+
+    @property
+    def caches_prefixes(self) -> bool:
+        """Whether keys and values of earlier requests are read again."""
+        return bool(self._told("cache_config", "enable_prefix_caching"))
+
+    def settings(self) -> dict[str, Any]:
+        """What it runs with, by the names of :class:`trl_parity.lint.Facts`."""
+        quantization = self._told("model_config", "quantization")
+        return {
+            "logprobs_mode": str(self._told("model_config", "logprobs_mode")),
+            "engine_dtype": str(self.dtype).removeprefix("torch."),
+            "engine_head_dtype": str(self.head_dtype).removeprefix("torch."),
+            "kv_cache_dtype": str(self._told("cache_config", "cache_dtype")),
+            "quantization": None if quantization is None else str(quantization),
+            "prefix_caching": self.caches_prefixes,
+        }
+
+    def everything(self) -> dict[str, Any]:
+        """Settings worth keeping with an incident: JSON."""
+        return self.settings() | {"url": self._client.base_url, "max_model_len": self.max_model_len}
+
+    def can_rescore(self) -> bool:
+        """Always: the server schedules by itself."""
+        return True
+
+    def rescore(self, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """As :meth:`~trl_parity.engine.live.ColocatedEngine.rescore`."""
+        answers = self._ask({"prompt": [list(ids) for ids in sequences], "temperature": 0.0, "prompt_logprobs": 0})
+        scores = []
+        for ids, answer in zip(sequences, answers, strict=True):
+            given = answer["prompt_logprobs"][1:]
+            scores.append(torch.tensor([given[i][str(token)]["logprob"] for i, token in enumerate(ids[1:])]))
+        return scores
+
+    def next_token(
+        self, contexts: Sequence[Sequence[int]], targets: Sequence[int], temperature: float, *, cached: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`~trl_parity.engine.live.ColocatedEngine.next_token`; how many were cached is not told: 1 each."""
+
+        def ask(context: Sequence[int], token: int) -> float:
+            settings = {"temperature": temperature, "seed": 0, "logprobs": 1, "logprob_token_ids": [token], **_NEUTRAL}
+            request = {"prompt": list(context), "return_tokens_as_token_ids": True, **settings}
+            [answer] = self._ask(request, cached=cached)
+            return float(answer["logprobs"]["top_logprobs"][0][f"token_id:{token}"])
+
+        with ThreadPoolExecutor(_REQUESTS) as pool:
+            reported = list(pool.map(ask, contexts, targets))
+        return torch.tensor(reported), torch.ones(len(reported)) * cached
+
+    def _ask(self, request: dict[str, Any], *, cached: bool = False) -> list[dict[str, Any]]:
+        # what is cached for us lies under a name that no request of the run reads
+        salt = {} if cached else {"cache_salt": f"trl-parity-{os.getpid()}-{next(_salts)}"}
+        request = {"model": self._client.model, "max_tokens": 1, **salt, **request}
+        answer = self._client.session.post(f"{self._client.base_url}/v1/completions", json=request, timeout=120)
+        if answer.status_code != 200:
+            raise RuntimeError(f"the server answered {answer.status_code}: {answer.text[:300]}")
+        return sorted(answer.json()["choices"], key=lambda choice: choice["index"])
+
+
+def server_of(generation: Any) -> ServerEngine | None:
+    """The server behind TRL's ``VLLMGeneration``; None where it is colocated, or on ranks that do not talk to it."""
+    client = getattr(generation, "vllm_client", None) if generation.mode == "server" else None
+    return None if client is None else ServerEngine(client)
+
+
+def reachable(generation: Any) -> ColocatedEngine | ServerEngine | None:
+    """The engine that can be asked from here; None on ranks that talk to no server, or where it does not tell."""
+    if generation.mode == "colocate":
+        return engine_of(generation)
+    try:
+        return server_of(generation)
+    except Exception as e:  # gone, or without its development endpoints: what asks does without
+        logger.warning("the vLLM server does not tell its settings: %s", e)
+        return None
