@@ -436,4 +436,10 @@ def test_the_evidence_is_json(make_trainer, tmp_path):
     trainer = make_trainer(tmp_path, callback)
     with engine_tensor_scaled("embed_tokens", 1.3)(trainer):
         trainer.train()
-    assert json.loads(json.dumps(callback.diagnosis.to_dict(), allow_nan=False))["cause"] == "partial_sync"
+    found = json.loads(json.dumps(callback.diagnosis.to_dict(), allow_nan=False))
+    assert found["cause"] == "partial_sync"
+    for profile in ("by_position", "by_entropy"):
+        parts = found["details"][profile]
+        assert sum(part["tokens"] for part in parts) == found["details"]["tokens"]
+        mean = sum(part["tokens"] * part["residual"] for part in parts) / found["details"]["tokens"]
+        assert mean == pytest.approx(found["details"]["residual"])

@@ -15,6 +15,7 @@ import torch
 
 from .causes import CAUSES
 from .distributed import gather_rows
+from .laws import huber
 from .probes import COSTS, FREE, PROBES, Candidate, NotPossible, Probe, redone
 from .probes.ladder import sampling_alone
 from .records import Diagnosis, Evidence, NamedCause
@@ -105,7 +106,7 @@ def diagnose(scene: Scene, step: int, *, budget: float | None = None, ranks: int
             world = best.candidate.world
         if remaining < _LEFT or best.probe.cost == "last":
             break
-    details |= {"by_position": _profile(scene, scene.base), **scene.notes, "seconds": watch.now()}
+    details |= {**_profiles(scene, scene.base), **scene.notes, "seconds": watch.now()}
     total = 1.0 - remaining
     vague = any(c.cause in inexact for c in named) and total < _EXACT
     if not named or total < _NAMED or vague:
@@ -305,23 +306,30 @@ def _confidence(best: _Result, results: Sequence[_Result]) -> float:
     return float((good / (1.0 + causes)).mean())
 
 
-def _profile(scene: Scene, world: World) -> list[dict[str, float]]:
-    """The drift by eighths of the completion: mean Huber(Δ) and Δ."""
-    from .laws import huber
+def _profiles(scene: Scene, world: World) -> dict[str, list[dict[str, float]]]:
+    """The drift of this rank by eighths of the completion and by quarters of the tokens in order of entropy."""
+    delta = scene.log_probs(world) - world.reported
+    good = torch.isfinite(delta) & world.kept
+    if not good.any():
+        return {}
+    column = scene.column[good].double()
+    eighths = torch.linspace(0, float(column.max()) + 1, 9, dtype=torch.float64)
+    out = {"by_position": _profile(delta[good], column, eighths)}
+    if scene.entropy is not None:
+        entropy = scene.entropy[good]
+        quarters = entropy.quantile(torch.linspace(0, 1, 5, dtype=torch.float64))
+        quarters[-1] += 1.0
+        out["by_entropy"] = _profile(delta[good], entropy, quarters)
+    return out
 
-    delta = (scene.log_probs(world) - world.reported)[world.kept]
-    column = scene.column[world.kept]
-    good = torch.isfinite(delta)
-    delta, column = delta[good], column[good]
-    if not len(delta):
-        return []
-    edges = torch.linspace(0, int(column.max()) + 1, 9)
+
+def _profile(delta: torch.Tensor, by: torch.Tensor, edges: torch.Tensor) -> list[dict[str, float]]:
+    """Tokens, mean Huber(Δ) and mean Δ between one edge and the next."""
     out = []
     for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-        inside = (column >= low) & (column < high)
-        if inside.any():
-            d = delta[inside]
-            out.append({"from": int(low), "tokens": int(inside.sum()), "residual": float(huber(d).mean()),
+        d = delta[(by >= low) & (by < high)]
+        if len(d):
+            out.append({"from": low, "tokens": len(d), "residual": float(huber(d).mean()),
                         "log_ratio": float(d.mean())})  # fmt: skip
     return out
 

@@ -87,6 +87,7 @@ class Scene:
 
         self.reported, self.as_scored = tokens(scored.rollout_logprobs), tokens(scored.trainer_logprobs)
         self.own_scored = tokens(scored.own_logprobs)
+        self.entropy = None if scored.entropy is None else tokens(scored.entropy)
         self.targets = rollout.completion_ids[self.rows][self.row, self.column]
         self.row, self.column = self.row.cpu(), self.column.cpu()
         self.temperature = rollout.trainer_temperature
