@@ -41,7 +41,7 @@ def server(model_dir, tmp_path_factory):
                 try:
                     client = VLLMClient(base_url=f"http://127.0.0.1:{port}")
                     break
-                except Exception:
+                except Exception:  # not up yet, however it says so: a dead one fails here, a silent one below
                     assert process.poll() is None, log.read_text()[-3000:]
                     time.sleep(1)
             else:
