@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..engine.live import ColocatedEngine
+from ..engine.server import ServerEngine
 from ..laws import Law, huber
 from ..records import SamplingSettings
 from ..scene import Scene, World
@@ -21,7 +23,6 @@ __all__ = ["LADDER"]
 _TOKENS = 96  # asked for again, one request each
 _SEQUENCES = 4  # scored by prefill at temperature 1
 _REPRODUCED = 0.3  # asked again, the engine gives its number back: up to this share of the drift
-_NO_ENGINE = "no engine to ask: the server does not answer /server_info, or another rank talks to it"
 _STEP = 3.0  # a change within sequences: this much more drift on one side of it
 _SIDE = 0.15  # and at least this share of the tokens on either side
 
@@ -34,13 +35,17 @@ class _Again:
     tokens_read: int  # from the cache
 
 
+def _askable(scene: Scene) -> ColocatedEngine | ServerEngine:
+    if scene.engine is None:
+        raise NotPossible("no engine to ask: the server does not answer /server_info, or another rank talks to it")
+    if not scene.engine.can_rescore():
+        raise NotPossible("with tensor parallelism or sleep mode one rank can't ask the engine alone")
+    return scene.engine
+
+
 def _ask_again(scene: Scene, world: World) -> _Again:
     """The engine's numbers for some of the tokens, asked for one by one at the trainer's temperature."""
-    engine = scene.engine
-    if engine is None:
-        raise NotPossible(_NO_ENGINE)
-    if not engine.can_rescore():
-        raise NotPossible("with tensor parallelism or sleep mode one rank can't ask the engine alone")
+    engine = _askable(scene)
     if scene.again is None:
         usable = (world.kept & torch.isfinite(world.reported)).nonzero().squeeze(-1)
         picked = usable[torch.linspace(0, len(usable) - 1, min(_TOKENS, len(usable))).long().unique()]
@@ -157,11 +162,7 @@ class _Prefill:
 
 def _prefilled(scene: Scene) -> _Prefill:
     """The engine's own scores of a few sequences."""
-    engine = scene.engine
-    if engine is None:
-        raise NotPossible(_NO_ENGINE)
-    if not engine.can_rescore():
-        raise NotPossible("with tensor parallelism or sleep mode one rank can't ask the engine alone")
+    engine = _askable(scene)
     if scene.prefilled is None:
         sequences, tokens, starts = [], [], []
         for i, at in enumerate(scene.rows[:_SEQUENCES].tolist()):
