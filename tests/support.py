@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,34 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# TRL writes these when it builds a colocated engine; a child process must not join its parent's process group
+RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE")
+
 CHARS = "0123456789+-*=abcdefghijklmnopqrstuvwxyz ?.,"
+
+
+def environment(**more: str) -> dict[str, str]:
+    """For a process of its own: this one's, but for the rendezvous that a trainer in this process left behind."""
+    return {name: value for name, value in os.environ.items() if name not in RENDEZVOUS} | more
+
+
+@contextlib.contextmanager
+def shared_engine(**engine_args: Any) -> Iterator[None]:
+    """One engine for all trainers built inside, made by TRL with TRL's arguments and these on top."""
+    import trl.generation.vllm_generation as generation
+
+    built, real = {}, generation.LLM
+
+    def shared(**kwargs: Any) -> Any:
+        if "llm" not in built:
+            built["llm"] = real(**(kwargs | engine_args))
+        return built["llm"]
+
+    generation.LLM = shared
+    try:
+        yield
+    finally:
+        generation.LLM = real
 
 
 def save_tokenizer(directory: Path) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import digit_reward, grpo_args, save_tiny_gemma
+from support import digit_reward, grpo_args, save_tiny_gemma, shared_engine
 
 from trl_parity import ParityCallback, ParityConfig, Status
 from trl_parity.causes import CAUSES
@@ -27,20 +27,11 @@ def model_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def make_trainer(model_dir):
-    import trl.generation.vllm_generation as generation
     from datasets import Dataset
     from trl import GRPOTrainer
 
-    built, real = {}, generation.LLM
     # longer than a block, so that prefixes are cached, and of two lengths, so that there is padding
     rows = [{"prompt": f"what is the sum of these two {'numbers' * (i % 2)}: {i % 10}+{i // 10}="} for i in range(64)]
-
-    def shared(**kwargs):
-        if "llm" not in built:
-            built["llm"] = real(**(kwargs | {"block_size": 32, "enable_prefix_caching": True}))
-        return built["llm"]
-
-    generation.LLM = shared
 
     def make(output_dir, *callbacks, **args):
         settings = {"vllm_max_model_length": 128, "max_steps": 6} | args
@@ -52,8 +43,8 @@ def make_trainer(model_dir):
             callbacks=list(callbacks),
         )
 
-    yield make
-    generation.LLM = real
+    with shared_engine(block_size=32, enable_prefix_caching=True):
+        yield make
 
 
 def engine_model(trainer):

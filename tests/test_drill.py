@@ -1,12 +1,12 @@
 """``trl-parity drill``: the real stack broken on purpose."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support import environment
 
 from trl_parity.causes import CAUSES
 from trl_parity.cli import main
@@ -70,7 +70,7 @@ def test_what_counts_as_passed(drills, healthy):
 @pytest.mark.engine
 def test_a_fault_is_halted_and_the_control_is_not(tmp_path):
     command = [sys.executable, "-m", "trl_parity", "drill", "temperature", "control", "--json", "--keep", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(OMP_NUM_THREADS="1"))
     assert done.returncode in (0, 1), done.stderr[-3000:]
     result = json.loads(done.stdout)
     control, broken = result["runs"]

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import save_tiny_model
+from support import environment, save_tiny_model
 
 HERE = Path(__file__).parent
 
 
 def python(code, *args, env=None, timeout=420):
     """Run code in a fresh interpreter with the tests' helpers on its path."""
-    environment = os.environ | {"PYTHONPATH": str(HERE)} | (env or {})
     command = [sys.executable, "-c", code, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
+    env = environment(PYTHONPATH=str(HERE), **(env or {}))
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout)
 
 
 RAW = """
@@ -166,9 +166,9 @@ def two_ranks(tmp_path, kind, port):
     out.mkdir()
     script.write_text(RANKS)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    environment = os.environ | {"PYTHONPATH": str(HERE), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     command = [*launcher, str(script), str(model), str(out), kind]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    env = environment(PYTHONPATH=str(HERE), ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = ((out / f"rank{rank}.txt").read_text() for rank in (0, 1))
     assert first == second  # verdicts, statistics to the last digit, weights
@@ -302,10 +302,8 @@ def test_a_zero3_head_is_gathered_and_let_go(tmp_path):
     model, script = save_tiny_model(tmp_path / "model"), tmp_path / "zero3.py"
     script.write_text(ZERO3)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29621"]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launcher, str(script), str(model)], capture_output=True, text=True, env=environment, timeout=300
-    )
+    env = environment(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+    done = subprocess.run([*launcher, str(script), str(model)], capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -324,9 +322,8 @@ def test_sixty_clean_batches_from_still_to_sharpening_never_halt(tmp_path):
     import json
 
     script, out = HERE.parent / "benchmarks" / "false_alarms.py", tmp_path / "figures.json"
-    done = subprocess.run(
-        [sys.executable, str(script), "--quick", "--json", str(out)], capture_output=True, text=True, timeout=800
-    )
+    command = [sys.executable, str(script), "--quick", "--json", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=800)
     assert done.returncode == 0, done.stderr[-3000:]
     statuses = [status for row in json.loads(out.read_text())["rows"] for status in row["statuses"].items()]
     counts = {}

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from support import digit_reward, grpo_args, prompts, save_tiny_model
+from support import digit_reward, grpo_args, prompts, save_tiny_model, shared_engine
 
 from trl_parity import ParityCallback, ParityHalt, Status
 from trl_parity.errors import ConfigError, InterceptionError
@@ -22,17 +22,7 @@ def model_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def make_trainer(model_dir):
     """Trainers that share one engine, built by TRL with TRL's arguments; each run syncs its weights first."""
-    import trl.generation.vllm_generation as generation
     from trl import GRPOTrainer
-
-    built, real = {}, generation.LLM
-
-    def shared(**kwargs):
-        if "llm" not in built:
-            built["llm"] = real(**kwargs)
-        return built["llm"]
-
-    generation.LLM = shared
 
     def make(output_dir, *callbacks, cls=GRPOTrainer, trainer_kwargs=None, **args):
         return cls(
@@ -44,8 +34,8 @@ def make_trainer(model_dir):
             **(trainer_kwargs or {}),
         )
 
-    yield make
-    generation.LLM = real
+    with shared_engine():
+        yield make
 
 
 class Recorder(ParityCallback):

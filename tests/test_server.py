@@ -1,6 +1,5 @@
 """A real vLLM server process, asked over HTTP what a diagnosis and the settings check ask."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support import save_tiny_model
+from support import environment, save_tiny_model
 
 from trl_parity.engine.server import ServerEngine, server_of
 
@@ -29,13 +28,13 @@ def server(model_dir, tmp_path_factory):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    env = environment(VLLM_SERVER_DEV_MODE="1", OMP_NUM_THREADS="1", VLLM_LOGGING_LEVEL="ERROR")
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_dir)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "128", "--block-size", "32"]
     command += ["--dtype", "bfloat16", "--max-num-seqs", "16"]
     log = tmp_path_factory.mktemp("log") / "server.log"
     with open(log, "w") as out:
-        process = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
         try:
             for _ in range(240):
                 try:

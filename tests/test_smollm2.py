@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import environment
 
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "both_models.py"
 
@@ -15,7 +16,8 @@ BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "both_models.py"
 @pytest.mark.timeout(3000)
 def test_both_models_pass_clean_and_halt_on_faults_with_one_default_configuration(tmp_path):
     out = tmp_path / "rows.json"
-    done = subprocess.run([sys.executable, str(BENCHMARK), "--json", str(out)], capture_output=True, text=True)
+    command = [sys.executable, str(BENCHMARK), "--json", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stdout[-3000:]
     rows = json.loads(out.read_text())
     assert {row["model"] for row in rows} == {"tiny", "smollm2"}
