@@ -29,7 +29,6 @@ from .recompute import CompletionScorer
 from .records import Diagnosis, RolloutBatch, SamplingSettings, ScoredBatch, Status, Verdict
 from .sinks import WandbSink
 from .taps import Capture, Observer, instrument
-from .taps.grpo import append_metrics
 from .text import alert_text, halt_text
 from .tokens import worst_tokens
 from .watch import expected_temperature
@@ -143,7 +142,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         sums, error = self._measure(capture, accelerator.process_index)
         self._watch(capture, sums)
         if not capture.training:
-            self._on_eval_batch(capture.trainer, sums)
+            self._on_eval_batch(capture, sums)
             return
         if self._trainer is None:
             self._first_batch(capture)
@@ -208,9 +207,9 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         for used in capture.engine_temperatures or [capture.sampling.temperature]:
             others = [meant] if meant is not None else []
             if capture.training:  # evaluation may sample as it likes: nothing is learned from it
-                others.append(capture.trainer.temperature)
+                others.append(capture.temperature)
             gap = max((abs(used - other) for other in others), default=0.0)
-            sums.bump(requests=1, temperature_engine=used, temperature_trainer=capture.trainer.temperature)
+            sums.bump(requests=1, temperature_engine=used, temperature_trainer=capture.temperature)
             sums.raise_to(temperature_gap=gap)
             if gap > 0 and not capture.training and kind not in self._told:
                 self._told.add(kind)
@@ -232,11 +231,11 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
             except Exception as e:
                 logger.warning("the settings could not be checked: %s: %s", type(e).__name__, e)
 
-    def _on_eval_batch(self, trainer: Any, sums: MismatchSums) -> None:
-        reduced = reduce_sums(sums, trainer.accelerator)
+    def _on_eval_batch(self, capture: Capture, sums: MismatchSums) -> None:
+        reduced = reduce_sums(sums, capture.trainer.accelerator)
         self._eval = reduced if self._eval is None else _merged(self._eval, reduced)
         # overwritten batch by batch: the last value covers the whole evaluation
-        append_metrics(trainer, "eval", _scalars(compute(self._eval)))
+        capture.log(_scalars(compute(self._eval)))
 
     # ---- verdicts ---------------------------------------------------------------------------------------------
 
@@ -307,8 +306,8 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
             diagnosis = None
         else:
             diagnosis = self._diagnose(self._capture.step + 1)
-        if heal and self._trainer is not None:
-            moved = self._investigator.heal(self._trainer)
+        if heal and self._capture is not None:
+            moved = self._investigator.heal(self._capture)
             logger.warning("weights delivered to the engine: %d tensors moved; prefix cache emptied", len(moved))
         return diagnosis
 
@@ -361,12 +360,13 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
     def _announce(self, verdict: Verdict) -> None:
         if not verdict.alert:
             return
+        assert self._capture is not None
         if verdict.halted:
             parity_dir, last = self._jsonl_path().parent, self._last if self._judging else None
             report = incident_folder(parity_dir, verdict.step) / "report.md"
             text = halt_text(verdict, self.config, list(self.verdicts), report, self.diagnosis)
             self.incident = self._investigator.write(
-                parity_dir, verdict, list(self.verdicts), last, text, self._trainer
+                parity_dir, verdict, list(self.verdicts), last, text, self._capture
             )
             if self.incident is None:  # nothing could be written
                 text = text.replace(str(report), str(self._jsonl_path()))
@@ -392,8 +392,13 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
 
     # ---- trainer events ---------------------------------------------------------------------------------------
 
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The trainer's class is imported by now, if it was not when the callback was made."""
+        instrument()
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the sinks and, when the trainer resumes from a checkpoint, restore the breaker."""
+        instrument()  # added to the trainer after it was built
         self._reset()
         resume = int(state.global_step)
         self._window_start = self._next_generation = resume
@@ -415,9 +420,10 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         """Refuse to learn from what was never measured; drop the gradient of a condemned batch."""
         if self._trainer is None:
             raise InterceptionError(
-                "an optimizer step is due but no rollout batch was intercepted. ParityCallback covers trl.GRPOTrainer "
-                "(and subclasses that call super()._generate_and_score_completions) with use_vllm=True. Is this "
-                "another trainer, a subclass that replaces that method, or were the wrappers removed?"
+                "an optimizer step is due but no rollout batch was intercepted. ParityCallback covers TRL's "
+                "GRPOTrainer and RLOOTrainer (and subclasses that call super()._generate_and_score_completions) with "
+                "use_vllm=True. Is this another trainer, a subclass that replaces that method, or were the wrappers "
+                "removed?"
             )
         if state.global_step >= self._next_generation:
             self._on_missing_batch(int(state.global_step))
@@ -448,7 +454,8 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
                 "parity/breaker/status": self._worst_status.code,
                 "parity/breaker/streak": self._longest_streak,
             }
-            append_metrics(self._trainer, "train", scalars)
+            assert self._capture is not None
+            self._capture.log(scalars)
             self._since_log, self._unlogged = None, 0
             self._worst_status, self._longest_streak = Status.NO_DATA, 0
         if control.should_save:  # the same on every rank

@@ -18,7 +18,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,6 +28,9 @@ from .metrics import MismatchSums, compute, measure
 from .recompute import causal_lm
 from .records import RolloutBatch, ScoredBatch
 from .scalars import FLOORED
+
+if TYPE_CHECKING:
+    from .taps import Capture
 
 __all__ = ["SOURCES", "NoiseFloor", "compute_dtype", "eval_mode", "measure_floor", "noise_dtype", "rounding_noise"]
 
@@ -97,37 +100,36 @@ def rounding_noise(backbone: torch.nn.Module, dtype: torch.dtype, seed: int) -> 
             handle.remove()
 
 
-def compute_dtype(trainer: Any) -> torch.dtype:
+def compute_dtype(capture: Capture) -> torch.dtype:
     """What the trainer's forward computes in: mixed precision, else the dtype of its weights."""
-    mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision)
-    return mixed or next(p.dtype for p in trainer.model.parameters() if p.is_floating_point())
+    mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(capture.trainer.accelerator.mixed_precision)
+    return mixed or next(p.dtype for p in capture.policy.parameters() if p.is_floating_point())
 
 
-def noise_dtype(engine: torch.dtype, trainer: Any) -> torch.dtype:
+def noise_dtype(engine: torch.dtype, capture: Capture) -> torch.dtype:
     """The coarser of the engine's dtype and the one the trainer computes in."""
-    return max((engine, compute_dtype(trainer)), key=lambda dtype: torch.finfo(dtype).eps)
+    return max((engine, compute_dtype(capture)), key=lambda dtype: torch.finfo(dtype).eps)
 
 
 @torch.no_grad()
-def measure_floor(capture: Any, rollout: RolloutBatch, config: ParityConfig) -> dict[str, MismatchSums]:
+def measure_floor(capture: Capture, rollout: RolloutBatch, config: ParityConfig) -> dict[str, MismatchSums]:
     """The sums of one side against itself, by source, on this rank's share; reduce and hand to :class:`NoiseFloor`.
 
     On sharded models every rank must call it: the passes are collective. A source that failed has ``errors=1``.
     """
-    trainer = capture.trainer
-    engine = engine_of(trainer.vllm_generation)
+    engine = engine_of(capture.generation)
     if engine is not None:
         dtype, head_dtype = engine.dtype, engine.head_dtype
     elif config.engine_dtype is not None:
         dtype = head_dtype = getattr(torch, config.engine_dtype)
     else:
-        dtype = head_dtype = noise_dtype(torch.float32, trainer)
-    dtype = noise_dtype(dtype, trainer)
+        dtype = head_dtype = noise_dtype(torch.float32, capture)
+    dtype = noise_dtype(dtype, capture)
     rows = capture.rows_within(rollout, config.floor_tokens)
     mask = rollout.engine_mask[rows]
-    backbone = causal_lm(trainer.accelerator.unwrap_model(trainer.model)).base_model
+    backbone = causal_lm(capture.policy).base_model
 
-    with eval_mode(trainer.model):
+    with eval_mode(capture.policy):
         plain = capture.forward(rollout, rows).logprobs
         with rounding_noise(backbone, dtype, seed=rollout.step):
             logits_dtype = None if head_dtype == torch.float32 else head_dtype

@@ -73,7 +73,7 @@ class Investigator:
             capture,
             rollout,
             scored,
-            reachable(trainer.vllm_generation),
+            reachable(capture.generation),
             token_budget=self.config.diagnose_tokens,
             replayed=self.config.truncation == "replay",
             floor=floor or 0.0,
@@ -85,16 +85,15 @@ class Investigator:
         self._named = self.diagnosis.cause != "unknown"
         return self.diagnosis
 
-    def heal(self, trainer: Any) -> list[str]:
+    def heal(self, capture: Capture) -> list[str]:
         """Deliver the policy's weights to the colocated engine and empty its prefix cache; names of what moved."""
         from .engine.weights import read_back
 
-        engine = engine_of(trainer.vllm_generation)
+        engine = engine_of(capture.generation)
         if engine is None:
             raise ConfigError("heal=True needs a colocated engine; call trainer.vllm_generation.sync_weights().")
-        model = trainer.accelerator.unwrap_model(trainer.model)
         moved = []
-        for name, tensor, _ in policy_tensors(model):
+        for name, tensor, _ in policy_tensors(capture.policy):
             [held] = read_back(engine.model.load_weights, engine.model, [(name, tensor)])
             if held.differing:
                 engine.model.load_weights([(name, tensor)])
@@ -109,9 +108,10 @@ class Investigator:
         verdicts: Sequence[Verdict],
         last: tuple[RolloutBatch, ScoredBatch] | None,
         text: str,
-        trainer: Any,
+        capture: Capture,
     ) -> Path | None:
         """The incident bundle of the main process: its folder. None on other ranks, and where it can't be written."""
+        trainer = capture.trainer
         if not trainer.accelerator.is_main_process:
             return None
         redact = self.config.redact_text
@@ -122,9 +122,10 @@ class Investigator:
                 rows = sequence_rows(*last, decode, _SEQUENCES)
         except Exception as e:  # a bundle without sequences is better than none
             logger.warning("the incident's sequences could not be kept: %s: %s", type(e).__name__, e)
-        engine = reachable(trainer.vllm_generation)
+        engine = reachable(capture.generation)
+        mode = None if capture.generation is None else capture.generation.mode
         try:
-            settings = {"mode": trainer.vllm_generation.mode} | ({} if engine is None else engine.everything())
+            settings = {"mode": mode} | ({} if engine is None else engine.everything())
             incident = Incident(
                 step=verdict.step,
                 verdict=verdict.to_dict(),

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .records import SamplingSettings
+
+if TYPE_CHECKING:
+    from .taps import Capture
 
 __all__ = ["UNREPLAYED", "Facts", "Finding", "configured_facts", "facts", "largest_dropout", "lint"]
 
@@ -174,24 +177,25 @@ def _changed(sampling: SamplingSettings) -> str:
     return ", ".join(f"{n}={getattr(sampling, n):g}" for n in names if getattr(sampling, n) != getattr(neutral, n))
 
 
-def facts(capture: Any, replayed: bool) -> Facts:
+def facts(capture: Capture, replayed: bool) -> Facts:
     """The facts of a run, from its first batch's capture."""
     from .engine.server import reachable
     from .floor import compute_dtype
 
-    trainer, args = capture.trainer, capture.trainer.args
-    engine = reachable(trainer.vllm_generation)
-    weights = next(p.dtype for p in trainer.model.parameters() if p.is_floating_point())
-    mode = args.vllm_importance_sampling_mode if args.vllm_importance_sampling_correction else None
+    args = capture.trainer.args  # a trainer without the correction, or a head of its own, has no such argument
+    engine = reachable(capture.generation)
+    weights = next(p.dtype for p in capture.policy.parameters() if p.is_floating_point())
+    corrects = getattr(args, "vllm_importance_sampling_correction", False)
+    mode = args.vllm_importance_sampling_mode if corrects else None
     return Facts(
         sampling=capture.sampling,
-        trainer_temperature=trainer.temperature,
+        trainer_temperature=capture.temperature,
         replayed=replayed,
         trainer_dtype=_name(weights),
-        compute_dtype=_name(compute_dtype(trainer)),
-        trainer_head_fp32=args.cast_lm_head_to_fp32,
-        dropout=largest_dropout(trainer.model),
-        has_logprobs=trainer.vllm_generation.logprobs is not None,
+        compute_dtype=_name(compute_dtype(capture)),
+        trainer_head_fp32=getattr(args, "cast_lm_head_to_fp32", False),
+        dropout=largest_dropout(capture.policy),
+        has_logprobs=getattr(capture.generation, "logprobs", 0) is not None,
         masks_sequences=mode if mode is not None and mode.endswith("_mask") else None,
         **({} if engine is None else engine.settings()),
     )

@@ -74,7 +74,7 @@ class Scene:
     ):
         self.capture, self.rollout, self.engine = capture, rollout, engine
         self.trainer = capture.trainer
-        self.model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        self.model = capture.policy
         count = len(capture.rows_within(rollout, token_budget))
         every = torch.arange(len(scored.mask), device=scored.mask.device)
         self._scored_rows = every[torch.arange(count, device=every.device) * len(every) // count] if count else every
@@ -293,7 +293,7 @@ class Scene:
 
     @functools.cached_property
     def _rounded_weights(self) -> dict[torch.nn.Parameter, torch.Tensor]:
-        dtype = compute_dtype(self.trainer) if self.engine is None else self.engine.dtype
+        dtype = compute_dtype(self.capture) if self.engine is None else self.engine.dtype
         return {p: p.detach().to(dtype).to(p.dtype) for p in self.model.parameters() if p.is_floating_point()}
 
     @functools.cached_property

@@ -143,8 +143,8 @@ def own_random_numbers() -> Iterator[None]:
 
 
 def engine_of(generation: Any) -> ColocatedEngine | None:
-    """The engine behind TRL's ``VLLMGeneration``; None when it is not in this process (a server)."""
-    if generation.mode != "colocate":
+    """The engine behind TRL's ``VLLMGeneration``; None when none is in this process."""
+    if generation is None or generation.mode != "colocate":
         return None
     return ColocatedEngine(generation.llm, generation.tensor_parallel_size, generation.enable_sleep_mode)
 

@@ -123,7 +123,7 @@ def server_of(generation: Any) -> ServerEngine | None:
 
 def reachable(generation: Any) -> ColocatedEngine | ServerEngine | None:
     """The engine that can be asked from here; None on ranks that talk to no server, or where it does not tell."""
-    if generation.mode == "colocate":
+    if generation is None or generation.mode == "colocate":
         return engine_of(generation)
     try:
         return server_of(generation)

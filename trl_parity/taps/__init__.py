@@ -1,5 +1,6 @@
 """The only code that touches TRL's internals: from a trainer to a RolloutBatch."""
 
-from .instrumentation import Capture, Observer, instrument, uninstrument
+from .capture import Capture
+from .instrumentation import Observer, instrument, uninstrument
 
 __all__ = ["Capture", "Observer", "instrument", "uninstrument"]

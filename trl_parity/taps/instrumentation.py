@@ -7,73 +7,28 @@ A trainer without an observer among its callbacks pays one look through that lis
 from __future__ import annotations
 
 import functools
+import importlib
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InterceptionError
 
 if TYPE_CHECKING:
     import torch
 
-    from ..engine.live import Request
-    from ..recompute import CompletionScorer, CompletionScores
-    from ..records import RolloutBatch, SamplingSettings, ScoredBatch
+    from ..recompute import CompletionScorer
+    from ..records import SamplingSettings
+    from .capture import Capture
+
+Wrapper = tuple[type, str, Callable[..., Any]]  # class, method name, wrapper that takes the original first
 
 TESTED_TRL = ("1.16",)  # minor versions that the real runs in tests/ were made with
+# tap -> the module that defines the trainer it wraps; it is wrapped once somebody has imported it
+_TAPS = {"grpo": "trl.trainer.grpo_trainer", "rloo": "trl.trainer.rloo_trainer"}
 _originals: dict[tuple[type, str], Callable[..., Any]] = {}
-
-
-class Capture(Protocol):
-    """One generation batch, just made. Nothing is computed before ``rollout`` and ``score`` are called."""
-
-    trainer: Any
-    training: bool
-    sampling: SamplingSettings
-    step: int  # optimizer steps done
-    last_in_step: bool  # no further generation before the next optimizer step
-    requests: list[Request]  # what was really sent to the engine, and until it is measured what came back
-    batch_seconds: float  # host seconds that generating and scoring took the trainer
-    generation_period: int  # optimizer steps that one generation batch feeds
-    output: dict[str, Any]  # the trainer's batch
-
-    @property
-    def engine_temperatures(self) -> list[float]:
-        """The temperature of each call the engine got, from what was really sent."""
-
-    @property
-    def sharded(self) -> bool:
-        """Whether the policy's weights may be spread over ranks, so that a pass over it is a collective."""
-
-    @property
-    def seconds(self) -> float:
-        """Host seconds the scoring took inside the trainer's own pass."""
-
-    def rollout(self) -> RolloutBatch:
-        """What the engine handed over. Raises InterceptionError or DataError."""
-
-    def score(self, rollout: RolloutBatch, token_budget: int) -> ScoredBatch:
-        """The trainer's side of it; runs a forward of its own only where the trainer made none."""
-
-    def rows_within(self, rollout: RolloutBatch, token_budget: int) -> torch.Tensor:
-        """Rows of the batch that fit a budget of tokens."""
-
-    def forward(
-        self,
-        rollout: RolloutBatch,
-        rows: torch.Tensor,
-        *,
-        batch_size: int | None = None,
-        logits_dtype: torch.dtype | None = None,
-    ) -> CompletionScores:
-        """Scores of some rows from a no-grad pass of our own."""
-
-    def run_policy(
-        self, ids: torch.Tensor, attention: torch.Tensor, keep: int, batch_size: int | None = None
-    ) -> torch.Tensor:
-        """The trainer's own no-grad pass over given sequences: log-probs (B, keep) of its own head."""
-
-    def rewards(self) -> list[float]:
-        """Rewards of this batch over all ranks, the same on each; NaN where none was given."""
 
 
 class Observer(ABC):
@@ -112,23 +67,38 @@ def observer_of(trainer: Any) -> Observer | None:
 
 
 def instrument() -> None:
-    """Wrap the rollout methods of TRL's trainer classes. Idempotent."""
-    if _originals:
-        return
+    """Wrap the rollout methods of every supported TRL trainer class imported so far. Idempotent.
+
+    Raises InterceptionError where the installed TRL lacks a method that has to be wrapped.
+    """
+    for tap, trainer_module in _TAPS.items():
+        if trainer_module not in sys.modules or any(cls.__module__ == trainer_module for cls, _ in _originals):
+            continue
+        _warn_untested()
+        found = list(importlib.import_module(f".{tap}", __package__).wrappers())
+        for cls, name, _ in found:
+            if name not in cls.__dict__:
+                import trl
+
+                raise InterceptionError(
+                    f"{cls.__name__} of trl {trl.__version__} has no method {name!r}, which trl-parity wraps. Pin a "
+                    f"tested trl ({', '.join(TESTED_TRL)})."
+                )
+        for cls, name, wrapper in found:
+            _originals[cls, name] = original = cls.__dict__[name]
+            setattr(cls, name, _wrapped(original, wrapper))
+
+
+def _warn_untested() -> None:
     import trl
 
-    from . import grpo
-
-    if ".".join(trl.__version__.split(".")[:2]) not in TESTED_TRL:
+    if ".".join(trl.__version__.split(".")[:2]) not in TESTED_TRL and not _originals:
         warnings.warn(
             f"trl {trl.__version__} was not tested with trl-parity (tested: {', '.join(TESTED_TRL)}), which wraps "
             "private methods of the trainers. Should the first step report that no rollout was seen, pin a tested "
             "version.",
-            stacklevel=3,
+            stacklevel=4,
         )
-    for cls, name, wrapper in list(grpo.wrappers()):
-        _originals[cls, name] = original = cls.__dict__[name]
-        setattr(cls, name, _wrapped(original, wrapper))
 
 
 def _wrapped(original: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
