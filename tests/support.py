@@ -56,12 +56,43 @@ def save_tokenizer(directory: Path) -> Any:
     return fast
 
 
-def save_tiny_model(directory: Path, *, logit_std: float = 2.0, **config: Any) -> Path:
+CHAT_TEMPLATE = """
+{%- for message in messages -%}
+<|im_start|>{{ message.role }} {{ message.content }}
+{%- for call in message.tool_calls or [] -%}
+<tool_call>{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}</tool_call>
+{%- endfor -%}
+<|im_end|>
+{%- endfor -%}
+{%- if add_generation_prompt -%}<|im_start|>assistant {% endif -%}
+"""
+
+
+def save_tool_tokenizer(directory: Path) -> Any:
+    """The same with a chat template and tokens that spell a whole tool call, so that a random model makes some."""
+    from transformers import PreTrainedTokenizerFast
+    from trl.chat_template_utils import qwen3_template
+
+    base = save_tokenizer(directory)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=base.backend_tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="?"
+    )
+    fast.add_tokens(
+        [f'<tool_call>\n{{"name": "add", "arguments": {{"a": {a}, "b": 2}}}}\n</tool_call>' for a in range(8)]
+    )
+    fast.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
+    fast.chat_template = CHAT_TEMPLATE
+    fast.response_template = qwen3_template
+    fast.save_pretrained(directory)
+    return fast
+
+
+def save_tiny_model(directory: Path, *, logit_std: float = 2.0, tokenizer: Any = None, **config: Any) -> Path:
     """A random Qwen3 of 0.3 M parameters whose logits spread enough that temperature and truncation matter."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    tokenizer = save_tokenizer(directory)
+    tokenizer = tokenizer or save_tokenizer(directory)
     settings = {
         "vocab_size": len(tokenizer),
         "hidden_size": 64,
@@ -117,7 +148,8 @@ def digit_reward(completions: list[str], **kwargs: Any) -> list[float]:
     return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
 
 
-def grpo_args(output_dir: Path, **overrides: Any) -> Any:
+def grpo_args(output_dir: Path, config: Any = None, **overrides: Any) -> Any:
+    """Arguments of a GRPO run, or of another trainer's whose ``config`` class is given."""
     from trl import GRPOConfig
 
     settings: dict[str, Any] = {
@@ -141,4 +173,4 @@ def grpo_args(output_dir: Path, **overrides: Any) -> Any:
         "seed": 0,
         "beta": 0.0,
     }
-    return GRPOConfig(**(settings | overrides))
+    return (config or GRPOConfig)(**(settings | overrides))

@@ -93,7 +93,7 @@ class Investigator:
         if engine is None:
             raise ConfigError("heal=True needs a colocated engine; call trainer.vllm_generation.sync_weights().")
         moved = []
-        for name, tensor, _ in policy_tensors(capture.policy):
+        for name, tensor, *_ in policy_tensors(capture.policy):
             [held] = read_back(engine.model.load_weights, engine.model, [(name, tensor)])
             if held.differing:
                 engine.model.load_weights([(name, tensor)])

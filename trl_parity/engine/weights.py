@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,8 +34,17 @@ class HeldTensor:
     )  # the engine's, in the trainer's layout and dtype; None: equal, or not all could be read
 
 
-def policy_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, torch.nn.Parameter]]:
-    """Name, whole tensor and parameter of all the policy's weights, LoRA added in; nothing of the model is written.
+class PolicyTensor(NamedTuple):
+    """One of the policy's weights."""
+
+    name: str  # as the engine knows it
+    tensor: torch.Tensor  # whole, LoRA added in
+    parameter: torch.nn.Parameter  # the model's own, perhaps a shard, without LoRA
+    trained: bool  # updates move it
+
+
+def policy_tensors(model: torch.nn.Module) -> Iterator[PolicyTensor]:
+    """All the policy's weights, LoRA added in; nothing of the model is written.
 
     Names are those the engine knows: without PEFT's and checkpointing's prefixes. Gathering a sharded parameter is a
     collective. Raises ValueError for shards that can't be gathered one by one.
@@ -48,17 +57,17 @@ def policy_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, 
     for name, parameter in model.named_parameters():
         if adapted and ("original_module" in name or str(model.prefix) in name):
             continue
-        whole = _whole(parameter).detach()
+        whole, trained = _whole(parameter).detach(), parameter.requires_grad
         owner, _, leaf = name.partition(".base_layer.")
         if leaf == "weight" and (layer := lora.get(owner)) is not None and not layer.disable_adapters:
             for adapter in layer.active_adapters:
                 if hasattr(layer, "lora_A") and adapter in layer.lora_A:
-                    whole = whole + layer.get_delta_weight(adapter).to(whole.dtype)
+                    whole, trained = whole + layer.get_delta_weight(adapter).detach().to(whole.dtype), True
         if adapted:
             name = name.removeprefix("base_model.model.").replace(".base_layer", "")
         for part in _WRAPPERS:
             name = name.replace(part, "")
-        yield name, whole, parameter
+        yield PolicyTensor(name, whole, parameter, trained)
 
 
 def _whole(parameter: Any) -> torch.Tensor:

@@ -7,7 +7,7 @@ import functools
 import torch
 
 from ..engine.live import ColocatedEngine
-from ..engine.weights import policy_tensors, read_back
+from ..engine.weights import PolicyTensor, policy_tensors, read_back
 from ..scene import Scene, World
 from .base import Candidate, NotPossible, Probe, dtype_name, probe, with_variant
 
@@ -22,17 +22,19 @@ def engine_weights(scene: Scene, world: World) -> Candidate | None:
         raise NotPossible("a server does not hand out its weights")
     named = list(policy_tensors(scene.model))
     model = scene.engine.model
-    held = read_back(model.load_weights, model, ((name, tensor) for name, tensor, _ in named))
+    held = read_back(model.load_weights, model, ((t.name, t.tensor) for t in named))
     deaf = {h.name for h in held if not h.written}  # to the loader as it is now; the class's own may know them
     known = read_back(
-        functools.partial(type(model).load_weights, model), model, ((n, t) for n, t, _ in named if n in deaf)
+        functools.partial(type(model).load_weights, model),
+        model,
+        ((t.name, t.tensor) for t in named if t.name in deaf),
     )
     held = [h for h in held if h.written] + known
-    parameters = {name: parameter for name, _, parameter in named}
-    trained = [h for h in held if parameters[h.name].requires_grad or hasattr(scene.model, "peft_config")]
+    by_name = {t.name: t for t in named}
+    trained = [h for h in held if by_name[h.name].trained]
     differing = [h for h in held if h.differing]
     ignored = [h for h in trained if h.name in deaf]
-    scene.engine_values = {h.name: (parameters[h.name], h.values) for h in differing if h.values is not None}
+    scene.engine_values = {h.name: _swap(by_name[h.name], h.values) for h in differing if h.values is not None}
     if not differing:
         if ignored:
             scene.notes["ignored"] = [h.name for h in ignored]
@@ -49,7 +51,7 @@ def engine_weights(scene: Scene, world: World) -> Candidate | None:
         words += f", {len(ignored)} are ignored by its load_weights"
     if partial:
         words += ": " + ", ".join(h.name for h in missing[:8]) + (" …" if len(missing) > 8 else "")
-    if scene.sharded or hasattr(scene.model, "peft_config") or len(scene.engine_values) < len(differing):
+    if scene.sharded or len(scene.engine_values) < len(differing):
         raise NotPossible(f"{words}; the policy's weights can't be swapped here to see what that does")
     return Candidate(
         world=with_variant(world, weights="engine"),
@@ -61,6 +63,13 @@ def engine_weights(scene: Scene, world: World) -> Candidate | None:
             "arrived": len(arrived),
         },
     )
+
+
+def _swap(ours: PolicyTensor, held: torch.Tensor) -> tuple[torch.nn.Parameter, torch.Tensor]:
+    """What a parameter has to be for the policy to hold what the engine does: adapters go on being added to it."""
+    if ours.parameter.shape != held.shape:  # a shard, which is not swapped
+        return ours.parameter, held
+    return ours.parameter, held - (ours.tensor - ours.parameter.detach())
 
 
 def rounded_weights(scene: Scene, world: World) -> Candidate | None:
