@@ -2,12 +2,14 @@
 
 import copy
 import itertools
+import warnings
 
 import pytest
 import torch
 from support import digit_reward, grpo_args, prompts, save_tiny_model, save_tool_tokenizer, shared_engine
 
 from trl_parity import ParityCallback
+from trl_parity.errors import InterceptionError
 
 pytestmark = pytest.mark.engine
 
@@ -281,21 +283,40 @@ def test_a_rollout_function_with_an_environment_mask(make_trainer, tmp_path):
         assert torch.equal(scored.mask, rollout.engine_mask)
 
 
-def test_a_turn_whose_ids_are_not_the_engines_is_halted_and_named(make_trainer, tmp_path):
-    def retokenized(prompts, trainer):  # what happens when the second turn's ids are rendered anew
-        out = copy.deepcopy(two_turns(prompts, trainer))
-        for ids, mask in zip(out["completion_ids"], out["env_mask"], strict=True):
-            second = max(i for i, one in enumerate(mask) if not one) + 1
-            ids[second:] = [ids[second], *ids[second:-1]]
-        return out
+def second_turn(out):
+    """(row, index of its first token) for each row."""
+    return [(i, max(j for j, one in enumerate(mask) if not one) + 1) for i, mask in enumerate(out["env_mask"])]
 
+
+def rendered_anew(prompts, trainer):
+    """The second turn's ids are not those that were sampled."""
+    out = copy.deepcopy(two_turns(prompts, trainer))
+    for row, start in second_turn(out):
+        ids = out["completion_ids"][row]
+        ids[start:] = [ids[start], *ids[start:-1]]
+    return out
+
+
+def said_otherwise(prompts, trainer):
+    """The trainer's record of what the environment said is not what the engine was given."""
+    out = copy.deepcopy(two_turns(prompts, trainer))
+    for row, start in second_turn(out):
+        out["completion_ids"][row][start - 2 : start] = trainer.processing_class.encode("zz")
+    return out
+
+
+@pytest.mark.parametrize("rollout_func", [rendered_anew, said_otherwise])
+def test_a_later_turn_out_of_step_with_the_engine_is_halted_and_named(make_trainer, tmp_path, rollout_func):
     callback = ParityCallback()
-    trainer = make_trainer(
-        "grpo", tmp_path, callback, trainer_kwargs={"rollout_func": retokenized}, learning_rate=1e-5
-    )
+    extra = {"rollout_func": rollout_func}
+    trainer = make_trainer("grpo", tmp_path, callback, trainer_kwargs=extra, learning_rate=1e-5)
     trainer.train()
     assert statuses(callback)[-1] == "HALT", [v.reason for v in callback.verdicts]
-    assert callback.diagnosis.cause == "token_misalignment", callback.halt_message
+    diagnosis = callback.diagnosis
+    assert diagnosis.cause == "token_misalignment", callback.halt_message
+    assert "turn 2" in callback.halt_message
+    first, second = diagnosis.details["by_turn"]
+    assert second["residual"] > 5 * first["residual"]
 
 
 # ---- PEFT and options ---------------------------------------------------------------------------------------------
@@ -384,3 +405,76 @@ def test_options_that_change_what_is_learned_from_when(make_trainer, tmp_path, o
         assert whole > 0
     if option == "fp32 head":  # then both heads are one
         assert all(s["own_head/kl_k3"] == pytest.approx(s["kl_k3"], rel=1e-3, abs=1e-9) for s in stats)
+
+
+# ---- other TRLs, other prompts ------------------------------------------------------------------------------------
+
+
+def test_an_untested_trl_is_warned_about_once_by_version(monkeypatch):
+    import trl
+    from trl import GRPOTrainer
+
+    from trl_parity.taps import instrument, uninstrument
+    from trl_parity.taps.instrumentation import TESTED_TRL
+
+    assert GRPOTrainer  # a class is wrapped once somebody has imported it
+
+    uninstrument()
+    monkeypatch.setattr(trl, "__version__", "9.9.1")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        instrument()
+        instrument()
+    [warned] = [str(w.message) for w in seen if "trl-parity" in str(w.message)]
+    assert "9.9.1" in warned
+    assert all(version in warned for version in TESTED_TRL)
+
+
+@pytest.mark.parametrize("name", ["_compute_loss", "_get_per_token_logps_and_entropies"])
+def test_a_method_that_moved_is_named(monkeypatch, name):
+    from trl import RLOOTrainer
+
+    from trl_parity.taps import instrument, uninstrument
+
+    uninstrument()
+    try:
+        with monkeypatch.context() as patch:
+            patch.delattr(RLOOTrainer, name)
+            with pytest.raises(InterceptionError, match=f"RLOOTrainer .* has no '{name}'"):
+                instrument()
+    finally:
+        uninstrument()
+        instrument()
+
+
+@pytest.mark.parametrize("name", ["_last_loaded_step", "_logs"])
+def test_an_attribute_that_moved_is_named_before_anything_is_learned(make_trainer, tmp_path, name):
+    trainer = make_trainer("grpo", tmp_path, ParityCallback())
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    delattr(trainer, name)
+    with pytest.raises(InterceptionError, match=f"GRPOTrainer .* has no '{name}'"):
+        trainer.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+
+
+def test_image_prompts_are_refused_in_so_many_words(make_trainer, tmp_path, monkeypatch):
+    from trl import GRPOTrainer
+
+    trainer = make_trainer("grpo", tmp_path, ParityCallback())
+    real = GRPOTrainer._generate_and_score_completions.__wrapped__
+
+    def with_pixels(self, inputs):  # what TRL's batch has more of then; no image processor runs without torchvision
+        return real(self, inputs) | {"pixel_values": torch.zeros(1)}
+
+    from trl_parity.taps import instrument, uninstrument
+
+    uninstrument()
+    monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", with_pixels)
+    try:
+        instrument()
+        with pytest.raises(InterceptionError, match="the prompts hold images"):
+            trainer.train()
+    finally:
+        uninstrument()
+        monkeypatch.undo()
+        instrument()

@@ -307,7 +307,7 @@ def _confidence(best: _Result, results: Sequence[_Result]) -> float:
 
 
 def _profiles(scene: Scene, world: World) -> dict[str, list[dict[str, float]]]:
-    """The drift of this rank by eighths of the completion and by quarters of the tokens in order of entropy."""
+    """The drift of this rank by eighths of the completion, by turn, and by quarters of the entropy."""
     delta = scene.log_probs(world) - world.reported
     good = torch.isfinite(delta) & world.kept
     if not good.any():
@@ -315,6 +315,8 @@ def _profiles(scene: Scene, world: World) -> dict[str, list[dict[str, float]]]:
     column = scene.column[good].double()
     eighths = torch.linspace(0, float(column.max()) + 1, 9, dtype=torch.float64)
     out = {"by_position": _profile(delta[good], column, eighths)}
+    if turns := int(scene.turn.max()):
+        out["by_turn"] = _profile(delta[good], scene.turn[good].double(), torch.arange(turns + 2.0))
     if scene.entropy is not None:
         entropy = scene.entropy[good]
         quarters = entropy.quantile(torch.linspace(0, 1, 5, dtype=torch.float64))

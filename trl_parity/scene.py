@@ -89,6 +89,8 @@ class Scene:
         self.own_scored = tokens(scored.own_logprobs)
         self.entropy = None if scored.entropy is None else tokens(scored.entropy)
         self.targets = rollout.completion_ids[self.rows][self.row, self.column]
+        turn, offset = turns(rollout.engine_mask[self.rows])
+        self.turn, self.offset = turn[self.row, self.column].cpu(), offset[self.row, self.column].cpu()  # (N,) each
         self.row, self.column = self.row.cpu(), self.column.cpu()
         self.temperature = rollout.trainer_temperature
         meant = rollout.sampling if replayed else SamplingSettings()
@@ -124,6 +126,12 @@ class Scene:
     def words(self, law: Law, base: Law) -> str:
         """What of a law differs from another."""
         return describe(law, base, ids=not self.redacted)
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether what the engine returned is at hand: not of a server, not of a batch gone by."""
+        requests = self.capture.requests
+        return bool(requests) and all(request.outputs is not None for request in requests)
 
     @property
     def sharded(self) -> bool:
@@ -318,6 +326,14 @@ class Scene:
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
         return model.eval()
+
+
+def turns(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a (B, C) mask of engine tokens: which run of them a token is in, and where in that run; (B, C) from 0."""
+    column = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    start = mask & ~torch.nn.functional.pad(mask, (1, 0))[:, :-1]
+    began = torch.where(start, column, 0).cummax(-1).values
+    return (start.long().cumsum(-1) - 1).clamp(min=0), column - began
 
 
 @contextmanager

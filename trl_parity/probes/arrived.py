@@ -32,33 +32,40 @@ def handover(scene: Scene, world: World) -> Candidate | None:
     """The engine's own numbers and ids, as it returned them, in place of those that arrived."""
     answers = _answers(scene)
     reported, kept = world.reported.clone(), world.kept.clone()
-    moved, foreign = 0, 0
+    moved, foreign = 0, torch.zeros(max(map(len, answers)), dtype=torch.long)  # the latter by turn
     for i, at in enumerate(scene.rows.tolist()):
-        ids, numbers = list(answers[at].token_ids), answers[at].logprobs
-        prompt = list(answers[at].prompt)
-        ours = scene.rollout.prompt_ids[at][scene.rollout.prompt_mask[at].bool()].tolist()
-        if prompt != ours:
-            scene.engine_prompts[at] = prompt
-        own = scene.rollout.completion_ids[at].tolist()
+        if list(answers[at][0].prompt) != _before(scene, at, 0):
+            scene.engine_prompts[at] = list(answers[at][0].prompt)
         for n in (scene.row == i).nonzero().squeeze(-1).tolist():
-            t = int(scene.column[n])
-            if t >= len(ids) or ids[t] != own[t]:
-                kept[n], foreign = False, foreign + 1
+            turn, t = (int(scene.turn[n]), int(scene.offset[n])) if len(answers[at]) > 1 else (0, int(scene.column[n]))
+            if turn >= len(answers[at]):
+                raise NotPossible(f"row {at} has more turns than the engine made answers for it")
+            ids, token = answers[at][turn].token_ids, int(scene.targets[n])
+            if t >= len(ids) or ids[t] != token:
+                kept[n] = False
+                foreign[turn] += 1
                 continue
-            true = float(numbers[t][ids[t]].logprob)
+            true = float(answers[at][turn].logprobs[t][token].logprob)
             moved += abs(true - float(world.reported[n])) > 1e-6 or bool(torch.isnan(world.reported[n]))
             reported[n] = true
-    if not moved and not foreign:
+    if not moved and not foreign.any():
         return None
     total = int(world.kept.sum())
     words = [f"{moved} of {total} log-probs that arrived are not those the engine returned for their token"] * (
         moved > 0
     )
-    words += [f"{foreign} tokens are not those the engine generated"] * (foreign > 0)
+    if foreign.any():
+        onset = f", from turn {int(foreign.nonzero()[0]) + 1} of {len(foreign)} on" if len(foreign) > 1 else ""
+        words.append(f"{int(foreign.sum())} tokens are not those the engine generated{onset}")
     return Candidate(
         world=replace(world, reported=reported, kept=kept),
         finding="; ".join(words),
-        details={"moved": moved, "foreign": foreign, "compared": total},
+        details={
+            "moved": moved,
+            "foreign": int(foreign.sum()),
+            "foreign_by_turn": foreign.tolist(),
+            "compared": total,
+        },
     )
 
 
@@ -69,39 +76,61 @@ class _Answer:
     logprobs: Any
 
 
-def _answers(scene: Scene) -> list[_Answer]:
-    """What the engine returned, by row of the batch."""
-    requests = scene.capture.requests
-    if len(requests) != 1 or requests[0].outputs is None:
-        raise NotPossible(
-            "what the engine itself returned is not at hand (a server, several calls a batch, or a batch gone by)"
-        )
-    flat = [
-        _Answer(output.prompt_token_ids, one.token_ids, one.logprobs)
-        for output in requests[0].outputs
-        for one in output.outputs
-    ]
-    if len(flat) != len(scene.rollout.completion_ids):
-        raise NotPossible(f"the engine returned {len(flat)} completions for {len(scene.rollout.completion_ids)} rows")
-    return flat
+def _answers(scene: Scene) -> list[list[_Answer]]:
+    """What the engine returned, by row of the batch and turn."""
+    requests, rows = scene.capture.requests, len(scene.rollout.completion_ids)
+    if not scene.has_answers:
+        raise NotPossible("what the engine itself returned is not at hand (a server, or a batch gone by)")
+    first, *later = (
+        [_Answer(o.prompt_token_ids, one.token_ids, one.logprobs) for o in request.outputs for one in o.outputs]
+        for request in requests
+    )
+    if len(first) != rows:
+        raise NotPossible(f"the engine's first call returned {len(first)} completions for {rows} rows")
+    chains = [[answer] for answer in first]
+    for call in later:
+        continued = _continued(chains, call)
+        if len(call) == rows and len(continued) >= rows / 2:  # some may have been rendered anew: then by their place
+            continued = list(range(rows))
+        if len(continued) != len(call):
+            raise NotPossible("the engine was called several times a batch, and not turn by turn")
+        for row, answer in zip(continued, call, strict=True):
+            chains[row].append(answer)
+    return chains
+
+
+def _continued(chains: list[list[_Answer]], call: list[_Answer]) -> list[int]:
+    """Rows, in order, whose turns so far are what the answers' prompts begin with."""
+    found: list[int] = []
+    for answer in call:
+        for row in range(found[-1] + 1 if found else 0, len(chains)):
+            last = chains[row][-1]
+            so_far = [*last.prompt, *last.token_ids]
+            if list(answer.prompt[: len(so_far)]) == so_far:
+                found.append(row)
+                break
+    return found
+
+
+def _before(scene: Scene, at: int, column: int) -> list[int]:
+    """What the trainer has in row ``at`` before a column of the completion."""
+    prompt = scene.rollout.prompt_ids[at][scene.rollout.prompt_mask[at].bool()].tolist()
+    return prompt + scene.rollout.completion_ids[at, :column].tolist()
 
 
 def context(scene: Scene, world: World) -> Candidate | None:
     """The trainer scores the prompts the engine was really given."""
     answers = _answers(scene)
     for at in scene.rows.tolist():
-        ours = scene.rollout.prompt_ids[at][scene.rollout.prompt_mask[at].bool()].tolist()
-        if list(answers[at].prompt) != ours:
-            scene.engine_prompts[at] = list(answers[at].prompt)
+        if list(answers[at][0].prompt) != _before(scene, at, 0):
+            scene.engine_prompts[at] = list(answers[at][0].prompt)
     if not scene.engine_prompts:
-        return None
+        return _later_contexts(scene, world, answers)
     at, theirs = next(iter(scene.engine_prompts.items()))
-    ours = scene.rollout.prompt_ids[at][scene.rollout.prompt_mask[at].bool()].tolist()
-    first = next(
-        (i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), min(len(theirs), len(ours))
-    )
+    ours = _before(scene, at, 0)
     some = scene.row < FEW
     other = with_variant(world, batch="unpadded", contexts="engine", few=True)
+    first = _first_difference(theirs, ours)
     return Candidate(
         world=replace(other, kept=world.kept & some),
         over=some,
@@ -110,6 +139,36 @@ def context(scene: Scene, world: World) -> Candidate | None:
         details={"prompts": len(scene.engine_prompts), "first_difference": first,
                  "lengths": [len(theirs), len(ours)]},
     )  # fmt: skip
+
+
+def _later_contexts(scene: Scene, world: World, answers: list[list[_Answer]]) -> Candidate | None:
+    """Leave out turns that the engine began from other ids than the trainer has before them."""
+    kept, found, words = world.kept.clone(), 0, ""
+    for i, at in enumerate(scene.rows.tolist()):
+        for turn, answer in enumerate(answers[at][1:], 1):
+            tokens = (scene.row == i) & (scene.turn == turn)
+            if not tokens.any():
+                continue
+            ours, theirs = _before(scene, at, int(scene.column[tokens].min())), list(answer.prompt)
+            if theirs != ours:
+                kept &= ~((scene.row == i) & (scene.turn >= turn))
+                found += 1
+                words = words or (
+                    f"turn {turn + 1} of row {at}: the ids differ from position {_first_difference(theirs, ours)} on "
+                    f"({len(theirs)} tokens at the engine, {len(ours)} here)"
+                )
+                break
+    if not found:
+        return None
+    return Candidate(
+        world=replace(world, kept=kept),
+        finding=f"{found} of {scene.sequences} sequences have other ids before a turn than the engine had; {words}",
+        details={"sequences": found},
+    )
+
+
+def _first_difference(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 ARRIVED: tuple[Probe, ...] = (

@@ -120,6 +120,11 @@ def within_sequences(scene: Scene, world: World) -> Candidate | None:
     if told := scene.rollout.sampling.unreplayed:
         cause = "constrained_decoding"
         words += f"; the requests set {', '.join(told)}, which was left out when asking again"
+    elif not scene.has_answers and (turn := _turn_of_change(scene, world)) is not None:  # else it would be known
+        cause = "token_misalignment"
+        words += (
+            f"; the drift begins with turn {turn + 1}: what the engine was given before it are other ids than here"
+        )
     elif at is not None:
         cause = "in_flight_update"
         words += f"; the drift changes at completion token {at}: {sides[0]:.3g} before, {sides[1]:.3g} after (Huber)"
@@ -127,6 +132,19 @@ def within_sequences(scene: Scene, world: World) -> Candidate | None:
         cause = "engine_numerics"
         words += "; it does not change at one point of the sequences"
     return replace(_answered(scene, world, again), cause=cause, finding=words)
+
+
+def _turn_of_change(scene: Scene, world: World) -> int | None:
+    """The turn from which on there is drift, when the ones before have little and it does not grow within turns."""
+    delta = (scene.log_probs(world) - world.reported).nan_to_num(0.0)
+    size = huber(delta)
+    for turn in range(1, int(scene.turn.max()) + 1):
+        before, after = (size[world.kept & side] for side in (scene.turn < turn, scene.turn >= turn))
+        if min(len(before), len(after)) < _SIDE * int(world.kept.sum()):
+            continue
+        if after.mean() > _STEP * before.mean() and _size(delta[world.kept & (scene.turn < turn)]) <= 3 * scene.floor:
+            return turn
+    return None
 
 
 def _change(scene: Scene, world: World) -> tuple[int | None, tuple[float, float]]:

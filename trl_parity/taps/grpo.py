@@ -24,6 +24,12 @@ from .capture import Capture
 from .instrumentation import Wrapper
 
 PRIVATE_NAMES = ("_generate_and_score_completions", "_get_per_token_logps_and_entropies", "_compute_loss")
+_TRAINER = ("_metrics", "_logs", "_step", "reward_func_names", "reward_weights", "temperature", "num_iterations")
+_WITH_VLLM = ("_last_loaded_step", "vllm_generation")
+_GENERATION = (
+    "mode", "logprobs", "generation_kwargs", "structured_outputs_regex", "temperature", "top_k", "top_p", "min_p",
+    "repetition_penalty", "tensor_parallel_size", "enable_sleep_mode",
+)  # fmt: skip
 _ACTIVE = "_trl_parity_capture"
 _LOSS = "_trl_parity_loss"
 
@@ -138,12 +144,15 @@ class GRPOCapture(Capture):
     @classmethod
     def require_interceptable(cls, trainer: Any) -> None:
         """Raise InterceptionError when this trainer's rollouts can't be measured, before any is generated."""
+        instrumentation.require_attributes(trainer, _TRAINER)
         if not trainer.use_vllm:
             raise InterceptionError(
                 "the trainer generates with transformers (use_vllm=False), so there is no engine to compare with. "
                 "Set use_vllm=True (and vllm_mode='colocate' or 'server'), or remove ParityCallback."
             )
+        instrumentation.require_attributes(trainer, _WITH_VLLM)
         generation = trainer.vllm_generation
+        instrumentation.require_attributes(generation, _GENERATION)
         if generation.logprobs is None:
             raise InterceptionError(
                 "the engine is asked for no log-probs (vllm_generation.logprobs is None). Set "
@@ -179,6 +188,11 @@ class GRPOCapture(Capture):
     def rollout(self) -> RolloutBatch:
         """What the engine handed over. Raises InterceptionError without log-probs, DataError on contradictions."""
         out = self.output
+        if "pixel_values" in out:
+            raise InterceptionError(
+                "the prompts hold images, which trl-parity does not measure. Expected prompts of text alone. Train "
+                "this model without ParityCallback."
+            )
         own = out.get("old_per_token_logps")
         mask = out["completion_mask"]
         return RolloutBatch(
@@ -214,10 +228,6 @@ class GRPOCapture(Capture):
         from trl.models.utils import disable_gradient_checkpointing
 
         trainer, args = self.trainer, self.trainer.args
-        if "pixel_values" in self.output:
-            raise InterceptionError(
-                "image prompts are measured only on TRL's own pass. Set vllm_importance_sampling_correction=True."
-            )
         size = batch_size or (args.per_device_train_batch_size if self.training else args.per_device_eval_batch_size)
         score = instrumentation.original(type(trainer), PRIVATE_NAMES[1])
         # DDP's own forward may sync buffers over ranks, and ranks may run different passes here

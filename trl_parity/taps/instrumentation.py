@@ -11,7 +11,7 @@ import importlib
 import sys
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InterceptionError
@@ -78,15 +78,26 @@ def instrument() -> None:
         found = list(importlib.import_module(f".{tap}", __package__).wrappers())
         for cls, name, _ in found:
             if name not in cls.__dict__:
-                import trl
-
-                raise InterceptionError(
-                    f"{cls.__name__} of trl {trl.__version__} has no method {name!r}, which trl-parity wraps. Pin a "
-                    f"tested trl ({', '.join(TESTED_TRL)})."
-                )
+                raise _moved(cls, name)
         for cls, name, wrapper in found:
             _originals[cls, name] = original = cls.__dict__[name]
             setattr(cls, name, _wrapped(original, wrapper))
+
+
+def require_attributes(owner: Any, names: Iterable[str]) -> None:
+    """Raise InterceptionError for the first private name that this TRL has moved."""
+    for name in names:
+        if not hasattr(owner, name):
+            raise _moved(type(owner), name)
+
+
+def _moved(cls: type, name: str) -> InterceptionError:
+    import trl
+
+    return InterceptionError(
+        f"{cls.__name__} of trl {trl.__version__} has no {name!r}, which trl-parity needs. Expected a trl it was "
+        f"tested with: {', '.join(TESTED_TRL)}. Pin one of these."
+    )
 
 
 def _warn_untested() -> None:

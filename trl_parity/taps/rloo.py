@@ -31,7 +31,7 @@ class RLOOCapture(GRPOCapture):
     @classmethod
     def require_interceptable(cls, trainer: Any) -> None:
         """Asks the engine for the sampled tokens' log-probs, which TRL does not."""
-        if trainer.use_vllm and trainer.vllm_generation.logprobs is None:
+        if trainer.use_vllm and getattr(trainer.vllm_generation, "logprobs", 0) is None:
             trainer.vllm_generation.logprobs = 0
         super().require_interceptable(trainer)
 
