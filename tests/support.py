@@ -71,7 +71,7 @@ CHAT_TEMPLATE = """
 def save_tool_tokenizer(directory: Path) -> Any:
     """The same with a chat template and tokens that spell a whole tool call, so that a random model makes some."""
     from transformers import PreTrainedTokenizerFast
-    from trl.chat_template_utils import qwen3_template
+    from trl import chat_template_utils as templates
 
     base = save_tokenizer(directory)
     fast = PreTrainedTokenizerFast(
@@ -82,7 +82,7 @@ def save_tool_tokenizer(directory: Path) -> Any:
     )
     fast.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
     fast.chat_template = CHAT_TEMPLATE
-    fast.response_template = qwen3_template
+    fast.response_template = getattr(templates, "qwen3_template", None)  # TRL 1.0 to 1.6 have none
     fast.save_pretrained(directory)
     return fast
 

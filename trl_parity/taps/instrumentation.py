@@ -14,6 +14,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from packaging.version import Version
+
 from ..errors import InterceptionError
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 Wrapper = tuple[type, str, Callable[..., Any]]  # class, method name, wrapper that takes the original first
 
-TESTED_TRL = ("1.16",)  # minor versions that the real runs in tests/ were made with
+TESTED_TRL = ("1.0", "1.6", "1.12", "1.16")  # minor versions that benchmarks/trl_range.py passes with
 # tap -> the module that defines the trainer it wraps; it is wrapped once somebody has imported it
 _TAPS = {"grpo": "trl.trainer.grpo_trainer", "rloo": "trl.trainer.rloo_trainer"}
 _originals: dict[tuple[type, str], Callable[..., Any]] = {}
@@ -103,7 +105,9 @@ def _moved(cls: type, name: str) -> InterceptionError:
 def _warn_untested() -> None:
     import trl
 
-    if ".".join(trl.__version__.split(".")[:2]) not in TESTED_TRL and not _originals:
+    oldest, *_, newest = (Version(version) for version in TESTED_TRL)
+    minor = Version(".".join(trl.__version__.split(".")[:2]))
+    if not oldest <= minor <= newest and not _originals:
         warnings.warn(
             f"trl {trl.__version__} was not tested with trl-parity (tested: {', '.join(TESTED_TRL)}), which wraps "
             "private methods of the trainers. Should the first step report that no rollout was seen, pin a tested "
