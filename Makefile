@@ -27,7 +27,7 @@ demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" accelerate launch --cpu --num_processes 1 recipes/grpo/train.py --config configs/grpo_tiny_cpu.yaml
 
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
 # TRL writes these when it builds a colocated engine; a child process must not join its parent's process group
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE")
 
@@ -21,7 +29,8 @@ CHARS = "0123456789+-*=abcdefghijklmnopqrstuvwxyz ?.,"
 
 def environment(**more: str) -> dict[str, str]:
     """For a process of its own: this one's, but for the rendezvous that a trainer in this process left behind."""
-    return {name: value for name, value in os.environ.items() if name not in RENDEZVOUS} | more
+    own = {name: value for name, value in os.environ.items() if name not in RENDEZVOUS}
+    return own | {"MASTER_PORT": str(free_port())} | more
 
 
 @contextlib.contextmanager
