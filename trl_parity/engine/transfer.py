@@ -2,8 +2,8 @@
 
 TRL hands its weights to a server over NCCL, which needs CUDA on both sides. Here the trainer writes them to a file,
 tells the server its name through vLLM's own endpoints (``/start_weight_update``, ``/update_weights``,
-``/finish_weight_update``), waits until the server has loaded it, and removes it. The server's half is a weight-transfer
-engine of vLLM, registered in its factory by our plugin (:func:`trl_parity.engine.cpu.vllm_plugin`)::
+``/finish_weight_update``), waits until the server has loaded it, and removes it. The server's half is one more of
+vLLM's weight-transfer engines, registered by our plugin (:func:`trl_parity.engine.cpu.vllm_plugin`)::
 
     VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model MODEL \\
         --logprobs-mode processed_logprobs --weight-transfer-config '{"backend": "trl_parity"}'
@@ -20,6 +20,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import itertools
+import json
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -77,7 +78,8 @@ class FileWeightTransferEngine(WeightTransferEngine[_Init, _Update]):
         from safetensors import safe_open
 
         with safe_open(update_info.path, framework="pt") as file:
-            self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+            load: Any = self.model.load_weights
+            load((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
 
     def finish_weight_update(self) -> None:
         """Nothing is left to do: layers multiply by the parameters that were written."""
@@ -113,10 +115,11 @@ class FileTransfer:
         info = self._request("get", "server_info?config_format=json").json()["vllm_config"]
         backend = (info["weight_transfer_config"] or {}).get("backend")
         if backend != BACKEND:
+            flag = f"--weight-transfer-config '{json.dumps({'backend': BACKEND})}'"
             raise RuntimeError(
                 f"the vLLM server at {self.base_url} runs with weight transfer {backend!r}, but this trainer has no "
-                f"CUDA, so weights go through files. Expected a server started with --weight-transfer-config "
-                f"'{{\"backend\": \"{BACKEND}\"}}', in an environment where trl-parity is installed."
+                f"CUDA, so weights go through files. Expected a server started with {flag}, in an environment where "
+                "trl-parity is installed."
             )
         self._request("post", "init_weight_transfer_engine", {"init_info": {}})
         self._directory = tempfile.TemporaryDirectory(prefix="trl-parity-weights-", dir=self._parent)
@@ -164,7 +167,7 @@ class FileTransfer:
         tensors: dict[str, torch.Tensor] = {}
         size = 0
         for name, tensor in named:
-            # a copy: what TRL yields may be gathered, or have an adapter merged in, only until the next one is asked for
+            # a copy: what TRL yields may be gathered, or have an adapter merged in, only until it yields the next
             tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
             size += tensors[name].nbytes
             if size >= self.file_bytes:
@@ -222,7 +225,6 @@ def sync_without_cuda() -> None:
         else:
             close(self)
 
-    VLLMClient.init_communicator = init_communicator
-    VLLMClient.update_named_params = update_named_params
-    VLLMClient.close_communicator = close_communicator
+    for method in (init_communicator, update_named_params, close_communicator):
+        setattr(VLLMClient, method.__name__, method)
     setattr(VLLMClient, _MARK, True)
