@@ -157,9 +157,9 @@ def digit_reward(completions: list[str], **kwargs: Any) -> list[float]:
     return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
 
 
-def grpo_args(output_dir: Path, config: Any = None, **overrides: Any) -> Any:
-    """Arguments of a GRPO run, or of another trainer's whose ``config`` class is given."""
-    from trl import GRPOConfig
+def grpo_args(output_dir: Path, config: str = "GRPOConfig", **overrides: Any) -> Any:
+    """Arguments of a GRPO run, or of another trainer's, whose config class of TRL's is named."""
+    import trl
 
     settings: dict[str, Any] = {
         "output_dir": str(output_dir),
@@ -182,4 +182,4 @@ def grpo_args(output_dir: Path, config: Any = None, **overrides: Any) -> Any:
         "seed": 0,
         "beta": 0.0,
     }
-    return (config or GRPOConfig)(**(settings | overrides))
+    return getattr(trl, config)(**(settings | overrides))

@@ -23,10 +23,10 @@ def model_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def make_trainer(model_dir):
     """Trainers of any class that share one engine; each run syncs its weights first."""
-    from trl import GRPOTrainer, RLOOConfig, RLOOTrainer
+    from trl import GRPOTrainer, RLOOTrainer
 
     def make(kind, output_dir, *callbacks, trainer_kwargs=None, **args):
-        cls, config = (RLOOTrainer, RLOOConfig) if kind == "rloo" else (GRPOTrainer, None)
+        cls, config = (RLOOTrainer, "RLOOConfig") if kind == "rloo" else (GRPOTrainer, "GRPOConfig")
         data = {"reward_funcs": digit_reward, "train_dataset": prompts(), "model": str(model_dir)}
         if kind == "rloo":  # advantages times whole sequences' ratios: the same rate moves it further
             args = {"learning_rate": 1e-4} | args

@@ -165,8 +165,8 @@ class ParityConfig:
     engine_dtype: str | None = field(
         default=None,
         metadata={
-            "help": "The engine's dtype (e.g. bfloat16) where it can't be read, as behind a server. Default there: "
-            "the trainer's compute dtype."
+            "help": "The engine's dtype (e.g. bfloat16) where it can't be read, as behind a server that does not tell "
+            "its settings. Default there: the trainer's compute dtype."
         },
     )
     temperatures: dict[str, float] | str | None = field(
@@ -225,6 +225,13 @@ class ParityConfig:
         metadata={
             "help": "Time a diagnosis may take, in rollout batches (generating and scoring one). Probes on one "
             "recompute are always run; dearer ones are left out, and listed as such, once it is spent."
+        },
+    )
+    server_timeout: float = field(
+        default=60.0,
+        metadata={
+            "help": "Seconds a vLLM server may take to answer one request of trl-parity's own (its settings, scoring "
+            "tokens again). After one that it does not answer, a diagnosis goes on without the server."
         },
     )
     eval_batches: str = field(
@@ -316,6 +323,9 @@ class ParityConfig:
         budget = self.diagnose_budget
         if isinstance(budget, bool) or not isinstance(budget, int | float) or not budget >= 0:
             raise ConfigError(f"diagnose_budget is {budget!r}. Expected a number of rollout batches >= 0.")
+        wait = self.server_timeout
+        if isinstance(wait, bool) or not isinstance(wait, int | float) or not 0 < wait < float("inf"):
+            raise ConfigError(f"server_timeout is {wait!r}. Expected seconds, more than 0.")
         self.temperature_phases()
         self.resolved_rules()  # a wrong rule fails here, before any training
 

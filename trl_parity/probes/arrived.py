@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -45,7 +46,7 @@ def handover(scene: Scene, world: World) -> Candidate | None:
                 kept[n] = False
                 foreign[turn] += 1
                 continue
-            true = float(answers[at][turn].logprobs[t][token].logprob)
+            true = answers[at][turn].logprobs[t]
             moved += abs(true - float(world.reported[n])) > 1e-6 or bool(torch.isnan(world.reported[n]))
             reported[n] = true
     if not moved and not foreign.any():
@@ -73,18 +74,22 @@ def handover(scene: Scene, world: World) -> Candidate | None:
 class _Answer:
     prompt: Sequence[int]
     token_ids: Sequence[int]
-    logprobs: Any
+    logprobs: Sequence[float]  # of these tokens
 
 
 def _answers(scene: Scene) -> list[list[_Answer]]:
     """What the engine returned, by row of the batch and turn."""
     requests, rows = scene.capture.requests, len(scene.rollout.completion_ids)
     if not scene.has_answers:
-        raise NotPossible("what the engine itself returned is not at hand (a server, or a batch gone by)")
+        raise NotPossible(
+            "what the engine itself returned is not at hand (another rank asked the server, or a batch gone by)"
+        )
     first, *later = (
-        [_Answer(o.prompt_token_ids, one.token_ids, one.logprobs) for o in request.outputs for one in o.outputs]
+        _of_server(request.outputs) if isinstance(request.outputs, dict) else _of_engine(request.outputs)
         for request in requests
     )
+    if isinstance(requests[0].outputs, dict):  # one answer for all ranks: the rank that asked has the first rows
+        first = first[:rows]
     if len(first) != rows:
         raise NotPossible(f"the engine's first call returned {len(first)} completions for {rows} rows")
     chains = [[answer] for answer in first]
@@ -97,6 +102,26 @@ def _answers(scene: Scene) -> list[list[_Answer]]:
         for row, answer in zip(continued, call, strict=True):
             chains[row].append(answer)
     return chains
+
+
+def _of_engine(outputs: Any) -> list[_Answer]:
+    flat = []
+    for output in outputs:
+        for one in output.outputs:
+            numbers = [float(given[token].logprob) for given, token in zip(one.logprobs, one.token_ids, strict=True)]
+            flat.append(_Answer(output.prompt_token_ids, one.token_ids, numbers))
+    return flat
+
+
+def _of_server(answer: dict[str, Any]) -> list[_Answer]:
+    prompts, completions = answer["prompt_ids"], answer["completion_ids"]
+    each = len(completions) // len(prompts)
+    flat = []
+    for i, ids in enumerate(completions):
+        given = zip(ids, answer["logprob_token_ids"][i], answer["logprobs"][i], strict=True)
+        numbers = [some[tokens.index(token)] for token, tokens, some in given]
+        flat.append(_Answer(prompts[i // each], ids, [math.nan if x is None else x for x in numbers]))
+    return flat
 
 
 def _continued(chains: list[list[_Answer]], call: list[_Answer]) -> list[int]:
