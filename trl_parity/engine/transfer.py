@@ -197,8 +197,9 @@ def sync_without_cuda() -> None:
     """
     from trl.generation.vllm_client import VLLMClient
 
-    if getattr(VLLMClient, _MARK, False):
-        return
+    names = ("init_communicator", "update_named_params", "close_communicator")
+    if getattr(VLLMClient, _MARK, False) or not all(hasattr(VLLMClient, name) for name in names):
+        return  # the second: an older TRL, whose own error then says what it needs
     init, update, close = VLLMClient.init_communicator, VLLMClient.update_named_params, VLLMClient.close_communicator
 
     def init_communicator(self: Any, device: Any = 0) -> None:
