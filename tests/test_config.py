@@ -64,6 +64,7 @@ def test_temperature_phases_are_in_order_of_their_steps():
         ({"temperatures": {"training": 1.0}}, "Expected 'train', 'eval' or 'train@<step>'"),
         ({"temperatures": {"train": "hot"}}, "Expected a number"),
         ({"floor_cost_share": 2}, "0 to 1"),
+        ({"server_timeout": 0}, "more than 0"),
         ({"reward_window": 5}, ">= 20"),
         ({"on_state_mismatch": "ignore"}, "Expected one of: restart, error"),
         ({"rules": {"kl_k3": "high"}}, "Expected a number"),
