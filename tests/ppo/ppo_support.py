@@ -37,8 +37,10 @@ def queries(tokenizer: Any, n: int = 64) -> Any:
     return Dataset.from_list([{"input_ids": tokenizer(text)["input_ids"]} for text in texts])
 
 
-def ppo_trainer(model_dir: Path, output_dir: Path, *callbacks: Any, updates: int = 4, **args: Any) -> Any:
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+def ppo_trainer(
+    model_dir: Path, output_dir: Path, *callbacks: Any, updates: int = 4, eval_size: int = 0, **args: Any
+) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     settings: dict[str, Any] = {
@@ -63,7 +65,7 @@ def ppo_trainer(model_dir: Path, output_dir: Path, *callbacks: Any, updates: int
         "disable_tqdm": True,
         "seed": 0,
     }
-    torch.manual_seed(0)
+    set_seed(0)  # PPOTrainer leaves numpy unseeded, which shuffles its mini-batches
     tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
     return PPOTrainer(
         args=PPOConfig(**(settings | args)),
@@ -73,5 +75,6 @@ def ppo_trainer(model_dir: Path, output_dir: Path, *callbacks: Any, updates: int
         reward_model=DigitReward(),
         value_model=AutoModelForSequenceClassification.from_pretrained(model_dir, num_labels=1),
         train_dataset=queries(tokenizer),
+        eval_dataset=queries(tokenizer, eval_size) if eval_size else None,
         callbacks=list(callbacks),
     )

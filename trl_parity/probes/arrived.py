@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..scene import FEW, Scene, World
-from .base import Candidate, NotPossible, Probe, probe, with_variant
+from .base import Candidate, NotPossible, Probe, probe, require_engine, with_variant
 
 __all__ = ["ARRIVED"]
 
@@ -71,6 +71,7 @@ class _Answer:
 
 def _answers(scene: Scene) -> list[_Answer]:
     """What the engine returned, by row of the batch."""
+    require_engine(scene)
     requests = scene.capture.requests
     if len(requests) != 1 or requests[0].outputs is None:
         raise NotPossible(

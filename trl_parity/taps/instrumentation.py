@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Wrapper = tuple[type, str, Callable[..., Any]]  # class, method name, wrapper that takes the original first
 
-TESTED_TRL = ("1.16",)  # minor versions that the real runs in tests/ were made with
+TESTED_TRL = ("1.12", "1.16")  # minor versions that the real runs in tests/ were made with
 # tap -> the module that defines the trainer it wraps; it is wrapped once somebody has imported it
 _TAPS = {
     "grpo": "trl.trainer.grpo_trainer",

@@ -325,8 +325,8 @@ class VLLMRollouts:
         stop = trainer.stop_token_id  # PPO's alone: without one it samples on to the response length
         extra = {"ignore_eos": True, "stop_token_ids": [] if stop is None else [stop]}
         defaults = {"max_num_seqs": args.local_batch_size * settings.get("tensor_parallel_size", 1)}
-        extra |= settings.get("generation_kwargs") or {}
-        self.generation = VLLMGeneration(**(defaults | dict(settings) | fixed), generation_kwargs=extra)
+        fixed["generation_kwargs"] = extra | (settings.get("generation_kwargs") or {})
+        self.generation = VLLMGeneration(**(defaults | dict(settings) | fixed))
         self.sync_step = -1  # optimizer step of the weights last handed to the engine
         self._trainer = trainer
         trainer.vllm_generation = self.generation
