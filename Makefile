@@ -1,26 +1,30 @@
 # trl-parity: `make demo` runs the main job on a CPU, `make test` the tests; both set up what they need.
+# PPOTrainer is gone from newer TRLs: it has an environment of its own, `make test-ppo` its tests.
 PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
-STAMP  := $(VENV)/.installed
+PPO    := .venv-ppo
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo test lint clean
+.PHONY: setup setup-ppo demo test test-ppo lint clean
 
-setup: $(STAMP)
+setup: $(VENV)/.installed
+setup-ppo: $(PPO)/.installed
+$(VENV)/.installed: requirements-cpu.lock
+$(PPO)/.installed: requirements-ppo-cpu.lock
 
 # torch first: its CPU build lies on its own index. The rest goes through uv, which installs the pinned
 # stack in seconds where pip takes minutes; without uv, pip does the same work.
-$(STAMP): requirements-cpu.lock pyproject.toml
+%/.installed: pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or set PYTHON=/path/to/python3.11"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	@torch=$$(grep '^torch==' requirements-cpu.lock); echo "installing $$torch"; \
-	$(BIN)/pip install -q --no-compile --no-deps "$$torch" 2>/dev/null \
-	  || $(BIN)/pip install --no-compile --no-deps --index-url $(TORCH_INDEX) "$$torch"
+	$(PYTHON) -m venv $*
+	@torch=$$(grep '^torch==' $(filter %.lock,$^)); echo "installing $$torch"; \
+	$*/bin/pip install -q --no-compile --no-deps "$$torch" 2>/dev/null \
+	  || $*/bin/pip install --no-compile --no-deps --index-url $(TORCH_INDEX) "$$torch"
 	@echo "installing the pinned stack (about 180 packages, 4 GB)"
-	@{ $(BIN)/pip install -q uv 2>/dev/null && $(BIN)/uv pip install -q --no-deps --python $(BIN)/python -r requirements-cpu.lock; } \
-	  || $(BIN)/pip install --no-compile --no-deps -r requirements-cpu.lock
-	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	@{ $*/bin/pip install -q uv 2>/dev/null && $*/bin/uv pip install -q --no-deps --python $*/bin/python -r $(filter %.lock,$^); } \
+	  || $*/bin/pip install --no-compile --no-deps -r $(filter %.lock,$^)
+	$*/bin/pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 
 demo: setup
@@ -29,10 +33,14 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
+# the engine-free tests show that this stack, too, is one trl-parity works with
+test-ppo: setup-ppo
+	$(PPO)/bin/python -m pytest tests/ppo $(addprefix tests/test_,metrics.py breaker.py head.py recompute.py processors.py)
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) runs .cache build *.egg-info
+	rm -rf $(VENV) $(PPO) runs .cache build *.egg-info

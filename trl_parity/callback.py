@@ -400,7 +400,11 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the sinks and, when the trainer resumes from a checkpoint, restore the breaker."""
-        instrument()  # added to the trainer after it was built
+        if "ppo" in instrument() and hasattr(args, "num_ppo_epochs"):  # else: added after the trainer was built
+            raise InterceptionError(
+                "PPOTrainer was imported after ParityCallback was created, and this train() runs unobserved. Import "
+                "trl.experimental.ppo first, then create ParityCallback."
+            )
         self._reset()
         resume = int(state.global_step)
         self._window_start = self._next_generation = resume
@@ -420,19 +424,22 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Refuse to learn from what was never measured; drop the gradient of a condemned batch."""
-        if self._trainer is None:
-            raise InterceptionError(
-                "an optimizer step is due but no rollout batch was intercepted. ParityCallback covers TRL's "
-                "GRPOTrainer and RLOOTrainer (and subclasses that call super()._generate_and_score_completions) with "
-                "use_vllm=True. Is this another trainer, a subclass that replaces that method, or were the wrappers "
-                "removed?"
-            )
+        self._require_interception("an optimizer step is due")
         if state.global_step >= self._next_generation:
             self._on_missing_batch(int(state.global_step))
         if self._condemned:
             drop_gradient(optimizer, self._trainer.accelerator)
         else:
             self._moved = True
+
+    def _require_interception(self, seen: str) -> None:
+        if self._trainer is None:
+            raise InterceptionError(
+                f"{seen} but no rollout batch was intercepted. ParityCallback covers TRL's GRPOTrainer and "
+                "RLOOTrainer (and subclasses that call super()._generate_and_score_completions) with use_vllm=True, "
+                "and PPOTrainer (and subclasses that call super().train). Is this another trainer, a subclass that "
+                "replaces that method, or were the wrappers removed?"
+            )
 
     def _on_missing_batch(self, step: int) -> None:
         """A batch that should have been intercepted was not: a failed measurement, never silence."""
@@ -446,6 +453,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop if so judged; hand the windows since the last log to the trainer's metrics when it is about to log."""
         start = time.perf_counter()
+        self._require_interception(f"step {state.global_step} is over")  # PPO's loop announces no optimizer step
         if self._stop:
             control.should_training_stop = control.should_save = control.should_log = True
         if control.should_log and self._since_log is not None:

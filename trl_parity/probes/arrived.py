@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..scene import FEW, Scene, World
-from .base import Candidate, NotPossible, Probe, probe, with_variant
+from .base import Candidate, NotPossible, Probe, probe, require_engine, with_variant
 
 __all__ = ["ARRIVED"]
 
@@ -79,6 +79,7 @@ class _Answer:
 
 def _answers(scene: Scene) -> list[list[_Answer]]:
     """What the engine returned, by row of the batch and turn."""
+    require_engine(scene)
     requests, rows = scene.capture.requests, len(scene.rollout.completion_ids)
     if not scene.has_answers:
         raise NotPossible(

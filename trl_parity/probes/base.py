@@ -20,6 +20,12 @@ class NotPossible(Exception):
     """This setup can't be asked; the text says why."""
 
 
+def require_engine(scene: Scene) -> None:
+    """Raise NotPossible where there is none, as with a trainer that samples by itself."""
+    if scene.capture.generation is None:
+        raise NotPossible("there is no engine: the trainer samples by itself")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """The world with one cause undone. ``over``: tokens (N,) on which it is compared; None: all that are kept."""

@@ -9,7 +9,7 @@ import torch
 from ..engine.live import ColocatedEngine
 from ..lint import largest_dropout
 from ..scene import FEW, Scene, World
-from .base import Candidate, NotPossible, Probe, mean, number, probe, redone, with_variant
+from .base import Candidate, NotPossible, Probe, mean, number, probe, redone, require_engine, with_variant
 
 __all__ = ["PASSES"]
 
@@ -60,6 +60,7 @@ _NOT_THE_MODEL = {
 
 def engine_config(scene: Scene, world: World) -> Candidate | None:
     """The trainer's weights in a model built anew from the engine's config."""
+    require_engine(scene)
     if not isinstance(scene.engine, ColocatedEngine):
         raise NotPossible("a server does not tell the config of the model it built")
     if scene.sharded or hasattr(scene.model, "peft_config"):
@@ -79,6 +80,7 @@ def engine_config(scene: Scene, world: World) -> Candidate | None:
 
 def kv_cache(scene: Scene, world: World) -> Candidate | None:
     """The trainer attends to keys and values rounded as in the engine's cache."""
+    require_engine(scene)
     if scene.engine is None:
         raise NotPossible("the engine's settings are not at hand on this rank, or the server does not tell them")
     name = scene.engine.settings()["kv_cache_dtype"]

@@ -16,7 +16,7 @@ from ..engine.server import ServerEngine
 from ..laws import Law, huber
 from ..records import SamplingSettings
 from ..scene import Scene, World
-from .base import Candidate, NotPossible, Probe, probe, redone
+from .base import Candidate, NotPossible, Probe, probe, redone, require_engine
 
 __all__ = ["LADDER"]
 
@@ -36,6 +36,7 @@ class _Again:
 
 
 def _askable(scene: Scene) -> ColocatedEngine | ServerEngine:
+    require_engine(scene)
     if scene.engine is None:
         raise NotPossible("no engine to ask: the server does not answer /server_info, or another rank talks to it")
     if not scene.engine.can_rescore():

@@ -9,7 +9,7 @@ import torch
 from ..engine.live import ColocatedEngine
 from ..engine.weights import PolicyTensor, policy_tensors, read_back
 from ..scene import Scene, World
-from .base import Candidate, NotPossible, Probe, dtype_name, probe, with_variant
+from .base import Candidate, NotPossible, Probe, dtype_name, probe, require_engine, with_variant
 
 __all__ = ["WEIGHTS"]
 
@@ -18,6 +18,7 @@ _ARRIVED = 20  # elements that would differ, had a tensor not arrived, from whic
 
 def engine_weights(scene: Scene, world: World) -> Candidate | None:
     """The trainer scores with the weights the engine holds, read tensor by tensor."""
+    require_engine(scene)
     if not isinstance(scene.engine, ColocatedEngine):
         raise NotPossible("a server does not hand out its weights")
     named = list(policy_tensors(scene.model))
@@ -74,6 +75,7 @@ def _swap(ours: PolicyTensor, held: torch.Tensor) -> tuple[torch.nn.Parameter, t
 
 def rounded_weights(scene: Scene, world: World) -> Candidate | None:
     """The trainer scores with its own weights rounded to the engine's dtype."""
+    require_engine(scene)
     if scene.sharded:
         raise NotPossible("the policy is sharded: its weights can't be swapped here")
     dtype = scene.engine.dtype if scene.engine is not None else torch.bfloat16

@@ -29,7 +29,11 @@ Wrapper = tuple[type, str, Callable[..., Any]]  # class, method name, wrapper th
 
 TESTED_TRL = ("1.0", "1.6", "1.12", "1.16")  # minor versions that benchmarks/trl_range.py passes with
 # tap -> the module that defines the trainer it wraps; it is wrapped once somebody has imported it
-_TAPS = {"grpo": "trl.trainer.grpo_trainer", "rloo": "trl.trainer.rloo_trainer"}
+_TAPS = {
+    "grpo": "trl.trainer.grpo_trainer",
+    "rloo": "trl.trainer.rloo_trainer",
+    "ppo": "trl.experimental.ppo.ppo_trainer",
+}
 _originals: dict[tuple[type, str], Callable[..., Any]] = {}
 
 
@@ -68,11 +72,13 @@ def observer_of(trainer: Any) -> Observer | None:
     return None
 
 
-def instrument() -> None:
+def instrument() -> set[str]:
     """Wrap the rollout methods of every supported TRL trainer class imported so far. Idempotent.
 
+    Returns the taps that were not wrapped before.
     Raises InterceptionError where the installed TRL lacks a method that has to be wrapped.
     """
+    new = set()
     for tap, trainer_module in _TAPS.items():
         if trainer_module not in sys.modules or any(cls.__module__ == trainer_module for cls, _ in _originals):
             continue
@@ -84,6 +90,8 @@ def instrument() -> None:
         for cls, name, wrapper in found:
             _originals[cls, name] = original = cls.__dict__[name]
             setattr(cls, name, _wrapped(original, wrapper))
+        new.add(tap)
+    return new
 
 
 def require_attributes(owner: Any, names: Iterable[str]) -> None:
