@@ -112,6 +112,11 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
 
     # ---- rollouts in (called by taps) -------------------------------------------------------------------------
 
+    @property
+    def probe_tokens(self) -> int:
+        """Tokens wanted of an asynchronous engine right after each weight sync."""
+        return self.config.lag_probe_tokens
+
     def observes(self, training: bool) -> bool:
         """Whether this kind of rollout is measured."""
         return training or self.config.eval_batches == "separate"
@@ -422,8 +427,8 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
             raise InterceptionError(
                 "an optimizer step is due but no rollout batch was intercepted. ParityCallback covers TRL's "
                 "GRPOTrainer and RLOOTrainer (and subclasses that call super()._generate_and_score_completions) with "
-                "use_vllm=True. Is this another trainer, a subclass that replaces that method, or were the wrappers "
-                "removed?"
+                "use_vllm=True, and AsyncGRPOTrainer. Is this another trainer, a subclass that replaces that method, "
+                "or were the wrappers removed?"
             )
         if state.global_step >= self._next_generation:
             self._on_missing_batch(int(state.global_step))

@@ -27,12 +27,21 @@ Wrapper = tuple[type, str, Callable[..., Any]]  # class, method name, wrapper th
 
 TESTED_TRL = ("1.16",)  # minor versions that the real runs in tests/ were made with
 # tap -> the module that defines the trainer it wraps; it is wrapped once somebody has imported it
-_TAPS = {"grpo": "trl.trainer.grpo_trainer", "rloo": "trl.trainer.rloo_trainer"}
+_TAPS = {
+    "grpo": "trl.trainer.grpo_trainer",
+    "rloo": "trl.trainer.rloo_trainer",
+    "async_grpo": "trl.experimental.async_grpo.async_grpo_trainer",
+}
 _originals: dict[tuple[type, str], Callable[..., Any]] = {}
 
 
 class Observer(ABC):
     """Base of callbacks that are handed rollouts."""
+
+    @property
+    @abstractmethod
+    def probe_tokens(self) -> int:
+        """Tokens wanted of an asynchronous engine right after each weight sync."""
 
     @abstractmethod
     def observes(self, training: bool) -> bool:
