@@ -231,7 +231,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
             self._wandb.make_panels()
         if trainer.accelerator.is_main_process:
             try:
-                for finding in lint(facts(capture, replayed=self.config.truncation == "replay")):
+                for finding in lint(facts(capture, self.config.truncation == "replay", self.config.server_timeout)):
                     logger.log(logging.INFO if finding.severity == "note" else logging.WARNING, "%s", finding)
             except Exception as e:
                 logger.warning("the settings could not be checked: %s: %s", type(e).__name__, e)
@@ -251,6 +251,8 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         if self.monitor.floor.due:
             self._measure_floor()
         start = time.perf_counter()  # the floor has an account of its own
+        if self._capture is not None:
+            self._investigator.watch(self._capture)
         sums.bump(cost_seconds=self._spent, floor_seconds=self._spent_on_floor, wall_seconds=start - self._clock)
         self._clock, self._spent, self._spent_on_floor = start, 0.0, 0.0
         sums = reduce_sums(sums, trainer.accelerator)

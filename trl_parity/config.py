@@ -235,6 +235,13 @@ class ParityConfig:
             "recompute are always run; dearer ones are left out, and listed as such, once it is spent."
         },
     )
+    server_timeout: float = field(
+        default=60.0,
+        metadata={
+            "help": "Seconds a vLLM server may take to answer one request of trl-parity's own (its settings, scoring "
+            "tokens again). After one that it does not answer, a diagnosis goes on without the server."
+        },
+    )
     eval_batches: str = field(
         default="separate",
         metadata={
@@ -325,6 +332,9 @@ class ParityConfig:
         budget = self.diagnose_budget
         if isinstance(budget, bool) or not isinstance(budget, int | float) or not budget >= 0:
             raise ConfigError(f"diagnose_budget is {budget!r}. Expected a number of rollout batches >= 0.")
+        wait = self.server_timeout
+        if isinstance(wait, bool) or not isinstance(wait, int | float) or not 0 < wait < float("inf"):
+            raise ConfigError(f"server_timeout is {wait!r}. Expected seconds, more than 0.")
         self.temperature_phases()
         self.resolved_rules()  # a wrong rule fails here, before any training
 

@@ -10,7 +10,7 @@ from typing import Any
 from .config import ParityConfig
 from .distributed import gather_rows
 from .engine.live import engine_of
-from .engine.server import reachable
+from .engine.server import SettingsWatch, reachable
 from .engine.weights import policy_tensors
 from .errors import ConfigError
 from .incident import Incident, sequence_rows, versions, windows_in_short, write_incident
@@ -37,6 +37,14 @@ class Investigator:
         self.diagnosis: Diagnosis | None = None  # the last one
         self._asked = False  # in this episode
         self._named = False
+        self._settings = SettingsWatch()
+
+    def watch(self, capture: Capture) -> None:
+        """Look whether a server still runs with the settings the run began with; what changed is a warning."""
+        try:
+            self._settings.look(capture.generation, self.config.server_timeout)
+        except Exception as e:  # an answer of another shape: what is measured does not depend on it
+            logger.warning("the vLLM server's settings can't be compared: %s: %s", type(e).__name__, e)
 
     def due(self, verdict: Verdict) -> bool:
         """Whether this window is to be diagnosed; the same on every rank."""
@@ -73,7 +81,7 @@ class Investigator:
             capture,
             rollout,
             scored,
-            reachable(capture.generation),
+            reachable(capture.generation, self.config.server_timeout),
             token_budget=self.config.diagnose_tokens,
             replayed=self.config.truncation == "replay",
             floor=floor or 0.0,
@@ -122,10 +130,10 @@ class Investigator:
                 rows = sequence_rows(*last, decode, _SEQUENCES)
         except Exception as e:  # a bundle without sequences is better than none
             logger.warning("the incident's sequences could not be kept: %s: %s", type(e).__name__, e)
-        engine = reachable(capture.generation)
+        engine = reachable(capture.generation, self.config.server_timeout)
         mode = None if capture.generation is None else capture.generation.mode
         try:
-            settings = {"mode": mode} | ({} if engine is None else engine.everything())
+            settings = {"mode": mode} | ({} if engine is None else engine.everything()) | self._settings.to_dict()
             incident = Incident(
                 step=verdict.step,
                 verdict=verdict.to_dict(),

@@ -177,13 +177,13 @@ def _changed(sampling: SamplingSettings) -> str:
     return ", ".join(f"{n}={getattr(sampling, n):g}" for n in names if getattr(sampling, n) != getattr(neutral, n))
 
 
-def facts(capture: Capture, replayed: bool) -> Facts:
-    """The facts of a run, from its first batch's capture."""
+def facts(capture: Capture, replayed: bool, server_timeout: float = 60.0) -> Facts:
+    """The facts of a run, from its first batch's capture. ``server_timeout``: seconds for a server to answer."""
     from .engine.server import reachable
     from .floor import compute_dtype
 
     args = capture.trainer.args  # a trainer without the correction, or a head of its own, has no such argument
-    engine = reachable(capture.generation)
+    engine = reachable(capture.generation, server_timeout)
     weights = next(p.dtype for p in capture.policy.parameters() if p.is_floating_point())
     corrects = getattr(args, "vllm_importance_sampling_correction", False)
     mode = args.vllm_importance_sampling_mode if corrects else None

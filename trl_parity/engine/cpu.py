@@ -19,6 +19,7 @@ from ..errors import InterceptionError
 
 logger = logging.getLogger(__name__)
 
+BACKEND = "trl_parity"  # of vLLM's --weight-transfer-config: weights come as files, see transfer.py
 _MARK = "_trl_parity_live_weights"
 
 
@@ -34,8 +35,18 @@ def is_vllm_cpu() -> bool:
 def prepare_cpu_engine() -> bool:
     """Make engines built from now on in this process serve their live weights, when vLLM runs on the CPU.
 
-    Idempotent; does nothing on other platforms. Returns whether packing is off afterwards.
+    TRL's client of a vLLM server then delivers weights without CUDA. Idempotent; does nothing on other platforms.
+    Returns whether packing is off afterwards.
     """
+    if not _serve_live_weights():
+        return False
+    from .transfer import sync_without_cuda
+
+    sync_without_cuda()
+    return True
+
+
+def _serve_live_weights() -> bool:
     if not is_vllm_cpu():
         return False
     import torch
@@ -62,8 +73,11 @@ def prepare_cpu_engine() -> bool:
 
 
 def vllm_plugin() -> None:
-    """Entry point in ``vllm.general_plugins``: the same in every engine and server process."""
-    prepare_cpu_engine()
+    """Entry point in ``vllm.general_plugins``: in every engine and server process, live weights and how they come."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    if _serve_live_weights() and BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, f"{__package__}.transfer", "FileWeightTransferEngine")
 
 
 def packed_layers(model: Any) -> list[str]:

@@ -155,7 +155,7 @@ class Request:
 
     temperature: float | None
     params: Any = None  # vllm.SamplingParams of a colocated engine, the HTTP arguments of a server
-    outputs: Any = None  # list of vllm.RequestOutput of a colocated engine
+    outputs: Any = None  # list of vllm.RequestOutput of a colocated engine, a server's answer for all ranks
 
 
 @contextmanager
@@ -179,7 +179,7 @@ def recorded_requests(generation: Any) -> Iterator[list[Request]]:
         else:
             temperature = (kwargs.get("generation_kwargs") or {}).get("temperature", kwargs.get("temperature"))
             sent = {k: v for k, v in kwargs.items() if k not in ("prompts", "features")}
-            seen.append(Request(None if temperature is None else float(temperature), sent))
+            seen.append(Request(None if temperature is None else float(temperature), sent, out))
         return out
 
     target.generate = recording

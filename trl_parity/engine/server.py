@@ -13,10 +13,11 @@ import torch
 
 from .live import ColocatedEngine, engine_of
 
-__all__ = ["ServerEngine", "reachable", "server_of"]
+__all__ = ["ServerEngine", "SettingsWatch", "reachable", "server_of"]
 
 logger = logging.getLogger(__name__)
 
+TIMEOUT = 60.0  # seconds, where the config says nothing
 _REQUESTS = 16  # at once
 _salts = itertools.count()
 # a server lays the model's generation_config over what a request leaves open
@@ -28,13 +29,27 @@ class ServerEngine:
 
     Only the process that holds the client can ask. ``/server_info`` is there with ``VLLM_SERVER_DEV_MODE=1``, which
     TRL's weight transfer needs too.
+
+    Args:
+        client: TRL's.
+        timeout: Seconds for each answer. After one that did not come, nothing more is asked.
+
+    Raises:
+        ConnectionError: (everything that asks) the server is gone, or silent for longer than ``timeout``.
+        RuntimeError: (everything that asks) it refused, with its own words.
     """
 
     in_process = False
 
-    def __init__(self, client: Any):
-        self._client = client
-        self._info: dict[str, Any] = client.get_server_info()
+    def __init__(self, client: Any, timeout: float = TIMEOUT):
+        import requests
+        from requests.adapters import HTTPAdapter
+
+        self._client, self._timeout = client, timeout
+        self._session = requests.Session()  # the client's own waits without end and tries again for a minute
+        self._session.mount(client.base_url, HTTPAdapter(pool_maxsize=_REQUESTS))
+        self._silent = ""
+        self._info: dict[str, Any] = self._send("get", "/server_info?config_format=json")["vllm_config"]
 
     def _told(self, part: str, name: str) -> Any:
         return (self._info.get(part) or {}).get(name)
@@ -75,7 +90,20 @@ class ServerEngine:
 
     def everything(self) -> dict[str, Any]:
         """Settings worth keeping with an incident: JSON."""
-        return self.settings() | {"url": self._client.base_url, "max_model_len": self.max_model_len}
+        parts = (
+            ("cache_config", ("block_size",)),
+            ("scheduler_config", ("enable_chunked_prefill", "max_num_batched_tokens", "max_num_seqs")),
+            ("model_config", ("model", "enforce_eager", "max_logprobs", "generation_config", "seed")),
+            ("parallel_config", ("tensor_parallel_size", "data_parallel_size")),
+        )
+        out = self.settings() | {"url": self._client.base_url, "max_model_len": self.max_model_len}
+        found = {name: self._told(part, name) for part, names in parts for name in names}
+        return out | {n: v if isinstance(v, int | float | str | None) else str(v) for n, v in found.items()}
+
+    @property
+    def instance(self) -> str:
+        """Another one when the server was restarted."""
+        return str(self._info.get("instance_id"))
 
     def can_rescore(self) -> bool:
         """Always: the server schedules by itself."""
@@ -117,24 +145,76 @@ class ServerEngine:
         # what is cached for us lies under a name that no request of the run reads
         salt = {} if cached else {"cache_salt": f"trl-parity-{os.getpid()}-{next(_salts)}"}
         request = {"model": self._client.model, "max_tokens": 1, **salt, **request}
-        answer = self._client.session.post(f"{self._client.base_url}/v1/completions", json=request, timeout=120)
+        answer = self._send("post", "/v1/completions", request)
+        return sorted(answer["choices"], key=lambda choice: choice["index"])
+
+    def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        import requests
+
+        if self._silent:
+            raise ConnectionError(self._silent)
+        url = f"{self._client.base_url}{path}"
+        try:
+            answer = self._session.request(method, url, json=body, timeout=self._timeout)
+        except requests.RequestException as e:
+            self._silent = f"no answer from {url} within {self._timeout:g} s ({type(e).__name__})"
+            raise ConnectionError(self._silent) from e
         if answer.status_code != 200:
             raise RuntimeError(f"the server answered {answer.status_code}: {answer.text[:300]}")
-        return sorted(answer.json()["choices"], key=lambda choice: choice["index"])
+        return answer.json()
 
 
-def server_of(generation: Any) -> ServerEngine | None:
+def server_of(generation: Any, timeout: float = TIMEOUT) -> ServerEngine | None:
     """The server behind TRL's ``VLLMGeneration``; None where it is colocated, or on ranks that do not talk to it."""
     client = getattr(generation, "vllm_client", None) if generation.mode == "server" else None
-    return None if client is None else ServerEngine(client)
+    return None if client is None else ServerEngine(client, timeout)
 
 
-def reachable(generation: Any) -> ColocatedEngine | ServerEngine | None:
+def reachable(generation: Any, timeout: float = TIMEOUT) -> ColocatedEngine | ServerEngine | None:
     """The engine that can be asked from here; None on ranks that talk to no server, or where it does not tell."""
     if generation is None or generation.mode == "colocate":
         return engine_of(generation)
     try:
-        return server_of(generation)
-    except Exception as e:  # gone, or without its development endpoints: what asks does without
+        return server_of(generation, timeout)
+    except Exception as e:  # gone, silent, or without its development endpoints: what asks does without
         logger.warning("the vLLM server does not tell its settings: %s", e)
         return None
+
+
+class SettingsWatch:
+    """What a server runs with, against what it ran with at the first look. On ranks that talk to none: nothing."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, Any] | None = None
+        self._instance = ""
+        self._told = ""
+        self.restarts = 0
+        self.changes: dict[str, tuple[Any, Any]] = {}  # setting -> at the first look, now
+
+    def look(self, generation: Any, timeout: float = TIMEOUT) -> None:
+        """Read the settings; say once what is not as it was. One short request, on the main process."""
+        if generation is None or generation.mode == "colocate":
+            return
+        engine = reachable(generation, timeout)
+        if not isinstance(engine, ServerEngine):
+            return
+        now = engine.everything()
+        if self._first is None:
+            self._first, self._instance = now, engine.instance
+        if restarted := engine.instance != self._instance:
+            self._instance, self.restarts = engine.instance, self.restarts + 1
+        self.changes = {name: (was, now[name]) for name, was in self._first.items() if now[name] != was}
+        text = "; ".join(f"{name} was {was}, is {value}" for name, (was, value) in self.changes.items())
+        if restarted:
+            logger.warning(
+                "the vLLM server was restarted: until the next sync it serves the weights it was started with. %s.",
+                f"Its settings changed: {text}" if text else "Its settings are the same",
+            )
+        elif text and text != self._told:
+            logger.warning("the vLLM server's settings are not those the run began with: %s.", text)
+        self._told = text
+
+    def to_dict(self) -> dict[str, Any]:
+        """For an incident's engine settings: JSON. Empty while nothing changed."""
+        out: dict[str, Any] = {f"{name} at the start": was for name, (was, _) in self.changes.items()}
+        return out | ({"restarts": self.restarts} if self.restarts else {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -45,7 +46,7 @@ def handover(scene: Scene, world: World) -> Candidate | None:
             if t >= len(ids) or ids[t] != own[t]:
                 kept[n], foreign = False, foreign + 1
                 continue
-            true = float(numbers[t][ids[t]].logprob)
+            true = numbers[t]
             moved += abs(true - float(world.reported[n])) > 1e-6 or bool(torch.isnan(world.reported[n]))
             reported[n] = true
     if not moved and not foreign:
@@ -66,7 +67,7 @@ def handover(scene: Scene, world: World) -> Candidate | None:
 class _Answer:
     prompt: Sequence[int]
     token_ids: Sequence[int]
-    logprobs: Any
+    logprobs: Sequence[float]  # of these tokens
 
 
 def _answers(scene: Scene) -> list[_Answer]:
@@ -74,15 +75,35 @@ def _answers(scene: Scene) -> list[_Answer]:
     requests = scene.capture.requests
     if len(requests) != 1 or requests[0].outputs is None:
         raise NotPossible(
-            "what the engine itself returned is not at hand (a server, several calls a batch, or a batch gone by)"
+            "what the engine itself returned is not at hand (another rank asked the server, several calls a batch, or "
+            "a batch gone by)"
         )
-    flat = [
-        _Answer(output.prompt_token_ids, one.token_ids, one.logprobs)
-        for output in requests[0].outputs
-        for one in output.outputs
-    ]
-    if len(flat) != len(scene.rollout.completion_ids):
-        raise NotPossible(f"the engine returned {len(flat)} completions for {len(scene.rollout.completion_ids)} rows")
+    rows = len(scene.rollout.completion_ids)
+    outputs = requests[0].outputs
+    flat = _of_server(outputs, rows) if isinstance(outputs, dict) else _of_engine(outputs)
+    if len(flat) != rows:
+        raise NotPossible(f"the engine returned {len(flat)} completions for {rows} rows")
+    return flat
+
+
+def _of_engine(outputs: Any) -> list[_Answer]:
+    flat = []
+    for output in outputs:
+        for one in output.outputs:
+            numbers = [float(given[token].logprob) for given, token in zip(one.logprobs, one.token_ids, strict=True)]
+            flat.append(_Answer(output.prompt_token_ids, one.token_ids, numbers))
+    return flat
+
+
+def _of_server(answer: dict[str, Any], rows: int) -> list[_Answer]:
+    """One answer for all ranks; the rank that asked, the main one, has the first rows."""
+    prompts, completions = answer["prompt_ids"], answer["completion_ids"]
+    each = len(completions) // len(prompts)
+    flat = []
+    for i, ids in enumerate(completions[:rows]):
+        given = zip(ids, answer["logprob_token_ids"][i], answer["logprobs"][i], strict=True)
+        numbers = [some[tokens.index(token)] for token, tokens, some in given]
+        flat.append(_Answer(prompts[i // each], ids, [math.nan if x is None else x for x in numbers]))
     return flat
 
 

@@ -244,12 +244,18 @@ def prefill(scene: Scene, world: World) -> Candidate | None:
         cause, why = "kv_cache_precision", "a cache as coarse as the engine's moves the trainer as much as it drifts"
     elif scene.began_healthy:
         cause = "stale_weights"
-        why = "its parameters are the trainer's and the run began healthy: it serves an older copy of them"
+        why = f"{_parameters(engine)}, and the run began healthy: it serves an older copy of them"
+    elif engine.in_process:
+        cause, why = "model_definition", f"{_parameters(engine)}: it computes another function of them"
     else:
-        cause, why = "model_definition", "its parameters are the trainer's: it computes another function of them"
+        cause, why = "model_definition", f"{_parameters(engine)}: other ones, or another function of them"
     return Candidate(
         world=replace(base, reported=theirs, kept=over), cause=cause, over=over, finding=f"{words}; {why}"
     )
+
+
+def _parameters(engine: ColocatedEngine | ServerEngine) -> str:
+    return "its parameters are the trainer's" if engine.in_process else "a server's parameters can't be read"
 
 
 LADDER: tuple[Probe, ...] = (
