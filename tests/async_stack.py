@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import queue
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import requests
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -34,7 +34,7 @@ class PlainKernel:
 
 def _pairs(bounds: torch.Tensor) -> Iterator[tuple[int, int]]:
     ends = bounds.tolist()
-    return zip(ends[:-1], ends[1:], strict=True)
+    return itertools.pairwise(ends)
 
 
 def on_a_cpu() -> None:
@@ -70,41 +70,6 @@ def digit_reward(completions: list[list[dict[str, str]]], **kwargs: Any) -> list
     return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in texts]
 
 
-class DiskTransfer:
-    """Weights to a real server by way of the disk; TRL's NCCL transfer needs GPUs. Counts syncs that arrived."""
-
-    def __init__(self, url: str, model_dir: Path, directory: Path, arrive: int | None = None):
-        self.url, self.directory, self.arrive, self.arrived = url, directory, arrive, 0
-        shutil.copytree(model_dir, directory)
-
-    def init_weight_transfer(self) -> None:
-        pass
-
-    def pause(self) -> None:
-        self._post("/pause?mode=keep")
-
-    def send_weights(self, iterator: Iterable[tuple[str, torch.Tensor]]) -> None:
-        from safetensors.torch import save_file
-
-        tensors = {name: tensor.contiguous().cpu().clone() for name, tensor in iterator}
-        if self.arrive is not None and self.arrived >= self.arrive:
-            return  # lost on the way, and nobody is told
-        save_file(tensors, self.directory / "model.safetensors", metadata={"format": "pt"})
-        kwargs = {"weights_path": str(self.directory)}
-        self._post("/collective_rpc", json={"method": "reload_weights", "kwargs": kwargs})
-        self._post("/reset_prefix_cache?reset_running_requests=true")
-        self.arrived += 1
-
-    def resume(self) -> None:
-        self._post("/resume")
-
-    def destroy(self) -> None:
-        pass
-
-    def _post(self, path: str, **kwargs: Any) -> None:
-        requests.post(self.url + path, timeout=120, **kwargs).raise_for_status()
-
-
 class NoTransfer:
     """Weights go nowhere."""
 
@@ -116,6 +81,62 @@ class NoTransfer:
     def send_weights(self, iterator: Iterable[Any]) -> None:
         for _ in iterator:
             pass
+
+
+@functools.cache
+def lossy(arrive: int) -> type:
+    """A FileTransfer whose weights are lost on the way after the first few syncs, and nobody is told."""
+    from trl_parity.engine.transfer import FileTransfer
+
+    class Lossy(FileTransfer):
+        syncs = 0
+
+        def send_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+            self.syncs += 1
+            if self.syncs <= arrive:
+                super().send_weights(named)
+
+    return Lossy
+
+
+def sampled(model_dir: Path, count: int, turns: int = 1) -> list[Any]:
+    """Samples as a worker would make them of the model as saved, at temperature 1, in groups of 4 of one prompt.
+
+    With several turns, five tokens that the model did not sample stand between them.
+    """
+    import numpy as np
+    from transformers import AutoModelForCausalLM
+    from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32), saved_tokenizer(model_dir)
+    samples = []
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(1)
+        for i in range(count):
+            messages = chats()[i // 4]["prompt"]
+            ids = tokenizer.apply_chat_template(messages, return_dict=False)
+            mask = [0] * len(ids)
+            for turn in range(turns):
+                more = model.generate(torch.tensor([ids]), do_sample=True, top_k=0, max_new_tokens=12 + 3 * (i % 4))
+                mask += [1] * (more.shape[1] - len(ids)) + [0] * 5 * (turn < turns - 1)
+                ids = more[0].tolist() + [5, 6, 7, 8, 9] * (turn < turns - 1)
+            logp = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            scores = [0.0, *logp[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()]
+            samples.append(
+                RolloutSample(
+                    prompt=messages,
+                    completion=[],
+                    input_ids=np.array(ids),
+                    completion_mask=np.array(mask),
+                    old_log_probs=np.array(scores, dtype=np.float32) * np.array(mask, dtype=np.float32),
+                    advantage=(-1.0) ** i,
+                    model_version=1,
+                    group_id=i // 4,
+                    metrics={"reward": i / count},
+                    enqueued_at=None,
+                )
+            )
+    return samples
 
 
 class Replay:

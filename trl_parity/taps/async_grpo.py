@@ -195,12 +195,11 @@ class _Client:
     """TRL's VLLMClient of asynchronous training, with what :class:`~trl_parity.engine.server.ServerEngine` needs."""
 
     def __init__(self, trainer: Any):
-        import requests
-
-        self._trainer, self.session = trainer, requests.Session()
+        self._trainer = trainer
 
     @property
     def base_url(self) -> str:
+        """Of the server."""
         return str(self._trainer.vllm_client.server_url)
 
     @property
@@ -210,9 +209,6 @@ class _Client:
         if trainer._lora_sync:
             return f"{trainer._lora_name}-v{trainer.model_version}"
         return str(trainer.accelerator.unwrap_model(trainer.model).config._name_or_path)
-
-    def get_server_info(self) -> dict[str, Any]:
-        return dict(self._trainer.vllm_client.get_server_info())
 
 
 @dataclass(frozen=True, slots=True)
