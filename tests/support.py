@@ -117,8 +117,8 @@ def digit_reward(completions: list[str], **kwargs: Any) -> list[float]:
     return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
 
 
-def grpo_args(output_dir: Path, **overrides: Any) -> Any:
-    from trl import GRPOConfig
+def grpo_args(output_dir: Path, config: str = "GRPOConfig", **overrides: Any) -> Any:
+    import trl
 
     settings: dict[str, Any] = {
         "output_dir": str(output_dir),
@@ -141,4 +141,4 @@ def grpo_args(output_dir: Path, **overrides: Any) -> Any:
         "seed": 0,
         "beta": 0.0,
     }
-    return GRPOConfig(**(settings | overrides))
+    return getattr(trl, config)(**(settings | overrides))

@@ -1,58 +1,375 @@
-"""A real vLLM server process, asked over HTTP what a diagnosis and the settings check ask."""
+"""Runs on a real vLLM server process: weights that really move, faults named over HTTP, a server that fails.
 
+The server is started in the mode a test needs, so tests that want the same one stand together: first log-probs as
+sampled, then, after a restart in the middle of a run, raw ones; the last test kills it.
+"""
+
+import json
+import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import requests
 import torch
-from support import environment, save_tiny_model
+from support import digit_reward, environment, grpo_args, prompts, save_tiny_model
+from test_grpo import lose_sync, statuses
 
-from trl_parity.engine.server import ServerEngine, server_of
+from trl_parity import ParityCallback, Status
+from trl_parity.engine.server import ServerEngine, reachable, server_of
+from trl_parity.incident import read_incident
 
 pytestmark = pytest.mark.engine
+HERE = Path(__file__).resolve().parent
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("served"))
-
-
-@pytest.fixture(scope="module")
-def server(model_dir, tmp_path_factory):
-    from trl.generation.vllm_client import VLLMClient
-
+def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = environment(VLLM_SERVER_DEV_MODE="1", OMP_NUM_THREADS="1", VLLM_LOGGING_LEVEL="ERROR")
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_dir)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "128", "--block-size", "32"]
-    command += ["--dtype", "bfloat16", "--max-num-seqs", "16"]
-    log = tmp_path_factory.mktemp("log") / "server.log"
-    with open(log, "w") as out:
-        process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
-        try:
-            for _ in range(240):
-                try:
-                    client = VLLMClient(base_url=f"http://127.0.0.1:{port}")
-                    break
-                except Exception:  # not up yet, however it says so: a dead one fails here, a silent one below
-                    assert process.poll() is None, log.read_text()[-3000:]
-                    time.sleep(1)
-            else:
-                pytest.fail(f"the server did not come up: {log.read_text()[-2000:]}")
-            yield client
-        finally:
-            process.terminate()
-            process.wait(60)
+        return s.getsockname()[1]
 
 
-def test_settings_are_read_from_the_live_server(server):
-    engine = server_of(SimpleNamespace(mode="server", vllm_client=server))
+class Server:
+    """One vLLM server process at a time, always at the same address."""
+
+    def __init__(self, model_dir, log):
+        self.model_dir, self.log, self.port = model_dir, log, free_port()
+        self.url, self.mode, self.process = f"http://127.0.0.1:{self.port}", None, None
+
+    def run(self, mode):
+        """A server that reports log-probs in this mode: the one that runs, or another in its place."""
+        if self.mode != mode:
+            self.stop()
+            self.start(mode)
+        return self
+
+    def start(self, mode):
+        env = environment(VLLM_SERVER_DEV_MODE="1", OMP_NUM_THREADS="1", VLLM_LOGGING_LEVEL="ERROR")
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.model_dir)]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), "--max-model-len", "128", "--block-size", "32"]
+        command += ["--dtype", "bfloat16", "--max-num-seqs", "16", "--enforce-eager", "--logprobs-mode", mode]
+        command += ["--weight-transfer-config", json.dumps({"backend": "trl_parity"})]
+        with open(self.log, "w") as out:
+            self.process = subprocess.Popen(
+                command, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        self.mode = mode
+        for _ in range(600):
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            try:
+                requests.get(f"{self.url}/health", timeout=5).raise_for_status()
+                return
+            except requests.RequestException:  # not up yet
+                time.sleep(0.5)
+        pytest.fail(f"the server did not come up: {self.log.read_text()[-2000:]}")
+
+    def stop(self):
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(60)
+        self.mode = None
+
+    def freeze(self):
+        """It takes connections and does not answer."""
+        os.kill(self.process.pid, signal.SIGSTOP)
+
+    def thaw(self):
+        os.kill(self.process.pid, signal.SIGCONT)
+
+    def client(self):
+        from trl.generation.vllm_client import VLLMClient
+
+        return VLLMClient(base_url=self.url)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(save_tiny_model(tmp_path_factory.mktemp("served")), tmp_path_factory.mktemp("log") / "server.log")
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def processed(server):
+    return server.run("processed_logprobs")
+
+
+@pytest.fixture
+def raw(server):
+    return server.run("raw_logprobs")
+
+
+def make_trainer(server, output_dir, callback, kind="GRPO", **args):
+    import trl
+
+    settings = {"vllm_mode": "server", "vllm_server_base_url": server.url, "learning_rate": 3e-4, "max_steps": 4}
+    config = grpo_args(output_dir, f"{kind}Config", **(settings | args))
+    return getattr(trl, f"{kind}Trainer")(
+        model=str(server.model_dir), args=config, reward_funcs=digit_reward, train_dataset=prompts(),
+        callbacks=[callback],
+    )  # fmt: skip
+
+
+def scores(model, ids):
+    """Log-prob of each token but the first, by the trainer's model at T = 1."""
+    with torch.no_grad():
+        logp = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+    return logp[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+def after_sync(monkeypatch, act):
+    """``act(n)`` after the n-th weight sync, before anything is generated with those weights."""
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    real, calls = VLLMGeneration.sync_weights, []
+
+    def sync(self):
+        real(self)
+        calls.append(1)
+        act(len(calls))
+
+    monkeypatch.setattr(VLLMGeneration, "sync_weights", sync)
+
+
+def change_requests(monkeypatch, **changes):
+    """What goes over the wire is not what TRL asked for."""
+    from trl.generation.vllm_client import VLLMClient
+
+    real = VLLMClient._post
+
+    def post(self, url, **kwargs):
+        if url.endswith("/v1/completions"):
+            kwargs["json"] = kwargs["json"] | changes
+        return real(self, url, **kwargs)
+
+    monkeypatch.setattr(VLLMClient, "_post", post)
+
+
+IDS = torch.randint(2, 44, (60,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+# ---- weights that move ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
+def test_a_clean_run_stays_ok_while_its_weights_move_on_the_server(processed, tmp_path, monkeypatch, kind):
+    trainer = make_trainer(processed, tmp_path, callback := ParityCallback(), kind, learning_rate=1e-3, max_steps=3)
+    engine, seen = ServerEngine(trainer.vllm_generation.vllm_client), []
+
+    def compare(n):
+        [theirs] = engine.rescore([IDS])
+        seen.append((theirs, scores(trainer.model, IDS)))
+
+    after_sync(monkeypatch, compare)
+    trainer.train()
+    assert statuses(callback) == ["OK"] * 3
+    assert len(seen) == 3
+    for theirs, ours in seen:
+        assert (theirs - ours).abs().mean() < 0.03  # bf16 against fp32
+    assert (seen[2][0] - seen[0][0]).abs().mean() > 0.2  # and both have moved
+    assert not list(Path(trainer.vllm_generation.vllm_client.communicator._directory.name).iterdir())
+
+
+def test_the_floor_is_measured_in_the_servers_dtype(processed, tmp_path):
+    callback = ParityCallback()
+    make_trainer(processed, tmp_path, callback, bf16=False, learning_rate=1e-5, max_steps=2).train()
+    assert statuses(callback) == ["OK", "OK"]  # of a float32 trainer: against its own rounding it would breach
+    assert callback.monitor.floor.values["floor/logp_abs_diff/mean"] > 1e-3
+    assert set(callback.monitor.floor.sources) == {"rounding", "batch_shape", "engine"}
+
+
+def test_weights_are_delivered_in_files_of_bounded_size_and_a_refused_update_is_said(processed):
+    from transformers import AutoModelForCausalLM
+
+    from trl_parity.engine.transfer import FileTransfer
+
+    engine = ServerEngine(processed.client())
+    model = AutoModelForCausalLM.from_pretrained(processed.model_dir, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    transfer = FileTransfer(processed.url, file_bytes=20_000)  # what TRL's async trainer takes as weight_transfer
+    with pytest.raises(RuntimeError, match="before init_weight_transfer"):
+        transfer.deliver([])
+    transfer.init_weight_transfer()
+    try:
+        with pytest.raises(RuntimeError, match="/update_weights of the vLLM server answered 500"):
+            transfer.send_weights([("no.such.tensor", torch.zeros(2))])
+        transfer.pause()
+        transfer.send_weights(model.named_parameters())
+        transfer.resume()
+        assert next(transfer._names) > 5  # files
+    finally:
+        transfer.destroy()
+    assert (engine.rescore([IDS])[0] - scores(model, IDS)).abs().mean() < 0.05
+    with pytest.raises(requests.RequestException):
+        FileTransfer(f"http://127.0.0.1:{free_port()}", timeout=5).init_weight_transfer()
+
+
+# ---- faults -----------------------------------------------------------------------------------------------------
+
+
+def test_a_lost_sync_is_halted_and_named_over_http(processed, tmp_path, monkeypatch):
+    lose_sync(monkeypatch)
+    trainer = make_trainer(processed, tmp_path, callback := ParityCallback(), learning_rate=1e-3, max_steps=6)
+    trainer.train()
+    assert statuses(callback) == ["OK", "BREACH", "BREACH", "HALT"]
+    found = callback.diagnosis
+    assert found.cause == "stale_weights", found.summary
+    assert "a server's parameters can't be read" in found.summary
+    report = (callback.incident / "report.md").read_text()
+    unasked = report.split("Not probed, so not ruled out:")[1]
+    assert "a server does not hand out its weights" in unasked
+    assert "a server does not tell the config of the model it built" in unasked
+
+
+@pytest.mark.parametrize(
+    ("sent", "cause", "words"),
+    [({"temperature": 1.3}, "temperature", "emperature 1.3"), ({"top_p": 0.9}, "truncated_sampling", "op_p 0.90")],
+)
+def test_requests_changed_on_the_way_are_halted_and_named(processed, tmp_path, monkeypatch, sent, cause, words):
+    change_requests(monkeypatch, **sent)
+    make_trainer(processed, tmp_path, callback := ParityCallback()).train()
+    assert statuses(callback) == ["BREACH", "BREACH", "HALT"]
+    assert callback.diagnosis.cause == cause, callback.diagnosis.summary
+    assert words in callback.diagnosis.summary
+
+
+def test_an_answer_that_does_not_arrive_as_it_was_given_is_named(processed, tmp_path, monkeypatch):
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    real = VLLMGeneration.generate
+
+    def late(self, *args, **kwargs):
+        prompt_ids, ids, logprobs, token_ids = real(self, *args, **kwargs)
+        return prompt_ids, ids, [[row[0], *row[:-1]] for row in logprobs], token_ids
+
+    monkeypatch.setattr(VLLMGeneration, "generate", late)
+    make_trainer(processed, tmp_path, callback := ParityCallback(consecutive=1)).train()
+    assert statuses(callback) == ["HALT"]
+    assert callback.diagnosis.cause == "token_misalignment"
+    assert "not those the engine returned" in callback.diagnosis.summary
+
+
+# ---- a server that fails ----------------------------------------------------------------------------------------
+
+
+def test_a_silent_server_costs_one_timeout_and_no_verdict(processed, tmp_path, monkeypatch, caplog):
+    client, seconds = processed.client(), []
+    engine = ServerEngine(client, timeout=1.0)
+    processed.freeze()
+    try:
+        start = time.perf_counter()
+        with pytest.raises(ConnectionError, match="no answer from http"):
+            engine.next_token([IDS[:9]] * 64, [5] * 64, 1.0, cached=False)
+        with pytest.raises(ConnectionError, match="no answer"):
+            engine.rescore([IDS])
+        assert time.perf_counter() - start < 10
+    finally:
+        processed.thaw()
+
+    class Alone(ParityCallback):
+        """Has no answer from the server whenever it looks at a batch."""
+
+        def on_generation(self, capture):
+            start = time.perf_counter()
+            processed.freeze()
+            try:
+                super().on_generation(capture)
+            finally:
+                processed.thaw()
+                seconds.append(time.perf_counter() - start)
+
+    change_requests(monkeypatch, top_p=0.9)
+    callback = Alone(server_timeout=1.0)
+    make_trainer(processed, tmp_path, callback).train()
+    assert statuses(callback) == ["BREACH", "BREACH", "HALT"]
+    assert callback.diagnosis.cause == "truncated_sampling"  # from what is at hand
+    unasked = [e.error for e in callback.diagnosis.evidence if "no engine to ask" in e.error]
+    assert unasked
+    assert "the vLLM server does not tell its settings: no answer" in caplog.text
+    assert max(seconds) < 30
+
+
+RANKS = """
+import sys
+from pathlib import Path
+from support import digit_reward, grpo_args, prompts
+from trl import GRPOTrainer
+from trl.generation.vllm_generation import VLLMGeneration
+from trl_parity import ParityCallback
+model, out, url = sys.argv[1:]
+sync, calls = VLLMGeneration.sync_weights, []
+
+
+def once(self):
+    calls.append(1)
+    if len(calls) == 1:
+        sync(self)
+
+
+VLLMGeneration.sync_weights = once
+callback = ParityCallback(consecutive=2)
+args = grpo_args(Path(out), vllm_mode="server", vllm_server_base_url=url, max_steps=6, per_device_train_batch_size=8)
+trainer = GRPOTrainer(model=model, args=args, reward_funcs=digit_reward, train_dataset=prompts(), callbacks=[callback])
+assert trainer.accelerator.num_processes == 2
+rank = trainer.accelerator.process_index
+assert hasattr(trainer.vllm_generation, "vllm_client") == (rank == 0)
+trainer.train()
+lines = [f"{v.step} {v.status} {v.stats.num_tokens} {v.stats['kl_k3']!r}" for v in callback.verdicts]
+d = callback.diagnosis
+lines += [f"{d.cause} {d.explained!r} {d.confidence!r} {len(d.evidence)}", str(trainer.state.global_step)]
+Path(out, f"rank{rank}.txt").write_text("\\n".join(lines))
+"""
+
+
+def test_two_ranks_of_which_one_talks_to_the_server_judge_and_diagnose_alike(processed, tmp_path):
+    out, script = tmp_path / "out", tmp_path / "run.py"
+    out.mkdir()
+    script.write_text(RANKS)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+    command = [*launcher, str(free_port()), str(script), str(processed.model_dir), str(out), processed.url]
+    env = environment(PYTHONPATH=os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]), OMP_NUM_THREADS="1",
+                      ACCELERATE_USE_CPU="true")  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = ((out / f"rank{rank}.txt").read_text() for rank in (0, 1))
+    assert first == second
+    *lines, found, _ = first.splitlines()
+    assert [line.split()[1] for line in lines] == ["OK", "BREACH", "HALT"]
+    assert found.split()[0] == "stale_weights"
+
+
+def test_a_server_restarted_with_other_settings_is_noticed_and_its_old_weights_measured(
+    processed, tmp_path, monkeypatch, caplog
+):
+    # at temperature 1 a raw log-prob is a processed one, so what is measured is the weights alone
+    callback = ParityCallback(consecutive=1, action="log")
+    trainer = make_trainer(processed, tmp_path, callback, temperature=1.0, learning_rate=1e-3)
+    after_sync(monkeypatch, lambda n: processed.run("raw_logprobs") if n == 3 else None)
+    trainer.train()
+    assert statuses(callback) == ["OK", "OK", "HALT", "OK"]  # the next sync reaches the new server
+    assert callback.diagnosis.cause == "stale_weights", callback.diagnosis.summary
+    [told] = [r.message for r in caplog.records if "was restarted" in r.message]
+    assert "logprobs_mode was processed_logprobs, is raw_logprobs" in told
+    engine = read_incident(callback.incident).engine
+    assert engine["logprobs_mode"] == "raw_logprobs"
+    assert engine["logprobs_mode at the start"] == "processed_logprobs"
+    assert engine["restarts"] == 1
+
+
+# ---- a server in vLLM's default mode ----------------------------------------------------------------------------
+
+
+def test_settings_are_read_from_the_live_server(raw):
+    client = raw.client()
+    engine = server_of(SimpleNamespace(mode="server", vllm_client=client))
     assert engine.settings() == {
         "logprobs_mode": "raw_logprobs",  # vLLM's default, and a trap
         "engine_dtype": "bfloat16",
@@ -62,72 +379,69 @@ def test_settings_are_read_from_the_live_server(server):
         "prefix_caching": True,
     }
     assert (engine.dtype, engine.max_model_len) == (torch.bfloat16, 128)
-    assert engine.everything()["url"].startswith("http://127.0.0.1")
+    assert engine.everything() | {"url": raw.url, "max_num_seqs": 16, "enforce_eager": True} == engine.everything()
     assert server_of(SimpleNamespace(mode="server", vllm_client=None)) is None
     assert server_of(SimpleNamespace(mode="colocate", llm=None)) is None
 
 
-def test_tokens_are_scored_again_by_prefill_and_one_by_one(server, model_dir):
+def test_tokens_are_scored_again_by_prefill_and_one_by_one(raw):
     from transformers import AutoModelForCausalLM
 
+    from trl_parity.engine.transfer import FileTransfer
     from trl_parity.lint import Facts, lint
     from trl_parity.records import SamplingSettings
 
-    engine = ServerEngine(server)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    sequences = [torch.randint(2, 44, (n,), generator=generator).tolist() for n in (9, 40, 70)]
-    scores = engine.rescore(sequences)
-    for ids, mine in zip(sequences, scores, strict=True):
-        with torch.no_grad():
-            logp = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        expected = logp[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-        assert (mine - expected).abs().max() < 0.1  # bf16 against fp32
-        assert (mine - expected).abs().mean() < 0.02
+    engine = ServerEngine(raw.client())
+    model = AutoModelForCausalLM.from_pretrained(raw.model_dir, dtype=torch.float32)
+    transfer = FileTransfer(raw.url)
+    transfer.init_weight_transfer()
+    transfer.send_weights(model.named_parameters())  # over those of an earlier test
+    transfer.destroy()
+    sequences = [IDS[:9], IDS[:40], IDS]
+    found = engine.rescore(sequences)
+    for ids, mine in zip(sequences, found, strict=True):
+        assert (mine - scores(model, ids)).abs().max() < 0.1  # bf16 against fp32
+        assert (mine - scores(model, ids)).abs().mean() < 0.02
     contexts, targets = [ids[:-1] for ids in sequences], [ids[-1] for ids in sequences]
     for cached in (True, False):
         asked, read = engine.next_token(contexts, targets, 0.5, cached=cached)
-        last = torch.stack([s[-1] for s in scores])
+        last = torch.stack([s[-1] for s in found])
         torch.testing.assert_close(asked, last, atol=0.03, rtol=0)  # raw: the temperature does not show
         assert read.tolist() == [float(cached)] * 3
     facts = Facts(sampling=SamplingSettings(temperature=0.5), trainer_temperature=0.5, replayed=True)
-    found = {
+    told = {
         f.cause: f.severity for f in lint(Facts(**(asdict(facts) | {"sampling": facts.sampling} | engine.settings())))
     }
-    assert found["raw_logprobs"] == "error"
+    assert told["raw_logprobs"] == "error"
 
 
-def test_an_error_of_the_server_is_said(server):
+def test_an_error_of_the_server_is_said(raw):
     with pytest.raises(RuntimeError, match="the server answered 400"):
-        ServerEngine(server).rescore([[5] * 400])
+        ServerEngine(raw.client()).rescore([[5] * 400])
 
 
-def test_a_run_on_a_server_in_raw_mode_is_halted_and_its_cause_named(server, model_dir, tmp_path, monkeypatch, caplog):
-    """Real rollouts over HTTP. Nothing is learned (lr 0): TRL's weight transfer needs CUDA."""
-    from support import digit_reward, grpo_args, prompts
-    from trl import GRPOTrainer
-    from trl.generation.vllm_client import VLLMClient
-    from trl.generation.vllm_generation import VLLMGeneration
-
-    from trl_parity import ParityCallback, Status
-
-    monkeypatch.setattr(VLLMClient, "init_communicator", lambda *a, **k: None)
-    monkeypatch.setattr(VLLMClient, "close_communicator", lambda *a, **k: None, raising=False)
-    monkeypatch.setattr(VLLMGeneration, "sync_weights", lambda self: None)
-    callback = ParityCallback()
-    args = grpo_args(
-        tmp_path, vllm_mode="server", vllm_server_base_url=server.base_url, learning_rate=0.0, max_steps=4,
-        temperature=0.6,
-    )  # fmt: skip
-    trainer = GRPOTrainer(
-        model=str(model_dir), args=args, reward_funcs=digit_reward, train_dataset=prompts(), callbacks=[callback]
-    )
+def test_a_run_on_a_server_in_raw_mode_is_halted_and_its_cause_named(raw, tmp_path, caplog):
+    trainer = make_trainer(raw, tmp_path, callback := ParityCallback(), temperature=0.6)
     trainer.train()
     assert callback.status is Status.HALT
     assert callback.diagnosis.cause == "raw_logprobs", callback.diagnosis.summary
     assert "logprobs_mode of the live engine: raw_logprobs" in callback.diagnosis.summary
     assert "the engine returns raw_logprobs" in caplog.text  # said before the first update
-    found = callback.diagnose()
-    assert found.cause == "raw_logprobs"
+    assert callback.diagnose().cause == "raw_logprobs"
     with pytest.raises(Exception, match="colocated engine"):
         callback.diagnose(heal=True)
+
+
+def test_a_server_that_is_gone_ends_the_run_as_trl_would_and_nothing_passes_for_healthy(raw, tmp_path, monkeypatch):
+    from requests.adapters import HTTPAdapter
+
+    trainer = make_trainer(raw, tmp_path, callback := ParityCallback(), temperature=1.0)
+    trainer.vllm_generation.vllm_client.session.mount("http://", HTTPAdapter())  # else TRL tries again for a minute
+    after_sync(monkeypatch, lambda n: raw.stop() if n == 3 else None)
+    with pytest.raises(requests.ConnectionError):
+        trainer.train()
+    assert statuses(callback) == ["OK", "OK"]
+    assert len((tmp_path / "parity" / "metrics.jsonl").read_text().splitlines()) == 2
+    assert reachable(trainer.vllm_generation, 5.0) is None
+    with pytest.raises(requests.ConnectionError):  # a sync that does not arrive is no silence
+        trainer.vllm_generation.sync_weights()

@@ -284,7 +284,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         empty = MismatchSums.zeros(trainer.accelerator.device, bootstrap_samples=2)
         sources = dict.fromkeys(SOURCES, empty)
         try:
-            sources |= measure_floor(self._capture, self._capture.rollout(), self.config)
+            sources |= measure_floor(self._capture, self.config)
         except Exception as e:  # the floor of before holds; without any, windows stay CALIBRATING
             logger.warning("the noise floor could not be measured: %s: %s", type(e).__name__, e)
             logger.debug("%s", traceback.format_exc())

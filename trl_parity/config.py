@@ -173,8 +173,8 @@ class ParityConfig:
     engine_dtype: str | None = field(
         default=None,
         metadata={
-            "help": "The engine's dtype (e.g. bfloat16) where it can't be read, as behind a server. Default there: "
-            "the trainer's compute dtype."
+            "help": "The engine's dtype (e.g. bfloat16) where it can't be read, as behind a server that does not tell "
+            "its settings. Default there: the trainer's compute dtype."
         },
     )
     temperatures: dict[str, float] | str | None = field(

@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .config import ParityConfig
-from .engine.live import ColocatedEngine, engine_of
+from .distributed import gather_rows
+from .engine.live import ColocatedEngine
+from .engine.server import ServerEngine, reachable
 from .metrics import MismatchSums, compute, measure
 from .recompute import causal_lm
 from .records import RolloutBatch, ScoredBatch
@@ -112,19 +114,16 @@ def noise_dtype(engine: torch.dtype, capture: Capture) -> torch.dtype:
 
 
 @torch.no_grad()
-def measure_floor(capture: Capture, rollout: RolloutBatch, config: ParityConfig) -> dict[str, MismatchSums]:
+def measure_floor(capture: Capture, config: ParityConfig) -> dict[str, MismatchSums]:
     """The sums of one side against itself, by source, on this rank's share; reduce and hand to :class:`NoiseFloor`.
 
-    On sharded models every rank must call it: the passes are collective. A source that failed has ``errors=1``.
+    Every rank must call it: the passes over a sharded model are collective, and one rank asks a server for its dtype.
+    A source that failed has ``errors=1``.
     """
-    engine = engine_of(capture.generation)
-    if engine is not None:
-        dtype, head_dtype = engine.dtype, engine.head_dtype
-    elif config.engine_dtype is not None:
-        dtype = head_dtype = getattr(torch, config.engine_dtype)
-    else:
-        dtype = head_dtype = noise_dtype(torch.float32, capture)
+    engine = reachable(capture.generation, config.server_timeout)
+    dtype, head_dtype = _engine_dtypes(engine, capture, config)  # first: nothing that fails on one rank alone
     dtype = noise_dtype(dtype, capture)
+    rollout = capture.rollout()
     rows = capture.rows_within(rollout, config.floor_tokens)
     mask = rollout.engine_mask[rows]
     backbone = causal_lm(capture.policy).base_model
@@ -148,6 +147,26 @@ def measure_floor(capture: Capture, rollout: RolloutBatch, config: ParityConfig)
     return sources
 
 
+def _engine_dtypes(
+    engine: ColocatedEngine | ServerEngine | None, capture: Capture, config: ParityConfig
+) -> tuple[torch.dtype, torch.dtype]:
+    """Of the engine's activations and of its logits, the same on every rank. Collective where a server serves many."""
+    told: list[str] | None = None
+    try:
+        if engine is not None:
+            told = [str(engine.dtype), str(engine.head_dtype)]
+    except Exception as e:  # a server of another vLLM: as if it had not answered, and the others don't wait
+        logger.warning("the engine's dtype can't be read (%s: %s)", type(e).__name__, e)
+    served = capture.generation is not None and capture.generation.mode == "server"
+    if served and capture.trainer.accelerator.num_processes > 1:
+        told = next((row["told"] for row in gather_rows([{"told": told}]) if row["told"]), None)
+    if told is None:
+        name = config.engine_dtype or str(noise_dtype(torch.float32, capture))
+        told = [name, name]
+    dtype, head_dtype = (getattr(torch, name.removeprefix("torch.")) for name in told)
+    return dtype, head_dtype
+
+
 def _against_itself(one: torch.Tensor, other: torch.Tensor, mask: torch.Tensor) -> MismatchSums:
     scored = ScoredBatch(
         mask=mask.to(other.device), rollout_logprobs=other, trainer_logprobs=one, own_logprobs=one, entropy=None
@@ -155,7 +174,9 @@ def _against_itself(one: torch.Tensor, other: torch.Tensor, mask: torch.Tensor) 
     return measure(scored, bootstrap_samples=2)
 
 
-def _engine_against_itself(engine: ColocatedEngine, rollout: RolloutBatch, rows: torch.Tensor) -> MismatchSums:
+def _engine_against_itself(
+    engine: ColocatedEngine | ServerEngine, rollout: RolloutBatch, rows: torch.Tensor
+) -> MismatchSums:
     sequences, lengths = [], []
     for row in rows.tolist():
         prompt = rollout.prompt_ids[row][rollout.prompt_mask[row].bool()].tolist()
