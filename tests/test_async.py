@@ -5,19 +5,17 @@ On a CPU, plain torch stands in for FlashAttention 3 behind TRL's tree attention
 """
 
 import copy
-import json
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-import requests
 import torch
 from async_stack import NoTransfer, Replay, async_trainer, lossy, on_a_cpu, sampled
 from support import environment, save_tiny_model
 from test_grpo import Recorder, jsonl, parameters, statuses
+from test_server import Server, free_port
 
 from trl_parity import ParityCallback, Status
 from trl_parity.metrics import MismatchSums, compute, measure
@@ -43,31 +41,11 @@ def samples(model_dir):
 @pytest.fixture(scope="module")
 def server(model_dir, tmp_path_factory):
     """Its address. In vLLM's default mode, raw log-probs: right at temperature 1, and a fault at any other."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    url, log = f"http://127.0.0.1:{port}", tmp_path_factory.mktemp("log") / "server.log"
-    env = environment(VLLM_SERVER_DEV_MODE="1", OMP_NUM_THREADS="1", VLLM_LOGGING_LEVEL="ERROR")
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_dir)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "128", "--block-size", "32"]
-    command += ["--dtype", "bfloat16", "--max-num-seqs", "32", "--enforce-eager"]
-    command += ["--weight-transfer-config", json.dumps({"backend": "trl_parity"})]
-    with open(log, "w") as out:
-        process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
-        try:
-            for _ in range(480):
-                assert process.poll() is None, log.read_text()[-3000:]
-                try:
-                    requests.get(f"{url}/health", timeout=5).raise_for_status()
-                    break
-                except requests.RequestException:  # not up yet
-                    time.sleep(0.5)
-            else:
-                pytest.fail(f"the server did not come up: {log.read_text()[-2000:]}")
-            yield url
-        finally:
-            process.terminate()
-            process.wait(60)
+    server = Server(model_dir, tmp_path_factory.mktemp("log") / "server.log")
+    try:
+        yield server.run("raw_logprobs").url
+    finally:
+        server.stop()
 
 
 def replayed(model_dir, output_dir, *callbacks, samples, url=NOWHERE, transfer=None, **args):
@@ -329,10 +307,15 @@ Path(out, f"rank{rank}.txt").write_text("\\n".join([*lines, f"{weight!r} {traine
 def test_two_ranks_reach_the_same_verdicts_on_one_probe(model_dir, tmp_path, server):
     script = tmp_path / "run.py"
     script.write_text(RANKS)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
     command += [str(script), str(model_dir), str(tmp_path), server]
     env = environment(PYTHONPATH=f"{HERE}:{HERE.parent}", ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=400)
