@@ -76,8 +76,14 @@ SCALARS: dict[str, str] = {
     "nonfinite_rate": "share of completion tokens whose rollout or trainer log-prob is NaN, None or infinite",
     "policy_drift/kl_k3": "kl_k3 of the training policy at each update against the policy that generated the batch",
     "lag": "mean optimizer steps between the engine's weights and the trainer's, at generation or (async) at the loss",
-    **{f"lag/{n}/kl_k3": f"kl_k3 of trained tokens at lag {n} (async): beyond 0 staleness too" for n in LAG_BUCKETS},
-    **{f"lag/{n}/tokens": f"trained tokens at lag {n} (async); what rules see is at lag 0" for n in LAG_BUCKETS},
+    **{
+        f"lag/{n}/kl_k3": f"kl_k3 of trained tokens at lag {n} (async); beyond lag 0 staleness is in it"
+        for n in LAG_BUCKETS
+    },
+    **{
+        f"lag/{n}/tokens": f"trained tokens at lag {n} (async); rules see those at lag 0, and the probe's"
+        for n in LAG_BUCKETS
+    },
     "lag/probe_tokens": "tokens sampled right after a weight sync only to be compared (async); at lag 0, in no lag/0",
     "lag/in_flight_share": "share of trained tokens in sequences queued after the next sync began (async)",
     "lag/nonfinite_rate": "nonfinite_rate of the tokens at lag > 0",
