@@ -96,6 +96,8 @@ class Breaker:
         """The verdict on one window. ``stats=None`` or any failed batch in it (``num_errors``) makes it ERROR."""
         if stats is not None and not stats.num_errors and stats["nonfinite_rate"] is None:
             reason = "no token to compare: the window's rollouts are empty or fully masked"
+            if stats.get("lag/0/tokens") is not None:
+                reason = "no token at lag 0 to compare: all come from older weights than the trainer's (see lag/*)"
             return Verdict(step=step, status=Status.NO_DATA, streak=self.streak, stats=stats, reason=reason)
 
         self.windows += 1

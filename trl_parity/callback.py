@@ -112,6 +112,11 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
 
     # ---- rollouts in (called by taps) -------------------------------------------------------------------------
 
+    @property
+    def probe_tokens(self) -> int:
+        """Tokens wanted of an asynchronous engine right after each weight sync."""
+        return self.config.lag_probe_tokens
+
     def observes(self, training: bool) -> bool:
         """Whether this kind of rollout is measured."""
         return training or self.config.eval_batches == "separate"
@@ -437,7 +442,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
             raise InterceptionError(
                 f"{seen} but no rollout batch was intercepted. ParityCallback covers TRL's GRPOTrainer and "
                 "RLOOTrainer (and subclasses that call super()._generate_and_score_completions) with use_vllm=True, "
-                "and PPOTrainer (and subclasses that call super().train). Is this another trainer, a subclass that "
+                "AsyncGRPOTrainer, and PPOTrainer (and subclasses that call super().train). Is this another trainer, a subclass that "
                 "replaces that method, or were the wrappers removed?"
             )
 

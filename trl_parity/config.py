@@ -148,6 +148,14 @@ class ParityConfig:
             "against itself and the engine against itself. 0: no floor, rules with k use their absolute limit."
         },
     )
+    lag_probe_tokens: int = field(
+        default=512,
+        metadata={
+            "help": "Asynchronous training: tokens the server generates after each weight sync only to be compared, "
+            "since both sides hold the same weights then; what is trained on lags behind. 0: none, and steps without "
+            "tokens at lag 0 are NO_DATA."
+        },
+    )
     floor_every_n_windows: int = field(
         default=50,
         metadata={
@@ -304,6 +312,7 @@ class ParityConfig:
             ("consecutive", 1),
             ("warmup", 0),
             ("floor_tokens", 0),
+            ("lag_probe_tokens", 0),
             ("floor_every_n_windows", 1),
             ("reward_window", 20),
             ("token_budget", 1),

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from .records import MismatchStats, ScoredBatch
-from .scalars import SCALARS
+from .scalars import LAG_BUCKETS, SCALARS
 
 __all__ = ["MismatchSums", "compute", "log_ratio_histogram", "measure", "measure_policy_drift"]
 
@@ -33,6 +33,7 @@ _BOOT = 3  # sums a resample keeps
 TRIM = 1000  # one token of so many, the worst ones, at least one, is left out of trimmed/*
 _POOL = 4096  # sequences until their resampling weights repeat
 
+_LAG_EDGES = (0, 1, 2, 4)  # the last lag of each bucket but the open one
 _SUMS = (
     # tokens both sides scored with a finite number, and how many were to be compared
     "tokens", "neg_delta", "k3", "abs_delta", "w", "w2", "out_of_band", "rollout_logprob", "confident", "compared",
@@ -50,6 +51,10 @@ _SUMS = (
     "batches", "errors", "lag", "cost_seconds", "floor_seconds", "wall_seconds",
     # the same on every rank
     "requests", "temperature_engine", "temperature_trainer", "rewards", "reward_sum",
+    # staleness: batches or sequences a lag was added for; tokens and k3 by lag; of sequences of which it is known
+    # whether a sync fell into their generation, and those where it may have; of probes
+    "lags", *(f"{what}{name}" for name in LAG_BUCKETS for what in ("lag_tokens/", "lag_k3/")),
+    "stale_compared", "stale_nonfinite", "flight_tokens", "in_flight_tokens", "probe_tokens",
 )  # fmt: skip
 _INDEX = {name: i for i, name in enumerate(_SUMS)}
 _MAXIMA = ("abs_delta", "delta", "neg_delta", "seq_abs_delta", "temperature_gap")
@@ -141,7 +146,9 @@ def measure(batch: ScoredBatch, *, bootstrap_samples: int = 200, first_sequence:
     """
     mask, device = batch.mask, batch.mask.device
     out = MismatchSums.zeros(device, bootstrap_samples)
-    out.bump(batches=1, lag=batch.lag)
+    out.bump(batches=1)
+    if batch.lags is None and not batch.probe:
+        out.bump(lag=batch.lag, lags=1)
     if mask.numel() == 0:
         return out
     # few kernels on stacked tensors: on small batches the launches are what costs
@@ -198,7 +205,33 @@ def measure(batch: ScoredBatch, *, bootstrap_samples: int = 200, first_sequence:
 
     out.maxima[:3] = torch.stack([abs_delta, delta, -delta]).masked_fill(~valid, -math.inf).amax((1, 2))
     out.maxima[3] = seq_delta.abs().masked_fill(~has_tokens, -math.inf).amax()
+    if batch.probe:
+        out.additive[_INDEX["probe_tokens"]] = tokens.sum()
+    if batch.lags is not None:
+        _by_lag(out, batch, batch.lags.to(device))
     return out
+
+
+def _by_lag(out: MismatchSums, batch: ScoredBatch, lags: torch.Tensor) -> None:
+    """Add tokens and k3 of all sequences by how far their weights lag, in place."""
+    assert batch.stale is not None
+    mask = batch.mask | batch.stale
+    delta = batch.trainer_logprobs.double() - batch.rollout_logprobs.double()
+    valid = mask & torch.isfinite(delta)
+    delta = torch.where(valid, delta, 0.0)
+    k3 = torch.expm1(delta.clamp(max=_EXP_CLAMP)) - delta
+    by_sequence = torch.stack([valid.double(), k3], dim=-1).sum(1)  # (B, 2)
+    bucket = torch.bucketize(lags, torch.tensor(_LAG_EDGES, device=lags.device))
+    sums = by_sequence.new_zeros(len(LAG_BUCKETS), 2).index_add_(0, bucket, by_sequence)
+    out.additive[_INDEX[f"lag_tokens/{LAG_BUCKETS[0]}"] :][: sums.numel()] += sums.flatten()
+    in_flight = torch.full_like(lags, -1) if batch.in_flight is None else batch.in_flight.to(lags.device)
+    stale, tokens = batch.stale, mask.sum(-1)
+    counts = _stacked(
+        stale.sum(), (stale & ~valid).sum(), (tokens * (in_flight >= 0)).sum(), (tokens * (in_flight == 1)).sum()
+    )
+    out.additive[_INDEX["stale_compared"] :][:4] += counts
+    out.additive[_INDEX["lag"]] += lags.sum()
+    out.additive[_INDEX["lags"]] += len(lags)
 
 
 @lru_cache(maxsize=4)
@@ -246,7 +279,15 @@ def compute(sums: MismatchSums) -> MismatchStats:
     put("truncation/log_bias", s["log_kept"], s["trunc_tokens"])
     put("truncation/out_of_support", s["out_of_support"], s["trunc_tokens"])
     put("policy_drift/kl_k3", s["drift_k3"], s["drift_tokens"])
-    put("lag", s["lag"], s["batches"])
+    put("lag", s["lag"], s["lags"])
+    put("lag/nonfinite_rate", s["stale_nonfinite"], s["stale_compared"])
+    put("lag/in_flight_share", s["in_flight_tokens"], s["flight_tokens"])
+    by_lag = {name: s[f"lag_tokens/{name}"] for name in LAG_BUCKETS}
+    if s["probe_tokens"] or s["stale_compared"] or any(by_lag.values()):
+        values |= {f"lag/{name}/tokens": count for name, count in by_lag.items()}
+        values["lag/probe_tokens"] = s["probe_tokens"]
+    for name, count in by_lag.items():
+        put(f"lag/{name}/kl_k3", s[f"lag_k3/{name}"], count)
     put("cost/seconds", s["cost_seconds"], s["batches"])
     put("cost/share", s["cost_seconds"], s["wall_seconds"])
     put("temperature/engine", s["temperature_engine"], s["requests"])

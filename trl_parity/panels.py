@@ -80,6 +80,8 @@ SECTIONS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             _parity("temperature: engine, trainer", "temperature/engine", "temperature/trainer", low=0),
             _parity("truncation: probability kept", "truncation/kept_mass", high=1),
             _parity("lag, optimizer steps", "lag", low=0),
+            _parity("k3 KL by lag (async): at 0, and staleness", "kl_k3", "lag/1/kl_k3", "lag/2/kl_k3",
+                    "lag/3_4/kl_k3", "lag/5_up/kl_k3", log=True),
             _parity("cost of trl-parity, share of time", "cost/share", "cost/floor_share", low=0),
         ),
     ),

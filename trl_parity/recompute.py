@@ -8,7 +8,7 @@ and no hidden states outlive their mini-batch.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -19,7 +19,7 @@ from .head import Head, logits_chunk, score_tokens
 from .processors import replay
 from .records import SamplingSettings
 
-__all__ = ["CompletionScorer", "CompletionScores", "causal_lm", "materialized_head"]
+__all__ = ["CompletionScorer", "CompletionScores", "Located", "causal_lm", "materialized_head"]
 
 
 class CompletionScores(NamedTuple):
@@ -30,6 +30,15 @@ class CompletionScores(NamedTuple):
     law_entropy: torch.Tensor  # of the law that logprobs belongs to: after replayed processing, else the same
     log_kept: torch.Tensor | None
     out_of_support: torch.Tensor | None
+
+
+class Located(NamedTuple):
+    """Where a forward has the tokens to score: N in B rows of P prompt and C completion columns."""
+
+    states: torch.Tensor  # (N, H): those that predict them
+    ids: torch.Tensor  # (B, P + C)
+    attention_mask: torch.Tensor  # (B, P + C)
+    mask: torch.Tensor  # (B, C) bool
 
 
 def causal_lm(model: Any) -> Any:
@@ -121,6 +130,8 @@ class CompletionScorer:
     ``logits_to_keep`` (C): completion columns at the right of each row. With ``replay_sampling``, the engine's
     truncation and penalties are applied to the trainer's logits; ``logits_dtype`` rounds them as a head of that dtype
     would. A failure inside never reaches the forward: it is kept in ``error``, and ``scores()`` re-raises it.
+
+    ``locate`` finds the tokens in a forward, from its hidden states and the backbone's arguments.
     """
 
     def __init__(
@@ -142,6 +153,7 @@ class CompletionScorer:
         self._chunk_bytes = chunk_bytes
         self._logits_dtype = logits_dtype
         self._parts: list[CompletionScores] = []
+        self.locate: Callable[[torch.Tensor, Mapping[str, Any]], Located] = self._right_columns
         self.error: Exception | None = None
         self.seconds = 0.0
 
@@ -158,20 +170,23 @@ class CompletionScorer:
             # Gathering a sharded head is a collective: first, and even after a failure on this rank, or others hang.
             with torch.no_grad(), materialized_head(self._model, self._temperature, self._logits_dtype) as head:
                 if self.error is None:
-                    ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+                    given = kwargs if "input_ids" in kwargs else {**kwargs, "input_ids": args[0]}
                     hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
-                    self._parts.append(self._score(head, hidden.detach(), ids, kwargs["attention_mask"]))
+                    self._parts.append(self._score(head, *self.locate(hidden.detach(), given)))
         except Exception as e:
             self.error = e
         self.seconds += time.perf_counter() - start
 
+    def _right_columns(self, hidden: torch.Tensor, given: Mapping[str, Any]) -> Located:
+        attention_mask = given["attention_mask"]
+        mask = attention_mask[:, -self._keep :].bool()
+        states = hidden[:, -(self._keep + 1) : -1][mask]  # position t - 1 predicts token t
+        return Located(states, given["input_ids"], attention_mask, mask)
+
     def _score(
-        self, head: Head, hidden: torch.Tensor, ids: torch.Tensor, attention_mask: torch.Tensor
+        self, head: Head, states: torch.Tensor, ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor
     ) -> CompletionScores:
-        keep = self._keep
-        mask = attention_mask[:, -keep:].bool()
-        states = hidden[:, -(keep + 1) : -1][mask]  # position t - 1 predicts token t
-        targets = ids[:, -keep:][mask]
+        targets = ids[:, ids.shape[1] - mask.shape[1] :][mask]
         log_kept = outside = None
         states = states.to(head.weight.device)
         targets = targets.to(head.weight.device)
@@ -205,7 +220,7 @@ class CompletionScorer:
         # a row of logits, its sort with int64 indices, and masks and copies: about 12 fp32 rows a token
         step = max(1, self._chunk_bytes // (vocab * 4 * 12))
         rows, columns = (x.to(states.device) for x in mask.nonzero(as_tuple=True))
-        prompt_width = ids.shape[1] - self._keep
+        prompt_width = ids.shape[1] - mask.shape[1]
         parts = []
         for i in range(0, len(targets), step):
             part = slice(i, i + step)

@@ -87,6 +87,9 @@ class RolloutBatch:
     sync_step: int  # optimizer step of the weights last handed to the engine
     training: bool  # False: an evaluation batch
     last_in_step: bool  # no further generation before the next optimizer step
+    lags: torch.Tensor | None = None  # (B,) optimizer steps by sequence, where they differ; None: ``lag``, of all
+    in_flight: torch.Tensor | None = None  # (B,) 1: weights may have changed meanwhile, 0: not, -1: not known
+    probe: bool = False  # generated only to be compared: nothing is learned from it
 
     def __post_init__(self) -> None:
         shape = tuple(self.completion_ids.shape)
@@ -128,6 +131,11 @@ class ScoredBatch:
     out_of_support: torch.Tensor | None = None  # bool: sampled token outside the trainer's own kept set
     rows: torch.Tensor | None = None  # of the rollout batch, where only some were scored; None: all of them
     lag: int = 0
+    # where sequences come from different weights, ``mask`` has the tokens at lag 0, and these the others
+    lags: torch.Tensor | None = None  # (B,)
+    in_flight: torch.Tensor | None = None  # (B,) as in RolloutBatch
+    stale: torch.Tensor | None = None  # (B, C) bool: engine-generated tokens of sequences at lag > 0
+    probe: bool = False
 
 
 @dataclass(frozen=True, slots=True)

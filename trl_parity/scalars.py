@@ -7,6 +7,8 @@ nats; w = e^Δ (Δ clamped to 300); per sequence S = the sum of its Δ. Trackers
 
 from __future__ import annotations
 
+LAG_BUCKETS = ("0", "1", "2", "3_4", "5_up")  # optimizer steps between the weights that sampled and the trainer's
+
 SCALARS: dict[str, str] = {
     "kl_k1": "mean(-Δ); unbiased estimate of KL(rollout‖trainer), can be negative",
     "kl_k3": "mean(e^Δ - 1 - Δ); estimate of KL(rollout‖trainer), never negative; equals the KL where honesty is 1",
@@ -73,7 +75,18 @@ SCALARS: dict[str, str] = {
     "cost/floor_share": "host seconds spent on the noise floor / wall seconds, since the run began",
     "nonfinite_rate": "share of completion tokens whose rollout or trainer log-prob is NaN, None or infinite",
     "policy_drift/kl_k3": "kl_k3 of the training policy at each update against the policy that generated the batch",
-    "lag": "mean optimizer steps between the weights the engine held and the trainer's at generation",
+    "lag": "mean optimizer steps between the engine's weights and the trainer's, at generation or (async) at the loss",
+    **{
+        f"lag/{n}/kl_k3": f"kl_k3 of trained tokens at lag {n} (async); beyond lag 0 staleness is in it"
+        for n in LAG_BUCKETS
+    },
+    **{
+        f"lag/{n}/tokens": f"trained tokens at lag {n} (async); rules see those at lag 0, and the probe's"
+        for n in LAG_BUCKETS
+    },
+    "lag/probe_tokens": "tokens sampled right after a weight sync only to be compared (async); at lag 0, in no lag/0",
+    "lag/in_flight_share": "share of trained tokens in sequences queued after the next sync began (async)",
+    "lag/nonfinite_rate": "nonfinite_rate of the tokens at lag > 0",
     "cost/seconds": "host seconds spent in trl-parity per rollout batch, mean over ranks",
     "cost/share": "host seconds spent in trl-parity / wall seconds, since the window before",
     "breaker/status": "0 OK, 1 WARN, 2 BREACH, 3 HALT, -1 NO_DATA, -2 ERROR, -3 CALIBRATING",

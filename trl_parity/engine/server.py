@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -132,6 +132,14 @@ class ServerEngine:
         with ThreadPoolExecutor(_REQUESTS) as pool:
             reported = list(pool.map(ask, contexts, targets))
         return torch.tensor(reported), torch.ones(len(reported)) * cached
+
+    def generate(
+        self, contexts: Sequence[Sequence[int]], sampling: Mapping[str, Any], max_tokens: int, seed: int
+    ) -> list[tuple[list[int], list[float]]]:
+        """Token ids and reported log-probs of one continuation of each context, cached as the run's own requests."""
+        request = {"prompt": [list(ids) for ids in contexts], "max_tokens": max_tokens, "seed": seed, "logprobs": 0}
+        answers = self._ask(request | {"return_token_ids": True} | _NEUTRAL | dict(sampling), cached=True)
+        return [(answer["token_ids"], answer["logprobs"]["token_logprobs"]) for answer in answers]
 
     def _ask(self, request: dict[str, Any], *, cached: bool = False) -> list[dict[str, Any]]:
         # what is cached for us lies under a name that no request of the run reads

@@ -100,8 +100,12 @@ class Capture(ABC):
             rows = self.rows_within(rollout, token_budget)
             scores = self.forward(rollout, rows)
             own = self.own_logprobs
+        mask, stale = rollout.engine_mask[rows], None
+        lags, in_flight = (None if x is None else x[rows] for x in (rollout.lags, rollout.in_flight))
+        if lags is not None:  # what older weights generated differs by rights: only the rest is a mismatch
+            mask, stale = mask & (lags == 0)[:, None], mask & (lags != 0)[:, None]
         return ScoredBatch(
-            mask=rollout.engine_mask[rows],
+            mask=mask,
             rollout_logprobs=rollout.rollout_logprobs[rows],
             trainer_logprobs=scores.logprobs,
             own_logprobs=own,
@@ -111,6 +115,10 @@ class Capture(ABC):
             out_of_support=scores.out_of_support,
             rows=None if isinstance(rows, slice) else rows,
             lag=rollout.lag,
+            lags=lags,
+            in_flight=in_flight,
+            stale=stale,
+            probe=rollout.probe,
         )
 
     def rows_within(self, rollout: RolloutBatch, token_budget: int) -> torch.Tensor:

@@ -33,12 +33,18 @@ _TAPS = {
     "grpo": "trl.trainer.grpo_trainer",
     "rloo": "trl.trainer.rloo_trainer",
     "ppo": "trl.experimental.ppo.ppo_trainer",
+    "async_grpo": "trl.experimental.async_grpo.async_grpo_trainer",
 }
 _originals: dict[tuple[type, str], Callable[..., Any]] = {}
 
 
 class Observer(ABC):
     """Base of callbacks that are handed rollouts."""
+
+    @property
+    @abstractmethod
+    def probe_tokens(self) -> int:
+        """Tokens wanted of an asynchronous engine right after each weight sync."""
 
     @abstractmethod
     def observes(self, training: bool) -> bool:
