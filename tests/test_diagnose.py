@@ -362,7 +362,7 @@ def test_heal_delivers_the_weights(make_trainer, tmp_path):
     assert callback.diagnose(heal=True).cause == "stale_weights"
     ours = trainer.model.model.layers[0].mlp.down_proj.weight.detach()
     assert torch.equal(engine_model(trainer).model.layers[0].mlp.down_proj.weight, ours.to(before.dtype))
-    assert callback._investigator.heal(trainer) == []
+    assert callback._investigator.heal(callback._capture) == []
 
 
 def test_redacted_incidents_name_no_ids(make_trainer, tmp_path):

@@ -32,6 +32,7 @@ from .taps import Capture, Observer, instrument
 from .text import alert_text, halt_text
 from .tokens import worst_tokens
 from .watch import expected_temperature
+from .window import OpenWindow, UnloggedWindows, added
 
 __all__ = ["ParityCallback"]
 
@@ -84,12 +85,8 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
     def _reset(self) -> None:
         self.monitor.reset()
         self._wandb: WandbSink | None = None
-        self._window: MismatchSums | None = None
-        self._since_log: MismatchSums | None = None
-        self._saved_window: MismatchSums | None = None  # the open window over all ranks, as a checkpoint keeps it
-        self._unlogged = 0  # windows since the trainer last logged, their worst status and longest streak
-        self._worst_status = Status.NO_DATA
-        self._longest_streak = 0
+        self._window = OpenWindow(self.config.bootstrap_samples)
+        self._unlogged = UnloggedWindows()
         self._eval: MismatchSums | None = None
         self._trainer: Any = None
         self._last: tuple[RolloutBatch, ScoredBatch] | None = None
@@ -97,11 +94,8 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         self._judging = False  # its window is being closed
         self._moved = False  # the weights have been updated since
         self._investigator.reset()
-        self._error = ""
         self._batches = 0
-        self._open_batches = 0  # of them in the open window
         self._windows = 0
-        self._window_start = 0  # optimizer steps done when the open window began
         self._next_generation = 0  # optimizer steps by which a new batch must have come
         self._condemned = False
         self._stop = False
@@ -152,15 +146,13 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         if self._trainer is None:
             self._first_batch(capture)
         self._batches += 1
-        self._open_batches += 1
         self._condemned = self._moved = False
         self._capture = capture
         self._next_generation = capture.step + capture.generation_period
-        self._error = error or self._error
-        self._window = sums if self._window is None else _merged(self._window, sums)
+        self._window.add(sums, error)
         self._spent += capture.seconds + time.perf_counter() - start
         step = capture.step + 1  # the optimizer step this batch feeds: the trackers' global_step of its row
-        if capture.last_in_step and step - self._window_start >= self.config.every_n_steps:
+        if capture.last_in_step and step - self._window.start >= self.config.every_n_steps:
             self._judging = True
             try:
                 self._close_window(step)
@@ -170,9 +162,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
     def on_update(self, new: torch.Tensor, old: torch.Tensor, mask: torch.Tensor) -> None:
         """Add the policy drift of one loss computation to the open window."""
         start = time.perf_counter()
-        if self._window is None:
-            self._window = MismatchSums.zeros(new.device, self.config.bootstrap_samples)
-        measure_policy_drift(self._window, new, old, mask)
+        measure_policy_drift(self._window.sums(new.device), new, old, mask)
         self._spent += time.perf_counter() - start
 
     def _measure(self, capture: Capture, rank: int) -> tuple[MismatchSums, str]:
@@ -238,7 +228,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
 
     def _on_eval_batch(self, capture: Capture, sums: MismatchSums) -> None:
         reduced = reduce_sums(sums, capture.trainer.accelerator)
-        self._eval = reduced if self._eval is None else _merged(self._eval, reduced)
+        self._eval = added(self._eval, reduced)
         # overwritten batch by batch: the last value covers the whole evaluation
         capture.log(_scalars(compute(self._eval)))
 
@@ -246,8 +236,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
 
     def _close_window(self, step: int, *, final: bool = False) -> None:
         """Reduce, judge, write, act (not when training is over). Collective: all ranks come here at the same batch."""
-        trainer, sums = self._trainer, self._window
-        assert sums is not None
+        trainer, sums = self._trainer, self._window.sums(self._trainer.accelerator.device)
         if self.monitor.floor.due:
             self._measure_floor()
         start = time.perf_counter()  # the floor has an account of its own
@@ -260,14 +249,11 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         stats = self.monitor.scalars(compute(sums), new_window=True)
         if self.monitor.doubts_floor(stats) and self._measure_floor():
             stats = self.monitor.scalars(stats)
-        verdict = self.monitor.judge(step, stats, self._error)
-        self._unlogged += 1
-        self._worst_status = max(self._worst_status, verdict.status, key=_SEVERITY.index)
-        self._longest_streak = max(self._longest_streak, verdict.streak)
-        self._since_log = sums if self._since_log is None else _merged(self._since_log, sums)
+        verdict = self.monitor.judge(step, stats, self._window.error)
+        self._unlogged.add(verdict, sums)
         self._log_rich(verdict, sums)
         self._windows += 1
-        self._window, self._window_start, self._open_batches, self._error = None, step, 0, ""
+        self._window.begin(step)
         if self._judging and self._investigator.due(verdict):
             self._diagnose(verdict.step)
         self._announce(verdict)
@@ -412,7 +398,8 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
             )
         self._reset()
         resume = int(state.global_step)
-        self._window_start = self._next_generation = resume
+        self._next_generation = resume
+        self._window.begin(resume)
         if resume:
             self._restore(args, state)
         error = ""
@@ -440,19 +427,17 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
     def _require_interception(self, seen: str) -> None:
         if self._trainer is None:
             raise InterceptionError(
-                f"{seen} but no rollout batch was intercepted. ParityCallback covers TRL's GRPOTrainer and "
-                "RLOOTrainer (and subclasses that call super()._generate_and_score_completions) with use_vllm=True, "
-                "AsyncGRPOTrainer, and PPOTrainer (and subclasses that call super().train). Is this another trainer, a subclass that "
+                f"{seen} but no rollout batch was intercepted. ParityCallback covers TRL's GRPOTrainer, RLOOTrainer "
+                "(with use_vllm=True), AsyncGRPOTrainer and PPOTrainer, and subclasses that call super() in "
+                "_generate_and_score_completions, compute_loss or train. Is this another trainer, a subclass that "
                 "replaces that method, or were the wrappers removed?"
             )
 
     def _on_missing_batch(self, step: int) -> None:
         """A batch that should have been intercepted was not: a failed measurement, never silence."""
         self._next_generation = step + 1
-        self._error = "no rollout batch was intercepted for this step"
-        if self._window is None:
-            self._window = MismatchSums.zeros(self._trainer.accelerator.device, self.config.bootstrap_samples)
-        self._window.bump(errors=1)
+        self._window.error = "no rollout batch was intercepted for this step"
+        self._window.sums(self._trainer.accelerator.device).bump(errors=1)
         self._close_window(step + 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -461,20 +446,12 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         self._require_interception(f"step {state.global_step} is over")  # PPO's loop announces no optimizer step
         if self._stop:
             control.should_training_stop = control.should_save = control.should_log = True
-        if control.should_log and self._since_log is not None:
-            only = self.verdicts[-1].stats if self._unlogged == 1 else None
-            stats = self.monitor.scalars(compute(self._since_log)) if only is None else only
-            scalars = _scalars(stats)
-            scalars |= {
-                "parity/breaker/status": self._worst_status.code,
-                "parity/breaker/streak": self._longest_streak,
-            }
+        if control.should_log and self._unlogged:
             assert self._capture is not None
-            self._capture.log(scalars)
-            self._since_log, self._unlogged = None, 0
-            self._worst_status, self._longest_streak = Status.NO_DATA, 0
+            self._capture.log(_scalars(self._unlogged.scalars(self.monitor)))
+            self._unlogged = UnloggedWindows()
         if control.should_save:  # the same on every rank
-            self._carry_window()
+            self._window.carry(self._trainer.accelerator)
         self._spent += time.perf_counter() - start
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -483,7 +460,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Judge what an unfinished window holds, and close the file."""
-        if self._open_batches and not self._stop:  # the same on every rank: batches are generated together
+        if self._window.batches and not self._stop:  # the same on every rank: batches are generated together
             self._close_window(int(state.global_step), final=True)
         self.monitor.close()
 
@@ -491,23 +468,8 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
 
     def state(self) -> dict[str, Any]:
         """What the trainer's checkpoint keeps: the settings and the monitor's memory."""
-        checkpoint = self.monitor.state() | {
-            "window_start": self._window_start,
-            "open_batches": self._open_batches,
-            "window": None if self._saved_window is None else self._saved_window.to_sparse(),
-        }
+        checkpoint = self.monitor.state() | self._window.state()
         return {"args": self.config.to_dict(), "attributes": {"checkpoint": checkpoint}}
-
-    def _carry_window(self) -> None:
-        """Reduce the open window, so that rank 0's checkpoint holds all of it. Collective."""
-        self._saved_window = None
-        if self._window is None:
-            return
-        accelerator = self._trainer.accelerator
-        whole = reduce_sums(self._window, accelerator)
-        self._saved_window = whole
-        fresh = MismatchSums.zeros(accelerator.device, self.config.bootstrap_samples)
-        self._window = whole.copy() if accelerator.is_main_process else fresh
 
     def _restore(self, args: Any, state: Any) -> None:
         saved = state.stateful_callbacks.get(type(self).__name__)
@@ -521,28 +483,8 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
                 state.global_step,
             )
             return
-        self._window_start = int(checkpoint["window_start"])
-        saved_window = checkpoint["window"]
-        if saved_window is None:
-            return
-        if saved_window["bootstrap_samples"] != self.config.bootstrap_samples:
+        if not self._window.load_state(checkpoint, args.device, state.is_world_process_zero):
             logger.warning("bootstrap_samples changed: the first part of the window open at the checkpoint is dropped")
-            return
-        self._open_batches = int(checkpoint["open_batches"])
-        # rank 0 holds the sums of all ranks, the others nothing
-        window = MismatchSums.zeros(args.device, self.config.bootstrap_samples)
-        if state.is_world_process_zero:
-            window.add_(MismatchSums.from_sparse(saved_window))
-        self._window = window
-
-
-# mildest first
-_SEVERITY = [Status.NO_DATA, Status.CALIBRATING, Status.OK, Status.WARN, Status.ERROR, Status.BREACH, Status.HALT]
-
-
-def _merged(a: MismatchSums, b: MismatchSums) -> MismatchSums:
-    a.add_(b)
-    return a
 
 
 def _scalars(stats: Mapping[str, float | None]) -> dict[str, float]:
