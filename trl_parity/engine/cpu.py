@@ -74,9 +74,11 @@ def _serve_live_weights() -> bool:
 
 def vllm_plugin() -> None:
     """Entry point in ``vllm.general_plugins``: in every engine and server process, live weights and how they come."""
+    if not _serve_live_weights():
+        return
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    if _serve_live_weights() and BACKEND not in WeightTransferEngineFactory._registry:
+    if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, f"{__package__}.transfer", "FileWeightTransferEngine")
 
 
