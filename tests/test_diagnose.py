@@ -382,7 +382,7 @@ def test_weights_are_read_back_without_writing(make_trainer, tmp_path):
     trainer.train()
     trainer.vllm_generation.sync_weights()
     model = engine_model(trainer)
-    named = [(name, tensor) for name, tensor, _ in policy_tensors(trainer.model)]
+    named = [(name, tensor) for name, tensor, *_ in policy_tensors(trainer.model)]
     held = read_back(model.load_weights, model, named)
     assert [h.name for h in held] == [name for name, _ in trainer.model.named_parameters()]
     assert all(h.written >= h.numel and not h.differing and h.values is None for h in held)

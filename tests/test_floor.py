@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,8 +114,8 @@ def test_eval_mode_puts_every_layer_back():
     ],
 )
 def test_noise_has_the_coarser_dtype_of_both_sides(model, engine, mixed, expected):
-    trainer = type("T", (), {"model": model, "accelerator": type("A", (), {"mixed_precision": mixed})})
-    assert noise_dtype(engine, trainer) == expected
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(mixed_precision=mixed))
+    assert noise_dtype(engine, SimpleNamespace(trainer=trainer, policy=model)) == expected
 
 
 # ---- the floor in force -----------------------------------------------------------------------------------------

@@ -300,7 +300,7 @@ class Synced(Recorder):
 
     def on_generation(self, capture):
         model = ColocatedEngine(capture.generation.llm).model
-        named = [(name, tensor) for name, tensor, _ in policy_tensors(capture.policy)]
+        named = [(name, tensor) for name, tensor, *_ in policy_tensors(capture.policy)]
         self.apart.append([h.name for h in read_back(model.load_weights, model, named) if h.differing])
         self.held.append(model.model.layers[0].mlp.down_proj.weight.detach().clone())
         super().on_generation(capture)
