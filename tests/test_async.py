@@ -216,7 +216,7 @@ def test_a_clean_run_lags_and_is_healthy(model_dir, tmp_path, server):
         stale = [line[f"lag/{name}/kl_k3"] for name in ("1", "2", "3_4", "5_up")]
         assert max(x for x in stale if x is not None) > 20 * line["kl_k3"]  # staleness shows where it belongs
         assert line["num_tokens"] == line["lag/0/tokens"] + line["lag/probe_tokens"]
-        assert line["lag/probe_tokens"] >= 8 * 32  # up to 64 each, fewer where a sequence ended
+        assert line["lag/probe_tokens"] >= 8 * 32  # up to 16 * 32, fewer where a sequence ended
         assert line["kl_k3"] < 1e-3
         assert set(line["warnings"]) <= {"policy_drift/kl_k3"}
     crossed = [line["lag/in_flight_share"] for line in lines]  # handed over after the sync that aged them began
@@ -225,7 +225,7 @@ def test_a_clean_run_lags_and_is_healthy(model_dir, tmp_path, server):
     assert len(probes) == 4
     for rollout in probes:  # they begin early and late in the completions
         lengths = rollout.prompt_mask.sum(1)
-        assert len(lengths) == 8
+        assert len(lengths) == 16
         assert lengths.max() - lengths.min() > 12
 
 

@@ -136,10 +136,18 @@ class ServerEngine:
     def generate(
         self, contexts: Sequence[Sequence[int]], sampling: Mapping[str, Any], max_tokens: int, seed: int
     ) -> list[tuple[list[int], list[float]]]:
-        """Token ids and reported log-probs of one continuation of each context, cached as the run's own requests."""
-        request = {"prompt": [list(ids) for ids in contexts], "max_tokens": max_tokens, "seed": seed, "logprobs": 0}
-        answers = self._ask(request | {"return_token_ids": True} | _NEUTRAL | dict(sampling), cached=True)
-        return [(answer["token_ids"], answer["logprobs"]["token_logprobs"]) for answer in answers]
+        """Token ids and reported log-probs of one continuation of each context, cached as the run's own requests.
+
+        Requests draw from seeds of their own, from ``seed`` on: with one for all, sequences would share their noise.
+        """
+
+        def ask(context: Sequence[int], own: int) -> tuple[list[int], list[float]]:
+            request = {"prompt": list(context), "max_tokens": max_tokens, "seed": own, "logprobs": 0}
+            [answer] = self._ask(request | {"return_token_ids": True} | _NEUTRAL | dict(sampling), cached=True)
+            return answer["token_ids"], answer["logprobs"]["token_logprobs"]
+
+        with ThreadPoolExecutor(_REQUESTS) as pool:
+            return list(pool.map(ask, contexts, range(seed, seed + len(contexts))))
 
     def _ask(self, request: dict[str, Any], *, cached: bool = False) -> list[dict[str, Any]]:
         # what is cached for us lies under a name that no request of the run reads

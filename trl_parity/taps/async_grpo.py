@@ -40,7 +40,7 @@ from .instrumentation import Observer, Wrapper, observer_of
 _RUN = "_trl_parity_run"
 _ORIGIN = "parity"  # key of a sample: where it comes from
 _PREFIX = "parity_"  # of what rides along in a batch
-_PROBES = 8  # sequences of a probe: fewer have no interval of honesty
+_PROBES = 16  # sequences of a probe: intervals of honesty and entropy drift are over sequences
 _ROWS = 8  # sequences in one forward of ours
 _PADDED = "trl_parity_rows"  # attention over padded rows, by the trainer's own kernel
 
@@ -250,7 +250,7 @@ def _ask(run: _Run, latest: RolloutBatch, tokens: int, version: int) -> _Answer 
         settings = sampling_settings(run.trainer)
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         request = {name: getattr(settings, name) for name in names}
-        sampled = engine.generate(contexts, request, each, seed=version)
+        sampled = engine.generate(contexts, request, each, seed=version * _PROBES)
         sequences = [(ids, *answer) for ids, answer in zip(contexts, sampled, strict=True)]
         return _Answer(version, sequences, request)
     except Exception as e:  # server gone, busy, or refusing: a failed measurement, told by what reads it
