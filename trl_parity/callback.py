@@ -400,8 +400,8 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         """Open the sinks and, when the trainer resumes from a checkpoint, restore the breaker."""
         if "ppo" in instrument() and hasattr(args, "num_ppo_epochs"):  # else: added after the trainer was built
             raise InterceptionError(
-                "PPOTrainer was imported after ParityCallback was created, and this train() runs unobserved. Import "
-                "trl.experimental.ppo first, then create ParityCallback."
+                "PPOTrainer.train() began without trl-parity's wrapper and would run unobserved. Expected the wrappers "
+                "in place since the trainer was built; were they removed (uninstrument)? Create a ParityCallback anew."
             )
         self._reset()
         resume = int(state.global_step)
@@ -484,6 +484,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
 
     def state(self) -> dict[str, Any]:
         """What the trainer's checkpoint keeps: the settings and the monitor's memory."""
+        instrument()  # PPOTrainer sends no on_init_end, but asks for this while it is built
         checkpoint = self.monitor.state() | {
             "window_start": self._window_start,
             "open_batches": self._open_batches,
