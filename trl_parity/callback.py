@@ -400,8 +400,8 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         """Open the sinks and, when the trainer resumes from a checkpoint, restore the breaker."""
         if "ppo" in instrument() and hasattr(args, "num_ppo_epochs"):  # else: added after the trainer was built
             raise InterceptionError(
-                "PPOTrainer.train() began without trl-parity's wrapper and would run unobserved. Expected the wrappers "
-                "in place since the trainer was built; were they removed (uninstrument)? Create a ParityCallback anew."
+                "PPOTrainer.train() began without trl-parity's wrapper and would run unobserved. Expected it in place "
+                "since the trainer was built; was it removed (uninstrument)? Create the ParityCallback anew."
             )
         self._reset()
         resume = int(state.global_step)
