@@ -393,8 +393,8 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         """Open the sinks and, when the trainer resumes from a checkpoint, restore the breaker."""
         if "ppo" in instrument() and hasattr(args, "num_ppo_epochs"):  # else: added after the trainer was built
             raise InterceptionError(
-                "PPOTrainer was imported after ParityCallback was created, and this train() runs unobserved. Import "
-                "trl.experimental.ppo first, then create ParityCallback."
+                "PPOTrainer.train() began without trl-parity's wrapper and would run unobserved. Expected it in place "
+                "since the trainer was built; was it removed (uninstrument)? Create the ParityCallback anew."
             )
         self._reset()
         resume = int(state.global_step)
@@ -468,6 +468,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
 
     def state(self) -> dict[str, Any]:
         """What the trainer's checkpoint keeps: the settings and the monitor's memory."""
+        instrument()  # PPOTrainer sends no on_init_end, but asks for this while it is built
         checkpoint = self.monitor.state() | self._window.state()
         return {"args": self.config.to_dict(), "attributes": {"checkpoint": checkpoint}}
 

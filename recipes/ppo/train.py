@@ -90,8 +90,7 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("WANDB_DIR", str(args.output_dir))
     model = recipe.model_name_or_path
     if model == TINY:
-        with args.main_process_first(desc="training the tiny model"):
-            model = str(tiny_model.build(recipe.tiny_cache))
+        model = str(tiny_model.build(recipe.tiny_cache))
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     texts = task.make_dataset(recipe.train_size, args.seed, "train")["prompt"]
 

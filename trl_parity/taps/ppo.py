@@ -69,6 +69,7 @@ class _Run:
         self._module = ppo_trainer
         self._generate, self._get_reward = ppo_trainer.batch_generation, ppo_trainer.get_reward
         self._generate_completions, self._step = trainer.generate_completions, trainer.optimizer.step
+        self._save_checkpoint = trainer._save_checkpoint
         self._capture: PPOCapture | None = None  # of a batch whose scores are still to come
         self._showing = False  # samples for people are generated: nothing is learned from them
         if rollouts is not None:
@@ -83,6 +84,7 @@ class _Run:
             if self._observer is not None:
                 stack.enter_context(_replaced(self._module, "get_reward", self._on_reward))
                 stack.enter_context(_replaced(self._trainer.optimizer, "step", self._on_step))
+                stack.enter_context(_replaced(self._trainer, "_save_checkpoint", self._on_save))
             yield
 
     def _on_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -133,6 +135,15 @@ class _Run:
                 trainer.args, trainer.state, trainer.control, optimizer=trainer.optimizer
             )
         return self._step(*args, **kwargs)
+
+    def _on_save(self, *args: Any, **kwargs: Any) -> None:
+        """TRL looks for config and policy on the model itself and fails where DDP is around it; a stop must save."""
+        trainer = self._trainer
+        if not isinstance(trainer.model, torch.nn.parallel.DistributedDataParallel):
+            self._save_checkpoint(*args, **kwargs)
+            return
+        with _replaced(trainer, "model", trainer.model.module):
+            self._save_checkpoint(*args, **kwargs)
 
 
 @contextmanager
