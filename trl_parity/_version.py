@@ -1,3 +1,3 @@
 """The version, alone in a module so that building the package imports nothing."""
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"

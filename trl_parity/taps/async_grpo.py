@@ -11,14 +11,12 @@ The mismatch is therefore measured on a probe: after each weight sync the server
 samples, in the background, and the trainer scores them before its next optimizer step, on the very weights it sent.
 
 Private names used: AsyncGRPOTrainer's ``_sync_weight_merged``, ``_sync_weight_lora``, ``_rollout_dataset``,
-``_lora_sync``, ``_lora_name``, ``_metrics``; AsyncRolloutWorker's ``_loop_kwargs``; RolloutQueueDataset;
-DataCollatorForRollout; ``packing.tree_attention`` and the rows it lays out.
+``_metrics``; RolloutQueueDataset; DataCollatorForRollout and the rows it lays out.
 """
 
 from __future__ import annotations
 
 import functools
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,19 +28,18 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..engine.live import Request, own_random_numbers
-from ..engine.server import ServerEngine
 from ..errors import DataError
 from ..recompute import Located
-from ..records import RolloutBatch, SamplingSettings
+from ..records import RolloutBatch
+from .async_probe import Answer, Client, Probe, ask, sampling_settings
 from .capture import Capture
 from .instrumentation import Observer, Wrapper, observer_of
+from .packed_attention import padded_attention, segments
 
 _RUN = "_trl_parity_run"
 _ORIGIN = "parity"  # key of a sample: where it comes from
 _PREFIX = "parity_"  # of what rides along in a batch
-_PROBES = 16  # sequences of a probe: intervals of honesty and entropy drift are over sequences
 _ROWS = 8  # sequences in one forward of ours
-_PADDED = "trl_parity_rows"  # attention over padded rows, by the trainer's own kernel
 
 
 def wrappers() -> Iterator[Wrapper]:
@@ -80,7 +77,7 @@ class _Run:
     synced: dict[int, tuple[int, float]] = field(default_factory=dict)  # version: optimizer steps, start of the sync
     latest: RolloutBatch | None = None  # contexts for the next probe
     due: bool = False  # a probe was begun and not collected; the same on every rank
-    probe: _Probe | None = None
+    probe: Probe | None = None
     clock: float = field(default_factory=time.perf_counter)
     generation: Any = None  # what stands for TRL's VLLMGeneration
 
@@ -88,7 +85,7 @@ class _Run:
         main = self.trainer.accelerator.is_main_process
         self.synced[self.trainer.model_version] = int(self.trainer.state.global_step), 0.0
         self.generation = SimpleNamespace(
-            mode="server", logprobs=0, vllm_client=_Client(self.trainer) if main else None
+            mode="server", logprobs=0, vllm_client=Client(self.trainer) if main else None
         )
 
     @classmethod
@@ -117,9 +114,11 @@ class _Run:
             self.synced[trainer.model_version] = int(trainer.state.global_step), began
             self.probe = None
             if self.due and self.latest is not None:
-                self.probe = _Probe(functools.partial(_ask, self, self.latest, probe_tokens, trainer.model_version))
+                settings, version = sampling_settings(trainer), trainer.model_version
+                client, latest = self.generation.vllm_client, self.latest
+                self.probe = Probe(lambda: ask(client, settings, latest, probe_tokens, version))
 
-    def collect(self) -> _Answer | None:
+    def collect(self) -> Answer | None:
         """The answer to the probe since the last sync; None without one. A collective: all ranks get the same."""
         if not self.due:
             return None
@@ -192,83 +191,6 @@ def _around_sync(original: Callable[..., Any], trainer: Any, began: float) -> An
     return marks
 
 
-class _Client:
-    """TRL's VLLMClient of asynchronous training, with what :class:`~trl_parity.engine.server.ServerEngine` needs."""
-
-    def __init__(self, trainer: Any):
-        self._trainer = trainer
-        self._base = str(trainer.accelerator.unwrap_model(trainer.model).config._name_or_path)
-
-    @property
-    def base_url(self) -> str:
-        """Of the server."""
-        return str(self._trainer.vllm_client.server_url)
-
-    @property
-    def model(self) -> str:
-        """The name the server has the newest weights under."""
-        trainer = self._trainer
-        return f"{trainer._lora_name}-v{trainer.model_version}" if trainer._lora_sync else self._base
-
-
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """What the server made of a probe: context, token ids and log-probs of each sequence, or an error."""
-
-    version: int
-    sequences: Sequence[tuple[list[int], list[int], list[float]]] = ()
-    request: Mapping[str, Any] = field(default_factory=dict)
-    error: str = ""
-
-
-class _Probe:
-    """A question to the server that does not hold up the training."""
-
-    def __init__(self, ask: Callable[[], _Answer | None]):
-        self._ask = ask
-        self._answer: _Answer | None = None
-        self._thread = threading.Thread(target=self._work, name="trl-parity-probe", daemon=True)
-        self._thread.start()
-
-    def _work(self) -> None:
-        self._answer = self._ask()
-
-    def answer(self) -> _Answer | None:
-        """Waits for it; the requests have timeouts."""
-        self._thread.join()
-        return self._answer
-
-
-def _ask(run: _Run, latest: RolloutBatch, tokens: int, version: int) -> _Answer | None:
-    """Continuations of recent samples by the server as it is now; None where no context fits it."""
-    try:
-        engine = ServerEngine(run.generation.vllm_client)
-        each = max(1, tokens // _PROBES)
-        contexts = [ids for ids in _contexts(latest) if len(ids) + each <= engine.max_model_len]
-        if not contexts:
-            return None
-        settings = sampling_settings(run.trainer)
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        request = {name: getattr(settings, name) for name in names}
-        sampled = engine.generate(contexts, request, each, seed=version * _PROBES)
-        sequences = [(ids, *answer) for ids, answer in zip(contexts, sampled, strict=True)]
-        return _Answer(version, sequences, request)
-    except Exception as e:  # server gone, busy, or refusing: a failed measurement, told by what reads it
-        return _Answer(version, error=f"{type(e).__name__}: {e}")
-
-
-def _contexts(rollout: RolloutBatch) -> Iterator[list[int]]:
-    """Recent samples, each up to another share of its trained tokens: what follows is early and late in turn."""
-    count = len(rollout.completion_ids)
-    for i in range(_PROBES):
-        at = i * count // _PROBES
-        trained = rollout.engine_mask[at].nonzero().flatten().tolist()
-        if trained:
-            end = trained[len(trained) * i // _PROBES]
-            prompt = rollout.prompt_ids[at][rollout.prompt_mask[at].bool()].tolist()
-            yield prompt + rollout.completion_ids[at, :end].tolist()
-
-
 # ---- the loss -------------------------------------------------------------------------------------------------------
 
 
@@ -299,17 +221,6 @@ def _around_loss(
         probe.batch_seconds, probe.waited = capture.batch_seconds, waited
         observer.on_generation(probe)
     return loss
-
-
-def sampling_settings(trainer: Any) -> SamplingSettings:
-    """What the worker asks the engine for; where it is not at hand (other ranks, other workers), the arguments."""
-    from trl.experimental.async_grpo.async_rollout_worker import AsyncRolloutWorker
-
-    worker = trainer.rollout_worker
-    sent = worker._loop_kwargs if isinstance(worker, AsyncRolloutWorker) else vars(trainer.args)
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    values: dict[str, Any] = {name: 0.0 if sent[name] is None else sent[name] for name in names}
-    return SamplingSettings(**values)
 
 
 class AsyncGRPOCapture(Capture):
@@ -446,7 +357,7 @@ class AsyncGRPOCapture(Capture):
             torch.no_grad(),
             own_random_numbers(),
             disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs),
-            _padded_attention(self.policy),
+            padded_attention(self.policy),
             trainer.compute_loss_context_manager(),
         ):
             for some, mask in zip(ids.split(size), attention.split(size), strict=True):
@@ -458,7 +369,7 @@ class AsyncGRPOCapture(Capture):
                     position_ids=(mask.cumsum(1) - 1).clamp(min=0),
                     shift_labels=labels,
                     fused_lm_head=True,
-                    **_segments(mask),
+                    **segments(mask),
                 )
                 parts.append(output.log_probs.view(some.shape)[:, -(keep + 1) : -1])
         return torch.cat(parts)
@@ -467,7 +378,7 @@ class AsyncGRPOCapture(Capture):
 class ProbeCapture(AsyncGRPOCapture):
     """What the server sampled after the last sync; nothing is learned from it. All ranks score it, rank 0 counts."""
 
-    def __init__(self, trainer: Any, observer: Observer, answer: _Answer):
+    def __init__(self, trainer: Any, observer: Observer, answer: Answer):
         super().__init__(trainer, observer, {})
         self._answer = answer
         self.last_in_step = True
@@ -496,53 +407,3 @@ class ProbeCapture(AsyncGRPOCapture):
     def seconds(self) -> float:
         """Host seconds spent waiting."""
         return self.waited
-
-
-# ---- padded rows through the packed attention -----------------------------------------------------------------------
-
-
-@contextmanager
-def _padded_attention(policy: torch.nn.Module) -> Iterator[None]:
-    """Inside, the policy takes several padded rows, where TRL's tree attention takes one packed row."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
-    AttentionInterface.register(_PADDED, _attend_rows)
-    AttentionMaskInterface.register(_PADDED, lambda **kwargs: None)
-    config: Any = policy.config
-    config = config.get_text_config()
-    packed = config._attn_implementation
-    config._attn_implementation = _PADDED
-    try:
-        yield
-    finally:
-        config._attn_implementation = packed
-
-
-def _attend_rows(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
-) -> tuple[torch.Tensor, Any]:
-    """TRL's kernel over rows laid end to end."""
-    from trl.experimental.async_grpo.packing import tree_attention
-
-    rows, _, width, _ = query.shape
-    query, key, value = (x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] for x in (query, key, value))
-    out, weights = tree_attention(module, query, key, value, None, **kwargs)
-    return out[0].unflatten(0, (rows, width)), weights
-
-
-def _segments(attention: torch.Tensor) -> dict[str, Any]:
-    """The arguments of TRL's kernel by which tokens see their own row's, and padding padding."""
-    flat = attention.bool().flatten()
-    starts = torch.ones_like(flat)
-    starts[1:] = flat[1:] != flat[:-1]
-    starts[:: attention.shape[1]] = True
-    ends = torch.cat([starts.nonzero().flatten(), torch.tensor([len(flat)], device=flat.device)]).int()
-    longest = int(ends.diff().max())
-    return {
-        "tree_kv_index": torch.arange(len(flat), device=flat.device),
-        "tree_cu_seqlens_q": ends,
-        "tree_cu_seqlens_k": ends,
-        "tree_max_seqlen_q": longest,
-        "tree_max_seqlen_k": longest,
-    }
