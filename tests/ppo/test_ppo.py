@@ -5,6 +5,7 @@ Run with ``make test-ppo``: newer TRLs have no PPOTrainer. One engine serves the
 
 import copy
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from ppo_support import ppo_trainer
-from support import digit_reward, grpo_args, prompts, save_tiny_model, shared_engine
+from support import digit_reward, environment, grpo_args, prompts, save_tiny_model, shared_engine
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl.experimental.ppo import PPOTrainer
 from trl.experimental.ppo import ppo_trainer as loop
@@ -254,6 +255,43 @@ def test_a_failed_measurement_is_an_error_window_and_training_goes_on(make, monk
     trainer.train()
     assert statuses(callback) == ["ERROR"] * 4
     assert trainer.state.global_step == 4
+
+
+RANKS = """
+import json, sys
+from pathlib import Path
+from ppo_support import ppo_trainer
+from trl_parity import ParityCallback
+
+model, out = map(Path, sys.argv[1:])
+callback = ParityCallback(truncation="ignore")
+trainer = ppo_trainer(model, out, callback, updates=10)
+assert trainer.accelerator.num_processes == 2
+trainer.policy_model.generation_config.repetition_penalty = 1.3
+trainer.train()
+rank = trainer.accelerator.process_index
+(out / f"rank{rank}.json").write_text(json.dumps({
+    "verdicts": [v.to_dict() for v in callback.verdicts], "step": trainer.state.global_step,
+    "weights": float(sum(p.double().sum() for p in trainer.policy_model.parameters())),
+}))
+"""
+
+
+def test_two_ranks_stop_together_with_a_checkpoint(model_dir, tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    here = Path(__file__).parent
+    env = environment(PYTHONPATH=f"{here}:{here.parent}", ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, str(script), str(model_dir), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / "out" / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second  # to the last digit
+    assert [v["status"] for v in first["verdicts"]] == ["BREACH", "BREACH", "HALT"]
+    assert first["step"] == 3
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-3")
+    assert float(sum(p.double().sum() for p in saved.parameters())) == first["weights"]
 
 
 # ---- what can't be seen -----------------------------------------------------------------------------------------

@@ -137,12 +137,18 @@ class _Run:
         return self._step(*args, **kwargs)
 
     def _on_save(self, *args: Any, **kwargs: Any) -> None:
-        """TRL looks for config and policy on the model itself and fails where DDP is around it; a stop must save."""
+        """A stop must save, and TRL can't under DDP: it looks for config and policy on what DDP is wrapped around.
+
+        The attribute, transformers asks for on every rank but the first, and PPOTrainer skips Trainer's ``__init__``.
+        """
         trainer = self._trainer
         if not isinstance(trainer.model, torch.nn.parallel.DistributedDataParallel):
             self._save_checkpoint(*args, **kwargs)
             return
-        with _replaced(trainer, "model", trainer.model.module):
+        with (
+            _replaced(trainer, "model", trainer.model.module),
+            _replaced(trainer, "is_distributed_loading_by_transformers", False),
+        ):
             self._save_checkpoint(*args, **kwargs)
 
 
