@@ -237,10 +237,16 @@ def test_action_raise_raises_before_the_batch_is_learned_from(make):
     assert equal(snapshots.after[0], weights_of(trainer.model))
 
 
-def test_without_an_engine_the_diagnosis_says_what_it_could_not_ask(make):
+@pytest.mark.parametrize(
+    ("setting", "value", "cause"), [("repetition_penalty", 1.3, "penalties"), ("min_p", 0.2, "truncated_sampling")]
+)
+def test_as_it_is_a_fault_is_halted_and_named_and_what_no_engine_could_be_asked_is_said(make, setting, value, cause):
     callback = ParityCallback(truncation="ignore", diagnose_budget=1000)
-    sick(make(callback, updates=3, learning_rate=1e-5)).train()
-    assert callback.diagnosis.cause == "penalties"
+    trainer = make(callback, updates=3, learning_rate=1e-5)
+    setattr(trainer.policy_model.generation_config, setting, value)
+    trainer.train()
+    assert statuses(callback) == ["BREACH", "BREACH", "HALT"]
+    assert callback.diagnosis.cause == cause
     said = {e.name: e.error for e in callback.diagnosis.evidence}
     assert "there is no engine: the trainer samples by itself" in said["handover"]
 
