@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import socket
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+HERE = Path(__file__).parent
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -31,6 +37,23 @@ def environment(**more: str) -> dict[str, str]:
     """For a process of its own: this one's, but for the rendezvous that a trainer in this process left behind."""
     own = {name: value for name, value in os.environ.items() if name not in RENDEZVOUS}
     return own | {"MASTER_PORT": str(free_port())} | more
+
+
+def run_on_two_ranks(code: str, directory: Path, *args: Any, **more: str) -> str:
+    """Run a script under torchrun on two gloo ranks; what it wrote to stderr. ``more``: environment variables.
+
+    One such run at a time on this machine: with more ranks than cores they wait for each other for minutes.
+    """
+    script = directory / "run.py"
+    script.write_text(code)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+    command = [*launcher, str(free_port()), str(script), *map(str, args)]
+    env = environment(PYTHONPATH=os.pathsep.join([str(HERE), str(HERE.parent)]), OMP_NUM_THREADS="1")
+    with open(Path(tempfile.gettempdir()) / "trl-parity-ranks.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run(command, capture_output=True, text=True, env=env | more, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
 
 
 @contextlib.contextmanager

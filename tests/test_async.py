@@ -5,17 +5,15 @@ On a CPU, plain torch stands in for FlashAttention 3 behind TRL's tree attention
 """
 
 import copy
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from async_stack import NoTransfer, Replay, async_trainer, lossy, on_a_cpu, sampled
-from support import environment, save_tiny_model
+from support import run_on_two_ranks, save_tiny_model
 from test_grpo import Recorder, jsonl, parameters, statuses
-from test_server import Server, free_port
+from test_server import Server
 
 from trl_parity import ParityCallback, Status
 from trl_parity.metrics import MismatchSums, compute, measure
@@ -299,21 +297,7 @@ Path(out, f"rank{rank}.txt").write_text("\\n".join([*lines, f"{weight!r} {traine
 
 
 def test_two_ranks_reach_the_same_verdicts_on_one_probe(model_dir, tmp_path, server):
-    script = tmp_path / "run.py"
-    script.write_text(RANKS)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        str(free_port()),
-    ]
-    command += [str(script), str(model_dir), str(tmp_path), server]
-    env = environment(PYTHONPATH=f"{HERE}:{HERE.parent}", ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_two_ranks(RANKS, tmp_path, model_dir, tmp_path, server, ACCELERATE_USE_CPU="true")
     first, second = ((tmp_path / f"rank{rank}.txt").read_text() for rank in (0, 1))
     assert first == second  # verdicts, statistics to the last digit, weights
     *lines, found, _ = first.splitlines()

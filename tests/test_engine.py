@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import environment, save_tiny_model
+from support import environment, run_on_two_ranks, save_tiny_model
 
 HERE = Path(__file__).parent
 
@@ -161,23 +161,18 @@ Path(out, f"rank{rank}.txt").write_text("\\n".join([*lines, f"{weight!r} {traine
 """
 
 
-def two_ranks(tmp_path, kind, port):
-    model, out, script = save_tiny_model(tmp_path / "model"), tmp_path / "out", tmp_path / "run.py"
+def two_ranks(tmp_path, kind):
+    model, out = save_tiny_model(tmp_path / "model"), tmp_path / "out"
     out.mkdir()
-    script.write_text(RANKS)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    command = [*launcher, str(script), str(model), str(out), kind]
-    env = environment(PYTHONPATH=str(HERE), ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    told = run_on_two_ranks(RANKS, tmp_path, model, out, kind, ACCELERATE_USE_CPU="true")
     first, second = ((out / f"rank{rank}.txt").read_text() for rank in (0, 1))
     assert first == second  # verdicts, statistics to the last digit, weights
-    return out, first.splitlines()[:-2], first.splitlines()[-2], done.stderr
+    return out, first.splitlines()[:-2], first.splitlines()[-2], told
 
 
 @pytest.mark.engine
 def test_two_ranks_reach_the_same_verdicts_and_stop_together(tmp_path):
-    out, lines, found, told = two_ranks(tmp_path, "truncated", 29618)
+    out, lines, found, told = two_ranks(tmp_path, "truncated")
     assert [line.split()[1] for line in lines] == ["BREACH", "BREACH", "HALT"]
     assert lines[0].split()[3] == str(16 * 24)  # tokens of both ranks
     assert len((out / "parity" / "metrics.jsonl").read_text().splitlines()) == 3  # rank 0 alone writes
@@ -188,7 +183,7 @@ def test_two_ranks_reach_the_same_verdicts_and_stop_together(tmp_path):
 
 @pytest.mark.engine
 def test_a_rank_whose_batches_are_all_masked_judges_like_the_others(tmp_path):
-    _, lines, _, _ = two_ranks(tmp_path, "masked", 29619)
+    _, lines, _, _ = two_ranks(tmp_path, "masked")
     assert len(lines) == 3
     tokens = [int(line.split()[3]) for line in lines]
     assert all(0 < n < 8 * 24 for n in tokens)  # rank 0's alone, and only those that ended
@@ -299,12 +294,7 @@ assert model.lm_head.weight.numel() == 0, "the head was left gathered"
 
 def test_a_zero3_head_is_gathered_and_let_go(tmp_path):
     pytest.importorskip("deepspeed", reason="not in the lock: its CPU build needs a compiler and its own build step")
-    model, script = save_tiny_model(tmp_path / "model"), tmp_path / "zero3.py"
-    script.write_text(ZERO3)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29621"]
-    env = environment(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
-    done = subprocess.run([*launcher, str(script), str(model)], capture_output=True, text=True, env=env, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_two_ranks(ZERO3, tmp_path, save_tiny_model(tmp_path / "model"), DS_ACCELERATOR="cpu")
 
 
 def test_a_window_costs_less_than_64_kib_of_reduction_whatever_its_tokens():

@@ -7,7 +7,6 @@ sampled, then, after a restart in the middle of a run, raw ones; the last test k
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import requests
 import torch
-from support import digit_reward, environment, grpo_args, prompts, save_tiny_model
+from support import digit_reward, environment, free_port, grpo_args, prompts, run_on_two_ranks, save_tiny_model
 from test_grpo import lose_sync, statuses
 
 from trl_parity import ParityCallback, Status
@@ -27,12 +26,6 @@ from trl_parity.incident import read_incident
 
 pytestmark = pytest.mark.engine
 HERE = Path(__file__).resolve().parent
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 class Server:
@@ -330,15 +323,9 @@ Path(out, f"rank{rank}.txt").write_text("\\n".join(lines))
 
 
 def test_two_ranks_of_which_one_talks_to_the_server_judge_and_diagnose_alike(processed, tmp_path):
-    out, script = tmp_path / "out", tmp_path / "run.py"
+    out = tmp_path / "out"
     out.mkdir()
-    script.write_text(RANKS)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
-    command = [*launcher, str(free_port()), str(script), str(processed.model_dir), str(out), processed.url]
-    env = environment(PYTHONPATH=os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]), OMP_NUM_THREADS="1",
-                      ACCELERATE_USE_CPU="true")  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_two_ranks(RANKS, tmp_path, processed.model_dir, out, processed.url, ACCELERATE_USE_CPU="true")
     first, second = ((out / f"rank{rank}.txt").read_text() for rank in (0, 1))
     assert first == second
     *lines, found, _ = first.splitlines()
