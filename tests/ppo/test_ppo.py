@@ -270,8 +270,8 @@ from ppo_support import ppo_trainer
 from trl_parity import ParityCallback
 
 model, out = map(Path, sys.argv[1:])
-callback = ParityCallback(truncation="ignore")
-trainer = ppo_trainer(model, out, callback, updates=10)
+callback = ParityCallback(truncation="ignore", diagnose="never")
+trainer = ppo_trainer(model, out, callback, updates=10, learning_rate=1e-4)
 assert trainer.accelerator.num_processes == 2
 trainer.policy_model.generation_config.repetition_penalty = 1.3
 trainer.train()
