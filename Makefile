@@ -31,7 +31,7 @@ demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" accelerate launch --cpu --num_processes 1 recipes/grpo/train.py --config configs/grpo_tiny_cpu.yaml
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # the engine-free tests show that this stack, too, is one trl-parity works with
 test-ppo: setup-ppo
