@@ -243,7 +243,9 @@ def test_action_raise_raises_before_the_batch_is_learned_from(make):
 def test_as_it_is_a_fault_is_halted_and_named_and_what_no_engine_could_be_asked_is_said(make, setting, value, cause):
     callback = ParityCallback(truncation="ignore", diagnose_budget=1000)
     trainer = make(callback, updates=3, learning_rate=1e-5)
-    setattr(trainer.policy_model.generation_config, setting, value)
+    config = trainer.policy_model.generation_config
+    setattr(config, setting, value)
+    config.do_sample = True  # else transformers refuses to save a checkpoint with such a setting
     trainer.train()
     assert statuses(callback) == ["BREACH", "BREACH", "HALT"]
     assert callback.diagnosis.cause == cause
