@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "recipes" / "drill"))
+from stack import shared_engine as shared_engine  # noqa: E402
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -54,25 +54,6 @@ def run_on_two_ranks(code: str, directory: Path, *args: Any, **more: str) -> str
         done = subprocess.run(command, capture_output=True, text=True, env=env | more, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr
-
-
-@contextlib.contextmanager
-def shared_engine(**engine_args: Any) -> Iterator[None]:
-    """One engine for all trainers built inside, made by TRL with TRL's arguments and these on top."""
-    import trl.generation.vllm_generation as generation
-
-    built, real = {}, generation.LLM
-
-    def shared(**kwargs: Any) -> Any:
-        if "llm" not in built:
-            built["llm"] = real(**(kwargs | engine_args))
-        return built["llm"]
-
-    generation.LLM = shared
-    try:
-        yield
-    finally:
-        generation.LLM = real
 
 
 def save_tokenizer(directory: Path) -> Any:

@@ -5,8 +5,8 @@ import math
 import pytest
 
 from trl_parity.breaker import Breaker
-from trl_parity.config import Rule
 from trl_parity.records import MismatchStats, Status
+from trl_parity.rules import Rule
 from trl_parity.scalars import SCALARS
 
 

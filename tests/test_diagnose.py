@@ -261,7 +261,7 @@ def test_the_prefix_cache_is_left_as_valid_as_it_was(make_trainer, tmp_path):
     from trl_parity.engine.live import engine_of
 
     engine = engine_of(trainer.vllm_generation)
-    rollout = callback._last[0] if callback._last else callback._capture.rollout()
+    rollout, _ = callback._meter.last
     contexts = [rollout.prompt_ids[i][rollout.prompt_mask[i].bool()].tolist() for i in range(4)]
     targets = rollout.completion_ids[:4, 0].tolist()
     before = engine.next_token(contexts, targets, 0.7, cached=True)

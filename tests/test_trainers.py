@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from support import digit_reward, grpo_args, prompts, save_tiny_model, save_tool_tokenizer, shared_engine
+from test_grpo import Recorder, lose_sync, statuses
 
 from trl_parity import ParityCallback, Status
 from trl_parity.errors import InterceptionError
@@ -37,22 +38,6 @@ def make_trainer(model_dir):
         yield make
 
 
-class Recorder(ParityCallback):
-    """Keeps what was intercepted."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.seen = []
-
-    def on_generation(self, capture):
-        super().on_generation(capture)
-        self.seen.append(self._last)
-
-
-def statuses(callback):
-    return [str(v.status) for v in callback.verdicts]
-
-
 def generated_by(trainer, monkeypatch):
     """Every completion the engine makes for the run from now on, as (ids, log-probs)."""
     llm, found = trainer.vllm_generation.llm, []
@@ -74,10 +59,7 @@ def generated_by(trainer, monkeypatch):
 
 
 def lost_sync(trainer, monkeypatch):
-    real, calls = trainer.vllm_generation.sync_weights, []
-    monkeypatch.setattr(
-        trainer.vllm_generation, "sync_weights", lambda: calls.append(1) or (real() if len(calls) == 1 else None)
-    )
+    lose_sync(monkeypatch)
 
 
 def hidden(**settings):

@@ -14,11 +14,12 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .callback import ParityCallback
-    from .config import ParityConfig, Rule
+    from .config import ParityConfig
     from .errors import ParityError, ParityHalt
     from .monitor import ParityMonitor
     from .records import Diagnosis, MismatchStats, Status, Verdict
     from .rewards import RewardBaseline
+    from .rules import Rule
 
 __all__ = [
     "Diagnosis",
@@ -40,7 +41,7 @@ _HOME = {
     "ParityConfig": "config",
     "ParityMonitor": "monitor",
     "RewardBaseline": "rewards",
-    "Rule": "config",
+    "Rule": "rules",
     "ParityError": "errors",
     "ParityHalt": "errors",
     "Diagnosis": "records",

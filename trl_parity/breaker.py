@@ -17,8 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .config import ParityConfig, Rule
+from .config import ParityConfig
 from .records import MismatchStats, Status, Verdict
+from .rules import Rule
 
 __all__ = ["Breaker", "Reading", "read"]
 

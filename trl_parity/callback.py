@@ -16,22 +16,23 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from .config import ParityConfig
-from .distributed import gather_rows, reduce_many, reduce_sums
+from .distributed import drop_gradient, gather_rows, reduce_many, reduce_sums
 from .engine.cpu import prepare_cpu_engine
 from .errors import ConfigError, InterceptionError, ParityHalt
 from .floor import SOURCES, measure_floor
 from .incident import incident_folder
 from .investigator import Investigator
-from .lint import facts, lint
+from .lint import tell_traps
+from .meter import BatchMeter
 from .metrics import MismatchSums, compute, measure_policy_drift
 from .monitor import ParityMonitor
 from .recompute import CompletionScorer
-from .records import Diagnosis, RolloutBatch, SamplingSettings, ScoredBatch, Status, Verdict
+from .records import Diagnosis, SamplingSettings, Status, Verdict
 from .sinks import WandbSink
 from .taps import Capture, Observer, instrument
+from .taps.server_client import sync_without_cuda
 from .text import alert_text, halt_text
-from .tokens import worst_tokens
-from .watch import expected_temperature
+from .tokens import worst_tokens_of_all
 from .window import OpenWindow, UnloggedWindows, added
 
 __all__ = ["ParityCallback"]
@@ -66,10 +67,11 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         self.halt_message: str | None = None
         self.incident: Path | None = None  # the folder left behind by the last halt (main process)
         self.monitor = ParityMonitor(self.config, opened=False)
-        self._phases = self.config.temperature_phases()
+        self._meter = BatchMeter(self.config, self.monitor)
         self._investigator = Investigator(self.config)
         self._reset()
-        prepare_cpu_engine()  # before the trainer builds its engine
+        if prepare_cpu_engine():  # before the trainer builds its engine
+            sync_without_cuda()
         instrument()
 
     @property
@@ -89,17 +91,15 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         self._unlogged = UnloggedWindows()
         self._eval: MismatchSums | None = None
         self._trainer: Any = None
-        self._last: tuple[RolloutBatch, ScoredBatch] | None = None
+        self._meter.reset()
         self._capture: Capture | None = None  # of the last training batch
         self._judging = False  # its window is being closed
         self._moved = False  # the weights have been updated since
         self._investigator.reset()
-        self._batches = 0
         self._windows = 0
         self._next_generation = 0  # optimizer steps by which a new batch must have come
         self._condemned = False
         self._stop = False
-        self._told: set[str] = set()
         self._clock = time.perf_counter()
         self._spent = 0.0
         self._spent_on_floor = 0.0
@@ -137,15 +137,12 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
     def on_generation(self, capture: Capture) -> None:
         """Measure one generation batch; close and judge the window when it is due."""
         start = time.perf_counter()
-        accelerator = capture.trainer.accelerator
-        sums, error = self._measure(capture, accelerator.process_index)
-        self._watch(capture, sums)
+        sums, error = self._meter.measure(capture)
         if not capture.training:
             self._on_eval_batch(capture, sums)
             return
         if self._trainer is None:
             self._first_batch(capture)
-        self._batches += 1
         self._condemned = self._moved = False
         self._capture = capture
         self._next_generation = capture.step + capture.generation_period
@@ -165,51 +162,6 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         measure_policy_drift(self._window.sums(new.device), new, old, mask)
         self._spent += time.perf_counter() - start
 
-    def _measure(self, capture: Capture, rank: int) -> tuple[MismatchSums, str]:
-        """The sums of one batch; a failure of ours becomes ``errors=1``, only a missing interception raises."""
-        self._last = None
-        try:
-            rollout = capture.rollout()
-            scored = capture.score(rollout, self.config.token_budget)
-            sums = self.monitor.measure(scored, rank)
-            self._last = (rollout, scored)
-            return sums, ""
-        except Exception as e:
-            if isinstance(e, InterceptionError) and self._batches == 0:
-                raise  # nothing was ever measured: say so at the first step, before any learning
-            error = f"{type(e).__name__}: {e}"
-            logger.warning("parity measurement failed at step %d: %s", capture.step + 1, error)
-            logger.debug("%s", traceback.format_exc())
-            sums = MismatchSums.zeros(capture.trainer.accelerator.device, self.config.bootstrap_samples)
-            sums.bump(batches=1, errors=1)
-            return sums, error
-
-    def _watch(self, capture: Capture, sums: MismatchSums) -> None:
-        """Temperature and rewards of a batch; a failure there is a warning and no measurement, nothing else."""
-        try:
-            self._check_temperature(capture, sums)
-            if capture.training:
-                self.monitor.add_rewards(sums, capture.rewards())
-        except Exception as e:
-            if "watch" not in self._told:
-                self._told.add("watch")
-                logger.warning("temperature or rewards cannot be watched: %s: %s", type(e).__name__, e)
-
-    def _check_temperature(self, capture: Capture, sums: MismatchSums) -> None:
-        """What the engine was really asked for, against the trainer and the phase's setting."""
-        kind = "train" if capture.training else "eval"
-        meant = expected_temperature(self._phases, kind, capture.step)
-        for used in capture.engine_temperatures or [capture.sampling.temperature]:
-            others = [meant] if meant is not None else []
-            if capture.training:  # evaluation may sample as it likes: nothing is learned from it
-                others.append(capture.temperature)
-            gap = max((abs(used - other) for other in others), default=0.0)
-            sums.bump(requests=1, temperature_engine=used, temperature_trainer=capture.temperature)
-            sums.raise_to(temperature_gap=gap)
-            if gap > 0 and not capture.training and kind not in self._told:
-                self._told.add(kind)
-                logger.warning("evaluation samples at temperature %g but temperatures.eval is %g", used, meant)
-
     def _first_batch(self, capture: Capture) -> None:
         trainer = self._trainer = capture.trainer
         if trainer.is_deepspeed_enabled and self.config.action in ("skip_update", "stop"):
@@ -220,11 +172,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         if self.config.panels and self._wandb is not None:
             self._wandb.make_panels()
         if trainer.accelerator.is_main_process:
-            try:
-                for finding in lint(facts(capture, self.config.truncation == "replay", self.config.server_timeout)):
-                    logger.log(logging.INFO if finding.severity == "note" else logging.WARNING, "%s", finding)
-            except Exception as e:
-                logger.warning("the settings could not be checked: %s: %s", type(e).__name__, e)
+            tell_traps(capture, self.config.truncation == "replay", self.config.server_timeout)
 
     def _on_eval_batch(self, capture: Capture, sums: MismatchSums) -> None:
         reduced = reduce_sums(sums, capture.trainer.accelerator)
@@ -293,7 +241,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         else of the run is changed. None when there is no batch the present weights generated (none yet, or updated
         since): then the next window's batch is diagnosed, and ``diagnosis`` has it.
         """
-        if self._capture is None or self._last is None or self._moved:
+        if self._capture is None or self._meter.last is None or self._moved:
             self._investigator.wanted = True
             logger.warning("no batch of the present weights is at hand: the next one will be diagnosed")
             diagnosis = None
@@ -306,7 +254,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
 
     def _diagnose(self, step: int) -> Diagnosis | None:
         """Collective. Our own failure is a warning: the verdict stands without a cause."""
-        if self._capture is None or self._last is None:
+        if self._capture is None or self._meter.last is None:
             return None
         start = time.perf_counter()
         first = next((v for v in self.verdicts if v.stats is not None), None)
@@ -314,7 +262,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         try:
             return self._investigator.diagnose(
                 self._capture,
-                *self._last,
+                *self._meter.last,
                 step=step,
                 floor=self.monitor.floor.values.get("floor/kl_k3"),
                 began_healthy=None if first is None or resumed else first.status is Status.OK,
@@ -336,17 +284,9 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         worse = verdict.status in (Status.BREACH, Status.HALT) and verdict.status is not before
         if not (worse or self._windows % every == 0):
             return
-        try:
-            rank = self._trainer.accelerator.process_index
-            decode = None if self.config.redact_text else self._trainer.processing_class.decode
-            found = [] if self._last is None else worst_tokens(*self._last, self.config.worst_tokens, decode)
-            worst = [{"step": verdict.step, "rank": rank, **row} for row in found]
-        except Exception as e:  # a tokenizer that can't decode one token must not end a run
-            logger.warning("the worst tokens of step %d cannot be shown: %s: %s", verdict.step, type(e).__name__, e)
-            worst = []
-        if self._trainer.accelerator.num_processes > 1:
-            worst = gather_rows(worst)
-        worst = sorted(worst, key=lambda row: -abs(row["log_ratio"]))[: self.config.worst_tokens]
+        trainer, keep = self._trainer, self.config.worst_tokens
+        decode = None if self.config.redact_text else trainer.processing_class.decode
+        worst = worst_tokens_of_all(self._meter.last, verdict.step, keep, decode, trainer.accelerator)
         if self._wandb is not None:
             self._wandb.log_rich(verdict.step, sums, worst)
 
@@ -355,7 +295,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
             return
         assert self._capture is not None
         if verdict.halted:
-            parity_dir, last = self._jsonl_path().parent, self._last if self._judging else None
+            parity_dir, last = self._jsonl_path().parent, self._meter.last if self._judging else None
             report = incident_folder(parity_dir, verdict.step) / "report.md"
             text = halt_text(verdict, self.config, list(self.verdicts), report, self.diagnosis)
             self.incident = self._investigator.write(
@@ -490,13 +430,3 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
 
 def _scalars(stats: Mapping[str, float | None]) -> dict[str, float]:
     return {f"parity/{name}": value for name, value in stats.items() if value is not None}
-
-
-def drop_gradient(optimizer: Any, accelerator: Any) -> None:
-    """Leave the optimizer nothing to apply: parameters without a gradient are skipped, moments and decay included."""
-    scaler = accelerator.scaler
-    if scaler is not None and scaler.is_enabled():
-        accelerator.unscale_gradients(optimizer)  # fp16: the scaler wants to have seen gradients before it steps
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = None

@@ -12,7 +12,7 @@ from .metrics import MismatchSums
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["gather_rows", "reduce_many", "reduce_sums"]
+__all__ = ["drop_gradient", "gather_rows", "reduce_many", "reduce_sums"]
 
 
 def reduce_sums(sums: MismatchSums, accelerator: Accelerator) -> MismatchSums:
@@ -46,3 +46,13 @@ def gather_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     from accelerate.utils import gather_object
 
     return gather_object(rows)
+
+
+def drop_gradient(optimizer: Any, accelerator: Accelerator) -> None:
+    """Leave the optimizer nothing to apply: parameters without a gradient are skipped, moments and decay included."""
+    scaler = accelerator.scaler
+    if scaler is not None and scaler.is_enabled():
+        accelerator.unscale_gradients(optimizer)  # fp16: the scaler wants to have seen gradients before it steps
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None

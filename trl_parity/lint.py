@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,9 @@ from .records import SamplingSettings
 if TYPE_CHECKING:
     from .taps import Capture
 
-__all__ = ["UNREPLAYED", "Facts", "Finding", "configured_facts", "facts", "largest_dropout", "lint"]
+__all__ = ["UNREPLAYED", "Facts", "Finding", "configured_facts", "facts", "largest_dropout", "lint", "tell_traps"]
+
+logger = logging.getLogger(__name__)
 
 # request settings that change the law the engine samples from and are not replayed on the trainer's logits
 UNREPLAYED = ("logit_bias", "bad_words", "allowed_token_ids", "min_tokens", "structured_outputs", "logits_processors")
@@ -199,6 +202,15 @@ def facts(capture: Capture, replayed: bool, server_timeout: float = 60.0) -> Fac
         masks_sequences=mode if mode is not None and mode.endswith("_mask") else None,
         **({} if engine is None else engine.settings()),
     )
+
+
+def tell_traps(capture: Capture, replayed: bool, timeout: float) -> None:
+    """Log what is found in the settings of the live engine and trainer."""
+    try:
+        for finding in lint(facts(capture, replayed, timeout)):
+            logger.log(logging.INFO if finding.severity == "note" else logging.WARNING, "%s", finding)
+    except Exception as e:  # no measurement: a server of another vLLM, say; the run goes on
+        logger.warning("the settings could not be checked: %s: %s", type(e).__name__, e)
 
 
 def configured_facts(values: Mapping[str, Any], *, serve: str | None = None, trainer: str = "grpo") -> Facts:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .config import ParityConfig, Rule
+from .config import ParityConfig
 from .errors import ConfigError
 from .report import visible
+from .rules import Rule
 
 if TYPE_CHECKING:
     from .incident import Incident

@@ -7,7 +7,8 @@ from typing import Any
 from .engine.cpu import prepare_cpu_engine, require_live_weights
 from .errors import ConfigError
 from .taps import instrument
-from .taps.ppo import VLLMRollouts
+from .taps.ppo import VLLMRollouts, require_ppo_trainer
+from .taps.server_client import sync_without_cuda
 
 __all__ = ["use_vllm"]
 
@@ -34,20 +35,11 @@ def use_vllm(trainer: Any, **settings: Any) -> None:
         ConfigError: not a PPOTrainer, it samples with vLLM already, or a setting VLLMGeneration does not have.
         InterceptionError: on a CPU, an engine that weight sync can't reach.
     """
-    try:
-        from trl.experimental.ppo import PPOTrainer
-    except ImportError as e:
-        import trl
-
-        raise ConfigError(f"trl {trl.__version__} has no PPOTrainer. Its last version is trl==1.12.*.") from e
-    if not isinstance(trainer, PPOTrainer):
-        raise ConfigError(
-            f"use_vllm got a {type(trainer).__name__}. Expected a PPOTrainer; TRL's other trainers have an argument "
-            "use_vllm."
-        )
+    require_ppo_trainer(trainer)
     if getattr(trainer, "vllm_generation", None) is not None:
         raise ConfigError("this PPOTrainer samples with vLLM already. Call use_vllm once a trainer.")
-    prepare_cpu_engine()  # before the engine is built
+    if prepare_cpu_engine():  # before the engine is built
+        sync_without_cuda()
     instrument()
     generation = VLLMRollouts(trainer, settings).generation
     if generation.mode == "colocate":

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .distributed import gather_rows
 from .records import RolloutBatch, ScoredBatch
 
-__all__ = ["worst_tokens"]
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["worst_tokens", "worst_tokens_of_all"]
+
+logger = logging.getLogger(__name__)
 
 
 def worst_tokens(
@@ -39,3 +46,23 @@ def worst_tokens(
             }
         )
     return rows
+
+
+def worst_tokens_of_all(
+    last: tuple[RolloutBatch, ScoredBatch] | None,
+    step: int,
+    count: int,
+    decode: Callable[[list[int]], str] | None,
+    accelerator: Accelerator,
+) -> list[dict[str, Any]]:
+    """:func:`worst_tokens` over all ranks, with ``step`` and ``rank``; every rank calls it, with its batch or None."""
+    rows: list[dict[str, Any]] = []
+    try:
+        if last is not None:
+            found = worst_tokens(*last, count, decode)
+            rows = [{"step": step, "rank": accelerator.process_index, **row} for row in found]
+    except Exception as e:  # a tokenizer that can't decode one token must not end a run
+        logger.warning("the worst tokens of step %d cannot be shown: %s: %s", step, type(e).__name__, e)
+    if accelerator.num_processes > 1:
+        rows = gather_rows(rows)
+    return sorted(rows, key=lambda row: -abs(row["log_ratio"]))[:count]

@@ -112,7 +112,7 @@ def main(argv: list[str]) -> int:
     from transformers import AutoTokenizer
     from trl import GRPOTrainer, get_peft_config, get_quantization_config
 
-    from trl_parity import ParityCallback, ParityHalt
+    from trl_parity import ParityCallback
 
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("WANDB_DIR", str(args.output_dir))
@@ -148,19 +148,26 @@ def main(argv: list[str]) -> int:
     )
     if not args.disable_tqdm:
         short_progress(trainer)
-    halt: ParityHalt | None = None
-    try:
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    except ParityHalt as e:  # action: raise
-        halt = e
-    # the verdict, not the file: it is the same on every rank, and saving needs all of them
-    halted = halt is not None or (parity_args.action == "stop" and parity.status == "HALT")
-    if not halted:
-        trainer.save_model(args.output_dir)
+    halted = train_watched(trainer, parity, resume_from_checkpoint=args.resume_from_checkpoint)
     if trainer.accelerator.is_main_process:
         path = metrics_path(args, parity_args)
         summarize(read_windows(path), path, trainer.state.log_history, args, halted)
     return HALTED if halted else 0
+
+
+def train_watched(trainer: Any, parity: Any, **train_args: Any) -> bool:
+    """Train and save the model; True, and nothing saved, where trl-parity halted the run."""
+    from trl_parity import ParityHalt
+
+    try:
+        trainer.train(**train_args)
+    except ParityHalt:  # action: raise
+        halted = True
+    else:  # the verdict, not the file: it is the same on every rank, and saving needs all of them
+        halted = parity.config.action == "stop" and parity.status == "HALT"
+    if not halted:
+        trainer.save_model(trainer.args.output_dir)
+    return halted
 
 
 def short_progress(trainer: Any) -> None:

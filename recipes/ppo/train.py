@@ -24,7 +24,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from grpo import task, tiny_model
-from grpo.train import HALTED, TINY, count_statuses, metrics_path, read_windows, set_environment, trend, worst
+from grpo.train import (
+    HALTED,
+    TINY,
+    count_statuses,
+    metrics_path,
+    read_windows,
+    set_environment,
+    train_watched,
+    trend,
+    worst,
+)
 
 
 @dataclass
@@ -76,7 +86,7 @@ def main(argv: list[str]) -> int:
     from trl import TrlParser
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    from trl_parity import ParityCallback, ParityConfig, ParityHalt
+    from trl_parity import ParityCallback, ParityConfig
     from trl_parity.ppo import use_vllm
 
     parser = TrlParser(
@@ -111,14 +121,7 @@ def main(argv: list[str]) -> int:
             gpu_memory_utilization=recipe.vllm_gpu_memory_utilization,
             max_model_length=recipe.vllm_max_model_length,
         )
-    halt: ParityHalt | None = None
-    try:
-        trainer.train()
-    except ParityHalt as e:  # action: raise
-        halt = e
-    halted = halt is not None or (parity_args.action == "stop" and parity.status == "HALT")
-    if not halted:
-        trainer.save_model(args.output_dir)
+    halted = train_watched(trainer, parity)
     if trainer.accelerator.is_main_process:
         path = metrics_path(args, parity_args)
         windows, history = read_windows(path), trainer.state.log_history

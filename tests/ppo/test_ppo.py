@@ -15,6 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from ppo_support import ppo_trainer
 from support import digit_reward, environment, grpo_args, prompts, save_tiny_model, shared_engine
+from test_grpo import jsonl, statuses
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl.experimental.ppo import PPOTrainer
 from trl.experimental.ppo import ppo_trainer as loop
@@ -72,7 +73,7 @@ class Recorder(ParityCallback):
 
     def on_generation(self, capture):
         super().on_generation(capture)
-        self.seen.append((capture, *self._last))
+        self.seen.append((capture, *self._meter.last))
 
 
 class Snapshots(TrainerCallback):
@@ -100,14 +101,6 @@ def weights_of(model):
 
 def equal(a, b):
     return all(torch.equal(value, b[name]) for name, value in a.items())
-
-
-def statuses(callback):
-    return [str(v.status) for v in callback.verdicts]
-
-
-def jsonl(output_dir):
-    return [json.loads(line) for line in (output_dir / "parity" / "metrics.jsonl").read_text().splitlines()]
 
 
 def sick(trainer):

@@ -35,18 +35,8 @@ def is_vllm_cpu() -> bool:
 def prepare_cpu_engine() -> bool:
     """Make engines built from now on in this process serve their live weights, when vLLM runs on the CPU.
 
-    TRL's client of a vLLM server then delivers weights without CUDA. Idempotent; does nothing on other platforms.
-    Returns whether packing is off afterwards.
+    Idempotent; does nothing on other platforms. Returns whether packing is off afterwards.
     """
-    if not _serve_live_weights():
-        return False
-    from .transfer import sync_without_cuda
-
-    sync_without_cuda()
-    return True
-
-
-def _serve_live_weights() -> bool:
     if not is_vllm_cpu():
         return False
     import torch
@@ -74,7 +64,7 @@ def _serve_live_weights() -> bool:
 
 def vllm_plugin() -> None:
     """Entry point in ``vllm.general_plugins``: in every engine and server process, live weights and how they come."""
-    if not _serve_live_weights():
+    if not prepare_cpu_engine():
         return
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 

@@ -11,13 +11,11 @@ vLLM's weight-transfer engines, registered by our plugin (:func:`trl_parity.engi
 The trainer's half is :class:`FileTransfer`. ``ParityCallback()`` gives it to TRL's ``VLLMClient`` (GRPO and RLOO with
 ``vllm_mode="server"``) by itself where vLLM runs on the CPU; async GRPO takes it as an argument:
 ``AsyncGRPOTrainer(..., weight_transfer=FileTransfer("http://127.0.0.1:8000"))``. Trainer and server run on one machine
-or share the directory (``TMPDIR``). Names used of TRL's VLLMClient: ``base_url``, ``communicator``,
-``init_communicator``, ``update_named_params``, ``close_communicator``, ``_updating_weights``.
+or share the directory (``TMPDIR``).
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import itertools
 import json
@@ -37,9 +35,7 @@ from vllm.distributed.weight_transfer.base import (
 from ..errors import InterceptionError
 from .cpu import BACKEND, packed_layers
 
-__all__ = ["FileTransfer", "FileWeightTransferEngine", "sync_without_cuda"]
-
-_MARK = "_trl_parity_without_cuda"
+__all__ = ["FileTransfer", "FileWeightTransferEngine"]
 
 
 @dataclass
@@ -188,44 +184,3 @@ class FileTransfer:
         if answer.status_code != 200:
             raise RuntimeError(f"/{path} of the vLLM server answered {answer.status_code}: {answer.text[:500]}")
         return answer
-
-
-def sync_without_cuda() -> None:
-    """Let TRL's ``VLLMClient`` deliver weights by :class:`FileTransfer` where the trainer's device is not CUDA.
-
-    There TRL itself raises NotImplementedError; on CUDA nothing changes. Idempotent.
-    """
-    from trl.generation.vllm_client import VLLMClient
-
-    names = ("init_communicator", "update_named_params", "close_communicator")
-    if getattr(VLLMClient, _MARK, False) or not all(hasattr(VLLMClient, name) for name in names):
-        return  # the second: an older TRL, whose own error then says what it needs
-    init, update, close = VLLMClient.init_communicator, VLLMClient.update_named_params, VLLMClient.close_communicator
-
-    def init_communicator(self: Any, device: Any = 0) -> None:
-        if isinstance(device, int) or torch.device(device).type == "cuda":
-            init(self, device)
-            return
-        transfer = FileTransfer(self.base_url)
-        transfer.init_weight_transfer()
-        self.communicator = transfer
-        atexit.register(self.close_communicator)
-
-    def update_named_params(self: Any, metadata: Any, named_params: Any) -> None:
-        if not isinstance(self.communicator, FileTransfer):
-            update(self, metadata, named_params)
-        elif self._updating_weights:  # inside client.weight_update(), which starts and finishes
-            self.communicator.deliver(named_params)
-        else:
-            self.communicator.send_weights(named_params)
-
-    def close_communicator(self: Any) -> None:
-        if isinstance(self.communicator, FileTransfer):
-            self.communicator.destroy()
-            self.communicator = None
-        else:
-            close(self)
-
-    for method in (init_communicator, update_named_params, close_communicator):
-        setattr(VLLMClient, method.__name__, method)
-    setattr(VLLMClient, _MARK, True)

@@ -309,6 +309,21 @@ def policy_logits(
         yield output.logits[:, -(keep + 1) : -1].float() / temperature_of(trainer)
 
 
+def require_ppo_trainer(trainer: Any) -> None:
+    """Raise ConfigError for anything but a PPOTrainer, and where this TRL has none."""
+    try:
+        from trl.experimental.ppo import PPOTrainer
+    except ImportError as e:
+        import trl
+
+        raise ConfigError(f"trl {trl.__version__} has no PPOTrainer. Its last version is trl==1.12.*.") from e
+    if not isinstance(trainer, PPOTrainer):
+        raise ConfigError(
+            f"use_vllm got a {type(trainer).__name__}. Expected a PPOTrainer; TRL's other trainers have an argument "
+            "use_vllm."
+        )
+
+
 class VLLMRollouts:
     """vLLM in the place of transformers' ``generate``, for one PPOTrainer. Sets ``trainer.vllm_generation``.
 
