@@ -1,0 +1,1 @@
+"""Before the first step: a reference, prompts, and trials of the engine against it and against itself."""
