@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="trl-parity",
         description="Is the vLLM engine that samples the same policy as the TRL trainer that learns?",
-        epilog="exit codes: 0 done, and what was asked holds; 1 it does not; 2 it can't be told, or the input "
+        epilog="exit codes: 0 done, and what was asked holds; 1 it does not; 2 it can't be told, or the input\n"
         "can't be used. Each command's own help says more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
