@@ -88,13 +88,16 @@ def score_tokens(
     _check(hidden, head)
     _check_targets(hidden, targets, head)
     device, count = hidden.device, hidden.shape[0]
+    projection = _Projection(hidden, head, chunk_bytes)
+    if projection.cols == head.vocab_used:
+        return _score_whole_rows(projection, targets, head)
     peak = torch.full((count,), torch.finfo(torch.float32).min, dtype=torch.float32, device=device)
     target_logit = torch.full_like(peak, -torch.inf)
     # fp64 costs nothing on vectors and keeps hundreds of rescalings from adding up.
     total = torch.zeros(count, device=device, dtype=torch.float64)
     weighted = torch.zeros_like(total)
     with _plain_fp32(device):
-        for rows, cols, z, spare in _Projection(hidden, head, chunk_bytes).tiles():
+        for rows, cols, z, spare in projection.tiles():
             if head.temperature != 1.0:
                 z.mul_(1.0 / head.temperature)
             local = targets[rows] - cols.start
@@ -105,6 +108,27 @@ def score_tokens(
         log_total = total.log()
         logprobs = (target_logit.double() - peak.double() - log_total).float()
         return HeadScores(logprobs, (log_total - weighted / total).float())
+
+
+def _score_whole_rows(projection: _Projection, targets: torch.Tensor, head: Head) -> HeadScores:
+    """The same where a tile holds all logits of its tokens: nothing is carried from tile to tile."""
+    logprobs = torch.empty(len(targets), dtype=torch.float32, device=targets.device)
+    entropy = torch.empty_like(logprobs)
+    with _plain_fp32(targets.device):
+        for rows, _, z, exps in projection.tiles():
+            if head.temperature != 1.0:
+                z.mul_(1.0 / head.temperature)
+            d = z.sub_(z.amax(-1, keepdim=True))
+            target = targets[rows, None]
+            picked = d.gather(1, target.clamp(0, d.shape[1] - 1))[:, 0]
+            if target.device.type != "cpu":  # where it is not checked
+                picked = picked.where((target[:, 0] >= 0) & (target[:, 0] < d.shape[1]), -torch.inf)
+            torch.exp(d, out=exps)
+            total = exps.sum(-1)
+            log_total = total.log()
+            torch.sub(picked, log_total, out=logprobs[rows])
+            torch.sub(log_total, exps.mul_(d).nansum(-1).div_(total), out=entropy[rows])
+    return HeadScores(logprobs, entropy)
 
 
 def logits_chunk(hidden: torch.Tensor, head: Head, out: torch.Tensor | None = None) -> torch.Tensor:

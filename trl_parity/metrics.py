@@ -25,6 +25,7 @@ __all__ = ["MismatchSums", "compute", "log_ratio_histogram", "measure", "measure
 _DECADES = (-9, 3)  # |Δ| from 1e-9 (below: zero) to 1e3 nats (above: the last bin)
 _PER_DECADE = 64
 _BINS = (_DECADES[1] - _DECADES[0]) * _PER_DECADE + 1  # bin 0 holds |Δ| < 1e-9
+_HALF = math.log(0.5)
 _EXP_CLAMP = 300.0  # Δ in e^Δ, of tokens and sequences: e^600 still fits a double
 BAND = 0.1  # a ratio outside [1 - BAND, 1 + BAND] counts as out_of_band (the band of TRL issue 6789)
 # An interval from a handful of sequences says nothing: below this many, honesty has no interval and no gap.
@@ -60,7 +61,6 @@ _INDEX = {name: i for i, name in enumerate(_SUMS)}
 _MAXIMA = ("abs_delta", "delta", "neg_delta", "seq_abs_delta", "temperature_gap")
 
 
-@dataclass(slots=True)
 class MismatchSums:
     """Everything a window needs, in two vectors: one that adds and one that takes the maximum.
 
@@ -69,9 +69,21 @@ class MismatchSums:
     About 17 KiB with R = 200, whatever the number of tokens.
     """
 
-    additive: torch.Tensor
-    maxima: torch.Tensor
-    bootstrap_samples: int
+    __slots__ = ("_additive", "_bumps", "bootstrap_samples", "maxima")
+
+    def __init__(self, additive: torch.Tensor, maxima: torch.Tensor, bootstrap_samples: int):
+        self._additive, self.maxima, self.bootstrap_samples = additive, maxima, bootstrap_samples
+        self._bumps: dict[str, float] = {}  # plain numbers on their way into it: no kernel for each
+
+    @property
+    def additive(self) -> torch.Tensor:
+        """Everything that adds."""
+        if self._bumps:
+            bumps, self._bumps = self._bumps, {}
+            amounts = torch.zeros(len(_SUMS), dtype=torch.float64)
+            amounts[[_INDEX[name] for name in bumps]] = torch.tensor(list(bumps.values()), dtype=torch.float64)
+            self._additive[: len(_SUMS)] += amounts.to(self._additive.device, non_blocking=True)
+        return self._additive
 
     @classmethod
     def zeros(cls, device: torch.device | str = "cpu", bootstrap_samples: int = 200) -> MismatchSums:
@@ -90,7 +102,7 @@ class MismatchSums:
                 f"cannot merge sums with {other.bootstrap_samples} and {self.bootstrap_samples} bootstrap samples. "
                 "Use one bootstrap_samples on every rank."
             )
-        self.additive += other.additive.to(self.additive.device)
+        self.additive.add_(other.additive.to(self._additive.device))
         torch.maximum(self.maxima, other.maxima.to(self.maxima.device), out=self.maxima)
 
     def copy(self) -> MismatchSums:
@@ -115,7 +127,7 @@ class MismatchSums:
     def bump(self, **amounts: float) -> None:
         """Add plain numbers to named sums."""
         for name, amount in amounts.items():
-            self.additive[_INDEX[name]] += amount
+            self._bumps[name] = self._bumps.get(name, 0.0) + amount
 
     def raise_to(self, **values: float) -> None:
         """Raise named maxima to plain numbers."""
@@ -144,13 +156,19 @@ def measure(batch: ScoredBatch, *, bootstrap_samples: int = 200, first_sequence:
     ``first_sequence``: the running number of the batch's first sequence, over batches and ranks. Sequences are
     resampled by their number, so different ones need different numbers.
     """
-    mask, device = batch.mask, batch.mask.device
-    out = MismatchSums.zeros(device, bootstrap_samples)
+    mask = batch.mask
+    out = MismatchSums.zeros(mask.device, bootstrap_samples)
+    if mask.numel():
+        _add_tokens(out, batch, first_sequence)
     out.bump(batches=1)
     if batch.lags is None and not batch.probe:
         out.bump(lag=batch.lag, lags=1)
-    if mask.numel() == 0:
-        return out
+    return out
+
+
+def _add_tokens(out: MismatchSums, batch: ScoredBatch, first_sequence: int) -> None:
+    """Add what a batch's tokens say, in place."""
+    mask, device = batch.mask, batch.mask.device
     # few kernels on stacked tensors: on small batches the launches are what costs
     scores = torch.stack([batch.trainer_logprobs, batch.own_logprobs]).double()
     rollout = batch.rollout_logprobs.double()
@@ -158,36 +176,30 @@ def measure(batch: ScoredBatch, *, bootstrap_samples: int = 200, first_sequence:
     valids = torch.isfinite(deltas) & mask
     deltas = torch.where(valids, deltas, 0.0)
     less_1 = torch.expm1(deltas.clamp(max=_EXP_CLAMP))  # so that sums of w² still fit a double
-    (k3, own_k3), (abs_delta, own_abs) = less_1 - deltas, deltas.abs()
-    delta, (valid, own_valid) = deltas[0], valids
+    magnitudes = deltas.abs()
+    delta, abs_delta = deltas[0], magnitudes[0]
+    valid = valids[0]
     w = less_1[0] + valid
     known = valid if batch.entropy is not None else torch.zeros_like(valid)
-    entropy = torch.where(known, batch.entropy if batch.entropy is not None else 0.0, 0.0)
-    law_entropy = entropy if batch.law_entropy is None else torch.where(known, batch.law_entropy, 0.0)
-    by_sequence = _stacked(
-        valid,
-        -delta,
-        k3,
-        abs_delta,
-        w,
-        w * w,
-        less_1[0].abs() > BAND,
-        torch.where(valid, rollout, 0.0),
-        (rollout >= math.log(0.5)) & (delta < -2.0),
-        mask,
-        known,
-        entropy,
-        law_entropy,
-        own_valid,
-        own_k3,
-        own_abs,
-    ).sum(-1)
-    tokens, seq_delta, seq_mean_w = by_sequence[0], -by_sequence[1], by_sequence[4]
+    entropy = torch.zeros_like(delta) if batch.entropy is None else batch.entropy.double()
+    law_entropy = entropy if batch.law_entropy is None else batch.law_entropy.double()
+    values = torch.stack([rollout, entropy, law_entropy])
+    values = torch.where(torch.stack([valid, known, known]), values, 0.0)
+    numbers = torch.cat([deltas, less_1 - deltas, magnitudes, torch.stack([w, w * w]), values]).sum(-1)
+    flags = [valids, torch.stack([less_1[0].abs() > BAND, (rollout >= _HALF) & (delta < -2.0), mask, known])]
+    counts = torch.cat(flags).sum(-1, dtype=torch.float64)
+    seq_delta, _, k3, own_k3, absolute, own_absolute, seq_mean_w, w2, rollouts, entropies, law_entropies = numbers
+    tokens, own_tokens, out_of_band, confident, compared, entropy_tokens = counts
     has_tokens = tokens > 0
     seq_w = torch.where(has_tokens, seq_delta.clamp(max=_EXP_CLAMP).exp(), 0.0)
-    per_sequence = _stacked(has_tokens, seq_delta, seq_w, seq_w * seq_w)
-    totals = torch.cat([by_sequence, per_sequence]).sum(-1)  # in the order of _SUMS
-    out.additive[: len(totals)] = totals
+    totals = torch.stack(
+        [
+            tokens, -seq_delta, k3, absolute, seq_mean_w, w2, out_of_band, rollouts, confident, compared,
+            entropy_tokens, entropies, law_entropies, own_tokens, own_k3, own_absolute,
+            has_tokens, seq_delta, seq_w, seq_w * seq_w,
+        ]
+    ).sum(-1)  # in the order of _SUMS
+    out.additive[: len(totals)] = totals  # fmt: skip
     if batch.log_kept is not None and batch.out_of_support is not None:
         log_kept = torch.where(valid, batch.log_kept.double(), 0.0)
         truncation = _stacked(valid, log_kept.exp() * valid, log_kept, valid & batch.out_of_support)
@@ -198,10 +210,10 @@ def measure(batch: ScoredBatch, *, bootstrap_samples: int = 200, first_sequence:
     bins = position.clamp(0, _BINS - 1).long() + _BINS * (delta >= 0)
     out.histogram.view(-1).scatter_add_(0, bins.view(-1), valid.double().view(-1))
 
-    weights = _resample_weights(bootstrap_samples, device)
+    weights = _resample_weights(out.bootstrap_samples, device)
     rows = (torch.arange(len(tokens), device=device) + first_sequence) % len(weights)
-    drift = by_sequence[_INDEX["law_entropy"]] + by_sequence[_INDEX["rollout_logprob"]]
-    out.bootstrap.copy_(weights[rows].t() @ torch.stack([seq_mean_w, drift, tokens], dim=-1))
+    drift = law_entropies + rollouts
+    torch.mm(weights[rows].t().double(), torch.stack([seq_mean_w, drift, tokens], dim=-1), out=out.bootstrap)
 
     out.maxima[:3] = torch.stack([abs_delta, delta, -delta]).masked_fill(~valid, -math.inf).amax((1, 2))
     out.maxima[3] = seq_delta.abs().masked_fill(~has_tokens, -math.inf).amax()
@@ -209,7 +221,6 @@ def measure(batch: ScoredBatch, *, bootstrap_samples: int = 200, first_sequence:
         out.additive[_INDEX["probe_tokens"]] = tokens.sum()
     if batch.lags is not None:
         _by_lag(out, batch, batch.lags.to(device))
-    return out
 
 
 def _by_lag(out: MismatchSums, batch: ScoredBatch, lags: torch.Tensor) -> None:
@@ -236,12 +247,12 @@ def _by_lag(out: MismatchSums, batch: ScoredBatch, lags: torch.Tensor) -> None:
 
 @lru_cache(maxsize=4)
 def _resample_weights(samples: int, device: torch.device) -> torch.Tensor:
-    """(_POOL, R) fp64 draws from Poisson(1): how often each resample holds each sequence. Made once, from one seed.
+    """(_POOL, R) int8 draws from Poisson(1): how often each resample holds each sequence. Made once, from one seed.
 
     Drawing them anew for every batch would cost more than all its sums. The global random state is not touched.
     """
     generator = torch.Generator().manual_seed(0)
-    return torch.poisson(torch.ones(_POOL, samples, dtype=torch.float64), generator).to(device)
+    return torch.poisson(torch.ones(_POOL, samples, dtype=torch.float64), generator).to(device, torch.int8)
 
 
 def _stacked(*tensors: torch.Tensor) -> torch.Tensor:

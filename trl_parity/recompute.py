@@ -38,7 +38,8 @@ class Located(NamedTuple):
     states: torch.Tensor  # (N, H): those that predict them
     ids: torch.Tensor  # (B, P + C)
     attention_mask: torch.Tensor  # (B, P + C)
-    mask: torch.Tensor  # (B, C) bool
+    at: torch.Tensor  # (N,) int64: their places in the B x C completion columns, row by row
+    columns: int  # C
 
 
 def causal_lm(model: Any) -> Any:
@@ -172,55 +173,44 @@ class CompletionScorer:
                 if self.error is None:
                     given = kwargs if "input_ids" in kwargs else {**kwargs, "input_ids": args[0]}
                     hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
-                    self._parts.append(self._score(head, *self.locate(hidden.detach(), given)))
+                    self._parts.append(self._score(head, self.locate(hidden.detach(), given)))
         except Exception as e:
             self.error = e
         self.seconds += time.perf_counter() - start
 
     def _right_columns(self, hidden: torch.Tensor, given: Mapping[str, Any]) -> Located:
         attention_mask = given["attention_mask"]
-        mask = attention_mask[:, -self._keep :].bool()
-        states = hidden[:, -(self._keep + 1) : -1][mask]  # position t - 1 predicts token t
-        return Located(states, given["input_ids"], attention_mask, mask)
+        rows, columns = attention_mask[:, -self._keep :].nonzero(as_tuple=True)  # on an accelerator: one sync a pass
+        before = rows * hidden.shape[1] + columns + (hidden.shape[1] - self._keep - 1)  # t - 1 predicts token t
+        states = hidden.flatten(0, 1).index_select(0, before)
+        return Located(states, given["input_ids"], attention_mask, rows * self._keep + columns, self._keep)
 
-    def _score(
-        self, head: Head, states: torch.Tensor, ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor
-    ) -> CompletionScores:
-        targets = ids[:, ids.shape[1] - mask.shape[1] :][mask]
-        log_kept = outside = None
-        states = states.to(head.weight.device)
-        targets = targets.to(head.weight.device)
+    def _score(self, head: Head, located: Located) -> CompletionScores:
+        ids, at = located.ids, located.at
+        shape = (len(ids), located.columns)
+        states = located.states.to(head.weight.device)
+        targets = ids[:, ids.shape[1] - located.columns :].flatten().index_select(0, at).to(states.device)
         logprobs, entropy = score_tokens(states, targets, head, chunk_bytes=self._chunk_bytes)
+        found = [logprobs, entropy]
         if self._replay:
-            logprobs, law_entropy, log_kept, outside = self._replay_tokens(
-                states, targets, head, ids, attention_mask, mask
-            )
-        else:
-            law_entropy = entropy
-        blank = torch.zeros(mask.shape, dtype=torch.float32, device=logprobs.device)
-        mask = mask.to(blank.device)
-        return CompletionScores(
-            blank.masked_scatter(mask, logprobs),
-            blank.masked_scatter(mask, entropy),
-            blank.masked_scatter(mask, law_entropy),
-            None if log_kept is None else blank.masked_scatter(mask, log_kept),
-            None if outside is None else blank.bool().masked_scatter(mask, outside),
-        )
+            replayed, law_entropy, log_kept, outside = self._replay_tokens(states, targets, head, located)
+            found = [replayed, entropy, law_entropy, log_kept, outside.float()]
+        blank = torch.zeros(len(found), shape[0] * shape[1], dtype=torch.float32, device=states.device)
+        placed = blank.index_copy_(1, at.to(blank.device), torch.stack(found)).view(-1, *shape)
+        if not self._replay:
+            return CompletionScores(placed[0], placed[1], placed[1], None, None)
+        return CompletionScores(placed[0], placed[1], placed[2], placed[3], placed[4].bool())
 
     def _replay_tokens(
-        self,
-        states: torch.Tensor,
-        targets: torch.Tensor,
-        head: Head,
-        ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        mask: torch.Tensor,
+        self, states: torch.Tensor, targets: torch.Tensor, head: Head, located: Located
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        ids, attention_mask = located.ids, located.attention_mask
         vocab = head.vocab_size or head.weight.shape[0]
         # a row of logits, its sort with int64 indices, and masks and copies: about 12 fp32 rows a token
         step = max(1, self._chunk_bytes // (vocab * 4 * 12))
-        rows, columns = (x.to(states.device) for x in mask.nonzero(as_tuple=True))
-        prompt_width = ids.shape[1] - mask.shape[1]
+        at = located.at.to(states.device)
+        rows, columns = at // located.columns, at % located.columns
+        prompt_width = ids.shape[1] - located.columns
         parts = []
         for i in range(0, len(targets), step):
             part = slice(i, i + step)
@@ -253,6 +243,8 @@ class CompletionScorer:
                 "the backbone's forward hook never ran. Expected one call per mini-batch of the trainer's no-grad "
                 "pass. Check that the model's forward goes through model.base_model."
             )
+        if len(self._parts) == 1:
+            return self._parts[0]
         return CompletionScores(
             *(None if t[0] is None else torch.cat(t) for t in zip(*self._parts, strict=True))  # type: ignore[arg-type]
         )

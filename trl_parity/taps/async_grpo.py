@@ -272,7 +272,8 @@ class AsyncGRPOCapture(Capture):
             )
         ids = torch.cat([samples.prompt_ids, samples.completion_ids], dim=1)
         attention = torch.cat([samples.prompt_mask, samples.completion_mask], dim=1)
-        return Located(hidden[0][index], ids, attention, samples.engine_mask)
+        at = samples.engine_mask.flatten().nonzero()[:, 0]
+        return Located(hidden[0][index], ids, attention, at, samples.engine_mask.shape[1])
 
     @functools.cached_property
     def samples(self) -> RolloutBatch:
