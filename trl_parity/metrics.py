@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -194,9 +193,26 @@ def _add_tokens(out: MismatchSums, batch: ScoredBatch, first_sequence: int) -> N
     seq_w = torch.where(has_tokens, seq_delta.clamp(max=_EXP_CLAMP).exp(), 0.0)
     totals = torch.stack(
         [
-            tokens, -seq_delta, k3, absolute, seq_mean_w, w2, out_of_band, rollouts, confident, compared,
-            entropy_tokens, entropies, law_entropies, own_tokens, own_k3, own_absolute,
-            has_tokens, seq_delta, seq_w, seq_w * seq_w,
+            tokens,
+            -seq_delta,
+            k3,
+            absolute,
+            seq_mean_w,
+            w2,
+            out_of_band,
+            rollouts,
+            confident,
+            compared,
+            entropy_tokens,
+            entropies,
+            law_entropies,
+            own_tokens,
+            own_k3,
+            own_absolute,
+            has_tokens,
+            seq_delta,
+            seq_w,
+            seq_w * seq_w,
         ]
     ).sum(-1)  # in the order of _SUMS
     out.additive[: len(totals)] = totals  # fmt: skip
