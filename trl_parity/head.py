@@ -12,6 +12,7 @@ Logits are made tile by tile, over tokens and over the vocabulary, and folded in
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,11 +20,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["DEFAULT_CHUNK_BYTES", "Head", "HeadScores", "logits_chunk", "score_tokens"]
+__all__ = ["BACKENDS", "DEFAULT_CHUNK_BYTES", "Head", "HeadScores", "logits_chunk", "score_tokens"]
 
 # Tiles are as large as the budget allows, on a CPU too: at 16 MiB they are as fast as cache-sized ones on an idle
 # machine, and several times faster on a busy one, where each kernel's thread barrier may wait for a time slice.
 DEFAULT_CHUNK_BYTES = 64 << 20
+
+BACKENDS = ("auto", "torch", "triton")
 
 # Hidden units in one product; the partial products are then added up. A sum of many terms in fp32 loses digits at
 # every step: in pieces, logits near 30 are off by 5e-6 at most instead of 1e-5 and more, for a tenth of the speed.
@@ -64,7 +67,12 @@ class HeadScores(NamedTuple):
 
 
 def score_tokens(
-    hidden: torch.Tensor, targets: torch.Tensor, head: Head, *, chunk_bytes: int = DEFAULT_CHUNK_BYTES
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    head: Head,
+    *,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    backend: str = "auto",
 ) -> HeadScores:
     """Log-prob of each target and entropy of its distribution, in fp32, without gradients.
 
@@ -77,16 +85,22 @@ def score_tokens(
         head: how hidden states become logits.
         chunk_bytes: bound on all temporaries together, besides a few vectors of N; one row of everything is
             always allowed.
+        backend: "triton" (GPUs), "torch" (every device), or "auto": Triton on CUDA devices of compute capability 8
+            and up, where it is installed and the dtypes fit (no low-rank head), else torch.
 
     Returns:
         `HeadScores`, both (N,) fp32. A token whose hidden state is not finite gets non-finite numbers.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit; on the CPU also a target outside the vocabulary. On an
+        ValueError: shapes, dtypes or a backend that do not fit; on the CPU also a target outside the vocabulary. On an
             accelerator that check would wait for the device; there such a target gets log-prob -inf.
     """
     _check(hidden, head)
     _check_targets(hidden, targets, head)
+    if _use_triton(hidden, head, backend):
+        from .head_triton import score_tokens_triton
+
+        return HeadScores(*score_tokens_triton(hidden, targets, head, chunk_bytes))
     device, count = hidden.device, hidden.shape[0]
     projection = _Projection(hidden, head, chunk_bytes)
     if projection.cols == head.vocab_used:
@@ -108,6 +122,32 @@ def score_tokens(
         log_total = total.log()
         logprobs = (target_logit.double() - peak.double() - log_total).float()
         return HeadScores(logprobs, (log_total - weighted / total).float())
+
+
+def _use_triton(hidden: torch.Tensor, head: Head, backend: str) -> bool:
+    _expect(backend in BACKENDS, f"backend is {backend!r}", f"one of {', '.join(BACKENDS)}", "Use 'auto'.")
+    wanted = backend == "triton"
+    if backend == "torch" or not len(hidden) or not (wanted or _has_tensor_cores(hidden.device)):
+        return False
+    try:
+        from .head_triton import takes
+    except ImportError:
+        fits = False
+    else:
+        fits = takes(hidden, head)
+    _expect(
+        fits or not wanted,
+        f"backend is 'triton' for hidden {hidden.dtype} and head.weight {head.weight.dtype}",
+        "Triton installed, 16 or 32 bit dtypes, contiguous rows and no low-rank head",
+        "Use backend='auto', which falls back to torch.",
+    )
+    return fits
+
+
+@functools.lru_cache
+def _has_tensor_cores(device: torch.device) -> bool:
+    """Whether bf16 products are made in hardware and added in fp32."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _score_whole_rows(projection: _Projection, targets: torch.Tensor, head: Head) -> HeadScores:
