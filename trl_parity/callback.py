@@ -131,6 +131,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
             sampling=sampling,
             replay_sampling=self.config.truncation == "replay",
             chunk_bytes=self.config.chunk_mib << 20,
+            backend=self.config.head_backend,
             logits_dtype=logits_dtype,
         )
 

@@ -16,6 +16,7 @@ ACTIONS = ("log", "skip_update", "stop", "raise")
 TRUNCATION = ("replay", "ignore")
 EVAL_BATCHES = ("separate", "skip")
 ON_STATE_MISMATCH = ("restart", "error")
+HEAD_BACKENDS = ("auto", "torch", "triton")
 DIAGNOSE = ("breach", "warn", "never")
 
 
@@ -178,6 +179,14 @@ class ParityConfig:
         default=64,
         metadata={"help": "Upper bound in MiB of the fp32 head's temporary memory (logits tile and all)."},
     )
+    head_backend: str = field(
+        default="auto",
+        metadata={
+            "help": "What computes the fp32 head. 'auto': the Triton kernel on NVIDIA GPUs from the A100's generation "
+            "on, torch elsewhere.",
+            "choices": list(HEAD_BACKENDS),
+        },
+    )
     bootstrap_samples: int = field(
         default=200, metadata={"help": "Bootstrap resamples of sequences behind the honesty interval."}
     )
@@ -214,6 +223,7 @@ class ParityConfig:
     def __post_init__(self) -> None:
         for name, allowed in (
             ("action", ACTIONS),
+            ("head_backend", HEAD_BACKENDS),
             ("truncation", TRUNCATION),
             ("eval_batches", EVAL_BATCHES),
             ("on_state_mismatch", ON_STATE_MISMATCH),

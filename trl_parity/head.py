@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,17 +21,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["BACKENDS", "DEFAULT_CHUNK_BYTES", "Head", "HeadScores", "logits_chunk", "score_tokens"]
+from .config import HEAD_BACKENDS
+
+__all__ = ["DEFAULT_CHUNK_BYTES", "Head", "HeadScores", "logits_chunk", "score_tokens"]
 
 # Tiles are as large as the budget allows, on a CPU too: at 16 MiB they are as fast as cache-sized ones on an idle
 # machine, and several times faster on a busy one, where each kernel's thread barrier may wait for a time slice.
 DEFAULT_CHUNK_BYTES = 64 << 20
 
-BACKENDS = ("auto", "torch", "triton")
-
 # Hidden units in one product; the partial products are then added up. A sum of many terms in fp32 loses digits at
 # every step: in pieces, logits near 30 are off by 5e-6 at most instead of 1e-5 and more, for a tenth of the speed.
 _FP32_INNER, _HALF_INNER = 128, 512
+
+logger = logging.getLogger(__name__)
 
 # torch 2.9 has one knob a backend for how fp32 products are made; before it there is only the global one.
 _HAS_FP32_PRECISION = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
@@ -100,7 +103,15 @@ def score_tokens(
     if _use_triton(hidden, head, backend):
         from .head_triton import score_tokens_triton
 
-        return HeadScores(*score_tokens_triton(hidden, targets, head, chunk_bytes))
+        try:
+            return HeadScores(*score_tokens_triton(hidden, targets, head, chunk_bytes))
+        except Exception as e:  # a compiler that does not know this GPU, say
+            if backend == "triton":
+                raise
+            _without_triton.add(hidden.device)
+            logger.warning(
+                "the head's Triton kernel can't run here (%s: %s); torch does its work.", type(e).__name__, e
+            )
     device, count = hidden.device, hidden.shape[0]
     projection = _Projection(hidden, head, chunk_bytes)
     if projection.cols == head.vocab_used:
@@ -125,9 +136,11 @@ def score_tokens(
 
 
 def _use_triton(hidden: torch.Tensor, head: Head, backend: str) -> bool:
-    _expect(backend in BACKENDS, f"backend is {backend!r}", f"one of {', '.join(BACKENDS)}", "Use 'auto'.")
+    _expect(backend in HEAD_BACKENDS, f"backend is {backend!r}", f"one of {', '.join(HEAD_BACKENDS)}", "Use 'auto'.")
     wanted = backend == "triton"
-    if backend == "torch" or not len(hidden) or not (wanted or _has_tensor_cores(hidden.device)):
+    if backend == "torch" or not len(hidden):
+        return False
+    if not wanted and (hidden.device in _without_triton or not _has_tensor_cores(hidden.device)):
         return False
     try:
         from .head_triton import takes
@@ -142,6 +155,9 @@ def _use_triton(hidden: torch.Tensor, head: Head, backend: str) -> bool:
         "Use backend='auto', which falls back to torch.",
     )
     return fits
+
+
+_without_triton: set[torch.device] = set()  # where it failed
 
 
 @functools.lru_cache

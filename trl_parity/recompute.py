@@ -144,6 +144,7 @@ class CompletionScorer:
         sampling: SamplingSettings,
         replay_sampling: bool,
         chunk_bytes: int,
+        backend: str = "auto",
         logits_dtype: torch.dtype | None = None,
     ):
         self._model = model
@@ -152,6 +153,7 @@ class CompletionScorer:
         self._sampling = sampling
         self._replay = replay_sampling and (sampling.truncates or sampling.penalizes)
         self._chunk_bytes = chunk_bytes
+        self._backend = backend
         self._logits_dtype = logits_dtype
         self._parts: list[CompletionScores] = []
         self.locate: Callable[[torch.Tensor, Mapping[str, Any]], Located] = self._right_columns
@@ -190,7 +192,7 @@ class CompletionScorer:
         shape = (len(ids), located.columns)
         states = located.states.to(head.weight.device)
         targets = ids[:, ids.shape[1] - located.columns :].flatten().index_select(0, at).to(states.device)
-        logprobs, entropy = score_tokens(states, targets, head, chunk_bytes=self._chunk_bytes)
+        logprobs, entropy = score_tokens(states, targets, head, chunk_bytes=self._chunk_bytes, backend=self._backend)
         found = [logprobs, entropy]
         if self._replay:
             replayed, law_entropy, log_kept, outside = self._replay_tokens(states, targets, head, located)
