@@ -362,3 +362,25 @@ def test_sums_survive_json_exactly():
     back = MismatchSums.from_sparse(json.loads(json.dumps(sums.to_sparse(), allow_nan=False)))
     assert torch.equal(back.additive, sums.additive)
     assert torch.equal(back.maxima, sums.maxima)
+
+
+def test_nothing_is_read_back_from_the_device_before_the_window_ends():
+    """On a device that holds no data, whatever had to wait for it raises."""
+
+    def on_meta(**more):
+        numbers = torch.zeros(6, 9, device="meta")
+        return ScoredBatch(
+            mask=numbers.bool(), rollout_logprobs=numbers, trainer_logprobs=numbers, own_logprobs=numbers,
+            entropy=numbers, law_entropy=numbers, **more,
+        )  # fmt: skip
+
+    sums = measure(on_meta())
+    sums.add_(measure(on_meta(log_kept=torch.zeros(6, 9, device="meta"), out_of_support=on_meta().mask)))
+    lags = torch.zeros(6, dtype=torch.long, device="meta")
+    sums.add_(measure(on_meta(lags=lags, stale=on_meta().mask, in_flight=lags)))
+    measure_policy_drift(sums, on_meta().entropy, on_meta().entropy, on_meta().mask)
+    sums.bump(cost_seconds=1.0)
+    sums.raise_to(temperature_gap=0.1)
+    assert sums.additive.device.type == "meta"
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        compute(sums)  # there it waits

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 from trl.trainer.utils import add_fused_lm_head
 
 from trl_parity.recompute import CompletionScorer, causal_lm
@@ -210,3 +211,29 @@ def test_bf16_model_is_scored_with_the_fp32_head():
     exact = logits.log_softmax(-1).gather(-1, ids[:, -7:].unsqueeze(-1)).squeeze(-1)
     real = mask[:, -7:].bool()
     torch.testing.assert_close(scores.logprobs.double()[real], exact[real], atol=1e-5, rtol=0)
+
+
+def test_one_wait_for_the_device_a_mini_batch():
+    """What needs an answer from an accelerator: where the tokens are. The check of the targets is the CPU's alone."""
+    waits = []
+
+    class Waits(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.name()
+            if name in ("aten::nonzero", "aten::_local_scalar_dense", "aten::masked_select", "aten::is_nonzero"):
+                waits.append(name)
+            return func(*args, **(kwargs or {}))
+
+    model = build("qwen3-tied")
+    ids, mask = batch()
+    with Waits(), torch.no_grad():
+        for rows in ((0, 2), (2, 5)):
+            model(input_ids=ids[slice(*rows)], attention_mask=mask[slice(*rows)], logits_to_keep=8)
+    own = waits.copy()
+    waits.clear()
+    with Waits():
+        score(model, ids, mask, 7, splits=(2, 3))
+    assert waits.count("aten::nonzero") - own.count("aten::nonzero") == 2
+    # smallest and largest target of each mini-batch
+    assert waits.count("aten::_local_scalar_dense") - own.count("aten::_local_scalar_dense") == 2 * 2
+    assert set(waits) <= {"aten::nonzero", "aten::_local_scalar_dense"}
