@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -265,6 +266,13 @@ class ParityConfig:
             raise ConfigError(
                 f"engine_args is a {type(self.engine_args).__name__}. Expected a preset's name, a path or a mapping."
             )
+        try:  # it is kept with the run
+            json.dumps(self.engine_args)
+        except TypeError as e:
+            raise ConfigError(
+                f"engine_args holds what YAML can't ({e}). Write a dtype as text: 'bfloat16'; anything else goes by "
+                "trl_parity.taps.engine_args.TRLEngineArguments."
+            ) from e
         self.temperature_phases()
         self.resolved_rules()  # a wrong rule fails here, before any training
 

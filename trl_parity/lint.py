@@ -15,7 +15,17 @@ from .records import SamplingSettings
 if TYPE_CHECKING:
     from .taps import Capture
 
-__all__ = ["UNREPLAYED", "Facts", "Finding", "configured_facts", "facts", "largest_dropout", "lint", "tell_traps"]
+__all__ = [
+    "UNREPLAYED",
+    "Facts",
+    "Finding",
+    "configured_facts",
+    "engine_facts",
+    "facts",
+    "largest_dropout",
+    "lint",
+    "tell_traps",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -256,10 +266,13 @@ def configured_facts(values: Mapping[str, Any], *, serve: str | None = None, tra
     masks = values.get("vllm_importance_sampling_correction", True) and str(mode).endswith("_mask")
     if serve is not None or values.get("vllm_mode") == "server":
         engine = _served(serve, checkpoint)
-    else:  # colocated: TRL sets the log-prob mode, and nothing else of these
-        own = _engine_dtype("auto", checkpoint)
-        engine = {"logprobs_mode": "processed_logprobs", "engine_dtype": own, "engine_head_dtype": own}
-        engine["prefix_caching"] = True
+    else:  # colocated: TRL sets the log-prob mode, engine_args what they like
+        from .config import ParityConfig
+        from .engine.config import read_engine_config
+
+        source = ParityConfig(engine_args=values.get("engine_args")).engine_source()
+        over = {} if source is None else read_engine_config(source).engine
+        engine = engine_facts({"logprobs_mode": "processed_logprobs"} | over, checkpoint)
     return Facts(
         sampling=sampling,
         trainer_temperature=float(values.get("temperature", 1.0)),
@@ -273,6 +286,21 @@ def configured_facts(values: Mapping[str, Any], *, serve: str | None = None, tra
         checkpoint_dtype=checkpoint.get("dtype"),
         **engine,
     )
+
+
+def engine_facts(args: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts of an engine from its arguments by vLLM's names, and vLLM's defaults for what they leave open."""
+    dtype = _engine_dtype(_name(args.get("dtype") or "auto"), checkpoint)
+    overrides = args.get("hf_overrides")
+    head = overrides.get("head_dtype") if isinstance(overrides, Mapping) else None
+    return {
+        "logprobs_mode": args.get("logprobs_mode", "raw_logprobs"),
+        "engine_dtype": dtype,
+        "engine_head_dtype": dtype if head in (None, "model") else _name(head),
+        "kv_cache_dtype": args.get("kv_cache_dtype", "auto"),
+        "quantization": args.get("quantization"),
+        "prefix_caching": args.get("enable_prefix_caching", True),
+    }
 
 
 def _checkpoint(model: Any) -> dict[str, Any]:
@@ -318,16 +346,9 @@ def _served(serve: str | None, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         parser.add_argument(flag, default=default)
     parser.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True)
     found, _ = parser.parse_known_args(shlex.split(serve))
-    dtype = _engine_dtype(found.dtype, checkpoint)
-    return {
-        "logprobs_mode": found.logprobs_mode,
-        "engine_dtype": dtype,
-        "engine_head_dtype": json.loads(found.hf_overrides).get("head_dtype", dtype),
-        "kv_cache_dtype": found.kv_cache_dtype,
-        "quantization": found.quantization,
-        "prefix_caching": found.enable_prefix_caching,
-        "engine_defaults": checkpoint.get("defaults", ()) if found.generation_config != "vllm" else (),
-    }
+    args = vars(found) | {"hf_overrides": json.loads(found.hf_overrides)}
+    defaults = checkpoint.get("defaults", ()) if found.generation_config != "vllm" else ()
+    return engine_facts(args, checkpoint) | {"engine_defaults": defaults}
 
 
 def largest_dropout(model: Any) -> float:
@@ -346,4 +367,5 @@ def largest_dropout(model: Any) -> float:
 
 
 def _name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.")
+    return {"half": "float16", "float": "float32"}.get(name, name)

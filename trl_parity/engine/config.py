@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..lint import Facts, Finding, lint
+from ..lint import Facts, Finding, engine_facts, lint
 from ..rules import nearest
 from .conflicts import conflicts
 from .retired import RETIRED
@@ -221,9 +221,7 @@ def rl_traps(args: Mapping[str, Any], trainer: Mapping[str, Any] | None = None) 
     ``trainer``: settings of TRL's config, as far as they are known.
     """
     half = None if trainer is None else "float32" if trainer.get("bf16") is False else "bfloat16"
-    overrides = args.get("hf_overrides")
-    head = overrides.get("head_dtype") if isinstance(overrides, Mapping) else None
-    dtype = _dtype_name(args.get("dtype", "auto"))
+    served = args.get("generation_config", "auto") != "vllm"
     return list(
         lint(
             Facts(
@@ -232,21 +230,11 @@ def rl_traps(args: Mapping[str, Any], trainer: Mapping[str, Any] | None = None) 
                 replayed=True,
                 compute_dtype=half,
                 trainer_head_fp32=bool((trainer or {}).get("cast_lm_head_to_fp32")),
-                logprobs_mode=args.get("logprobs_mode", "raw_logprobs"),
-                engine_dtype=None if dtype == "auto" else dtype,
-                engine_head_dtype=dtype if head in (None, "model") else _dtype_name(head),
-                kv_cache_dtype=args.get("kv_cache_dtype", "auto"),
-                quantization=args.get("quantization"),
-                prefix_caching=args.get("enable_prefix_caching", True),
-                engine_defaults=("whatever it says",) if args.get("generation_config", "auto") != "vllm" else (),
+                engine_defaults=("as the model has them",) if served else (),
+                **engine_facts(args, {}),
             )
         )
     )
-
-
-def _dtype_name(dtype: Any) -> str:
-    name = str(dtype).removeprefix("torch.")
-    return {"half": "float16", "float": "float32"}.get(name, name)
 
 
 def serve_line(args: Mapping[str, Any], model: str) -> str:

@@ -87,7 +87,7 @@ class TRLEngineArguments:
     def apply_to(self, model: Any) -> None:
         """The next engine that TRL builds for this model (the trainer's) gets them, and no other engine."""
         _instrument()
-        _requests[model] = self
+        self.built, _requests[model] = None, self
 
     def unlike(self, trainer_args: Any) -> list[str]:
         """Settings of TRL's config that are not what belongs to these arguments, in words."""
