@@ -29,6 +29,7 @@ from trl_parity.engine.conflicts import conflicts
 from trl_parity.engine.retired import RETIRED
 from trl_parity.engine.schema import arguments, environment
 from trl_parity.errors import ConfigError, InterceptionError
+from trl_parity.lint import configured_facts, lint
 from trl_parity.taps.engine_args import TRLEngineArguments, laid_under
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -484,3 +485,12 @@ def test_yaml_of_the_recipes_names_arguments_that_exist():
         assert list(problems(config.engine)) == []
         for setting, value in config.trainer.items():
             assert values[setting] == value, (name, setting)
+
+
+def test_lint_knows_what_engine_args_ask_for():
+    values = {"model_name_or_path": "no-such-model", "cast_lm_head_to_fp32": True}
+    f = configured_facts(values | {"engine_args": {"preset": "rl", "kv_cache_dtype": "fp8"}})
+    assert (f.engine_dtype, f.engine_head_dtype, f.prefix_caching) == ("bfloat16", "float32", False)
+    assert next((trap.severity, trap.cause) for trap in lint(f)) == ("warning", "kv_cache_precision")
+    f = configured_facts(values)
+    assert (f.engine_head_dtype, f.prefix_caching, f.logprobs_mode) == (None, True, "processed_logprobs")
