@@ -11,6 +11,8 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ..errors import ConfigError
@@ -40,8 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # a check, not a run: its log is not wanted
-    logging.getLogger("trl_parity").setLevel(logging.ERROR)
     from ..engine.config import laid_over, problems, read_engine_config, rl_traps, serve_line
 
     config = read_engine_config(options.source)
@@ -49,11 +49,12 @@ def run(options: argparse.Namespace) -> int:
     traps = rl_traps(args, config.trainer)
     found, unchecked = [], ""
     try:
-        found = list(problems(args))
+        with _quiet():
+            found = list(problems(args))
+            if options.model and not found:
+                found += _whole(args, options.model)
     except ConfigError as e:  # no vLLM: what needs none is said all the same
         unchecked = str(e)
-    if options.model and not found and not unchecked:
-        found += _whole(args, options.model)
     line = serve_line(args, options.model or "MODEL")
     wrong = bool(found) or (config.trainer is not None and any(trap.severity == "error" for trap in traps))
     if options.json:
@@ -67,6 +68,19 @@ def run(options: argparse.Namespace) -> int:
     else:
         _print(config, args, found, traps, line, unchecked)
     return 1 if wrong else 2 if unchecked else 0
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """A check, not a run: what vLLM and its plugins log is not wanted."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    ours = logging.getLogger("trl_parity")
+    level = ours.level
+    ours.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ours.setLevel(level)
 
 
 def _whole(args: dict[str, Any], model: str) -> list[Any]:

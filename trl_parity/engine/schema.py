@@ -18,7 +18,8 @@ import json
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, get_args
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 __all__ = [
     "Argument",
@@ -87,15 +88,17 @@ def arguments() -> dict[str, Argument]:
             continue
         if name not in found:  # LLM's own
             found[name] = Argument(name, None, parameter.default)
-        elif _nested(found[name].kind):
-            # LLM makes a config object of what it is given, an optimization level for one
-            found[name] = dataclasses.replace(found[name], kind=parameter.annotation)
+        elif _nested(found[name].kind):  # LLM makes a config object of what it is given: a number may be enough
+            more = [part for part in _parts(parameter.annotation) if part in (int, type(None))]
+            found[name] = dataclasses.replace(found[name], kind=Union[(found[name].kind, *more)])
     return found
 
 
 def _parts(kind: Any) -> tuple[Any, ...]:
-    """A type, or the members of a union and of an Annotated."""
-    return get_args(kind) or (kind,)
+    """A type, or the members of a union."""
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
 def _settable(cls: Any) -> dict[str, Any]:
@@ -158,7 +161,11 @@ def _in_words(e: Any, argument: Argument) -> str:
     for error in e.errors():
         if error["type"] == "is_instance_of" or error["type"].startswith("callable"):
             continue  # of a union: what only Python can hold
-        inside = [str(part) for part in error["loc"] if "[" not in str(part)]
+        inside = [
+            str(part)
+            for part in error["loc"]
+            if "[" not in str(part) and not str(part)[:1].isupper() and part != "int"
+        ]
         if error["type"] == "unexpected_keyword_argument":
             said.append(f"no {inside[-1]!r} in it")
         else:
