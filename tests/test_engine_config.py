@@ -298,6 +298,8 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     captured = capsys.readouterr()
     assert captured.out.startswith(f"vllm serve {tmp_path / 'none'} --logprobs-mode processed_logprobs")
     assert "refuses this model" in captured.err
+    assert main(["engine", "rl", "--set", "data_parallel_size=2"]) == 1  # vllm.LLM refuses it, a server does not
+    assert main(["engine", "rl", "--set", "data_parallel_size=2", "--serve"]) == 0
     assert main(["engine", str(tmp_path / "nothing.yaml")]) == 2
     assert main(["engine", "--set", "x"]) == 2
 
