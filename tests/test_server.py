@@ -21,7 +21,9 @@ from support import digit_reward, environment, free_port, grpo_args, prompts, ru
 from test_grpo import lose_sync, statuses
 
 from trl_parity import ParityCallback, Status
+from trl_parity.engine.load import server_counters, watched_server
 from trl_parity.engine.server import ServerEngine, reachable, server_of
+from trl_parity.errors import ConfigError
 from trl_parity.incident import read_incident
 
 pytestmark = pytest.mark.engine
@@ -152,7 +154,9 @@ IDS = torch.randint(2, 44, (60,), generator=torch.Generator().manual_seed(0)).to
 
 @pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
 def test_a_clean_run_stays_ok_while_its_weights_move_on_the_server(processed, tmp_path, monkeypatch, kind):
-    trainer = make_trainer(processed, tmp_path, callback := ParityCallback(), kind, learning_rate=1e-3, max_steps=3)
+    asked = {"logprobs_mode": "processed_logprobs", "dtype": "bfloat16", "block_size": 32, "max_num_seqs": 16}
+    callback = ParityCallback(engine_args=asked)  # which is how it was started
+    trainer = make_trainer(processed, tmp_path, callback, kind, learning_rate=1e-3, max_steps=3)
     engine, seen = ServerEngine(trainer.vllm_generation.vllm_client), []
 
     def compare(n):
@@ -167,6 +171,43 @@ def test_a_clean_run_stays_ok_while_its_weights_move_on_the_server(processed, tm
         assert (theirs - ours).abs().mean() < 0.03  # bf16 against fp32
     assert (seen[2][0] - seen[0][0]).abs().mean() > 0.2  # and both have moved
     assert not list(Path(trainer.vllm_generation.vllm_client.communicator._directory.name).iterdir())
+    loads = [v.stats for v in callback.verdicts]
+    assert [s["engine/prefix_cache_hit_rate"] for s in loads] == [0.0] * 3  # of prompts shorter than a block
+    assert all(s["engine/kv_cache_usage"] is None or 0 <= s["engine/kv_cache_usage"] < 0.1 for s in loads)
+
+
+def test_counters_of_a_server_are_read_and_their_absence_is_said_once(processed, caplog):
+    client = processed.client()
+    before = server_counters(client)
+    with watched_server(client) as load:
+        client.generate([list(range(2, 42))] * 4, max_tokens=4)  # 40 tokens, of which one block of 32 is kept
+    assert server_counters(client).queries - before.queries == load.looked_up == 160
+    assert 0 < load.cached <= 3 * 32
+    gone = Gone(f"http://127.0.0.1:{free_port()}")
+    assert server_counters(gone) is None
+    assert server_counters(gone) is None
+    assert caplog.text.count("does not tell its counters") == 1
+    with watched_server(gone) as load:
+        pass
+    assert (load.cached, load.looked_up, load.kv_usage) == (0, 0, None)
+
+
+class Gone:
+    def __init__(self, base_url):
+        self.base_url = base_url
+
+
+def test_a_server_that_runs_otherwise_than_asked_is_refused_with_the_line_that_mends_it(processed, tmp_path):
+    callback = ParityCallback(engine_args={"preset": "rl", "max_num_seqs": 16})
+    with pytest.raises(ConfigError) as refused:
+        make_trainer(processed, tmp_path, callback, max_steps=1).train()
+    text = str(refused.value)
+    for words in (
+        "enable_prefix_caching: asked False, runs with True", "hf_overrides.head_dtype: asked 'float32', runs with",
+        f"Start the server with: vllm serve {processed.model_dir} --logprobs-mode processed_logprobs",
+    ):  # fmt: skip
+        assert words in text
+    assert "max_num_seqs: asked" not in text
 
 
 def test_the_floor_is_measured_in_the_servers_dtype(processed, tmp_path):

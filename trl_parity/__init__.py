@@ -15,6 +15,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .callback import ParityCallback
     from .config import ParityConfig
+    from .engine.config import load_engine_args, rl_engine_args
     from .errors import ParityError, ParityHalt
     from .monitor import ParityMonitor
     from .records import Diagnosis, MismatchStats, Status, Verdict
@@ -34,6 +35,8 @@ __all__ = [
     "Status",
     "Verdict",
     "__version__",
+    "load_engine_args",
+    "rl_engine_args",
 ]
 
 _HOME = {
@@ -42,6 +45,8 @@ _HOME = {
     "ParityMonitor": "monitor",
     "RewardBaseline": "rewards",
     "Rule": "rules",
+    "load_engine_args": "engine.config",
+    "rl_engine_args": "engine.config",
     "ParityError": "errors",
     "ParityHalt": "errors",
     "Diagnosis": "records",
