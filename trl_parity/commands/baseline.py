@@ -60,7 +60,8 @@ def run(options: argparse.Namespace) -> int:
 
     from ..preflight.baseline import load_tokenizer, model_folder, model_sha256, tokenizer_sha256
     from ..preflight.cases import Vocabulary
-    from ..preflight.generate import DrawnPrompts, FilePrompts, Generation, Source, make_baseline
+    from ..preflight.generate import Generation, make_baseline
+    from ..preflight.sources import DrawnPrompts, FilePrompts, Source
 
     generation = Generation(
         max_new_tokens=options.max_new_tokens, greedy=not options.no_greedy, seeds=tuple(options.seeds),

@@ -11,25 +11,25 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError
 from ..files import write_whole
 from ..head import logits_chunk
 from ..recompute import causal_lm, materialized_head
 from .baseline import MANIFEST, SCHEMA_VERSION, Baseline, file_sha256, open_baseline, read_manifest, versions
-from .cases import Prompt, Vocabulary, read_jsonl
+from .cases import Prompt
+from .sources import Source
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["DrawnPrompts", "FilePrompts", "Generation", "Source", "make_baseline"]
+__all__ = ["Generation", "answers", "make_baseline"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,80 +59,6 @@ class Generation:
     def modes(self) -> tuple[int | None, ...]:
         """One a row of each prompt: None is greedy, a number the seed of a sampled answer."""
         return (*((None,) if self.greedy else ()), *self.seeds)
-
-
-class Source(Protocol):
-    """Where prompts come from."""
-
-    @property
-    def count(self) -> int:
-        """How many there are."""
-
-    def describe(self) -> dict[str, Any]:
-        """What makes them what they are, for the manifest."""
-
-    def shards(self, size: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, list[Prompt]]]:
-        """(number, prompts) of each wanted shard."""
-
-
-@dataclass(frozen=True, slots=True)
-class DrawnPrompts:
-    """``count`` prompts from the strategies of :mod:`trl_parity.preflight.prompts`."""
-
-    vocabulary: Vocabulary
-    count: int
-    seed: int
-    max_len: int
-    boundaries: tuple[int, ...] = ()
-
-    def describe(self) -> dict[str, Any]:
-        """Seed, lengths, and the version of hypothesis, on which draws depend."""
-        import hypothesis
-
-        return {
-            "source": "strategies", "count": self.count, "seed": self.seed, "max_len": self.max_len,
-            "boundaries": list(self.boundaries), "hypothesis": hypothesis.__version__,
-        }  # fmt: skip
-
-    def shards(self, size: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, list[Prompt]]]:
-        """Each shard is drawn by itself: no other has to be drawn for it."""
-        from .prompts import prompts, stream
-
-        strategy = prompts(self.vocabulary, self.max_len, self.boundaries)
-        for number in range(math.ceil(self.count / size)):
-            if wanted(number):
-                skip = min(number, 1)  # each stream begins with the simplest prompt there is
-                here = min(size, self.count - number * size)
-                yield number, list(islice(stream(strategy, f"{self.seed}:{number}"), skip, skip + here))
-
-
-class FilePrompts:
-    """The first ``count`` prompts of a user's own JSONL, or all."""
-
-    def __init__(self, path: Path, tokenizer: Any, max_len: int, count: int | None = None):
-        self._path, self._tokenizer, self._max_len = path, tokenizer, max_len
-        try:
-            with open(path, "rb") as file:
-                lines = sum(1 for line in file if line.strip())
-            self._sha256 = file_sha256(path)
-        except OSError as e:
-            raise ConfigError(f"cannot read {path}: {e.strerror}. Expected a JSONL file of prompts.") from e
-        self.count = lines if count is None else min(count, lines)
-        if not self.count:
-            raise DataError(f"{path} holds no prompt. Expected a JSON object a line.")
-
-    def describe(self) -> dict[str, Any]:
-        """The file by its hash."""
-        return {"source": "file", "count": self.count, "max_len": self._max_len, "sha256": self._sha256}
-
-    def shards(self, size: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, list[Prompt]]]:
-        """Reads the whole file and keeps a shard of it."""
-        prompts = islice(read_jsonl(self._path, self._tokenizer, self._max_len), self.count)
-        number = 0
-        while shard := list(islice(prompts, size)):
-            if wanted(number):
-                yield number, shard
-            number += 1
 
 
 def make_baseline(
@@ -177,8 +103,11 @@ def make_baseline(
     }  # fmt: skip
     fingerprint = hashlib.sha256(_dumped([settings, manifest["versions"]]).encode()).hexdigest()
     before = _earlier(directory, manifest)
-    if before is None and rank == 0:
-        write_whole(directory / MANIFEST, _dumped(manifest))
+    if rank == 0:
+        if before is None:
+            write_whole(directory / MANIFEST, _dumped(manifest))
+        for left in directory.glob(".shard-*.tmp"):  # by a kill
+            left.unlink()
     known = {shard["file"]: shard["sha256"] for shard in (before or manifest)["shards"]}
     if state is not None:
         state.wait_for_everyone()
