@@ -3,9 +3,11 @@
 import json
 import random
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from support import RENDEZVOUS, free_port
 
 from trl_parity import ParityMonitor, RewardBaseline
 from trl_parity.cli import main
@@ -180,6 +182,30 @@ def test_the_command_runs_the_training_with_its_overrides(tmp_path, capfd):
     assert json.loads(out)["returncode"] == 1
     assert "was not written" in err
     assert not kept.exists()
+
+
+@pytest.mark.engine
+def test_a_short_real_run_of_the_recipe(tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    for name in RENDEZVOUS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    learned = RewardBaseline(rewards_of(1.45, n=500, spread=0.05), "a policy that sorts nearly all")
+    learned.save(tmp_path / "learned.json")
+    launch = [sys.executable, "recipes/grpo/train.py", "--config", "configs/grpo_tiny_cpu.yaml"]
+    launch += ["--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no"]
+    pilot = ["pilot", "--output", str(tmp_path / "run"), "--json"]
+    assert main([*pilot, "--steps", "3", "--baseline", str(tmp_path / "learned.json"), "--", *launch]) == 1
+    result = json.loads(capfd.readouterr().out)
+    seen = {check["name"]: (check["outcome"], check["text"]) for check in result["checks"]}
+    assert seen["training"] == ("pass", "went through, 3 steps")
+    assert seen["parity"] == ("pass", "3 OK")
+    assert seen["drift"][0] == seen["entropy"][0] == "pass"
+    assert seen["rewards"][0] == "fail"  # the tiny model has not learned yet
+    assert seen["rewards"][1].endswith("lower than the baseline's")
+    assert "of 192, baseline" in seen["rewards"][1]  # 3 batches of 64 completions
+    own = str(tmp_path / "run" / "parity" / "rewards.json")
+    assert main([*pilot, "--baseline", own]) == 0  # against its own it may
 
 
 @pytest.mark.parametrize(

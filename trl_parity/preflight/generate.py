@@ -287,10 +287,8 @@ def _decode(
     input_ids = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
     attention = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
     positions = (attention.cumsum(-1) - 1).clamp_min(0)
-    # inverse transform sampling: the first token whose cumulative probability exceeds the number drawn
-    uniform = torch.stack([torch.zeros(generation.max_new_tokens).double() if d is None else d for d in draws])
-    greedy = torch.tensor([d is None for d in draws], device=device)
-    uniform = uniform.to(device)
+    sampled = [row for row, drawn in enumerate(draws) if drawn is not None]
+    uniform = torch.stack([drawn for drawn in draws if drawn is not None]) if sampled else None
     parts: list[list[torch.Tensor]] = []
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     past = None
@@ -307,10 +305,8 @@ def _decode(
             logits = logits_chunk(out.last_hidden_state[:, -1], head)
             logprobs = torch.log_softmax(logits, dim=-1)
             chosen = logits.argmax(-1)
-            if not greedy.all():
-                mass = torch.softmax(logits.double() / generation.temperature, dim=-1).cumsum(-1)
-                at = torch.searchsorted(mass, (uniform[:, place] * mass[:, -1])[:, None], right=True)[:, 0]
-                chosen = torch.where(greedy, chosen, at.clamp_max(mass.shape[1] - 1))
+            if uniform is not None:
+                chosen[sampled] = _inverse_cdf(logits[sampled] / generation.temperature, uniform[:, place]).to(device)
             top = logprobs.topk(min(generation.top_k, logprobs.shape[1]), dim=-1)
             entropy = -(logprobs.exp() * logprobs).nansum(-1)
             parts.append(
@@ -337,6 +333,14 @@ def _decode(
             }
         )  # fmt: skip
     return out_rows
+
+
+def _inverse_cdf(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The first token whose cumulative probability exceeds the number drawn. On the CPU: CUDA's cumsum is not
+    deterministic."""
+    mass = torch.softmax(logits.double(), dim=-1).cpu().cumsum(-1)
+    at = torch.searchsorted(mass, (uniform * mass[:, -1])[:, None], right=True)[:, 0]
+    return at.clamp_max(mass.shape[1] - 1)
 
 
 def _end_tokens(model: Any) -> torch.Tensor:

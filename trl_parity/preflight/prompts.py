@@ -32,8 +32,6 @@ try:
     from hypothesis import strategies as st
     from hypothesis.errors import Flaky, HypothesisWarning, NoSuchExample
     from hypothesis.internal.conjecture.providers import AVAILABLE_PROVIDERS
-
-    from .draws import PlainDraws
 except ImportError as e:
     raise ConfigError(
         f"drawing prompts needs hypothesis >= 6.140, which can't be imported ({e}). "
@@ -252,7 +250,7 @@ class _Over(BaseException):
 
 def _find(strategy: st.SearchStrategy[T], condition: Callable[[T], bool], seed: str, *, shrinking: bool) -> None:
     """Let hypothesis look for a value that meets the condition, which keeps what it has seen."""
-    AVAILABLE_PROVIDERS["trl-parity"] = PlainDraws
+    AVAILABLE_PROVIDERS["trl-parity"] = "trl_parity.preflight.draws.PlainDraws"
     phases = [hypothesis.Phase.generate] + ([hypothesis.Phase.shrink] if shrinking else [])
     settings = hypothesis.settings(
         max_examples=_ROUND + 1, database=None, deadline=None, derandomize=False, phases=phases, backend="trl-parity",
