@@ -338,7 +338,7 @@ def _decode(
 def _inverse_cdf(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """The first token whose cumulative probability exceeds the number drawn. On the CPU: CUDA's cumsum is not
     deterministic."""
-    mass = torch.softmax(logits.double(), dim=-1).cpu().cumsum(-1)
+    mass = torch.softmax(logits.cpu().double(), dim=-1).cumsum(-1)
     at = torch.searchsorted(mass, (uniform * mass[:, -1])[:, None], right=True)[:, 0]
     return at.clamp_max(mass.shape[1] - 1)
 
