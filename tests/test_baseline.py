@@ -290,6 +290,17 @@ def test_prompts_are_taken_in_one_shard_at_a_time(model_dir, tmp_path):
     assert len(open_baseline(directory)) == 18
 
 
+def test_a_model_that_computes_nan_is_no_reference(model_dir, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    broken = AutoModelForCausalLM.from_pretrained(model_dir)
+    broken.get_input_embeddings().weight.data[5] = float("nan")
+    directory = shutil.copytree(model_dir, tmp_path / "broken")
+    broken.save_pretrained(directory)
+    assert make(directory, tmp_path / "none") == 2
+    assert "are not finite" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "seen"),
     [

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..files import write_whole
 from ..head import logits_chunk
 from ..recompute import causal_lm, materialized_head
@@ -206,9 +206,8 @@ def _finished(path: Path, fingerprint: str, rows: int) -> bool:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             metadata = file.schema_arrow.metadata or {}
-            return metadata.get(b"trl_parity") == fingerprint.encode() and rows == sum(
-                len(b) for b in file.iter_batches()
-            )
+            whole = sum(len(batch) for batch in file.iter_batches()) == rows
+            return whole and metadata.get(b"trl_parity") == fingerprint.encode()
     except (pa.ArrowException, OSError):
         return False
 
@@ -260,6 +259,11 @@ def answers(
         for i, answer in zip(batch, _decode(model, ids, draws, generation), strict=True):
             place, mode = asked[i]
             prompt = prompts[place]
+            if not all(map(math.isfinite, answer["logprobs"] + answer["entropy"])):
+                raise DataError(
+                    f"the model's log-probs for prompt {first_index + place} are not finite. Expected a model that "
+                    "computes finite ones in this dtype: check its weights, or use --dtype float32."
+                )
             rows[i] = {"index": first_index + place, "kind": prompt.kind, "greedy": mode is None, "seed": mode}
             rows[i] |= {"prompt_ids": prompt.ids} | answer
             tokens += len(answer["token_ids"])
@@ -295,12 +299,9 @@ def _decode(
     with materialized_head(model, 1.0) as head:
         for place in range(generation.max_new_tokens):
             out = lm.base_model(
-                input_ids=input_ids,
-                attention_mask=attention,
-                position_ids=positions,
-                past_key_values=past,
-                use_cache=True,
-            )
+                input_ids=input_ids, attention_mask=attention, position_ids=positions,
+                past_key_values=past, use_cache=True,
+            )  # fmt: skip
             past = out.past_key_values
             logits = logits_chunk(out.last_hidden_state[:, -1], head)
             logprobs = torch.log_softmax(logits, dim=-1)
@@ -309,12 +310,8 @@ def _decode(
                 chosen[sampled] = _inverse_cdf(logits[sampled] / generation.temperature, uniform[:, place]).to(device)
             top = logprobs.topk(min(generation.top_k, logprobs.shape[1]), dim=-1)
             entropy = -(logprobs.exp() * logprobs).nansum(-1)
-            parts.append(
-                [
-                    t.cpu()
-                    for t in (chosen, logprobs.gather(1, chosen[:, None])[:, 0], top.indices, top.values, entropy)
-                ]
-            )
+            taken = logprobs.gather(1, chosen[:, None])[:, 0]
+            parts.append([t.cpu() for t in (chosen, taken, top.indices, top.values, entropy)])
             ended |= torch.isin(chosen, ends)
             if ended.all():
                 break
