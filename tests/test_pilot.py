@@ -58,7 +58,7 @@ def test_a_healthy_run_may_scale_up(tmp_path, baseline):
     assert report.decision.exit_code == 0
     drift = next(check.text for check in report.checks if check.name == "drift")
     assert "noise floor 1e-06" in drift
-    assert "of its limit used" in drift
+    assert "% of the limit" in drift
     assert judge_pilot(tmp_path).decision is Decision.SCALE_UP  # without a baseline the rest decides
 
 
@@ -118,12 +118,16 @@ def test_rewards_are_compared_with_the_baseline(tmp_path, baseline, rewards, out
 def test_what_cannot_be_told_is_said(tmp_path, baseline):
     record(tmp_path)
     assert judge_pilot(tmp_path, baseline, steps=20).decision.exit_code == 2  # step 8 of 20
+    windows = read_windows(tmp_path)
+    path = tmp_path / "parity" / "metrics.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in windows[::2]))  # every batch feeds two steps
+    assert judge_pilot(tmp_path, baseline, steps=8).decision.exit_code == 0
+    path.write_text("".join(json.dumps(row) + "\n" for row in windows))
     crashed = judge_pilot(tmp_path, baseline, steps=8, returncode=1)
     assert crashed.decision.exit_code == 2
     assert "ended with exit code 1 after step 8" in crashed.checks[0].text
     nothing = judge_pilot(tmp_path / "empty", baseline, steps=8)
     assert nothing.decision.exit_code == 2
-    path = tmp_path / "parity" / "metrics.jsonl"
     rows = [json.loads(line) | {"status": "NO_DATA", "kl_k3": None} for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert outcomes(judge_pilot(tmp_path, baseline))["parity"] == "unknown"
