@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -141,11 +142,10 @@ def test_kinds_are_what_they_say(bpe):
 def test_batches_share_prefixes_and_mix_lengths(bpe):
     drawn = draw(batches(Vocabulary.of(bpe), MAX_LEN, BOUNDARIES, max_batch=6), 100, seed=0)
     shared = [b for b in drawn if len(b) > 1 and all(p.kind.startswith("shared+") for p in b)]
-    assert shared
-    for batch in shared:
-        shortest = min((p.ids for p in batch), key=len)
-        assert len({p.ids[: max(1, len(shortest) - MAX_LEN // 2)] for p in batch}) >= 1
-        assert len({p.ids[0] for p in batch}) == 1
+    common = [len(os.path.commonprefix([p.ids for p in batch])) for batch in shared]
+    assert min(common) >= 1
+    assert sum(n >= 16 for n in common) > len(common) / 2  # a whole block to share
+    assert any(len(set(batch)) == len(batch) for batch in shared)
     assert any(len({len(p.ids) for p in b}) > 2 for b in shared)
     assert any(len(b) > 1 and len(set(b)) == 1 for b in drawn)  # one prompt, several times: a group of GRPO
     assert any(len({len(p.ids) for p in b}) > 2 for b in drawn if not b[0].kind.startswith("shared"))
@@ -153,9 +153,9 @@ def test_batches_share_prefixes_and_mix_lengths(bpe):
 
 DRAW = """
 import sys, hashlib, mine
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 from trl_parity.preflight.prompts import Vocabulary, batches, draw
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+tokenizer = PreTrainedTokenizerFast.from_pretrained(sys.argv[1])
 drawn = draw(batches(Vocabulary.of(tokenizer), 200, (16, 64)), 80, seed=3)
 print(hashlib.sha256(repr(drawn).encode()).hexdigest())
 """
@@ -163,9 +163,8 @@ print(hashlib.sha256(repr(drawn).encode()).hexdigest())
 
 def test_one_seed_gives_the_same_draws_in_every_process(bpe, tmp_path):
     save_bpe(tmp_path)
-    (tmp_path / "mine.py").write_text(
-        "NUMBERS = [17, 33, 47, 55, 61, 77, 99, 101, 131]\n"
-    )  # hypothesis would use them
+    # hypothesis by itself draws numbers it finds in loaded modules
+    (tmp_path / "mine.py").write_text("NUMBERS = [17, 33, 47, 55, 61, 77, 99, 101, 131]\n")
     env = environment(PYTHONHASHSEED="7", PYTHONPATH=f"{tmp_path}:{':'.join(sys.path)}")
     command = [sys.executable, "-c", DRAW, str(tmp_path)]
     there = subprocess.run(command, capture_output=True, text=True, env=env, check=True, cwd=tmp_path).stdout
