@@ -16,7 +16,16 @@ from .errors import ParityError
 
 __all__ = ["main"]
 
-COMMANDS = ("baseline", "engine", "lint", "watch", "replay", "pilot", "panels", "drill")  # in the order --help lists them
+COMMANDS = (
+    "baseline",
+    "engine",
+    "lint",
+    "watch",
+    "replay",
+    "pilot",
+    "panels",
+    "drill",
+)  # in the order --help lists them
 
 
 def main(argv: Sequence[str] | None = None) -> int:
