@@ -98,7 +98,7 @@ def _one(a: Columns, b: Columns, run: int, stat: str, alpha: float) -> Compariso
     paired = len(at_a) >= min(LEAST, len(x_a), len(x_b))
     if paired:
         x_a, x_b = x_a[at_a], x_b[at_b]
-        variance, worth = _of_mean(x_b - x_a)
+        variance, worth = _of_mean(x_b - x_a, float(np.abs(x_a).max()))
         df = worth - 1
     else:
         (var_a, worth_a), (var_b, worth_b) = _of_mean(x_a), _of_mean(x_b)
@@ -130,12 +130,17 @@ def _values(columns: Columns, stat: str) -> tuple[np.ndarray, np.ndarray, float 
     return steps, x[known][::-1][first], float(floor.mean()) if len(floor) else None
 
 
-def _of_mean(x: np.ndarray) -> tuple[float, float]:
-    """Variance of the mean of a series whose neighbours resemble each other; independent draws it is worth."""
+def _of_mean(x: np.ndarray, scale: float = 0.0) -> tuple[float, float]:
+    """Variance of the mean of a series whose neighbours resemble each other; independent draws it is worth.
+
+    ``scale``: of what ``x`` is a difference of; spread below its rounding is none.
+    """
     n = len(x)
     if n < LEAST:
         return math.inf, n
     squares = float(((x - x.mean()) ** 2).sum())
+    if squares <= n * (1e-12 * max(scale, float(np.abs(x).max()))) ** 2:
+        return 0.0, n
     tau = 1.0 if n < FEW else autocorrelation_time(x)
     worth = n / tau
     # squares / n underestimates the variance of a draw by the factor 1 - τ / n

@@ -285,6 +285,14 @@ class TrackioSink(_GuardedSink):
 
     name = "trackio"
 
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        """Log scalars at ``train/global_step`` = ``step``, which is trackio's step as well."""
+        self._guarded(lambda: self._module.log({**scalars, "train/global_step": step}, step=step))
+
+    def _log(self, step: int, values: Mapping[str, Any]) -> None:
+        # TrackioCallback names no step: its next row gets the one after the last. So it is the trainer's, at one a log
+        self._module.log({**values, "train/global_step": step}, step=max(0, step - 1))
+
     def alert(self, verdict: Verdict, text: str) -> None:
         """Send a trackio alert: level warn, or error for a halt."""
         level = self._module.AlertLevel.ERROR if verdict.halted else self._module.AlertLevel.WARN

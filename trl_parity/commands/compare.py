@@ -95,7 +95,17 @@ def sentence(code: int, found: Sequence[Any], names: Sequence[str], runs: Sequen
     return " ".join(parts)
 
 
-_HEAD = ("run", "statistic", "reference", "run's", "difference", "noise floor", "windows", "p (Holm)", "answer")
+_HEAD = (
+    "run",
+    "statistic",
+    "reference",
+    "run's",
+    "difference",
+    "noise floor",
+    "windows (worth)",
+    "p (Holm)",
+    "answer",
+)
 
 
 def _rows(names: Sequence[str], found: Sequence[Any], alpha: float) -> list[tuple[str, ...]]:
@@ -105,8 +115,7 @@ def _rows(names: Sequence[str], found: Sequence[Any], alpha: float) -> list[tupl
     for c in found:
         p = "-" if math.isnan(c.p_holm) else "< 0.0001" if c.p_holm < 1e-4 else f"{c.p_holm:.2g}"
         spread = "" if math.isnan(c.low) else f" ± {(c.high - c.low) / 2:.2g}"
-        windows = f"{c.windows}{'' if c.paired else ' (unpaired)'}"
-        windows += f", worth {c.worth:.0f}" if c.worth < 0.95 * c.windows else ""
+        windows = f"{c.windows} ({c.worth:.0f}){'' if c.paired else ' unpaired'}"
         floor = number(c.margin) if c.floored else "not known: 0"
         out.append((names[c.run], c.stat, number(c.mean_a), number(c.mean_b), f"{c.mean_b - c.mean_a:+.3g}{spread}",
                     floor, windows, p, c.verdict(alpha)))  # fmt: skip
@@ -127,7 +136,7 @@ def _print_table(options: Any, names: Any, runs: Any, found: Any, code: int) -> 
     columns = _HEAD if len(names) > 2 else _HEAD[1:]
     for name in columns:
         left = name in ("run", "statistic", "answer")
-        table.add_column(name, justify="left" if left else "right", no_wrap=name != "windows")
+        table.add_column(name, justify="left" if left else "right", no_wrap=True)
     styles = {"differs": "bold red", "same": "green"}
     for row in _rows(names, found, options.alpha):
         cells = [Text(visible(x)) for x in (row if len(names) > 2 else row[1:])]
