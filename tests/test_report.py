@@ -187,23 +187,30 @@ def test_columns_beyond_their_limit_are_merged_and_nothing_is_lost():
 # ---- hostile input
 
 
-@pytest.mark.parametrize("name", sorted(HOSTILE))
-def test_whatever_a_model_wrote_is_only_text(tmp_path, name, capsys):
-    text = HOSTILE[name]
-    folder = run(tmp_path / "run", HALTED, text=text)
+def test_whatever_a_model_wrote_is_only_text(tmp_path, capsys):
+    """Every hostile text as status, reason, breach, token and prompt, in every form and command."""
+    folder = run(tmp_path / "run", HALTED)
     path = folder / "parity" / "metrics.jsonl"
     last = json.loads(path.read_text().splitlines()[-1])
+    rows = []
     with open(path, "a") as f:  # a file somebody else wrote
-        f.write(json.dumps(last | {"step": 10, "reason": text, "breaches": [text]}) + "\n")
-        f.write(json.dumps(last | {"step": 11, "status": text, "reason": text}) + "\n")
+        for i, text in enumerate(HOSTILE.values()):
+            f.write(json.dumps(last | {"step": 10 + 2 * i, "reason": text, "breaches": [text]}) + "\n")
+            f.write(json.dumps(last | {"step": 11 + 2 * i, "status": text, "reason": text}) + "\n")
+            rows += [row | {"sequence": i} for row in hostile_rows(text)]
+    everything = "".join(HOSTILE.values())
+    given = make(step=40, text=everything, engine={everything: everything}, versions={everything: everything},
+                 diagnosis=diagnosis(cause=everything, summary=everything, fix=everything))  # fmt: skip
+    write_incident(folder / "parity", given, rows)
     assert main(["report", str(folder), "--html", str(tmp_path / "r.html"), "--markdown", str(tmp_path / "r.md")]) == 0
-    safe((tmp_path / "r.html").read_text())
+    assert "Sequence 6" in safe((tmp_path / "r.html").read_text())
     tokens = rendered((tmp_path / "r.md").read_text())
     assert not [t for t in tokens if t.type in ("html_block", "html_inline", "link_open")]
     capsys.readouterr()
     for command in (["report"], ["watch", "--once"], ["replay", "--all"], ["compare", str(folder)]):
         main([*command, str(folder)])
         out = capsys.readouterr().out
+        assert "alert(1)" in out or command[0] != "report"
         assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", out), command
 
 
@@ -306,7 +313,8 @@ import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]), int(sys.argv[1])))
 from trl_parity.cli import main
 code = main(sys.argv[2:])
-print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+# not ru_maxrss, which a child takes over from its parent
+print("peak", next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))
 sys.exit(code)
 """
 

@@ -241,14 +241,14 @@ def draw_comparison(names: Sequence[str], runs: Sequence[Columns], stats: Mappin
             panel.plot(np.array(c.steps), values, color=colour, linestyle=dashes[i % len(dashes)], linewidth=1.6,
                        marker=one, markersize=4, label=name)  # fmt: skip
             if np.isfinite(floor).any():
-                said = "its noise floor" if panel is axes[0] and i == 0 else None
+                said = "noise floor, in its run's colour" if panel is axes[0] and i == 0 else None
                 panel.plot(np.array(c.steps), floor, color=colour, linestyle=":", linewidth=1.1, alpha=0.8, label=said)
         if positive and stat not in ("ess", "reward/mean", "entropy/trainer"):
             panel.set_yscale("log")
         panel.set_title(stats[stat], fontsize=10, parse_math=False)
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)
-        panel.tick_params(labelsize=8)
+        panel.tick_params(which="both", labelsize=8)
     for panel in axes[len(kept) :]:
         panel.set_visible(False)
     for panel in axes[max(0, len(kept) - 2) : len(kept)]:

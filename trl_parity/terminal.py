@@ -134,9 +134,15 @@ def line_of(row: dict[str, Any]) -> str:
 
 
 def render(
-    path: Path, rows: Sequence[dict[str, Any]], config: ParityConfig, age: float | None, width: int = 100
+    path: Path,
+    rows: Sequence[dict[str, Any]],
+    config: ParityConfig,
+    age: float | None,
+    width: int = 100,
+    *,
+    headed: bool = True,
 ) -> RenderableType:
-    """The whole picture: status line, statistics with their limits, the last windows that were not OK."""
+    """The whole picture: status line (``headed``), statistics with their limits, the last windows that were not OK."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -177,7 +183,13 @@ def render(
         )
         for row in events
     ]  # fmt: skip
-    return Group(head, Text(str(path), style="dim"), Text(), table, *([Text(), *lines] if lines else []))
+    return Group(
+        *([head] if headed else []),
+        Text(visible(path), style="dim"),
+        Text(),
+        table,
+        *([Text(), *lines] if lines else []),
+    )
 
 
 def sparkline(values: Sequence[float | None], among: Sequence[float | None] | None = None) -> str:
@@ -224,7 +236,8 @@ def print_case(case: Case, console: Console) -> None:
     status, sentence = headline(case)
     console.print(Text.assemble((f" {visible(status)} ", _STYLES.get(status, "cyan")), " ", visible(sentence)))
     if case.rows:
-        console.print(render(metrics_path(case.path), case.rows, case.config or ParityConfig(), None, console.width))
+        config = case.config or ParityConfig()
+        console.print(render(metrics_path(case.path), case.rows, config, None, console.width, headed=False))
         if case.columns.count > len(case.rows):
             console.print(f"(the last {len(case.rows)} of {case.columns.count:,} windows)", style="dim")
     incident = case.incident
@@ -261,6 +274,7 @@ def _print_evidence(diagnosis: Mapping[str, Any] | None, console: Console) -> No
         filled = round(20 * min(1.0, max(0.0, share))) if math.isfinite(share) else 0
         bar = "█" * filled + "░" * (20 - filled)
         table.add_row(Text(visible(e["name"])), bar, f"{share:.0%}", Text(visible(e["finding"] or e["hypothesis"])))
+    console.print()
     console.print(table)
     console.print()
 
@@ -281,7 +295,7 @@ def _print_sequences(rows: Sequence[Mapping[str, Any]], redacted: bool, console:
         )
         console.print(Text(said + (". Text is redacted: a dot a token." if redacted else ".")))
     for sequence, tokens in list(by_sequence.items())[:3]:
-        line = Text(f"  {sequence}: ", style="bold")
+        line = Text.assemble((f"  {sequence}: ", "bold"))
         for t in tokens[:300]:
             delta = t["log_ratio"] if t["compared"] else None
             style = ""

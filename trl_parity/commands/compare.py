@@ -132,11 +132,13 @@ def _print_table(options: Any, names: Any, runs: Any, found: Any, code: int) -> 
     from ..terminal import sparkline
 
     console = Console(highlight=False)
+    if not console.is_terminal:  # a file has no right edge
+        console.width = max(console.width, 160)
     table = Table(box=None, pad_edge=False, header_style="dim")
     columns = _HEAD if len(names) > 2 else _HEAD[1:]
     for name in columns:
         left = name in ("run", "statistic", "answer")
-        table.add_column(name, justify="left" if left else "right", no_wrap=True)
+        table.add_column(name, justify="left" if left else "right", overflow="fold")
     styles = {"differs": "bold red", "same": "green"}
     for row in _rows(names, found, options.alpha):
         cells = [Text(visible(x)) for x in (row if len(names) > 2 else row[1:])]
