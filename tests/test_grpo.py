@@ -165,13 +165,13 @@ def test_a_redacted_run_leaves_no_prompt_completion_or_id_anywhere(make_trainer,
 
     Without redaction the same search finds them: it can.
     """
-    import trackio
     import wandb
     from datasets import Dataset
     from test_sinks import inspect
 
     from trl_parity.cli import main
 
+    wandb.teardown()  # else a session that has begun keeps the folder of an earlier test
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     database = tmp_path / "trackio"
     for module in ("trackio", "trackio.utils", "trackio.sqlite_storage"):
@@ -191,8 +191,7 @@ def test_a_redacted_run_leaves_no_prompt_completion_or_id_anywhere(make_trainer,
     trainer.train_dataset = Dataset.from_list([{"prompt": f"{marker} {i % 10}+{i // 10}="} for i in range(64)])
     trainer.reward_funcs = [lambda completions, **kwargs: reward(completions, **kwargs)]
     trainer.train()
-    wandb.finish()
-    trackio.finish()
+    wandb.finish()  # trackio's callback has done so
     assert statuses(callback) == ["BREACH", "HALT"]
     run = tmp_path / "run"
     printed = capfd.readouterr()
@@ -234,12 +233,14 @@ def test_panels_are_made_at_the_first_step_of_an_online_run(make_trainer, tmp_pa
     import wandb
     from wandb_server import Server
 
+    wandb.teardown()  # else a session that has begun keeps its server
     with Server() as server:
         for name, value in (("BASE_URL", server.url), ("API_KEY", "x" * 40), ("MODE", "online"), ("DIR", tmp_path)):
             monkeypatch.setenv(f"WANDB_{name}", str(value))
         trainer = make_trainer(tmp_path / "run", ParityCallback(panels=True), report_to="wandb", max_steps=1)
         trainer.train()
         wandb.finish()
+        wandb.teardown()
     assert server.upserts == len(server.views) == 1
     assert any("train/parity/kl_k3" in row for row in server.history)
     assert "no W&B panels" not in caplog.text
