@@ -186,7 +186,7 @@ def test_a_redacted_run_leaves_no_prompt_completion_or_id_anywhere(make_trainer,
     callback = Recorder(redact_text=redact, truncation="ignore", consecutive=2, rich_every_n_windows=1)
     trainer = make_trainer(
         tmp_path / "run", callback, report_to=["wandb", "trackio"], run_name="redacted", max_steps=3, top_p=0.8,
-        save_strategy="steps", save_steps=1, project="parity-redaction",
+        learning_rate=1e-6, save_strategy="steps", save_steps=1, project="parity-redaction",
     )  # fmt: skip
     trainer.train_dataset = Dataset.from_list([{"prompt": f"{marker} {i % 10}+{i // 10}="} for i in range(64)])
     trainer.reward_funcs = [lambda completions, **kwargs: reward(completions, **kwargs)]
