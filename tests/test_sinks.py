@@ -218,7 +218,7 @@ def test_a_sample_is_uniform_finite_and_leaves_the_random_state_alone():
 def test_the_sample_of_tokens_lies_beside_the_windows(tmp_path):
     sink = JsonlSink(tmp_path, name="tokens")
     row = {"position": 3, "rollout_logprob": -1.23456789, "trainer_logprob": -1.5, "log_ratio": -0.3, "entropy": None}
-    sink.write_tokens(verdict(7), [row, row])
+    sink.write_tokens(verdict(7), [row, row | {"entropy": float("nan")}])
     [line] = rows(tmp_path / "tokens.jsonl")
     assert (line["schema_version"], line["step"], line["position"], line["entropy"]) == (1, 7, [3, 3], [None, None])
     assert line["rollout_logprob"] == [-1.2346, -1.2346]

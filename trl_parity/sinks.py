@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ class JsonlSink:
     def write_tokens(self, verdict: Verdict, sample: Sequence[Mapping[str, Any]]) -> None:
         """Append a window's sample of tokens, as columns of five significant digits."""
         columns = {
-            name: [None if row[name] is None else float(f"{row[name]:.5g}") for row in sample]
+            name: [float(f"{x:.5g}") if (x := row[name]) is not None and math.isfinite(x) else None for row in sample]
             for name in ("position", "rollout_logprob", "trainer_logprob", "entropy")
         }
         self.append(
