@@ -209,7 +209,8 @@ def test_a_redacted_run_leaves_no_prompt_completion_or_id_anywhere(make_trainer,
 
     secrets = {marker: [marker.encode(), b"quokka", b"xylophone"]}
     for text in completions:
-        secrets[text] = [text[i : i + 10].encode() for i in range(0, len(text) - 10, 5)]
+        parts = (text[i : i + 10] for i in range(0, len(text) - 10, 5))  # "6666666666" is in 2/3, too
+        secrets[text] = [p.encode() for p in parts if len(set(p)) > 5 and sum(map(str.isalpha, p)) > 2]
     for rollout, _ in callback.seen:
         for row, mask in zip(rollout.completion_ids.tolist(), rollout.completion_mask.bool().tolist(), strict=True):
             ids = [i for i, m in zip(row, mask, strict=True) if m]
@@ -217,6 +218,7 @@ def test_a_redacted_run_leaves_no_prompt_completion_or_id_anywhere(make_trainer,
                 secrets[f"ids {ids}"] = [form for i in range(0, len(ids) - 6, 6) for form in as_bytes(ids[i : i + 6])]
         prompt = rollout.prompt_ids[0][rollout.prompt_mask[0].bool()].tolist()
         secrets[f"prompt ids {prompt}"] = as_bytes(prompt[:8])
+    assert sum(map(bool, secrets.values())) > len(completions) / 2  # there is something to look for
     leaks = {(path.relative_to(tmp_path), name[:40]) for path, content in found.items()
              for name, forms in secrets.items() if any(form in content for form in forms)}  # fmt: skip
     columns = [json.loads(content)["columns"] for path, content in found.items() if path.name.endswith(".table.json")]
