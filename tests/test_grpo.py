@@ -218,7 +218,7 @@ def test_a_redacted_run_leaves_no_prompt_completion_or_id_anywhere(make_trainer,
                 secrets[f"ids {ids}"] = [form for i in range(0, len(ids) - 6, 6) for form in as_bytes(ids[i : i + 6])]
         prompt = rollout.prompt_ids[0][rollout.prompt_mask[0].bool()].tolist()
         secrets[f"prompt ids {prompt}"] = as_bytes(prompt[:8])
-    assert sum(map(bool, secrets.values())) > len(completions) / 2  # there is something to look for
+    assert sum(map(bool, secrets.values())) > 10  # there is something to look for
     leaks = {(path.relative_to(tmp_path), name[:40]) for path, content in found.items()
              for name, forms in secrets.items() if any(form in content for form in forms)}  # fmt: skip
     columns = [json.loads(content)["columns"] for path, content in found.items() if path.name.endswith(".table.json")]
