@@ -215,7 +215,10 @@ def test_a_redacted_run_leaves_no_prompt_completion_or_id_anywhere(make_trainer,
         for row, mask in zip(rollout.completion_ids.tolist(), rollout.completion_mask.bool().tolist(), strict=True):
             ids = [i for i, m in zip(row, mask, strict=True) if m]
             if len(set(ids)) > 5:
-                secrets[f"ids {ids}"] = [form for i in range(0, len(ids) - 6, 6) for form in as_bytes(ids[i : i + 6])]
+                chunks = [
+                    ids[i : i + 6] for i in range(0, len(ids) - 6, 6)
+                ]  # "8, 8, 8, 8" is a sequence's number, too
+                secrets[f"ids {ids}"] = [form for c in chunks if len(set(c)) > 3 for form in as_bytes(c)]
         prompt = rollout.prompt_ids[0][rollout.prompt_mask[0].bool()].tolist()
         secrets[f"prompt ids {prompt}"] = as_bytes(prompt[:8])
     assert sum(map(bool, secrets.values())) > 10  # there is something to look for
