@@ -128,20 +128,127 @@ def test_a_clean_run_is_measured_on_every_batch_and_logged_everywhere(make_train
     assert "parity/worst_tokens" in text
 
 
-def test_redacted_runs_leave_no_token_behind(make_trainer, tmp_path):
-    from pathlib import Path
+def left_behind(*folders):
+    """Everything under these folders as bytes by path; what is packed, unpacked as well."""
+    import sqlite3
 
+    import pyarrow.parquet
+    from test_sinks import inspect
+
+    out = {}
+    for folder in folders:
+        for path in (p for p in folder.rglob("*") if p.is_file() and "model_dir" not in p.parts):
+            out[path] = path.read_bytes()
+            if path.suffix == ".parquet":
+                out[path] += json.dumps(pyarrow.parquet.read_table(path).to_pydict()).encode()
+            elif path.suffix == ".db":
+                with sqlite3.connect(path) as db:
+                    tables = [row[0] for row in db.execute("select name from sqlite_master where type = 'table'")]
+                    out[path] += repr([db.execute(f"select * from {name}").fetchall() for name in tables]).encode()
+            elif path.suffix == ".wandb":
+                out[path] += json.dumps(inspect(path.parent)).encode()
+    return out
+
+
+def as_bytes(ids):
+    """How a run of token ids may look in a file: JSON with and without blanks, int64 and int32."""
+    import struct
+
+    plain = ", ".join(map(str, ids))
+    return [plain.encode(), plain.replace(", ", ",").encode(), struct.pack(f"<{len(ids)}q", *ids),
+            struct.pack(f"<{len(ids)}i", *ids)]  # fmt: skip
+
+
+@pytest.mark.parametrize("redact", [True, False])
+def test_a_redacted_run_leaves_no_prompt_completion_or_id_anywhere(make_trainer, tmp_path, monkeypatch, capfd, redact):
+    """A halted run, W&B offline and trackio, its checkpoint, incident and reports: all that is on the disk after it.
+
+    Without redaction the same search finds them: it can.
+    """
     import wandb
+    from datasets import Dataset
+    from test_sinks import inspect
 
-    columns = {}
-    for redact in (False, True):
-        callback = ParityCallback(redact_text=redact, rich_every_n_windows=1)
-        make_trainer(tmp_path / str(redact), callback, report_to="wandb", max_steps=1).train()
-        [table] = Path(wandb.run.dir).rglob("*.table.json")
+    from trl_parity.cli import main
+
+    wandb.teardown()  # else a session that has begun keeps the folder of an earlier test
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    database = tmp_path / "trackio"
+    for module in ("trackio", "trackio.utils", "trackio.sqlite_storage"):
+        monkeypatch.setattr(f"{module}.TRACKIO_DIR", database, raising=False)
+    marker = "zebra quokka xylophone"
+    completions = []
+
+    def reward(completions_, **kwargs):
+        completions.extend(completions_)
+        return digit_reward(completions_)
+
+    callback = Recorder(redact_text=redact, truncation="ignore", consecutive=2, rich_every_n_windows=1)
+    trainer = make_trainer(
+        tmp_path / "run", callback, report_to=["wandb", "trackio"], run_name="redacted", max_steps=3, top_p=0.8,
+        learning_rate=1e-6, save_strategy="steps", save_steps=1, project="parity-redaction",
+    )  # fmt: skip
+    trainer.train_dataset = Dataset.from_list([{"prompt": f"{marker} {i % 10}+{i // 10}="} for i in range(64)])
+    trainer.reward_funcs = [lambda completions, **kwargs: reward(completions, **kwargs)]
+    trainer.train()
+    wandb.finish()  # trackio's callback has done so
+    assert statuses(callback) == ["BREACH", "HALT"]
+    run = tmp_path / "run"
+    printed = capfd.readouterr()
+    for options in ([], ["--html", str(tmp_path / "r.html")], ["--markdown", str(tmp_path / "r.md")]):
+        assert main(["report", str(run), *options]) == 0
+    printed = (printed.out + printed.err + capfd.readouterr().out).encode()
+
+    found = left_behind(run, tmp_path / "wandb", database) | {tmp_path / "printed": printed}
+    found |= {p: p.read_bytes() for p in (tmp_path / "r.html", tmp_path / "r.md")}
+    kinds = {"".join(p.suffixes[-1:]) for p in found}
+    assert {".jsonl", ".json", ".parquet", ".wandb", ".db", ".html", ".md", ".png", ".safetensors"} <= kinds
+    for level in ("BREACH at step 1", "HALT at step 2"):  # alerts, at WARN and at HALT
+        assert any(level.encode() in content for path, content in found.items() if path.suffix == ".db")
+        assert level in json.dumps(inspect(tmp_path / "wandb"))
+
+    secrets = {marker: [marker.encode(), b"quokka", b"xylophone"]}
+    for text in completions:
+        parts = (text[i : i + 10] for i in range(0, len(text) - 10, 5))  # "6666666666" is in 2/3, too
+        secrets[text] = [p.encode() for p in parts if len(set(p)) > 5 and sum(map(str.isalpha, p)) > 2]
+    for rollout, _ in callback.seen:
+        for row, mask in zip(rollout.completion_ids.tolist(), rollout.completion_mask.bool().tolist(), strict=True):
+            ids = [i for i, m in zip(row, mask, strict=True) if m]
+            if len(set(ids)) > 5:
+                chunks = [
+                    ids[i : i + 6] for i in range(0, len(ids) - 6, 6)
+                ]  # "8, 8, 8, 8" is a sequence's number, too
+                secrets[f"ids {ids}"] = [form for c in chunks if len(set(c)) > 3 for form in as_bytes(c)]
+        prompt = rollout.prompt_ids[0][rollout.prompt_mask[0].bool()].tolist()
+        secrets[f"prompt ids {prompt}"] = as_bytes(prompt[:8])
+    assert sum(map(bool, secrets.values())) > 10  # there is something to look for
+    leaks = {(path.relative_to(tmp_path), name[:40]) for path, content in found.items()
+             for name, forms in secrets.items() if any(form in content for form in forms)}  # fmt: skip
+    columns = [json.loads(content)["columns"] for path, content in found.items() if path.name.endswith(".table.json")]
+    assert columns
+    if redact:
+        assert not leaks
+        assert not [c for table in columns for c in table if c in ("token", "token_id", "prompt", "sequence_text")]
+    else:
+        assert {"tokens.parquet", "report.md", "r.html"} <= {path.name for path, _ in leaks}
+        assert any("token_id" in table for table in columns)
+
+
+def test_panels_are_made_at_the_first_step_of_an_online_run(make_trainer, tmp_path, monkeypatch, caplog):
+    import wandb
+    from wandb_server import Server
+
+    wandb.teardown()  # else a session that has begun keeps its server
+    with Server() as server:
+        for name, value in (("BASE_URL", server.url), ("API_KEY", "x" * 40), ("MODE", "online"), ("DIR", tmp_path)):
+            monkeypatch.setenv(f"WANDB_{name}", str(value))
+        trainer = make_trainer(tmp_path / "run", ParityCallback(panels=True), report_to="wandb", max_steps=1)
+        trainer.train()
         wandb.finish()
-        columns[redact] = json.loads(table.read_text())["columns"]
-    assert {"token_id", "token"} <= set(columns[False])
-    assert columns[True] == [c for c in columns[False] if c not in ("token_id", "token")]
+        wandb.teardown()
+    assert server.upserts == len(server.views) == 1
+    assert any("train/parity/kl_k3" in row for row in server.history)
+    assert "no W&B panels" not in caplog.text
 
 
 def test_no_backbone_forward_is_added(make_trainer, tmp_path):

@@ -385,10 +385,7 @@ def test_a_sequence_with_a_token_of_no_finite_log_prob_is_among_the_worst():
     assert math.isnan(rows[2]["log_ratio"])
 
 
-def test_a_sampled_scoring_gives_no_rows():
-    rollout, _ = batch()
-    _, scored = batch(rows=2)
-    assert sequence_rows(rollout, scored, decode) == []
+def test_nothing_compared_gives_no_rows():
     assert sequence_rows(*batch(), decode, count=0) == []
     assert sequence_rows(*batch(mask=torch.zeros(3, 4, dtype=torch.bool)), decode) == []
 

@@ -13,7 +13,7 @@ import torch
 from trl_parity.errors import ConfigError
 from trl_parity.metrics import compute, measure
 from trl_parity.records import ScoredBatch, Status, Verdict
-from trl_parity.sinks import JsonlSink, WandbSink
+from trl_parity.sinks import JsonlSink, RichLog, WandbSink
 
 
 def sums_of(delta=0.1, rows=8, columns=4):
@@ -139,10 +139,14 @@ def test_wandb_gets_a_histogram_a_table_and_an_alert(tmp_path):
 
     run = wandb.init(mode="offline", dir=tmp_path, project="parity-test", reinit="finish_previous")
     sink = WandbSink()
-    sink.log_rich(4, sums_of(), [{"step": 4, "token": "<b>", "log_ratio": 0.1}])
+    sink.define_metrics()
+    sink.log_rich(RichLog(4, sums_of(), [{"step": 4, "token": "<b>", "log_ratio": 0.1}], [], [verdict(4)]))
     sink.alert(verdict(4), "text")
     run.finish()
-    text = json.dumps(inspect(tmp_path))
+    lines = inspect(tmp_path)
+    text = json.dumps(lines)
+    defined = [line for line in lines if line.get("type") == "metric"]
+    assert any("train/parity/kl_k3" in json.dumps(line) for line in defined), lines[:3]
     assert "parity/log_ratio" in text
     assert "parity/worst_tokens" in text
     assert "trl-parity OK at step 4" in text
@@ -156,13 +160,67 @@ def test_a_failing_wandb_warns_once_and_the_run_goes_on(tmp_path, caplog):
     run.finish()
     sink._module = type("Dead", (), {"run": run, "Histogram": wandb.Histogram, "Table": wandb.Table})
     for step in (1, 2):
-        sink.log_rich(step, sums_of(), [])
+        sink.log_rich(RichLog(step, sums_of(), [], [], []))
     assert caplog.text.count("wandb failed") == 1
     sink._module = wandb
-    sink.log_rich(3, sums_of(), [])  # no active run at all: nothing to do, nothing to raise
+    sink.log_rich(RichLog(3, sums_of(), [], [], []))  # no active run at all: nothing to do, nothing to raise
 
 
 def test_wandb_not_installed_is_named_with_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match="pip install"):
         WandbSink()
+
+
+def test_tokens_of_a_scored_sample_are_those_of_their_rows():
+    """Where TRL makes no pass, only some rows are scored, or all in another order: ids belong to their rows."""
+    from test_incident import batch, decode
+
+    from trl_parity.incident import sequence_rows
+    from trl_parity.tokens import sample_tokens, worst_tokens
+
+    rollout, scored = batch(rows=4, columns=3)
+    for picked in ([2, 3, 0, 1], [3, 1]):
+        rows = torch.tensor(picked)
+        some = ScoredBatch(
+            mask=scored.mask[rows], rollout_logprobs=scored.rollout_logprobs[rows],
+            trainer_logprobs=scored.trainer_logprobs[rows], own_logprobs=scored.own_logprobs[rows],
+            entropy=scored.entropy[rows], rows=rows,
+        )  # fmt: skip
+        for row in worst_tokens(rollout, some, 5, decode) + sequence_rows(rollout, some, decode, count=2):
+            assert row["sequence"] in picked
+            at = row["sequence"], row["position"]
+            assert row["token_id"] == int(rollout.completion_ids[at])
+            assert row["rollout_logprob"] == pytest.approx(float(rollout.rollout_logprobs[at]))
+            assert row["log_ratio"] == pytest.approx(row["sequence"] / 10, abs=1e-6)
+        sample = sample_tokens(some, 4, seed=0)
+        assert len(sample) == 4
+        assert all(set(row) == {"position", "entropy", "rollout_logprob", "trainer_logprob", "log_ratio"}
+                   for row in sample)  # fmt: skip
+
+
+def test_a_sample_is_uniform_finite_and_leaves_the_random_state_alone():
+    from test_incident import batch
+
+    from trl_parity.tokens import sample_tokens
+
+    _, scored = batch(rows=10, columns=10)
+    scored.mask[0] = False
+    scored.trainer_logprobs[1] = -float("inf")
+    state = torch.get_rng_state()
+    drawn = [row["rollout_logprob"] for seed in range(200) for row in sample_tokens(scored, 20, seed)]
+    assert torch.equal(state, torch.get_rng_state())
+    counts = torch.unique(torch.tensor(drawn), return_counts=True)[1]
+    assert len(counts) == 80  # no token of the rows left out
+    assert 25 < counts.min() <= counts.max() < 80  # 50 each, give or take
+
+
+def test_the_sample_of_tokens_lies_beside_the_windows(tmp_path):
+    sink = JsonlSink(tmp_path, name="tokens")
+    row = {"position": 3, "rollout_logprob": -1.23456789, "trainer_logprob": -1.5, "log_ratio": -0.3, "entropy": None}
+    sink.write_tokens(verdict(7), [row, row | {"entropy": float("nan")}])
+    [line] = rows(tmp_path / "tokens.jsonl")
+    assert (line["schema_version"], line["step"], line["position"], line["entropy"]) == (1, 7, [3, 3], [None, None])
+    assert line["rollout_logprob"] == [-1.2346, -1.2346]
+    JsonlSink(tmp_path, name="tokens")
+    assert (tmp_path / "tokens-1.jsonl").exists()

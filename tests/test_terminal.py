@@ -26,30 +26,67 @@ def steps(rows):
 def test_a_tail_waits_for_its_file_and_for_the_end_of_a_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     tail = Tail(path)
-    assert tail.poll() == []
+    assert steps(tail.poll()) == []
     path.write_text(lines(1, 2))
     assert steps(tail.poll()) == [1, 2]
     with open(path, "a") as f:
         f.write(lines(3)[:10])
         f.flush()
-        assert tail.poll() == []
+        assert steps(tail.poll()) == []
         f.write(lines(3)[10:])
     assert steps(tail.poll()) == [3]
     assert tail.restarts == 0
 
 
-@pytest.mark.parametrize("how", ["replaced", "cut"])
+@pytest.mark.parametrize("how", ["replaced", "cut", "copied away"])  # the last: cut, and longer by now
 def test_a_restarted_run_is_read_from_its_beginning(tmp_path, how):
     path = tmp_path / "metrics.jsonl"
     path.write_text(lines(1, 2, 3))
     tail = Tail(path)
-    tail.poll()
+    assert steps(tail.poll()) == [1, 2, 3]
     if how == "replaced":  # as a new run does: the old file is kept under another name
         os.replace(path, tmp_path / "metrics-1.jsonl")
-        assert tail.poll() == []
-    path.write_text(lines(1))
-    assert steps(tail.poll()) == [1]
+        assert steps(tail.poll()) == []
+    path.write_text(lines(*((5, 6, 7, 8, 9) if how == "copied away" else (1,))))
+    assert steps(tail.poll()) == ([5, 6, 7, 8, 9] if how == "copied away" else [1])
     assert tail.restarts == 1
+
+
+def test_a_line_without_an_end_costs_no_memory(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with open(path, "w") as f:
+        f.write("x" * 10_000_000)
+        f.flush()
+        tail = Tail(path)
+        assert steps(tail.poll()) == []
+        assert len(tail._partial) < 5_000_000
+        f.write("x\n" + lines(1))
+    assert steps(tail.poll()) == [1]
+
+
+def test_the_picture_goes_on_over_a_rotation_and_a_restart(tmp_path):
+    """One look after the other, as `watch` takes them, on a console that is no terminal."""
+    import io
+
+    from trl_parity.terminal import watch
+
+    path = tmp_path / "parity" / "metrics.jsonl"
+    out = io.StringIO()
+    look = watch(str(tmp_path), Console(file=out), every=0)
+    next(look)  # no folder yet
+    path.parent.mkdir()
+    path.write_text(lines(1, 2))
+    next(look)
+    os.replace(path, path.with_name("metrics-1.jsonl"))
+    next(look)  # gone for a moment
+    path.write_text(lines(7))
+    next(look)
+    with open(path, "a") as f:
+        f.write(lines(8))
+    (path.parent / "config.json").write_text("{")  # half written: the windows are shown all the same
+    next(look)
+    look.close()
+    assert [line.split()[1] for line in out.getvalue().splitlines()] == ["1", "2", "7", "8"]
 
 
 def test_torn_and_foreign_lines_are_passed_over(tmp_path):
@@ -70,7 +107,7 @@ def recorded(tmp_path, values):
 def test_the_picture_shows_status_limits_and_what_went_wrong(tmp_path, width):
     path = recorded(tmp_path, [1e-5] * 60 + [6.1e-5, 2.1e-4, 2.1e-4])
     console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(render(path, Tail(path).poll(), ParityConfig(), 2.0, width))
+    console.print(render(path, list(Tail(path).poll()), ParityConfig(), 2.0, width))
     text = console.export_text()
     assert "BREACH" in text.splitlines()[0]
     assert "streak 2 of 3" in text.splitlines()[0]

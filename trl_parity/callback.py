@@ -28,12 +28,12 @@ from .metrics import MismatchSums, compute, measure_policy_drift
 from .monitor import ParityMonitor
 from .recompute import CompletionScorer
 from .records import Diagnosis, SamplingSettings, Status, Verdict
-from .sinks import WandbSink
+from .sinks import RichLog, WandbSink
 from .taps import Capture, Observer, instrument
 from .taps.engine_args import TRLEngineArguments
 from .taps.server_client import sync_without_cuda
 from .text import alert_text, halt_text
-from .tokens import worst_tokens_of_all
+from .tokens import tokens_of_all
 from .window import OpenWindow, UnloggedWindows, added
 
 __all__ = ["ParityCallback"]
@@ -89,7 +89,6 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
 
     def _reset(self) -> None:
         self.monitor.reset()
-        self._wandb: WandbSink | None = None
         self._window = OpenWindow(self.config.bootstrap_samples)
         self._unlogged = UnloggedWindows()
         self._eval: MismatchSums | None = None
@@ -173,10 +172,14 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
                 f"action={self.config.action!r} with DeepSpeed, which applies the update inside backward: the "
                 "condemned batch can't be kept from the weights there. Use action='raise' or action='log'."
             )
-        if self.config.panels and self._wandb is not None:
-            self._wandb.make_panels()
+        for sink in self.monitor.sinks:
+            if isinstance(sink, WandbSink):
+                sink.define_metrics()
+                if self.config.panels:
+                    sink.make_panels()
         self._require_engine_args(capture)
         if trainer.accelerator.is_main_process:
+            self.monitor.write_run(self._investigator.surroundings(capture))
             tell_traps(capture, self.config.truncation == "replay", self.config.server_timeout)
 
     def _require_engine_args(self, capture: Capture) -> None:
@@ -291,19 +294,18 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
                 self._spent -= time.perf_counter() - start
 
     def _log_rich(self, verdict: Verdict, sums: MismatchSums) -> None:
+        """Histogram and tables of this window, where they are due. A collective then, on every rank."""
         every = self.config.rich_every_n_windows
-        report_to = self._trainer.args.report_to
-        if not every or "wandb" not in report_to:
-            return
         before = self.verdicts[-2].status if len(self.verdicts) > 1 else Status.OK
         worse = verdict.status in (Status.BREACH, Status.HALT) and verdict.status is not before
-        if not (worse or self._windows % every == 0):
+        if not every or not (worse or verdict.alert or self._windows % every == 0):
             return
-        trainer, keep = self._trainer, self.config.worst_tokens
-        decode = None if self.config.redact_text else trainer.processing_class.decode
-        worst = worst_tokens_of_all(self._meter.last, verdict.step, keep, decode, trainer.accelerator)
-        if self._wandb is not None:
-            self._wandb.log_rich(verdict.step, sums, worst)
+        trainer, config = self._trainer, self.config
+        decode = None if config.redact_text else trainer.processing_class.decode
+        worst, sample = tokens_of_all(
+            self._meter.last, verdict.step, config.worst_tokens, config.sample_tokens, decode, trainer.accelerator
+        )
+        self.monitor.log_rich(RichLog(verdict.step, sums, worst, sample, list(self.verdicts)))
 
     def _announce(self, verdict: Verdict) -> None:
         if not verdict.alert:
@@ -366,7 +368,6 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         if state.is_world_process_zero:
             try:
                 self.monitor.open(args.output_dir, args.report_to, resume)
-                self._wandb = next((sink for sink in self.monitor.sinks if isinstance(sink, WandbSink)), None)
             except (ConfigError, ImportError) as e:
                 error = str(e)
         if args.world_size > 1:  # main alone writes, all ranks must fail together

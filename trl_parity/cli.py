@@ -16,16 +16,8 @@ from .errors import ParityError
 
 __all__ = ["main"]
 
-COMMANDS = (
-    "baseline",
-    "engine",
-    "lint",
-    "watch",
-    "replay",
-    "pilot",
-    "panels",
-    "drill",
-)  # in the order --help lists them
+# in the order --help lists them: before a run, during, after, and ourselves
+COMMANDS = ("baseline", "engine", "lint", "pilot", "watch", "report", "compare", "replay", "panels", "drill")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -210,8 +210,8 @@ class ParityConfig:
     rich_every_n_windows: int = field(
         default=10,
         metadata={
-            "help": "Every how many windows the log-ratio histogram and the worst-token table go to W&B (and at each "
-            "change to BREACH or HALT). 0: never."
+            "help": "Every how many windows the log-ratio histogram and the tables of worst and sampled tokens go to "
+            "W&B and trackio, and the sample to tokens.jsonl (and at each change to WARN, BREACH or HALT). 0: never."
         },
     )
     panels: bool = field(
@@ -222,6 +222,13 @@ class ParityConfig:
         },
     )
     worst_tokens: int = field(default=20, metadata={"help": "Rows of the worst-token table."})
+    sample_tokens: int = field(
+        default=512,
+        metadata={
+            "help": "Tokens drawn uniformly for scatter, positions and entropies in reports: their log-probs, neither "
+            "ids nor text. 0: none."
+        },
+    )
     redact_text: bool = field(
         default=False,
         metadata={"help": "Keep token ids and text out of everything that is logged or written."},
@@ -258,6 +265,7 @@ class ParityConfig:
             ("bootstrap_samples", 2),
             ("rich_every_n_windows", 0),
             ("worst_tokens", 0),
+            ("sample_tokens", 0),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:

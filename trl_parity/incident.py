@@ -10,18 +10,18 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-import math
 import os
 import platform
 import shutil
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .errors import ConfigError
+from .files import plain
 from .report import TEXT_COLUMNS, bare, report_markdown
 from .scalars import FLOORED
 
@@ -96,30 +96,34 @@ def sequence_rows(
     """Every completion token of the ``count`` sequences of largest sum |Δ|, the worst first; None: not known.
 
     A compared token without a finite log-prob counts as 20 nats there. Ids, text and prompts only with ``decode``.
-    Empty where only a sample was scored, for then the rows of the two don't line up.
+    ``sequence`` is the row of the rollout batch, also where only a sample of its rows was scored.
     """
     import torch
 
-    if count <= 0 or scored.mask.shape != rollout.completion_ids.shape:
+    from .tokens import scored_rows
+
+    if count <= 0:
         return []
+    at = scored_rows(scored)
     mask = scored.mask.bool()
     delta = scored.trainer_logprobs - scored.rollout_logprobs
     nats = torch.where(torch.isfinite(delta), delta.abs(), _NONFINITE_NATS)
     size = torch.where(mask, nats, 0.0).sum(1, dtype=torch.float64).where(mask.any(1), -1.0)
     order = [b for b in size.argsort(descending=True, stable=True).tolist() if size[b] >= 0][:count]
-    exists = rollout.completion_mask.bool() | rollout.engine_mask.bool() | mask
     texts: dict[int, str] = {}
     rows: list[dict[str, Any]] = []
     for b in order:
-        ids, prompt = rollout.completion_ids[b].tolist(), rollout.prompt_ids[b][rollout.prompt_mask[b].bool()]
+        r = at[b]
+        ids, prompt = rollout.completion_ids[r].tolist(), rollout.prompt_ids[r][rollout.prompt_mask[r].bool()]
+        exists = rollout.completion_mask[r].bool() | rollout.engine_mask[r].bool() | mask[b]
         known = {
-            "rollout_logprob": _known(rollout.rollout_logprobs[b], rollout.engine_mask[b].bool()),
+            "rollout_logprob": _known(rollout.rollout_logprobs[r], rollout.engine_mask[r].bool()),
             "trainer_logprob": _known(scored.trainer_logprobs[b], mask[b]),
             "log_ratio": _known(delta[b], mask[b]),
             "entropy": [None] * len(ids) if scored.entropy is None else _known(scored.entropy[b], mask[b]),
         }
-        for i, t in enumerate(exists[b].nonzero().flatten().tolist()):
-            row: dict[str, Any] = {"sequence": b, "position": t}
+        for i, t in enumerate(exists.nonzero().flatten().tolist()):
+            row: dict[str, Any] = {"sequence": r, "position": t}
             if decode is not None:
                 if ids[t] not in texts:
                     texts[ids[t]] = decode([ids[t]])
@@ -138,7 +142,7 @@ def write_incident(parity_dir: Path, incident: Incident, rows: list[dict[str, An
     incident, rows = bare(incident, rows)
     home = Path(parity_dir) / "incidents"
     temporary = home / f".step-{incident.step}.{uuid.uuid4().hex[:12]}.tmp"
-    content = json.dumps(_plain({name: getattr(incident, name) for name in _KINDS}), indent=2, allow_nan=False)
+    content = json.dumps(plain({name: getattr(incident, name) for name in _KINDS}), indent=2, allow_nan=False)
     drawn, note = _draw(incident, rows)
     try:
         temporary.mkdir(parents=True)
@@ -255,18 +259,3 @@ def _rename(temporary: Path, parity_dir: Path, step: int) -> Path:
         except OSError:
             if not os.path.lexists(final):  # else: another process was faster
                 raise
-
-
-def _plain(value: Any) -> Any:
-    """As strict JSON takes it: non-finite numbers and what JSON has no form for become strings."""
-    if isinstance(value, bool) or value is None:
-        return value
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(v) for v in value]
-    if hasattr(value, "tolist"):  # of numpy and torch
-        return _plain(value.tolist())
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else str(float(value))
-    return int(value) if isinstance(value, int) else str(value)

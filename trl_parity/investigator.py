@@ -15,6 +15,7 @@ from .engine.weights import policy_tensors
 from .errors import ConfigError
 from .incident import Incident, sequence_rows, versions, windows_in_short, write_incident
 from .records import Diagnosis, RolloutBatch, ScoredBatch, Status, Verdict
+from .report import without_text
 from .taps import Capture
 
 __all__ = ["Investigator"]
@@ -109,6 +110,23 @@ class Investigator:
         engine.llm.reset_prefix_cache(reset_running_requests=True)
         return moved
 
+    def surroundings(self, capture: Capture) -> dict[str, Any]:
+        """What a run's ``run.json`` holds: trainer, model, engine settings and versions. Never raises."""
+        trainer = capture.trainer
+        try:
+            engine = self._engine(capture)
+        except Exception as e:  # a server that does not answer is told elsewhere
+            engine = {"not read": f"{type(e).__name__}: {e}"}
+        model = getattr(getattr(trainer.model, "config", None), "_name_or_path", None)
+        found = {"trainer": type(trainer).__name__, "model": model, "engine": engine, "versions": versions()}
+        return without_text(found) if self.config.redact_text else found
+
+    def _engine(self, capture: Capture) -> dict[str, Any]:
+        """Settings of the live engine."""
+        engine = reachable(capture.generation, self.config.server_timeout)
+        mode = None if capture.generation is None else capture.generation.mode
+        return {"mode": mode} | ({} if engine is None else engine.everything()) | self._settings.to_dict()
+
     def write(
         self,
         directory: Path,
@@ -130,15 +148,12 @@ class Investigator:
                 rows = sequence_rows(*last, decode, _SEQUENCES)
         except Exception as e:  # a bundle without sequences is better than none
             logger.warning("the incident's sequences could not be kept: %s: %s", type(e).__name__, e)
-        engine = reachable(capture.generation, self.config.server_timeout)
-        mode = None if capture.generation is None else capture.generation.mode
         try:
-            settings = {"mode": mode} | ({} if engine is None else engine.everything()) | self._settings.to_dict()
             incident = Incident(
                 step=verdict.step,
                 verdict=verdict.to_dict(),
                 diagnosis=None if self.diagnosis is None else self.diagnosis.to_dict(),
-                engine=settings,
+                engine=self._engine(capture),
                 versions=versions(),
                 config=self.config.to_dict(),
                 windows=windows_in_short(verdicts),

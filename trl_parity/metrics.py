@@ -353,6 +353,7 @@ def compute(sums: MismatchSums) -> MismatchStats:
         has_entropy = s["entropy_tokens"] == n
         if has_entropy:
             values["entropy/trainer"] = s["entropy"] / n
+            put("kl_over_entropy", s["k3"], s["entropy"])
             values["entropy/drift"] = (s["law_entropy"] + s["rollout_logprob"]) / n
         resampled = bootstrap[bootstrap[:, -1] > 0]
         if seqs >= MIN_BOOTSTRAP_SEQUENCES and len(resampled):

@@ -18,14 +18,14 @@ from .breaker import Breaker
 from .config import ParityConfig
 from .distributed import reduce_sums
 from .errors import ConfigError
-from .files import write_whole
+from .files import plain, write_whole
 from .floor import NoiseFloor
 from .metrics import MismatchSums, compute, measure
 from .records import MismatchStats, ScoredBatch, Status, Verdict
-from .replay import CONFIG_NAME
 from .rewards import MIN_REWARDS, REWARDS_NAME, RewardBaseline, RewardWindow, plot_rewards
+from .runs import CONFIG_NAME, RUN_NAME, TOKENS_NAME
 from .scalars import FLOORED, SCALARS
-from .sinks import AlertSink, JsonlSink, alert_sinks
+from .sinks import AlertSink, JsonlSink, RichLog, alert_sinks
 from .watch import EntropyWatch
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ class ParityMonitor:
         path = self.config.reward_baseline
         self.baseline = RewardBaseline.load(path) if path is not None else None
         self._jsonl: JsonlSink | None = None
+        self._tokens: JsonlSink | None = None
         self.sinks: list[AlertSink] = []
 
     def open(self, output_dir: str | Path | None, report_to: Iterable[str], resume_step: int = 0) -> None:
@@ -104,6 +105,8 @@ class ParityMonitor:
         if directory is not None:
             self._jsonl = JsonlSink(directory, resume_step)
             (Path(directory) / REWARDS_NAME).unlink(missing_ok=True)  # an earlier run's
+            if self.config.rich_every_n_windows and self.config.sample_tokens:
+                self._tokens = JsonlSink(directory, resume_step, TOKENS_NAME)
             write_whole(Path(directory) / CONFIG_NAME, json.dumps(self.config.to_dict(), indent=1))
 
     def close(self) -> None:
@@ -120,6 +123,9 @@ class ParityMonitor:
                 RewardBaseline(self.rewards.rewards).save(self._jsonl.path.with_name(REWARDS_NAME))
             except ConfigError as e:  # a full disk
                 logger.warning("the rewards are not kept: %s", e)
+        if self._tokens is not None:
+            self._tokens.close()
+            self._tokens = None
         if self.baseline is not None and len(self.rewards):
             try:
                 plot_rewards(self.baseline, self.rewards.rewards, self._jsonl.path.with_name("rewards.png"))
@@ -255,6 +261,23 @@ class ParityMonitor:
         if self._jsonl is not None:
             self._jsonl.write(verdict)
         return verdict
+
+    def log_rich(self, rich: RichLog) -> None:
+        """Histogram and tables of a window to the trackers; its sample of tokens to ``tokens.jsonl``."""
+        if self._tokens is not None and rich.sample:
+            self._tokens.write_tokens(rich.verdicts[-1], rich.sample)
+        for sink in self.sinks:
+            sink.log_rich(rich)
+
+    def write_run(self, about: Mapping[str, Any]) -> None:
+        """What the run ran on, as ``run.json`` beside the windows. A failure is a warning."""
+        if self._jsonl is None:
+            return
+        try:
+            content = json.dumps(plain({"schema_version": 1, **about}), indent=1, allow_nan=False)
+            write_whole(self._jsonl.path.with_name(RUN_NAME), content)
+        except (ConfigError, ValueError) as e:
+            logger.warning("%s was not written: %s", RUN_NAME, e)
 
     def alert(self, verdict: Verdict, text: str) -> None:
         """Tell people through the trackers, if this window is the first of its episode to reach WARN or HALT."""

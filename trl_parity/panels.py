@@ -15,7 +15,7 @@ from urllib.parse import urlencode
 
 from .errors import ConfigError
 
-__all__ = ["SECTIONS", "Panel", "create", "view_id", "workspace"]
+__all__ = ["SECTIONS", "Chart", "Panel", "Table", "create", "view_id", "workspace"]
 
 NAME = "trl-parity"
 _STEP = "train/global_step"
@@ -37,11 +37,28 @@ class Panel:
         return [f"train/{name}" for name in self.y]
 
 
+@dataclass(frozen=True)
+class Chart:
+    """One of W&B's own charts of a table that is logged."""
+
+    title: str
+    table: str
+    preset: str
+    fields: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table that is logged."""
+
+    table: str
+
+
 def _parity(title: str, *names: str, **kwargs: Any) -> Panel:
     return Panel(title, tuple(f"parity/{name}" for name in names), **kwargs)
 
 
-SECTIONS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
+SECTIONS: tuple[tuple[str, tuple[Panel | Chart | Table, ...]], ...] = (
     (
         "Health",
         (
@@ -49,6 +66,7 @@ SECTIONS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             _parity("streak of breached windows", "breaker/streak", low=0),
             _parity("k3 KL: excess over the noise floor, and its limit", "excess/kl_k3", "limit/kl_k3"),
             _parity("mean |log-ratio|: excess and limit", "excess/logp_abs_diff/mean", "limit/logp_abs_diff/mean"),
+            Table("parity/verdicts"),
         ),
     ),
     (
@@ -68,6 +86,7 @@ SECTIONS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
         (
             _parity("entropy: trainer, rollout", "entropy/trainer", "entropy/rollout", low=0),
             _parity("entropy drift and 99 % interval", "entropy/drift_low", "entropy/drift", "entropy/drift_high"),
+            _parity("k3 KL / entropy", "kl_over_entropy", log=True),
             _parity("policy drift, k3 KL", "policy_drift/kl_k3", log=True),
             Panel("clip ratio", ("clip_ratio/region_mean", "clip_ratio/low_mean", "clip_ratio/high_mean"), low=0),
             Panel("reward", ("reward", "reward_std")),
@@ -87,31 +106,48 @@ SECTIONS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             _parity("cost of trl-parity, share of time", "cost/share", "cost/floor_share", low=0),
         ),
     ),
+    (
+        "Tokens",
+        (
+            Chart("log-ratio of sampled tokens", "parity/tokens", "wandb/histogram/v0", (("value", "log_ratio"),)),
+            Chart("trainer against rollout log-prob", "parity/tokens", "wandb/scatter/v0",
+                  (("x", "rollout_logprob"), ("y", "trainer_logprob"))),
+            Table("parity/worst_tokens"),
+        ),
+    ),
 )  # fmt: skip
 
 
 def view_id() -> str:
     """The id of the view with this content."""
-    content = [(name, [asdict(panel) for panel in panels]) for name, panels in SECTIONS]
+    content = [(name, [(type(panel).__name__, asdict(panel)) for panel in panels]) for name, panels in SECTIONS]
     return "trlparity" + hashlib.sha256(json.dumps(content).encode()).hexdigest()[:10]
 
 
 def workspace(entity: str, project: str) -> Any:
     """The workspace as wandb-workspaces' object; needs no server."""
     ws, wr = _packages()
-    sections = []
-    for name, panels in SECTIONS:
-        plots = [
-            wr.LinePlot(title=p.title, x=_STEP, y=p.metrics, log_y=p.log or None, range_y=(p.low, p.high))
-            for p in panels
-        ]
-        sections.append(ws.Section(name=name, panels=plots, is_open=True))
-    tokens = [wr.WeavePanelSummaryTable(table_name="parity/worst_tokens")]
-    sections.append(ws.Section(name="Tokens", panels=tokens, is_open=True))
+    sections = [
+        ws.Section(name=name, panels=[_drawn(wr, panel) for panel in panels], is_open=True)
+        for name, panels in SECTIONS
+    ]
     settings = ws.WorkspaceSettings(x_axis=_STEP)
     view = ws.Workspace(entity=entity, project=project, name=NAME, sections=sections, settings=settings)
     view._internal_name = f"nw-{view_id()}-v"
     return view
+
+
+def _drawn(wr: Any, panel: Panel | Chart | Table) -> Any:
+    if isinstance(panel, Table):
+        return wr.WeavePanelSummaryTable(table_name=panel.table)
+    if isinstance(panel, Chart):
+        query, strings = {"summaryTable": {"tableKey": panel.table}}, {"title": panel.title}
+        return wr.CustomChart(
+            query=query, chart_name=panel.preset, chart_fields=dict(panel.fields), chart_strings=strings
+        )
+    return wr.LinePlot(
+        title=panel.title, x=_STEP, y=panel.metrics, log_y=panel.log or None, range_y=(panel.low, panel.high)
+    )
 
 
 def create(project: str, entity: str | None = None) -> tuple[str, bool]:

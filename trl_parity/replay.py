@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .breaker import Breaker
 from .config import ParityConfig
-from .errors import ConfigError, DataError
+from .errors import ConfigError
 from .records import MismatchStats, Status, Verdict
+from .runs import iter_windows, number, recorded_config
 from .scalars import SCALARS
 
-__all__ = ["CONFIG_NAME", "Judgement", "changed_config", "read_windows", "recorded_config", "replay"]
-
-CONFIG_NAME = "config.json"
-_READABLE = (1, 2)  # schema versions of metrics.jsonl
+__all__ = ["Judgement", "changed_config", "has_floor", "read_windows", "recorded_config", "replay"]
 
 
 class Judgement(NamedTuple):
@@ -28,57 +25,8 @@ class Judgement(NamedTuple):
 
 
 def read_windows(path: str | Path) -> list[dict[str, Any]]:
-    """The windows of a ``metrics.jsonl`` (or of the run folder that holds it), oldest first.
-
-    A line torn by a kill is passed over. Raises DataError for a missing or empty file and an unknown schema version.
-    """
-    path = metrics_path(path)
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as e:
-        raise DataError(f"cannot read {path}: {e.strerror}. Expected a run's metrics.jsonl or its folder.") from e
-    rows = []
-    for line in lines:
-        if (row := window_of(line)) is None:
-            continue
-        if row.get("schema_version") not in _READABLE:
-            raise DataError(
-                f"{path} has schema_version {row.get('schema_version')!r}. Expected one of {_READABLE}: read it with "
-                "the trl-parity that wrote it."
-            )
-        rows.append(row)
-    if not rows:
-        raise DataError(f"{path} holds no window. Expected one JSON object a line, as ParityCallback writes them.")
-    return rows
-
-
-def window_of(line: bytes) -> dict[str, Any] | None:
-    """The window in a line of ``metrics.jsonl``; None for a torn or foreign one."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and "step" in row and "status" in row else None
-
-
-def metrics_path(path: str | Path) -> Path:
-    """``metrics.jsonl`` itself, or in the folder, or in the run's ``parity`` folder."""
-    path = Path(path)
-    if path.is_dir():
-        return next((p for p in (path / "metrics.jsonl", path / "parity" / "metrics.jsonl") if p.exists()), path)
-    return path
-
-
-def recorded_config(path: str | Path) -> ParityConfig | None:
-    """The settings the run was made with, kept beside its windows; None where they are not."""
-    file = metrics_path(path).with_name(CONFIG_NAME)
-    if not file.exists():
-        return None
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ConfigError(f"{file} is not valid JSON: {e}. Give the settings with --config.") from e
-    return ParityConfig.from_mapping(values, where=str(file))
+    """All windows of a run in memory; see :func:`~trl_parity.runs.iter_windows`."""
+    return list(iter_windows(path))
 
 
 def changed_config(config: ParityConfig, assignments: Sequence[str]) -> ParityConfig:
@@ -110,23 +58,34 @@ def changed_config(config: ParityConfig, assignments: Sequence[str]) -> ParityCo
     return ParityConfig.from_mapping(values, where="--set")
 
 
-def replay(rows: Sequence[Mapping[str, Any]], config: ParityConfig) -> Iterator[Judgement]:
-    """Judge every window in order."""
+def has_floor(rows: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether any window was judged over a noise floor; usually the first one tells."""
+    return any(row.get("floor/kl_k3") is not None for row in rows)
+
+
+def replay(
+    rows: Iterable[Mapping[str, Any]], config: ParityConfig, *, floored: bool | None = None
+) -> Iterator[Judgement]:
+    """Judge every window in order. ``floored``: :func:`has_floor`, where ``rows`` can be read only once."""
     breaker = Breaker.from_config(config)
+    if floored is None:
+        rows = list(rows)
+        floored = has_floor(rows)
     # a run that never had a noise floor was judged by absolute limits, and is again
-    breaker.expects_floor &= any(row.get("floor/kl_k3") is not None for row in rows)
+    breaker.expects_floor &= floored
     for row in rows:
         verdict = breaker.judge(int(row["step"]), _stats(row), error="as recorded")
         yield Judgement(row, verdict)
 
 
 def _stats(row: Mapping[str, Any]) -> MismatchStats:
-    values = {name: None if row.get(name) is None else float(row[name]) for name in SCALARS}
-    errors = int(row.get("num_errors", row["status"] == Status.ERROR))
+    def count(name: str, usual: int = 0) -> int:
+        return int(number(row.get(name)) or 0) if name in row else usual
+
     return MismatchStats(
-        int(row.get("num_tokens", 0)),
-        int(row.get("num_sequences", 0)),
-        int(row.get("num_batches", 0)),
-        errors,
-        values,
+        count("num_tokens"),
+        count("num_sequences"),
+        count("num_batches"),
+        count("num_errors", int(row["status"] == Status.ERROR)),
+        {name: number(row.get(name)) for name in SCALARS},
     )

@@ -22,7 +22,18 @@ from .text import number
 if TYPE_CHECKING:
     from .incident import Incident
 
-__all__ = ["TEXT_COLUMNS", "bare", "code", "fenced", "prose", "report_markdown", "visible"]
+__all__ = [
+    "TEXT_COLUMNS",
+    "bare",
+    "code",
+    "fenced",
+    "incident_parts",
+    "prose",
+    "report_markdown",
+    "settings_markdown",
+    "visible",
+    "without_text",
+]
 
 TEXT_COLUMNS = ("token_id", "token", "prompt")  # of the rows of tokens, when not redacted
 _TEXT_KEYS = {
@@ -49,16 +60,17 @@ def bare(incident: Incident, rows: Sequence[Mapping[str, Any]]) -> tuple[Inciden
     if diagnosis is not None:
         details = diagnosis.get("details") or {}
         counts = {k: v for k, v in details.items() if k == "tokens" and isinstance(v, int)}
-        evidence = [{**e, "details": _without_text(e.get("details"))} for e in diagnosis.get("evidence", ())]
-        diagnosis = {**diagnosis, "evidence": evidence, "details": _without_text(details) | counts}
+        evidence = [{**e, "details": without_text(e.get("details"))} for e in diagnosis.get("evidence", ())]
+        diagnosis = {**diagnosis, "evidence": evidence, "details": without_text(details) | counts}
     kept = [{k: v for k, v in row.items() if k not in TEXT_COLUMNS} for row in rows]
-    return replace(incident, diagnosis=diagnosis, engine=_without_text(incident.engine)), kept
+    return replace(incident, diagnosis=diagnosis, engine=without_text(incident.engine)), kept
 
 
-def _without_text(value: Any) -> Any:
+def without_text(value: Any) -> Any:
+    """Values without the entries, at any depth, that hold ids or text."""
     if isinstance(value, Mapping):
-        return {k: _without_text(v) for k, v in value.items() if k not in _TEXT_KEYS}
-    return [_without_text(v) for v in value] if isinstance(value, list | tuple) else value
+        return {k: without_text(v) for k, v in value.items() if k not in _TEXT_KEYS}
+    return [without_text(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def visible(text: Any) -> str:
@@ -102,29 +114,47 @@ def report_markdown(
     incident: Incident, rows: Sequence[Mapping[str, Any]], pictures: Sequence[str], *, note: str = ""
 ) -> str:
     """``report.md``, with links to ``pictures``. ``note``: why some are missing."""
-    incident, rows = bare(incident, rows)
-    verdict, diagnosis = incident.verdict, incident.diagnosis
     shown = {name: [f"![{said}]({name})", ""] if name in pictures else [] for name, said in _PICTURES.items()}
-    reason = prose(verdict.get("reason") or "no reason given")
+    parts = incident_parts(incident, rows, shown)
+    reason = prose(incident.verdict.get("reason") or "no reason given")
     return "\n".join(
         [
-            f"# trl-parity: {prose(verdict.get('status', '?'))} at step {incident.step}",
+            f"# trl-parity: {prose(incident.verdict.get('status', '?'))} at step {incident.step}",
             "",
             f"The engine that samples is not the policy that learns. Seen: {reason}.",
             "",
-            *_cause(diagnosis),
+            *parts["cause"],
             *["## What happened", ""],
             *shown["windows.png"],
             *([f"({prose(note)})", ""] if note else []),
-            *(fenced(incident.text.strip("\n")) if incident.text.strip() else []),
-            *([] if diagnosis is None else _why(diagnosis, shown["evidence.png"])),
-            *_onward(list(verdict.get("breaches") or ())),
-            *["## Worst sequences", ""],
-            *shown["log_ratio.png"],
-            *_sequences(rows, incident.redacted),
-            *_settings(incident),
+            *parts["text"],
+            *parts["why"],
+            *parts["onward"],
+            *parts["sequences"],
+            *parts["settings"],
         ]
     )
+
+
+def incident_parts(
+    incident: Incident, rows: Sequence[Mapping[str, Any]], shown: Mapping[str, list[str]]
+) -> dict[str, list[str]]:
+    """The parts of an incident's report as Markdown lines. ``shown``: by a picture's name, the lines that show it."""
+    incident, rows = bare(incident, rows)
+    diagnosis = incident.diagnosis
+    return {
+        "cause": _cause(diagnosis),
+        "text": fenced(incident.text.strip("\n")) if incident.text.strip() else [],
+        "why": [] if diagnosis is None else _why(diagnosis, shown.get("evidence.png", [])),
+        "onward": _onward(list(incident.verdict.get("breaches") or ())),
+        "sequences": [
+            "## Worst sequences",
+            "",
+            *shown.get("log_ratio.png", []),
+            *_sequences(rows, incident.redacted),
+        ],
+        "settings": settings_markdown(incident.engine, incident.versions, incident.config),
+    }
 
 
 def _cause(diagnosis: dict[str, Any] | None) -> list[str]:
@@ -232,14 +262,19 @@ def _quoted(text: str, *, from_end: bool = False) -> str:
     return f'…"{inner}"' if from_end else f'"{inner}"…'
 
 
-def _settings(incident: Incident) -> list[str]:
-    usual = ParityConfig().to_dict()
-    changed = {k: v for k, v in incident.config.items() if k not in usual or usual[k] != v}
+def settings_markdown(
+    engine: Mapping[str, Any], versions: Mapping[str, Any], config: Mapping[str, Any] | None
+) -> list[str]:
+    """Settings of the engine, versions, and the settings of trl-parity that are not the defaults."""
     lines = ["## Settings and versions", ""]
-    for heading, values in (("engine", incident.engine), ("package", incident.versions)):
+    for heading, values in (("engine", engine), ("package", versions)):
         if values:
             lines += [f"| {heading} | |", "| --- | --- |", *(f"| {code(k)} | {code(v)} |" for k, v in values.items())]
             lines.append("")
+    if config is None:
+        return [*lines, "Which settings of trl-parity the run had is not recorded.", ""]
+    usual = ParityConfig().to_dict()
+    changed = {k: v for k, v in config.items() if k not in usual or usual[k] != v}
     if not changed:
         return [*lines, "All settings of trl-parity are the defaults.", ""]
     said = json.dumps(changed, indent=2, ensure_ascii=False, default=str)

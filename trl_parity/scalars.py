@@ -36,6 +36,7 @@ SCALARS: dict[str, str] = {
     "entropy/drift_low": "lower end of its 99 % interval (the same bootstrap)",
     "entropy/drift_high": "upper end of its 99 % interval",
     "entropy/drift_gap": "distance of that interval from 0; 0 where it contains 0",
+    "kl_over_entropy": "kl_k3 / entropy/trainer: drift against the uncertainty it can show in",
     "entropy/trend": "slope of entropy/trainer over the last 20 windows (least squares), nats per window",
     "entropy/relative": "entropy/trainer / its median over the run's first 5 windows",
     "truncation/kept_mass": "mean probability the trainer gives to the support the engine sampled from",

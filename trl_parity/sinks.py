@@ -8,32 +8,46 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from .errors import ConfigError
 from .metrics import MismatchSums, log_ratio_histogram
-from .records import Verdict
+from .records import Status, Verdict
 
-__all__ = ["SCHEMA_VERSION", "AlertSink", "JsonlSink", "TrackioSink", "WandbSink", "alert_sinks"]
+__all__ = ["SCHEMA_VERSION", "AlertSink", "JsonlSink", "RichLog", "TrackioSink", "WandbSink", "alert_sinks"]
 
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 2
+TOKENS_SCHEMA_VERSION = 1
+
+_VERDICTS = 50  # windows that were not healthy, in the table of verdicts
+# what a run's summary keeps of a scalar besides its last value: the worst of it
+_WORST = {
+    **dict.fromkeys(
+        ("kl_k3", "own_head/kl_k3", "logp_abs_diff/mean", "logp_abs_diff/p99", "logp_abs_diff/max",
+         "ratio/out_of_band", "excess/kl_k3", "excess/logp_abs_diff/mean", "honesty_gap", "nonfinite_rate",
+         "breaker/status", "breaker/streak"), "max",
+    ),
+    **dict.fromkeys(("ess", "seq/ess", "entropy/trainer"), "min"),
+}  # fmt: skip
 
 
 class JsonlSink:
-    """``metrics.jsonl``: one JSON object per window, each written whole in one call: a kill tears one at most.
+    """``<name>.jsonl``: one JSON object per window, each written whole in one call: a kill tears one at most.
 
-    ``resume_step=0`` starts a new file and keeps an old one as ``metrics-<n>.jsonl``. ``resume_step > 0`` goes on
+    ``resume_step=0`` starts a new file and keeps an old one as ``<name>-<n>.jsonl``. ``resume_step > 0`` goes on
     after the windows up to that step; later ones, which the resumed run measures again, and a torn last line move
-    to ``metrics.superseded.jsonl``.
+    to ``<name>.superseded.jsonl``.
     """
 
-    def __init__(self, directory: str | Path, resume_step: int = 0):
-        self.path = Path(directory) / "metrics.jsonl"
+    def __init__(self, directory: str | Path, resume_step: int = 0, name: str = "metrics"):
+        self.path = Path(directory) / f"{name}.jsonl"
         self._failed = False
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +62,7 @@ class JsonlSink:
     def _take_over(self, resume_step: int) -> None:
         if resume_step == 0:
             n = 1
-            while (kept := self.path.with_name(f"metrics-{n}.jsonl")).exists():
+            while (kept := self.path.with_name(f"{self.path.stem}-{n}.jsonl")).exists():
                 n += 1
             os.replace(self.path, kept)
             logger.info("an earlier run's %s is kept as %s", self.path, kept.name)
@@ -59,15 +73,29 @@ class JsonlSink:
             (keep if _step_of(line) <= resume_step else drop).append(line)
         if not drop:
             return
-        with open(self.path.with_name("metrics.superseded.jsonl"), "ab") as superseded:
+        with open(self.path.with_name(f"{self.path.stem}.superseded.jsonl"), "ab") as superseded:
             superseded.writelines(line if line.endswith(b"\n") else line + b"\n" for line in drop)
-        temporary = self.path.with_name("metrics.jsonl.tmp")
+        temporary = self.path.with_name(f"{self.path.name}.tmp")
         temporary.write_bytes(b"".join(keep))
         os.replace(temporary, self.path)
 
     def write(self, verdict: Verdict) -> None:
-        """Append one window. A failure (disk full, say) warns once; later windows are still tried."""
-        line = json.dumps({"schema_version": SCHEMA_VERSION, **verdict.to_dict()}, allow_nan=False).encode() + b"\n"
+        """Append one window."""
+        self.append({"schema_version": SCHEMA_VERSION, **verdict.to_dict()})
+
+    def write_tokens(self, verdict: Verdict, sample: Sequence[Mapping[str, Any]]) -> None:
+        """Append a window's sample of tokens, as columns of five significant digits."""
+        columns = {
+            name: [float(f"{x:.5g}") if (x := row[name]) is not None and math.isfinite(x) else None for row in sample]
+            for name in ("position", "rollout_logprob", "trainer_logprob", "entropy")
+        }
+        self.append(
+            {"schema_version": TOKENS_SCHEMA_VERSION, "step": verdict.step, "status": str(verdict.status), **columns}
+        )
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Append one object. A failure (disk full, say) warns once; later ones are still tried."""
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
         try:
             # after a failure a torn line may stand at the end: begin on a fresh one
             line = b"\n" + line if self._failed else line
@@ -93,14 +121,28 @@ def _step_of(line: bytes) -> float:
         return float("inf")
 
 
+@dataclass(frozen=True, slots=True)
+class RichLog:
+    """A window's objects beyond scalars. Rows as :mod:`trl_parity.tokens` makes them."""
+
+    step: int
+    sums: MismatchSums
+    worst: list[dict[str, Any]]
+    sample: list[dict[str, Any]]
+    verdicts: Sequence[Verdict]  # the last ones, this window's the newest
+
+
 class AlertSink(Protocol):
-    """A tracker that takes alerts, and scalars outside a trainer."""
+    """A tracker that takes alerts, rich objects, and scalars outside a trainer."""
 
     def alert(self, verdict: Verdict, text: str) -> None:
         """Send an alert."""
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
         """Log scalars."""
+
+    def log_rich(self, rich: RichLog) -> None:
+        """Log a window's histogram and tables."""
 
 
 def alert_sinks(report_to: Iterable[str]) -> list[AlertSink]:
@@ -110,7 +152,10 @@ def alert_sinks(report_to: Iterable[str]) -> list[AlertSink]:
 
 
 class _GuardedSink:
-    """Base of sinks on a tracker: a failure warns once and ends this sink, never the run."""
+    """Base of sinks on a tracker: a failure warns once and ends this sink, never the run.
+
+    In a trainer the scalars don't pass here: they reach the tracker through it, as they reach every other reporter.
+    """
 
     name = ""
 
@@ -137,63 +182,117 @@ class _GuardedSink:
                 e,
             )
 
-
-class WandbSink(_GuardedSink):
-    """Histogram of log-ratios, table of the worst tokens and alerts, on the active W&B run (main process only).
-
-    In a trainer the scalars don't pass here: they reach W&B through it, as they reach every other reporter.
-    """
-
-    name = "wandb"
-
-    def log_rich(self, step: int, sums: MismatchSums, worst: list[dict[str, Any]]) -> None:
-        """Log a window's histogram and worst tokens at ``train/global_step`` = ``step``."""
-        if self._module.run is None:
-            return
-        histogram = log_ratio_histogram(sums)
-        objects: dict[str, Any] = {}
-        if histogram is not None:
-            objects["parity/log_ratio"] = self._module.Histogram(np_histogram=histogram)
-        if worst:
-            table = self._module.Table(columns=list(worst[0]), data=[list(row.values()) for row in worst])
-            objects["parity/worst_tokens"] = table
-        if objects:
-            self._guarded(lambda: self._module.run.log({**objects, "train/global_step": step}))
-
-    def make_panels(self) -> None:
-        """The ready-made workspace in the active run's project; nothing for an offline run."""
-        run = self._module.run
-        if run is None or run.offline:
-            return
-        from .panels import create
-
-        try:
-            url, made = create(run.project, run.entity)
-        except ConfigError as e:
-            logger.warning("no panels: %s", e)
-        else:
-            logger.warning("W&B panels %s: %s", "made" if made else "are there", url)
+    def _log(self, step: int, values: Mapping[str, Any]) -> None:
+        self._module.log({**values, "train/global_step": step})
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
         """Log scalars at ``train/global_step`` = ``step``."""
+        self._guarded(lambda: self._log(step, scalars))
+
+    def log_rich(self, rich: RichLog) -> None:
+        """Log a histogram of log-ratios and the tables of verdicts, worst tokens and sampled tokens."""
+        self._guarded(lambda: self._log(rich.step, _objects(self._module, rich)))
+
+
+def _objects(module: Any, rich: RichLog) -> dict[str, Any]:
+    """W&B's and trackio's histogram and table take the same arguments."""
+    objects: dict[str, Any] = {}
+    if (histogram := log_ratio_histogram(rich.sums)) is not None:
+        objects["parity/log_ratio"] = module.Histogram(np_histogram=histogram)
+    told = [v for v in rich.verdicts[:-1] if v.status not in (Status.OK, Status.CALIBRATING)][-_VERDICTS:]
+    verdicts = [
+        {"step": v.step, "status": str(v.status), "streak": v.streak, "verdict": v.reason or "healthy"}
+        for v in [*told, *rich.verdicts[-1:]]
+    ]
+    tables = {"verdicts": verdicts, "worst_tokens": rich.worst, "tokens": rich.sample}
+    for name, rows in tables.items():
+        if rows:
+            data = [list(row.values()) for row in rows]
+            objects[f"parity/{name}"] = module.Table(columns=list(rows[0]), data=data)
+    return objects
+
+
+class WandbSink(_GuardedSink):
+    """Alerts and rich objects on the active W&B run (main process only)."""
+
+    name = "wandb"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._defined: Any = None  # the run whose metrics are
+
+    def _guarded(self, send: Callable[[], Any]) -> None:
         if self._module.run is not None:
-            self._guarded(lambda: self._module.run.log({**scalars, "train/global_step": step}))
+            super()._guarded(send)
+
+    def _log(self, step: int, values: Mapping[str, Any]) -> None:
+        self._module.run.log({**values, "train/global_step": step})
+
+    def define_metrics(self) -> None:
+        """Axes, and what the run's summary keeps of a scalar: its last value and the worst one."""
+        self._guarded(self._define)
+
+    def _define(self) -> None:
+        run = self._module.run
+        if run is self._defined:
+            return
+        self._defined = run
+        run.define_metric("parity/*", step_metric="train/global_step", step_sync=True)
+        for prefix in ("train/parity", "parity"):  # the trainer's reporter, and a monitor outside a trainer
+            for name, worst in _WORST.items():
+                run.define_metric(
+                    f"{prefix}/{name}", step_metric="train/global_step", step_sync=True, summary=f"{worst},last"
+                )
+
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        """Log scalars at ``train/global_step`` = ``step``."""
+        self.define_metrics()
+        super().log(step, scalars)
+
+    def log_rich(self, rich: RichLog) -> None:
+        """The same, and the verdict in words in the run's summary."""
+        super().log_rich(rich)
+        if rich.verdicts:
+            v = rich.verdicts[-1]
+            told = f"{v.status} at step {v.step}" + (f": {v.reason}" if v.reason else "")
+            self._guarded(lambda: self._module.run.summary.update({"parity/verdict": told}))
+
+    def make_panels(self) -> None:
+        """The ready-made workspace in the active run's project; nothing for an offline run. Never raises."""
+        run = self._module.run
+        if run is None or run.offline:
+            return
+        try:
+            from .panels import create
+
+            url, made = create(run.project, run.entity)
+        except Exception as e:  # whatever the client raises: panels are no reason to end a run
+            logger.warning("no W&B panels: %s. The run goes on; `trl-parity panels` makes them later.", e)
+        else:
+            logger.info("W&B panels %s: %s", "made" if made else "are there", url)
 
     def alert(self, verdict: Verdict, text: str) -> None:
         """Send a W&B alert: level WARN, or ERROR for a halt."""
-        if self._module.run is not None:
+
+        def send() -> None:
             level = self._module.AlertLevel.ERROR if verdict.halted else self._module.AlertLevel.WARN
-            self._guarded(lambda: self._module.run.alert(title=_title(verdict), text=text, level=level))
+            self._module.run.alert(title=_title(verdict), text=text, level=level)
+
+        self._guarded(send)
 
 
 class TrackioSink(_GuardedSink):
-    """Alerts (and scalars outside a trainer) on the current trackio run."""
+    """Alerts and rich objects on the current trackio run."""
 
     name = "trackio"
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
-        """Log scalars at ``train/global_step`` = ``step``."""
-        self._guarded(lambda: self._module.log({**scalars, "train/global_step": step}))
+        """Log scalars at ``train/global_step`` = ``step``, which is trackio's step as well."""
+        self._guarded(lambda: self._module.log({**scalars, "train/global_step": step}, step=step))
+
+    def _log(self, step: int, values: Mapping[str, Any]) -> None:
+        # TrackioCallback names no step: its next row gets the one after the last. So it is the trainer's, at one a log
+        self._module.log({**values, "train/global_step": step}, step=max(0, step - 1))
 
     def alert(self, verdict: Verdict, text: str) -> None:
         """Send a trackio alert: level warn, or error for a halt."""

@@ -1,4 +1,4 @@
-"""The tokens of a batch on which engine and trainer disagree most, as rows of a table."""
+"""Tokens of a batch as rows of tables: those on which engine and trainer disagree most, and a uniform sample."""
 
 from __future__ import annotations
 
@@ -14,55 +14,86 @@ from .records import RolloutBatch, ScoredBatch
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["worst_tokens", "worst_tokens_of_all"]
+__all__ = ["sample_tokens", "tokens_of_all", "worst_tokens"]
 
 logger = logging.getLogger(__name__)
+
+Rows = list[dict[str, Any]]
 
 
 def worst_tokens(
     rollout: RolloutBatch, scored: ScoredBatch, count: int, decode: Callable[[list[int]], str] | None
-) -> list[dict[str, Any]]:
-    """The ``count`` compared tokens of largest finite |Δ|, worst first; ids and text only with ``decode``."""
-    if count == 0 or scored.mask.shape != rollout.completion_ids.shape:  # a sample was scored: rows don't line up
-        return []
+) -> Rows:
+    """The ``count`` compared tokens of largest finite |Δ|, worst first; ids and text only with ``decode``.
+
+    ``sequence`` is the row of the rollout batch, also where only a sample of its rows was scored.
+    """
     delta = scored.trainer_logprobs - scored.rollout_logprobs
     size = torch.where(scored.mask & torch.isfinite(delta), delta.abs(), -1.0).flatten()
     picked = size.topk(min(count, size.numel()))
-    rows: list[dict[str, Any]] = []
+    at = scored_rows(scored)
+    rows: Rows = []
     for value, flat in zip(picked.values.tolist(), picked.indices.tolist(), strict=True):
         if value < 0:
             break
         b, t = divmod(flat, delta.shape[1])
-        row: dict[str, Any] = {"sequence": b, "position": t}
+        row: dict[str, Any] = {"sequence": at[b], "position": t}
         if decode is not None:
-            token_id = int(rollout.completion_ids[b, t])
+            token_id = int(rollout.completion_ids[at[b], t])
             row |= {"token_id": token_id, "token": decode([token_id])}
-        rows.append(
-            row
-            | {
-                "rollout_logprob": float(scored.rollout_logprobs[b, t]),
-                "trainer_logprob": float(scored.trainer_logprobs[b, t]),
-                "log_ratio": float(delta[b, t]),
-            }
-        )
+        rows.append(row | _scores(scored, b, t, delta))
     return rows
 
 
-def worst_tokens_of_all(
+def sample_tokens(scored: ScoredBatch, count: int, seed: int) -> Rows:
+    """``count`` compared tokens with a finite Δ, drawn uniformly without replacement: numbers only, no ids, no text.
+
+    The global random state is not touched.
+    """
+    delta = scored.trainer_logprobs - scored.rollout_logprobs
+    found = (scored.mask & torch.isfinite(delta)).flatten().nonzero().flatten().cpu()
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:count]
+    places = (divmod(flat, delta.shape[1]) for flat in found[order].tolist())
+    return [
+        {"position": t, "entropy": None if scored.entropy is None else float(scored.entropy[b, t])}
+        | _scores(scored, b, t, delta)
+        for b, t in places
+    ]
+
+
+def tokens_of_all(
     last: tuple[RolloutBatch, ScoredBatch] | None,
     step: int,
-    count: int,
+    worst: int,
+    sample: int,
     decode: Callable[[list[int]], str] | None,
     accelerator: Accelerator,
-) -> list[dict[str, Any]]:
-    """:func:`worst_tokens` over all ranks, with ``step`` and ``rank``; every rank calls it, with its batch or None."""
-    rows: list[dict[str, Any]] = []
+) -> tuple[Rows, Rows]:
+    """Over all ranks: :func:`worst_tokens`, with ``step`` and ``rank``, and :func:`sample_tokens`.
+
+    A collective: every rank calls it, with its batch or None.
+    """
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    mine: dict[str, Rows] = {"worst": [], "sample": []}
     try:
         if last is not None:
-            found = worst_tokens(*last, count, decode)
-            rows = [{"step": step, "rank": accelerator.process_index, **row} for row in found]
+            mine["sample"] = sample_tokens(last[1], -(-sample // ranks), seed=step * ranks + rank)
+            mine["worst"] = [{"step": step, "rank": rank, **row} for row in worst_tokens(*last, worst, decode)]
     except Exception as e:  # a tokenizer that can't decode one token must not end a run
-        logger.warning("the worst tokens of step %d cannot be shown: %s: %s", step, type(e).__name__, e)
-    if accelerator.num_processes > 1:
-        rows = gather_rows(rows)
-    return sorted(rows, key=lambda row: -abs(row["log_ratio"]))[:count]
+        logger.warning("the tokens of step %d cannot be shown: %s: %s", step, type(e).__name__, e)
+    parts = gather_rows([mine]) if ranks > 1 else [mine]
+    ordered = sorted((row for part in parts for row in part["worst"]), key=lambda row: -abs(row["log_ratio"]))
+    return ordered[:worst], [row for part in parts for row in part["sample"]][:sample]
+
+
+def scored_rows(scored: ScoredBatch) -> list[int]:
+    """The row of the rollout batch behind each row of the scores."""
+    return list(range(len(scored.mask))) if scored.rows is None else scored.rows.tolist()
+
+
+def _scores(scored: ScoredBatch, b: int, t: int, delta: torch.Tensor) -> dict[str, Any]:
+    return {
+        "rollout_logprob": float(scored.rollout_logprobs[b, t]),
+        "trainer_logprob": float(scored.trainer_logprobs[b, t]),
+        "log_ratio": float(delta[b, t]),
+    }

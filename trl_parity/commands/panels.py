@@ -8,7 +8,9 @@ import argparse
 SHORT = "make the ready-made W&B workspace of a project"
 EXAMPLES = """examples:
   trl-parity panels --project trl-parity
-  trl-parity panels --project rl --entity my-team"""
+  trl-parity panels --project rl --entity my-team
+
+exit codes: 0 the view is there, made now or before; 2 W&B can't be asked, or refuses"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

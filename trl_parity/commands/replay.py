@@ -9,14 +9,21 @@ import argparse
 import json
 import sys
 from collections import Counter
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..records import Verdict
 
 SHORT = "judge a finished run again with other rules"
 EXAMPLES = """examples:
   trl-parity replay runs/mine
   trl-parity replay runs/mine/parity/metrics.jsonl --set rules.kl_k3.k=8 --set consecutive=2
   trl-parity replay runs/mine --set rules.honesty_gap=null --all
-  trl-parity replay runs/mine --config configs/default.yaml --json"""
+  trl-parity replay runs/mine --config configs/default.yaml --json
+
+exit codes: 0 replayed, whatever came out; 2 the input can't be used"""
+_MOST = 5000  # windows that are listed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,79 +40,106 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
     from ..config import ParityConfig
-    from ..replay import changed_config, read_windows, recorded_config, replay
+    from ..replay import changed_config, has_floor, replay
+    from ..runs import iter_windows, recorded_config
 
-    rows = read_windows(options.path)
+    floored = has_floor(iter_windows(options.path, quiet=True))
     recorded = recorded_config(options.path)
     config = ParityConfig.from_yaml(options.config) if options.config else recorded or ParityConfig()
     config = changed_config(config, options.set)
-    judged = list(replay(rows, config))
-    result = {
-        "windows": len(judged),
-        "recorded": _outcome([(row["step"], row["status"]) for row, _ in judged]),
-        "replayed": _outcome([(v.step, str(v.status)) for _, v in judged]),
-        "changed": [
-            {
-                "step": v.step,
-                "recorded": row["status"],
-                "replayed": str(v.status),
-                "streak": v.streak,
-                "breaches": list(v.breaches),
-                "reason": v.reason,
-            }
-            for row, v in judged
-            if row["status"] != v.status
-        ],
-    }
-    if options.json:
-        print(json.dumps(result, indent=1))
-        return 0
-    if recorded is None and not options.config:
+    if recorded is None and not options.config and not options.json:
         print("note: no config.json beside the windows; replayed with the default settings", file=sys.stderr)
-    _print_replay(judged, result, everything=options.all)
+    told = Told(everything=options.all)
+    for judged in replay(iter_windows(options.path), config, floored=floored):
+        told.add(*judged)
+    if options.json:
+        print(json.dumps(told.result(), indent=1))
+    else:
+        told.show()
     return 0
 
 
-def _outcome(statuses: list[tuple[int, str]]) -> dict[str, Any]:
-    return {
-        "statuses": dict(Counter(status for _, status in statuses)),
-        "first_halt": next((step for step, status in statuses if status == "HALT"), None),
-    }
+class Told:
+    """What is told of the windows; only those to be shown are kept, and of very many the first."""
 
+    def __init__(self, everything: bool):
+        self._everything = everything
+        self._statuses: dict[str, Counter[str]] = {"recorded": Counter(), "replayed": Counter()}
+        self._halts: dict[str, int | None] = {"recorded": None, "replayed": None}
+        self._changed: list[dict[str, Any]] = []
+        self._lines: list[tuple[int, str, int, str, int, str]] = []
+        self._counts: Counter[str] = Counter()
 
-def _print_replay(judged: list[Any], result: dict[str, Any], everything: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    def add(self, row: Mapping[str, Any], verdict: Verdict) -> None:
+        """One window."""
+        before, after = row["status"], str(verdict.status)
+        self._counts["windows"] += 1
+        for name, status in (("recorded", before), ("replayed", after)):
+            self._statuses[name][status] += 1
+            if status == "HALT" and self._halts[name] is None:
+                self._halts[name] = row["step"]
+        if before != after:
+            self._counts["changed"] += 1
+            if len(self._changed) < _MOST:
+                self._changed.append(
+                    {
+                        "step": verdict.step,
+                        "recorded": before,
+                        "replayed": after,
+                        "streak": verdict.streak,
+                        "breaches": list(verdict.breaches),
+                        "reason": verdict.reason,
+                    }
+                )
+        same = before == after and row["streak"] == verdict.streak
+        if not self._everything and same and after in ("OK", "CALIBRATING", "NO_DATA"):
+            self._counts["hidden"] += 1
+        elif len(self._lines) < _MOST:
+            self._lines.append((verdict.step, before, row["streak"], after, verdict.streak, verdict.reason))
+        else:
+            self._counts["left out"] += 1
 
-    styles = {"HALT": "bold red", "BREACH": "red", "ERROR": "magenta", "WARN": "yellow"}
+    def result(self) -> dict[str, Any]:
+        """As JSON."""
+        outcomes = {
+            name: {"statuses": dict(statuses), "first_halt": self._halts[name]}
+            for name, statuses in self._statuses.items()
+        }
+        more = self._counts["changed"] - len(self._changed)
+        left_out = {"changed_left_out": more} if more else {}
+        return {"windows": self._counts["windows"], **outcomes, "changed": self._changed} | left_out
 
-    def shown(status: str, streak: int) -> str:
-        text = f"{status} {streak}" if streak else status
-        return f"[{styles[status]}]{text}[/]" if status in styles else text
+    def show(self) -> None:
+        """As a table."""
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
 
-    table = Table(box=None, pad_edge=False)
-    for column, kwargs in (("step", {"justify": "right"}), ("recorded", {}), ("replayed", {}), ("why, replayed", {})):
-        table.add_column(column, **kwargs)  # type: ignore[arg-type]
-    hidden = 0
-    for row, verdict in judged:
-        same = row["status"] == verdict.status and row["streak"] == verdict.streak
-        if not everything and same and verdict.status in ("OK", "CALIBRATING", "NO_DATA"):
-            hidden += 1
-            continue
-        mark = "" if row["status"] == verdict.status else " *"
-        table.add_row(
-            f"{verdict.step}", shown(row["status"], row["streak"]),
-            shown(str(verdict.status), verdict.streak) + mark, verdict.reason,
-        )  # fmt: skip
-    console = Console(highlight=False)
-    if table.row_count:
-        console.print(table)
-    if hidden:
-        console.print(f"({hidden} windows are healthy and the same in both; --all lists them)")
-    for name in ("recorded", "replayed"):
-        outcome = result[name]
-        counts = ", ".join(f"{n} {status}" for status, n in outcome["statuses"].items())
-        halt = outcome["first_halt"]
-        verb = "halted" if name == "recorded" else "would have halted"
-        ending = f"{verb} at step {halt}" if halt is not None else f"{verb} nowhere"
-        console.print(f"[bold]{name}:[/] {ending} ({counts})")
+        from ..report import visible
+
+        styles = {"HALT": "bold red", "BREACH": "red", "ERROR": "magenta", "WARN": "yellow"}
+
+        def shown(status: str, streak: int, mark: str = "") -> Text:
+            return Text(visible(f"{status} {streak}" if streak else status) + mark, style=styles.get(status, ""))
+
+        table = Table(box=None, pad_edge=False)
+        for column, kwargs in (
+            ("step", {"justify": "right"}), ("recorded", {}), ("replayed", {}), ("why, replayed", {})
+        ):  # fmt: skip
+            table.add_column(column, **kwargs)  # type: ignore[arg-type]
+        for step, before, streak, after, streak_after, reason in self._lines:
+            mark = "" if before == after else " *"
+            table.add_row(f"{step}", shown(before, streak), shown(after, streak_after, mark), Text(visible(reason)))
+        console = Console(highlight=False)
+        if table.row_count:
+            console.print(table)
+        if left_out := self._counts["left out"]:
+            console.print(f"({left_out:,} more windows are not listed)")
+        if hidden := self._counts["hidden"]:
+            console.print(f"({hidden} windows are healthy and the same in both; --all lists them)")
+        for name, statuses in self._statuses.items():
+            counts = ", ".join(f"{n} {visible(status)}" for status, n in statuses.items())
+            halt = self._halts[name]
+            verb = "halted" if name == "recorded" else "would have halted"
+            ending = f"{verb} at step {halt}" if halt is not None else f"{verb} nowhere"
+            console.print(Text.assemble((f"{name}:", "bold"), f" {ending} ({counts})"))

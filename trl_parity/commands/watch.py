@@ -10,7 +10,9 @@ SHORT = "follow a running job in the terminal"
 EXAMPLES = """examples:
   trl-parity watch runs/mine
   trl-parity watch runs/mine --once
-  trl-parity watch runs/mine >> parity.log &"""
+  trl-parity watch runs/mine >> parity.log &
+
+exit codes: 0 ended with --once or by Ctrl-C, whatever the run's status; 2 the input can't be used"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DataError
-from ..replay import metrics_path, read_windows
+from ..replay import read_windows
 from ..rewards import MIN_REWARDS, REWARDS_NAME, RewardBaseline
+from ..runs import metrics_path
 
 __all__ = ["Check", "Decision", "Outcome", "PilotReport", "judge_pilot"]
 
