@@ -113,12 +113,14 @@ def test_alerts_go_to_wandb_and_trackio_once_an_episode(tmp_path, monkeypatch):
         ("trl-parity BREACH at step 1", "warn"),
         ("trl-parity HALT at step 3", "error"),
     ]
-    text = json.dumps(inspect(tmp_path))
+    lines = inspect(tmp_path)
+    text = json.dumps(lines)
+    logged = json.dumps([line for line in lines if line.get("type") == "history"])
     assert text.count("trl-parity BREACH at step 1") >= 1
     assert text.count("trl-parity HALT at step") >= 1
     assert "trl-parity HALT at step 4" not in text
-    assert "parity/excess/kl_k3" not in text  # no floor was given, so there is no excess
-    assert "parity/trimmed/kl_k3" in text
+    assert "parity/excess/kl_k3" not in logged  # no floor was given, so there is no excess
+    assert "parity/trimmed/kl_k3" in logged
 
 
 # ---- checkpoints ------------------------------------------------------------------------------------------------
