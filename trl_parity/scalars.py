@@ -1,4 +1,4 @@
-"""Every scalar trl-parity reports, with its formula: the one list that rules, logs, JSONL and README share.
+"""Every scalar trl-parity reports, with its formula: the one list that rules, logs, JSONL and docs share.
 
 Notation: mean over the window's compared tokens of all ranks (completion tokens the engine generated, both
 log-probs finite) unless said otherwise; Δ = trainer log-prob (fp32 head) - rollout log-prob of the sampled token, in
