@@ -108,10 +108,14 @@ class BenchEngine(ColocatedEngine):
 
         ``whole``: for which requests the law over the whole vocabulary is asked for. ``cold``: nothing is read from
         the prefix cache, nor can it be read later. Sampling never ends before ``max_tokens`` unless told so.
+        Temperature 0 is greedy, and reports the law at temperature 1.
         """
         from vllm import SamplingParams
 
         wanted = [whole] * len(contexts) if isinstance(whole, bool) else whole
+        # on a CPU a request with a seed can't be prefilled in chunks ("CPU Generator does not use offset")
+        fits = sum(map(len, contexts)) + len(contexts) <= self.chunk_size
+        own: Sequence[int | None] = seeds if fits or not is_vllm_cpu() else [None] * len(seeds)
         params = [
             SamplingParams(
                 max_tokens=max_tokens,
@@ -128,9 +132,11 @@ class BenchEngine(ColocatedEngine):
                 ignore_eos=ignore_eos,
                 detokenize=False,
             )
-            for seed, all_of_it in zip(seeds, wanted, strict=True)
+            for seed, all_of_it in zip(own, wanted, strict=True)
         ]
-        outputs = self._ask(contexts, params, self._salt() if cold else None)
+        with own_random_numbers():
+            torch.manual_seed(seeds[0])  # what requests without a seed draw from
+            outputs = self._ask(contexts, params, self._salt() if cold else None)
         return [self._sampled(output, all_of_it) for output, all_of_it in zip(outputs, wanted, strict=True)]
 
     def _sampled(self, output: Any, whole: bool) -> Sampled:
@@ -180,6 +186,6 @@ def _table(flat: Any, first: int) -> tuple[torch.Tensor, torch.Tensor]:
     start = flat.start_indices[first]
     widths = {e - s for s, e in zip(flat.start_indices[first:], flat.end_indices[first:], strict=True)}
     if len(widths) != 1:
-        raise InterceptionError(f"vLLM returned {sorted(widths)} log-probs at a position. Expected one number of them.")
+        raise InterceptionError(f"vLLM returned {sorted(widths)} log-probs at a position. Expected one number.")
     ids = torch.tensor(flat.token_ids[start:]).view(count, -1)
     return ids, torch.tensor(flat.logprobs[start:], dtype=torch.float32).view(count, -1)

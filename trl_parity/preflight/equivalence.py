@@ -30,7 +30,13 @@ __all__ = ["EXPLAINED", "Drift", "Floors", "drift_of", "limit_rows", "mechanism_
 
 EXPLAINED = 0.5  # a mechanism is to blame when undoing it takes away this share of the drift above the floor
 _SCALE = 0.003  # of the logits: smaller factors are no fault
-_EPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7, "float8_e4m3fn": 2.0**-3, "float8_e5m2": 2.0**-2}
+_EPS = {
+    "float32": 2.0**-23,
+    "float16": 2.0**-10,
+    "bfloat16": 2.0**-7,
+    "float8_e4m3fn": 2.0**-3,
+    "float8_e5m2": 2.0**-2,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +99,7 @@ class Drift:
         )
 
 
-# ---- limits -----------------------------------------------------------------------------------------------------------
+# ---- limits ------------------------------------------------------------------------------------------------------
 
 
 def limit_rows(drift: Drift) -> list[Row]:
@@ -191,7 +197,7 @@ def _explained(row: Row, drift: Drift) -> Row:
     )
 
 
-# ---- mechanisms -------------------------------------------------------------------------------------------------------
+# ---- mechanisms --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,7 +311,7 @@ def _config(drift: Drift, what_if: Counterfactuals, differs: Mapping[str, Sequen
     fails = drift.excessive and bool(differs) and share >= EXPLAINED
     words = "; ".join(f"{k}: trainer {a}, engine {b}" for k, (a, b) in sorted(differs.items())) or "both have one"
     if differs and drift.excessive:
-        words += f"; a model of the engine's config on the trainer's weights explains {max(0.0, share):.0%} of the drift"
+        words += f"; the engine's config on the trainer's weights explains {max(0.0, share):.0%} of the drift"
     return Row(
         id="config", title="model config of the two sides", statistic="share of the drift explained",
         value=share if differs and drift.excessive else None, limit=EXPLAINED,

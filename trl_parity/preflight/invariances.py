@@ -1,12 +1,14 @@
-"""An engine against itself: what must not change its answers, row by row. All at temperature 1, where every mode of
-log-probs reports the same numbers."""
+"""An engine against itself: what must not change its answers, row by row.
+
+All greedy: no random number is in it, and the law reported is that at temperature 1 whatever the mode of log-probs.
+"""
 
 from __future__ import annotations
 
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,6 +22,7 @@ from .trials import LAW_ENTRIES
 
 __all__ = ["Ask", "Noise", "asked", "gap_row", "own_rows", "update_rows"]
 
+_GREEDY = SamplingSettings(temperature=0.0)
 _PLAIN = SamplingSettings()
 _STEP = 0.05  # of a tensor's standard deviation: an update that can't be overlooked
 
@@ -31,6 +34,7 @@ class Ask:
     contexts: tuple[tuple[int, ...], ...]
     seeds: tuple[int, ...]
     max_tokens: int
+    settings: SamplingSettings = _GREEDY
 
     def whole(self, vocab: int) -> list[bool]:
         """For which of them whole laws are asked for."""
@@ -57,7 +61,7 @@ def asked(engine: BenchEngine, ask: Ask, *, cold: bool = True, order: Sequence[i
     order = list(order) if order is not None else list(range(len(ask.contexts)))
     whole = ask.whole(engine.vocab_size)
     given = engine.sample(
-        [ask.contexts[i] for i in order], _PLAIN, max_tokens=ask.max_tokens, seeds=[ask.seeds[i] for i in order],
+        [ask.contexts[i] for i in order], ask.settings, max_tokens=ask.max_tokens, seeds=[ask.seeds[i] for i in order],
         whole=[whole[i] for i in order], cold=cold,
     )  # fmt: skip
     out: list[Sampled] = [given[0]] * len(order)
@@ -93,7 +97,7 @@ def gap_row(
         id=id, group="invariances", title=title, statistic="mean KL, nats", value=value, limit=noise.limit,
         floor=noise.kl, worst=max(kl.maximum, halves.maximum), tokens=max(kl.count, halves.count), trials=len(one),
         verdict=Verdict.FAIL if fails else Verdict.PASS,
-        evidence=f"{evidence}; {alike:,} of {total:,} tokens sampled alike before they part",
+        evidence=f"{evidence}; {alike:,} of {total:,} greedy tokens alike before they part",
         fix=fix if fails else "",
     )  # fmt: skip
 
@@ -112,10 +116,11 @@ def own_rows(engine: BenchEngine, ask: Ask, base: Sequence[Sampled], noise: Nois
     turned = asked(engine, ask, order=order)
     yield gap_row("order", "order of the batch", base, turned, noise, "the same batch, last first", _BATCH_FIX)
 
-    again = asked(engine, ask)
-    other = asked(engine, Ask(ask.contexts, tuple(s + 7919 for s in ask.seeds), ask.max_tokens))
-    same = sum(a.token_ids == b.token_ids for a, b in zip(base, again, strict=True))
-    moved = sum(a.token_ids != b.token_ids for a, b in zip(base, other, strict=True))
+    one = replace(ask, settings=_PLAIN)
+    first, again = asked(engine, one), asked(engine, one)
+    other = asked(engine, replace(one, seeds=tuple(s + 7919 for s in ask.seeds)))
+    same = sum(a.token_ids == b.token_ids for a, b in zip(first, again, strict=True))
+    moved = sum(a.token_ids != b.token_ids for a, b in zip(first, other, strict=True))
     yield Row(
         id="seed", group="invariances", title="sampling is reproduced by its seed", statistic="answers reproduced",
         value=same / len(base), limit=1.0, at_least=True, trials=len(base), tokens=sum(len(a.token_ids) for a in base),
@@ -288,7 +293,5 @@ def _forgotten(engine: BenchEngine, cached: Ask | None, answered: bool, noise: N
         f"reset_prefix_cache() answered {answered}; {read:,} tokens were still read from the cache", fix,
     )  # fmt: skip
     if row.verdict is Verdict.PASS and not answered:
-        from dataclasses import replace
-
         return replace(row, verdict=Verdict.FAIL, fix=fix)
     return row

@@ -93,8 +93,9 @@ def length_rows(
         noisy = reference.score(sequences)
     for point in reach:
         low, high = max(1, min(point.length, longest) - _WIDTH), min(longest, point.length + _WIDTH) - 1
+        span = slice(low - 1, high)
         halves, noise = (
-            Sums.of(torch.cat([(a[low - 1 : high] - b.logprobs[low - 1 : high]).square() / 2 for a, b in zip(x, plain)]))
+            Sums.of(torch.cat([(a[span] - b.logprobs[span]).square() / 2 for a, b in zip(x, plain, strict=True)]))
             for x in ([t.double() for t in theirs], [n.logprobs for n in noisy])
         )
         kl = _exact(engine, reference, sequences[0], min(point.length, longest))

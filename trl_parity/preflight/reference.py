@@ -159,8 +159,10 @@ class Reference:
         laws = None
         if positions is not None:
             laws = self._laws(states[positions.to(self.device)], head)
-            if len(positions) >= len(ids) - 1 and bool((positions[: len(ids) - 1] == torch.arange(len(ids) - 1)).all()):
-                taken = laws[: len(ids) - 1].gather(-1, ids[1:, None])[:, 0]  # every law is there already
+            if len(positions) >= len(ids) - 1 and bool(
+                (positions[: len(ids) - 1] == torch.arange(len(ids) - 1)).all()
+            ):
+                taken = laws.gather(-1, ids[1:, None])[:, 0]  # every law is there already
                 return Scored(taken.double().cpu(), laws.cpu())
         if head is None:
             taken = torch.cat(

@@ -106,7 +106,5 @@ def outcome(rows: Sequence[Row]) -> Outcome:
     """One failure is unfit; else whatever is open and needed leaves the answer open; else fit."""
     if any(row.verdict is Verdict.FAIL for row in rows):
         return Outcome.UNFIT
-    undecided = any(
-        row.verdict is Verdict.UNCLEAR or (row.verdict is Verdict.NOT_RUN and row.needed) for row in rows
-    )
+    undecided = any(row.verdict is Verdict.UNCLEAR or (row.verdict is Verdict.NOT_RUN and row.needed) for row in rows)
     return Outcome.UNKNOWN if undecided or not any(row.verdict is Verdict.PASS for row in rows) else Outcome.FIT

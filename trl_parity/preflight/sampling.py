@@ -143,8 +143,8 @@ def sampling_row(
     p = min(1.0, 2.0 * min(float(p_place), p_surprisal))  # of two tests
     fails = p < _ALPHA
     words = (
-        f"{samples:,} tokens after {len(contexts)} contexts: surprisal {z:+.1f} standard errors from the law's entropy, "
-        f"Kolmogorov distance {distance:.3f} of their places in the law"
+        f"{samples:,} tokens after {len(contexts)} contexts: surprisal {z:+.1f} standard errors from the law's "
+        f"entropy, Kolmogorov distance {distance:.3f} of their places in the law"
     )
     if fails:
         words += "; " + (

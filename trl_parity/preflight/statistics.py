@@ -26,7 +26,8 @@ __all__ = [
     "wilson",
 ]
 
-SCALES = tuple(2.0 ** (j / 12) for j in range(-12, 13))  # of logits, tried by `scale_curve`
+# of logits, tried by `scale_curve`: half to twice, and finely about one
+SCALES = tuple(sorted([*(2.0 ** (j / 12) for j in range(-12, 13)), *(1.0 + d for d in (-0.02, -0.005, 0.005, 0.02))]))
 _EDGES = torch.logspace(-18, 3, 22 * 16, dtype=torch.float64)  # of histograms: bins 15 % wide
 
 
@@ -68,7 +69,7 @@ def total_variation(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 
 
 def scale_curve(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """Sum over the n laws of KL(engine ‖ softmax(a log q)) for each a of `SCALES`, (25,), fp64."""
+    """Sum over the n laws of KL(engine ‖ softmax(a log q)) for each a of `SCALES`, fp64."""
     p, q = normalized(p), q.double()
     kept = p.exp()
     entropy = torch.where(p == -torch.inf, 0.0, kept * p).sum()
@@ -82,7 +83,7 @@ def fitted_scale(curve: Sequence[float]) -> tuple[float, float]:
 
     The curve is convex in a; its least point is refined by a parabola through three neighbours.
     """
-    one = len(SCALES) // 2
+    one = SCALES.index(1.0)
     at = min(range(1, len(SCALES) - 1), key=lambda i: curve[i])
     x, y = SCALES[at - 1 : at + 2], curve[at - 1 : at + 2]
     slopes = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])

@@ -292,6 +292,15 @@ def _plus(a: list[float], b: torch.Tensor) -> list[float]:
     return [x + float(y) for x, y in zip(a, b, strict=True)]
 
 
+def engine_alone(engine: BenchEngine, batch: Batch) -> int:
+    """The same requests without whole laws and without a reference, for their time; tokens scored."""
+    settings = SamplingSettings(temperature=batch.temperature)
+    given = engine.sample(batch.prompts, settings, max_tokens=batch.max_tokens, seeds=batch.seeds, cold=False)
+    sequences = [[*p, *one.token_ids] for p, one in zip(batch.prompts, given, strict=True)]
+    engine.rescore(sequences)
+    return sum(map(len, sequences))
+
+
 def run_trial(index: int, batch: Batch, engine: BenchEngine, reference: Reference, limits: Limits) -> Trial:
     """Ask, score, compare."""
     start = time.perf_counter()

@@ -37,7 +37,7 @@ def variant_rows(
     seconds_left: Callable[[], float],
     wanted: Sequence[str],
 ) -> Iterator[Row]:
-    """``settings``: of the engine that gave ``base``: eager, block_size, chunk_size. ``build``: with other arguments."""
+    """``settings``: of the engine that gave ``base`` (eager, block_size, chunk_size); ``build``: one with others."""
     cost = 0.0
 
     def answers(over: Mapping[str, Any]) -> tuple[list[Sampled], dict[str, int]]:
@@ -64,9 +64,7 @@ def variant_rows(
             yield from (_left_out(id, e) for id in wanted)
             return
     elif "compiled" in wanted:
-        yield not_run(
-            "compiled", "invariances", TITLES["compiled"], "the engine is set to run eagerly", needed=False
-        )
+        yield not_run("compiled", "invariances", TITLES["compiled"], "the engine is set to run eagerly", needed=False)
     longest = max(map(len, ask.contexts))
     chunk = max(ask_width(ask), min(settings["chunk_size"], longest // 3))
     others: list[tuple[str, dict[str, Any], str]] = [
