@@ -16,7 +16,7 @@ from .errors import ParityError
 
 __all__ = ["main"]
 
-COMMANDS = ("lint", "watch", "replay", "panels", "drill")  # in the order --help lists them
+COMMANDS = ("check", "lint", "watch", "replay", "panels", "drill")  # in the order --help lists them
 
 
 def main(argv: Sequence[str] | None = None) -> int:

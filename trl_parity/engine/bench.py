@@ -21,7 +21,7 @@ from .live import ColocatedEngine, own_random_numbers
 __all__ = ["BenchEngine", "Sampled", "build_engine"]
 
 # what is measured has to be returned; nothing here changes what the engine computes
-MEASURING = {"max_logprobs": -1, "disable_log_stats": True}
+MEASURING = {"max_logprobs": -1, "disable_log_stats": True, "use_tqdm_on_load": False}
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,6 +91,11 @@ class Drift:
         )
 
     @property
+    def before_sampling(self) -> bool:
+        """More than the engine's dtype explains by prefill already, at T = 1, with nothing done to the law."""
+        return not within_floor(self.gaps.half_square, self.floors.engine.half_square, self.limits)
+
+    @property
     def coarser(self) -> bool:
         """More than the trainer's dtype explains."""
         return not (
@@ -323,7 +328,7 @@ def _config(drift: Drift, what_if: Counterfactuals, differs: Mapping[str, Sequen
 
 def _scale(drift: Drift) -> Row:
     factor, share = fitted_scale(drift.gaps.curve)
-    fails = drift.excessive and share >= EXPLAINED and abs(factor - 1.0) > _SCALE
+    fails = drift.before_sampling and share >= EXPLAINED and abs(factor - 1.0) > _SCALE
     words = f"the engine's logits are {factor:.4f} x the reference's"
     if drift.excessive:
         words += f", which explains {max(0.0, share):.0%} of the exact KL"
@@ -365,8 +370,11 @@ def _positions(drift: Drift) -> Row:
 
 
 def _model(drift: Drift, blamed: Sequence[str]) -> Row:
-    fails = drift.excessive and not blamed
-    if not drift.excessive:
+    fails = drift.before_sampling and not blamed
+    if drift.excessive and not drift.before_sampling:
+        words = "by prefill the engine computes the reference's function: what differs comes after, in decoding, in "
+        words += "sampling or in what is reported (see logprob_meaning, sampling, prefill_decode)"
+    elif not drift.excessive:
         words = f"the drift is noise of {drift.floors.engine_dtype}: within {drift.limits.k:g} x its floor"
     elif blamed:
         words = f"over the noise of {drift.floors.engine_dtype}; see {', '.join(blamed)}"
@@ -376,8 +384,9 @@ def _model(drift: Drift, blamed: Sequence[str]) -> Row:
             "weights the engine computes another function"
         )
     return Row(
-        id="model", title="drift that no mechanism explains", statistic="drift, nats", value=drift.size,
-        floor=drift.noise, verdict=Verdict.FAIL if fails else Verdict.PASS, evidence=words,
+        id="model", title="drift that no mechanism explains", statistic="mean Δ²/2 by prefill, nats",
+        value=drift.gaps.half_square, floor=drift.floors.engine.half_square,
+        verdict=Verdict.FAIL if fails else Verdict.PASS, evidence=words,
         fix="compare the two implementations module by module: norms, activation, biases, attention scale"
         if fails else "", **_common(drift),
     )  # fmt: skip

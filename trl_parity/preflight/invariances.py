@@ -230,9 +230,15 @@ def update_rows(
     yield _forgotten(engine, cached, answered, noise, titles["update_prefix_cache"])
     engine.load((name, tensor.to(reference.dtype)) for name, tensor in reference.named_tensors())
     engine.forget()
-    yield gap_row(
-        "update_back", titles["update_back"], base, asked(engine, ask), noise, "the first weights delivered again",
-        "a loader that restores what it replaced",
+    # against the reference: what the engine was built with may have been something else
+    usual, back = _drift(reference, base, ask), _drift(reference, asked(engine, ask), ask)
+    limit = max(noise.limit, 4.0 * usual)
+    yield Row(
+        id="update_back", group="invariances", title=titles["update_back"], statistic="drift, nats", value=back,
+        limit=limit, floor=noise.kl, trials=len(base), tokens=sum(len(one.token_ids) for one in base),
+        verdict=Verdict.PASS if back <= limit else Verdict.FAIL,
+        evidence=f"the first weights delivered again: drift {number(back)}, before any update {number(usual)}",
+        fix="" if back <= limit else "a loader that restores what it replaced",
     )  # fmt: skip
 
 

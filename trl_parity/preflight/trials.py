@@ -17,7 +17,7 @@ from ..engine.bench import BenchEngine, Sampled
 from ..records import SamplingSettings
 from .reference import Reference
 from .rows import Limits
-from .statistics import SCALES, Sums, at_temperature, exact_kl, normalized, scale_curve
+from .statistics import SCALES, Sums, at_temperature, exact_kl, scale_curve
 
 __all__ = ["Batch", "Gaps", "Trial", "bucket", "compare", "run_trial"]
 
@@ -234,7 +234,7 @@ class _Side:
 
 
 def _engine_side(answered: Answered) -> list[_Side]:
-    laws = answered.prefill_laws or [None] * len(answered.sequences)
+    laws: Sequence[torch.Tensor | None] = answered.prefill_laws or [None] * len(answered.sequences)
     return [
         _Side(one.logprobs, one.laws, taken, law)
         for one, taken, law in zip(answered.sampled, answered.prefill, laws, strict=True)
@@ -265,9 +265,8 @@ def _gaps(answered: Answered, side: Sequence[_Side], scored: Sequence[Any], limi
             laws = theirs.laws
             prefill_kl.append(exact_kl(mine.prefill_laws, laws))
             gaps.curve = _plus(gaps.curve, scale_curve(mine.prefill_laws, laws))
-        elif mine.laws is not None and theirs.laws is not None:
-            at_one = normalized(mine.laws.double() * temperature)
-            gaps.curve = _plus(gaps.curve, scale_curve(at_one, theirs.laws[-len(tokens) :]))
+        elif mine.laws is not None and theirs.laws is not None and temperature == 1.0:
+            gaps.curve = _plus(gaps.curve, scale_curve(mine.laws, theirs.laws[-len(tokens) :]))
     gaps.kl, gaps.k3, gaps.delta, gaps.prefill_kl = (Sums.of(_cat(x)) for x in (kl, k3, delta, prefill_kl))
     gaps.positions = {key: Sums.of(torch.cat(parts)) for key, parts in positions.items()}
     values = _cat(kl)
