@@ -30,6 +30,7 @@ __all__ = ["EXPLAINED", "Drift", "Floors", "drift_of", "limit_rows", "mechanism_
 
 EXPLAINED = 0.5  # a mechanism is to blame when undoing it takes away this share of the drift above the floor
 _SCALE = 0.003  # of the logits: smaller factors are no fault
+_SCALED = 0.9  # a factor alone explains nearly all there is; another fault may look like one by half
 _EPS = {
     "float32": 2.0**-23,
     "float16": 2.0**-10,
@@ -328,7 +329,9 @@ def _config(drift: Drift, what_if: Counterfactuals, differs: Mapping[str, Sequen
 
 def _scale(drift: Drift) -> Row:
     factor, share = fitted_scale(drift.gaps.curve)
-    fails = drift.before_sampling and share >= EXPLAINED and abs(factor - 1.0) > _SCALE
+    mean, noise = (g.prefill_kl.mean if g.prefill_kl.count else sampled_kl(g) for g in (drift.gaps, drift.floors.engine))
+    share = min(1.0, share * mean / (mean - noise)) if mean > noise else 0.0
+    fails = drift.before_sampling and share >= _SCALED and abs(factor - 1.0) > _SCALE
     words = f"the engine's logits are {factor:.4f} x the reference's"
     if drift.excessive:
         words += f", which explains {max(0.0, share):.0%} of the exact KL"
