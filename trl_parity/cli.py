@@ -16,7 +16,7 @@ from .errors import ParityError
 
 __all__ = ["main"]
 
-COMMANDS = ("check", "lint", "watch", "replay", "panels", "drill")  # in the order --help lists them
+COMMANDS = ("check", "baseline", "lint", "watch", "replay", "pilot", "panels", "drill")  # in the order of --help
 
 
 def main(argv: Sequence[str] | None = None) -> int:

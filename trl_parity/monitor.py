@@ -23,7 +23,7 @@ from .floor import NoiseFloor
 from .metrics import MismatchSums, compute, measure
 from .records import MismatchStats, ScoredBatch, Status, Verdict
 from .replay import CONFIG_NAME
-from .rewards import RewardBaseline, RewardWindow, plot_rewards
+from .rewards import MIN_REWARDS, REWARDS_NAME, RewardBaseline, RewardWindow, plot_rewards
 from .scalars import FLOORED, SCALARS
 from .sinks import AlertSink, JsonlSink, alert_sinks
 from .watch import EntropyWatch
@@ -103,13 +103,23 @@ class ParityMonitor:
         directory = self.config.parity_dir or (None if output_dir is None else Path(output_dir) / "parity")
         if directory is not None:
             self._jsonl = JsonlSink(directory, resume_step)
+            (Path(directory) / REWARDS_NAME).unlink(missing_ok=True)  # an earlier run's
             write_whole(Path(directory) / CONFIG_NAME, json.dumps(self.config.to_dict(), indent=1))
 
     def close(self) -> None:
-        """Close the file, and draw ``rewards.png`` beside it if there is a baseline. Later windows are not written."""
+        """Close the file, and leave the run's last rewards beside it. Later windows are not written.
+
+        ``rewards.json``, as :class:`~trl_parity.RewardBaseline` reads it, where there are 20 or more; ``rewards.png``
+        if there is a baseline to compare them with.
+        """
         if self._jsonl is None:
             return
         self._jsonl.close()
+        if len(self.rewards) >= MIN_REWARDS:
+            try:
+                RewardBaseline(self.rewards.rewards).save(self._jsonl.path.with_name(REWARDS_NAME))
+            except ConfigError as e:  # a full disk
+                logger.warning("the rewards are not kept: %s", e)
         if self.baseline is not None and len(self.rewards):
             try:
                 plot_rewards(self.baseline, self.rewards.rewards, self._jsonl.path.with_name("rewards.png"))

@@ -36,12 +36,13 @@ import numpy as np
 from .errors import ConfigError, DataError
 from .files import write_whole
 
-__all__ = ["MIN_REWARDS", "RewardBaseline", "RewardComparison", "RewardWindow", "plot_rewards"]
+__all__ = ["MIN_REWARDS", "REWARDS_NAME", "RewardBaseline", "RewardComparison", "RewardWindow", "plot_rewards"]
 
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 MIN_REWARDS = 20
+REWARDS_NAME = "rewards.json"  # what a run leaves beside its metrics.jsonl
 # Up to this many rewards in all, scipy's exact p-value is fast and its path counts fit a float; above, the asymptotic
 # one is within 7% of it (16% with 20 rewards on one side), while on 20 against 20 it is up to two times too small.
 EXACT_UP_TO = 1000

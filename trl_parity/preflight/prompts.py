@@ -182,15 +182,16 @@ def stream(strategy: st.SearchStrategy[T], seed: int | str) -> Iterator[T]:
     for number in range(1 << 62):
         found: list[T] = []
 
-        def full(value: T, found: list[T] = found) -> bool:
+        def collect(value: T, found: list[T] = found) -> bool:
             found.append(value)
-            return len(found) > _ROUND
+            if len(found) == _ROUND:
+                raise _Over
+            return False
 
-        _find(strategy, full, f"{seed}:{number}", shrinking=False)
+        _find(strategy, collect, f"{seed}:{number}", shrinking=False)
         if not found:
             raise ConfigError("the strategy gave no example. Expected one that can be satisfied.")
-        # a round begins with the simplest example and ends, if it was cut short, with the last one run again
-        yield from found[min(number, 1, len(found) - 1) : _ROUND]
+        yield from found[min(number, 1, len(found) - 1) :]  # every round begins with the simplest example
 
 
 def draw(strategy: st.SearchStrategy[T], n: int, seed: int | str) -> list[T]:
@@ -221,11 +222,13 @@ def shrink(
         if not best and start is not None and value != start:
             return False
         if value not in known:
+            if value != start and time.monotonic() >= ends:
+                raise _Over
             try:
-                known[value] = value == start or (time.monotonic() < ends and not broke and bool(fails(value)))
+                known[value] = value == start or bool(fails(value))
             except Exception as e:  # hypothesis would take it for a failure to shrink
                 broke.append(e)
-                return False
+                raise _Over from e
         if known[value]:
             best[:] = [value]
         return known[value]
@@ -243,6 +246,10 @@ def shrink(
     raise ConfigError(f"no draw of seed {seed} failed within {budget_seconds:g} s. Expected a case that fails.")
 
 
+class _Over(BaseException):
+    """Ends a run of hypothesis at once: it takes an Exception for a failure of what is tried."""
+
+
 def _find(strategy: st.SearchStrategy[T], condition: Callable[[T], bool], seed: str, *, shrinking: bool) -> None:
     """Let hypothesis look for a value that meets the condition, which keeps what it has seen."""
     AVAILABLE_PROVIDERS["trl-parity"] = PlainDraws
@@ -252,6 +259,6 @@ def _find(strategy: st.SearchStrategy[T], condition: Callable[[T], bool], seed: 
         verbosity=hypothesis.Verbosity.quiet, print_blob=False,
     )  # fmt: skip
     # Flaky: a value that failed, and passed when it was run again; whoever asks keeps what failed
-    with contextlib.suppress(NoSuchExample, Flaky), warnings.catch_warnings():
+    with contextlib.suppress(_Over, NoSuchExample, Flaky), warnings.catch_warnings():
         warnings.simplefilter("ignore", HypothesisWarning)  # of long prompts in its own report, which nobody sees
         hypothesis.find(strategy, condition, settings=settings, random=random.Random(seed))

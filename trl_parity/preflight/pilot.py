@@ -1,0 +1,213 @@
+"""A short training before the long one: did engine and trainer stay one policy, and do rewards look as they should?
+
+Reads what a run with ParityCallback leaves in its folder, ``parity/metrics.jsonl`` and ``parity/rewards.json``; a
+stored :class:`~trl_parity.RewardBaseline` is what rewards should look like. Each check passes, fails, or can't tell.
+Needs no torch.
+"""
+
+from __future__ import annotations
+
+import enum
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, DataError
+from ..replay import metrics_path, read_windows
+from ..rewards import MIN_REWARDS, REWARDS_NAME, RewardBaseline
+
+__all__ = ["Check", "Decision", "Outcome", "PilotReport", "judge_pilot"]
+
+# What a run may lose and still count as healthy. A breach now and then is what `consecutive` is there for.
+_MAX_BREACHED = 0.1  # share of judged windows
+_MAX_FAILED = 0.1  # share of windows whose measurement failed
+_MIN_ENTROPY = 0.25  # of the entropy at the beginning: below it a policy repeats itself, and drift hides
+_SPAN = 5  # windows at the beginning and at the end that are compared
+_ALPHA = 0.001
+
+
+class Outcome(enum.StrEnum):
+    """Of one check."""
+
+    PASS = "pass"
+    FAIL = "fail"
+    UNKNOWN = "unknown"
+
+
+class Decision(enum.StrEnum):
+    """Of the pilot."""
+
+    SCALE_UP = "scale up"
+    DO_NOT = "do not scale up"
+    UNKNOWN = "could not tell"
+
+    @property
+    def exit_code(self) -> int:
+        """0, 1, 2."""
+        return list(Decision).index(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One question, its answer and the numbers behind it."""
+
+    name: str
+    outcome: Outcome
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class PilotReport:
+    """What the pilot showed. ``rewards``: the run's last ones, None where too few were left."""
+
+    checks: tuple[Check, ...]
+    rewards: RewardBaseline | None = None
+
+    @property
+    def decision(self) -> Decision:
+        """One failed check is reason enough not to scale up; else one that can't tell leaves it open."""
+        outcomes = {check.outcome for check in self.checks}
+        if Outcome.FAIL in outcomes:
+            return Decision.DO_NOT
+        return Decision.UNKNOWN if Outcome.UNKNOWN in outcomes else Decision.SCALE_UP
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON."""
+        return {
+            "decision": str(self.decision),
+            "exit_code": self.decision.exit_code,
+            "checks": [{"name": c.name, "outcome": str(c.outcome), "text": c.text} for c in self.checks],
+        }
+
+
+def judge_pilot(
+    run: str | Path,
+    baseline: RewardBaseline | None = None,
+    *,
+    min_effect: float = 0.2,
+    steps: int | None = None,
+    returncode: int = 0,
+) -> PilotReport:
+    """Judge a run's folder.
+
+    Args:
+        run: The run's folder (or its ``parity`` folder, or its ``metrics.jsonl``).
+        baseline: What its rewards are compared with; None: they are only looked at for themselves.
+        min_effect: Cliff's delta, or Kolmogorov-Smirnov distance, from which on rewards count as other ones.
+        steps: Optimizer steps that were asked for; None: as many as there are.
+        returncode: Exit code of the training.
+    """
+    try:
+        windows: Sequence[Mapping[str, Any]] = read_windows(run)
+    except DataError as e:
+        return PilotReport((_training([], steps, returncode), Check("parity", Outcome.UNKNOWN, str(e))))
+    rewards, reward_check = _rewards(metrics_path(run).with_name(REWARDS_NAME), windows, baseline, min_effect)
+    checks = (
+        _training(windows, steps, returncode),
+        _parity(windows),
+        _drift(windows),
+        _entropy(windows),
+        reward_check,
+    )
+    return PilotReport(checks, rewards)
+
+
+def _training(windows: Sequence[Mapping[str, Any]], steps: int | None, returncode: int) -> Check:
+    last = windows[-1]["step"] if windows else 0
+    halted = bool(windows) and windows[-1]["status"] == "HALT"
+    if halted:  # judged by the windows, whatever the launcher makes of the exit code
+        return Check("training", Outcome.PASS, f"ended by trl-parity at step {last}")
+    if returncode:
+        return Check("training", Outcome.UNKNOWN, f"ended with exit code {returncode} after step {last}")
+    if steps is not None and last < steps:
+        return Check("training", Outcome.UNKNOWN, f"measured up to step {last} of {steps}")
+    return Check("training", Outcome.PASS, f"went through, {last} steps")
+
+
+def _parity(windows: Sequence[Mapping[str, Any]]) -> Check:
+    counts = Counter(str(window["status"]) for window in windows)
+    told = ", ".join(f"{n} {status}" for status, n in counts.items())
+    judged = sum(counts[status] for status in ("OK", "WARN", "BREACH", "HALT"))
+    last = windows[-1]
+    if counts["HALT"]:
+        first = next(window for window in windows if window["status"] == "HALT")
+        return Check("parity", Outcome.FAIL, f"halted at step {first['step']}: {first.get('reason') or told}")
+    if not judged:
+        return Check("parity", Outcome.UNKNOWN, f"no window could be judged: {told}")
+    if last["status"] == "BREACH" or counts["BREACH"] > _MAX_BREACHED * judged:
+        reasons = [str(window.get("reason")) for window in windows if window["status"] == "BREACH"]
+        return Check("parity", Outcome.FAIL, f"{told}; the last breach: {reasons[-1]}")
+    if counts["ERROR"] > _MAX_FAILED * len(windows):
+        return Check("parity", Outcome.UNKNOWN, f"the measurement failed too often: {told}")
+    return Check("parity", Outcome.PASS, told)
+
+
+def _drift(windows: Sequence[Mapping[str, Any]]) -> Check:
+    """k3 KL against its floor and its limit: what there is left before the breaker speaks."""
+    drift, floor = _values(windows, "trimmed/kl_k3") or _values(windows, "kl_k3"), _values(windows, "floor/kl_k3")
+    if not drift:
+        return Check("drift", Outcome.UNKNOWN, "k3 KL was never measured")
+    text = f"k3 KL {statistics.median(drift):.2g} (median), {max(drift):.2g} (largest)"
+    if not floor:  # a loop of one's own without one: the rules' absolute limits judged it
+        return Check("drift", Outcome.PASS, f"{text}; no noise floor, judged by absolute limits")
+    text += f"; noise floor {statistics.median(floor):.2g}"
+    limits = [(w["excess/kl_k3"], w["limit/kl_k3"]) for w in windows if _finite(w, "excess/kl_k3", "limit/kl_k3")]
+    shares = [max(0.0, excess) / limit for excess, limit in limits if limit > 0]
+    if not shares:
+        return Check("drift", Outcome.PASS, text)
+    text += f"; {statistics.median(shares):.0%} of its limit used (median), {max(shares):.0%} (largest)"
+    return Check("drift", Outcome.FAIL if statistics.median(shares) > 1 else Outcome.PASS, text)
+
+
+def _entropy(windows: Sequence[Mapping[str, Any]]) -> Check:
+    entropy = _values(windows, "entropy/trainer")
+    if len(entropy) < 2:
+        return Check("entropy", Outcome.UNKNOWN, "measured in fewer than 2 windows")
+    span = min(_SPAN, len(entropy) // 2)
+    first, last = statistics.median(entropy[:span]), statistics.median(entropy[-span:])
+    text = f"{first:.3g} → {last:.3g} nats (medians of the first and last {span})"
+    if last < _MIN_ENTROPY * first:
+        return Check("entropy", Outcome.FAIL, f"{text}: it collapses, and drift can't be seen in what is certain")
+    return Check("entropy", Outcome.PASS, text)
+
+
+def _rewards(
+    path: Path, windows: Sequence[Mapping[str, Any]], baseline: RewardBaseline | None, min_effect: float
+) -> tuple[RewardBaseline | None, Check]:
+    if not path.exists():
+        means = _values(windows, "reward/mean")
+        seen = f"their mean was {means[-1]:.3g} at the end; " if means else ""
+        text = f"{seen}{path} is missing: fewer than {MIN_REWARDS} finite ones, or the run did not end by itself"
+        return None, Check("rewards", Outcome.UNKNOWN, text)
+    try:
+        run = RewardBaseline.load(path)
+    except ConfigError as e:
+        return None, Check("rewards", Outcome.UNKNOWN, str(e))
+    seen = f"mean {run.rewards.mean():.3g} of {run.rewards.size}"
+    if run.rewards.min() == run.rewards.max():
+        return run, Check("rewards", Outcome.FAIL, f"every one is {run.rewards[0]:g}: nothing to learn from")
+    if baseline is None:
+        return run, Check("rewards", Outcome.PASS, f"{seen}; no baseline was given to compare them with")
+    comparison = baseline.compare(run.rewards)
+    if comparison is None:
+        return run, Check("rewards", Outcome.UNKNOWN, f"{seen}; too few to compare, at least {MIN_REWARDS}")
+    seen += f", baseline {comparison.baseline_mean:.3g} of {baseline.rewards.size}"
+    seen += f"; Cliff's delta {comparison.effect_size:+.2f}, KS {comparison.ks:.2f} (p {comparison.p_value:.1g})"
+    if not comparison.parted(min_effect, _ALPHA):
+        return run, Check("rewards", Outcome.PASS, f"{seen}: as the baseline's")
+    if comparison.effect_size >= min_effect:
+        return run, Check("rewards", Outcome.PASS, f"{seen}: higher than the baseline's; make sure that is learning")
+    what = "lower than the baseline's" if comparison.effect_size <= -min_effect else "distributed otherwise"
+    return run, Check("rewards", Outcome.FAIL, f"{seen}: {what}")
+
+
+def _values(windows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    return [float(window[name]) for window in windows if _finite(window, name)]
+
+
+def _finite(window: Mapping[str, Any], *names: str) -> bool:
+    """Whether all are numbers: metrics.jsonl has null for what is not measured and text for inf and nan."""
+    return all(isinstance(window.get(name), (int, float)) for name in names)
