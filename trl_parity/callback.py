@@ -30,6 +30,7 @@ from .recompute import CompletionScorer
 from .records import Diagnosis, SamplingSettings, Status, Verdict
 from .sinks import WandbSink
 from .taps import Capture, Observer, instrument
+from .taps.engine_args import TRLEngineArguments
 from .taps.server_client import sync_without_cuda
 from .text import alert_text, halt_text
 from .tokens import worst_tokens_of_all
@@ -57,7 +58,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         **overrides: Fields of the config to set, e.g. ``ParityCallback(every_n_steps=10, action="log")``.
 
     Raises:
-        ConfigError: an unknown field or a wrong value.
+        ConfigError: an unknown field or a wrong value; engine arguments that the installed vLLM would not take.
         InterceptionError: (from ``trainer.train()``, at the first step) the run's rollouts can't be measured.
         ParityHalt: (from ``trainer.train()``) a HALT verdict with ``action="raise"``.
     """
@@ -73,6 +74,8 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         if prepare_cpu_engine():  # before the trainer builds its engine
             sync_without_cuda()
         instrument()
+        source = self.config.engine_source()
+        self.engine_request = None if source is None else TRLEngineArguments(source)
 
     @property
     def verdicts(self) -> deque[Verdict]:
@@ -171,8 +174,19 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
             )
         if self.config.panels and self._wandb is not None:
             self._wandb.make_panels()
+        self._require_engine_args(capture)
         if trainer.accelerator.is_main_process:
             tell_traps(capture, self.config.truncation == "replay", self.config.server_timeout)
+
+    def _require_engine_args(self, capture: Capture) -> None:
+        """Refuse an engine that does not run with what was asked. Collective: the server tells one rank alone."""
+        if self.engine_request is None:
+            return
+        error = self.engine_request.disagreement(capture.generation, self.config.server_timeout)
+        if capture.trainer.args.world_size > 1:
+            error = next((row["error"] for row in gather_rows([{"error": error}]) if row["error"]), "")
+        if error:
+            raise ConfigError(error)
 
     def _on_eval_batch(self, capture: Capture, sums: MismatchSums) -> None:
         reduced = reduce_sums(sums, capture.trainer.accelerator)
@@ -326,8 +340,13 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
     # ---- trainer events ---------------------------------------------------------------------------------------
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The trainer's class is imported by now, if it was not when the callback was made."""
+        """The trainer's class is imported by now, if it was not when the callback was made; its engine comes next."""
         instrument()
+        if self.engine_request is not None:
+            if kwargs.get("model") is not None:
+                self.engine_request.apply_to(kwargs["model"])
+            for text in self.engine_request.unlike(args):
+                logger.warning("%s", text)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the sinks and, when the trainer resumes from a checkpoint, restore the breaker."""

@@ -16,7 +16,7 @@ from .errors import ParityError
 
 __all__ = ["main"]
 
-COMMANDS = ("check", "baseline", "lint", "watch", "replay", "pilot", "panels", "drill")  # in the order of --help
+COMMANDS = ("check", "baseline", "engine", "lint", "watch", "replay", "pilot", "panels", "drill")  # as --help has them
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -94,6 +94,15 @@ class ParityConfig:
             "its settings. Default there: the trainer's compute dtype."
         },
     )
+    engine_args: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "What TRL's colocated engine is built with, over what TRL passes: a preset (rl, throughput, "
+            "long_context, mixed_cluster), a YAML file of vLLM's engine arguments, or a mapping such as {'preset': "
+            "'rl', 'max_model_len': 4096}. Checked before anything is loaded, and again on the live engine at the "
+            "first step. With a server: only compared. On a command line a mapping is JSON."
+        },
+    )
     temperatures: dict[str, float] | str | None = field(
         default=None,
         metadata={
@@ -252,12 +261,21 @@ class ParityConfig:
         wait = self.server_timeout
         if isinstance(wait, bool) or not isinstance(wait, int | float) or not 0 < wait < float("inf"):
             raise ConfigError(f"server_timeout is {wait!r}. Expected seconds, more than 0.")
+        if self.engine_args is not None and not isinstance(self.engine_args, str | Mapping):
+            raise ConfigError(
+                f"engine_args is a {type(self.engine_args).__name__}. Expected a preset's name, a path or a mapping."
+            )
         self.temperature_phases()
         self.resolved_rules()  # a wrong rule fails here, before any training
 
     def resolved_rules(self) -> tuple[Rule, ...]:
         """The default rules with ``rules`` laid over them, each with its ``consecutive`` filled in."""
         return rules_over_defaults(self.rules, self.consecutive)
+
+    def engine_source(self) -> str | dict[str, Any] | None:
+        """``engine_args`` as a name, a path or a mapping."""
+        source = self.engine_args
+        return as_mapping(source, "engine_args") if str(source).lstrip().startswith("{") else source
 
     def temperature_phases(self) -> dict[str, list[tuple[int, float]]]:
         """``temperatures`` as {"train" or "eval": [(first step, temperature), ...] in order of steps}."""

@@ -27,8 +27,8 @@ UNREPLAYED = ("logit_bias", "bad_words", "allowed_token_ids", "min_tokens", "str
 class Facts:
     """Settings of both sides. None: not known, as much of a server is."""
 
-    sampling: SamplingSettings
-    trainer_temperature: float
+    sampling: SamplingSettings | None
+    trainer_temperature: float | None
     replayed: bool  # the engine's truncation and penalties are replayed on the trainer's side
     trainer_dtype: str | None = None  # of the weights
     compute_dtype: str | None = None  # of the forward, after mixed precision
@@ -70,41 +70,17 @@ def lint(f: Facts) -> Iterator[Finding]:
             "compare, and nothing corrects a mismatch.",
             "trainer.vllm_generation.logprobs = 0 before trainer.train().",
         )
-    processed = s.temperature not in (0.0, 1.0) or s.truncates or s.penalizes
-    if f.logprobs_mode is not None and f.logprobs_mode != "processed_logprobs" and processed:
+    if f.logprobs_mode not in (None, "processed_logprobs") and (s is None or _processes(s)):
+        of = "sampling" if s is None else f"temperature {s.temperature:g}, truncation and penalties"
         yield Finding(
             "error",
             "raw_logprobs",
-            f"the engine returns {f.logprobs_mode}: log-probs from before temperature {s.temperature:g}, truncation "
-            "and penalties, while the loss uses them as those of the law sampled from.",
+            f"the engine returns {f.logprobs_mode}: log-probs from before {of}, while the loss uses them as those of "
+            "the law sampled from.",
             'logprobs_mode="processed_logprobs" (server: --logprobs-mode processed_logprobs).',
         )
-    if s.temperature != f.trainer_temperature:
-        yield Finding(
-            "error",
-            "temperature",
-            f"the engine samples at temperature {s.temperature:g} but the loss divides logits by "
-            f"{f.trainer_temperature:g}.",
-            "one temperature, set in the trainer's arguments and nowhere else.",
-        )
-    if s.truncates or s.penalizes:
-        how = (
-            "it is replayed on the trainer's side and reported as parity/truncation/*, but the loss itself uses the "
-            "whole distribution (see parity/own_head/*)."
-            if f.replayed
-            else "it is not replayed (truncation='ignore'), so it counts as drift."
-        )
-        cause = "truncated_sampling" if s.truncates else "penalties"
-        fix = "top_p=1, top_k=0, min_p=0" if s.truncates else "repetition_penalty=1, presence_penalty=0"
-        yield Finding("warning", cause, f"the engine changes its distribution ({_changed(s)}): {how}", f"{fix}.")
-    if s.unreplayed:
-        yield Finding(
-            "warning",
-            "constrained_decoding",
-            f"the requests set {', '.join(s.unreplayed)}, which changes the law sampled from and is not replayed on "
-            "the trainer's side: expect drift where it applies.",
-            "drop it, or mask the tokens it forces.",
-        )
+    if s is not None:
+        yield from _requests(f, s)
     if f.dropout > 0:
         yield Finding(
             "error",
@@ -131,6 +107,15 @@ def lint(f: Facts) -> Iterator[Finding]:
             "head_precision",
             f"{sides} {f.engine_head_dtype}: logits near 30 are rounded by up to 0.06 there.",
             'hf_overrides={"head_dtype": "float32"} on the engine and cast_lm_head_to_fp32=True on the trainer.',
+        )
+    half = f.compute_dtype in ("bfloat16", "float16")
+    if f.engine_head_dtype == "float32" != f.engine_dtype and half and not f.trainer_head_fp32:
+        yield Finding(
+            "note",
+            "head_precision",
+            f"the engine's head is float32, the trainer's {f.compute_dtype}: on one side alone it can make the "
+            "mismatch worse.",
+            "cast_lm_head_to_fp32=True in the trainer's arguments.",
         )
     if f.trainer_dtype == "float32" and f.engine_dtype not in (None, "float32") and f.compute_dtype == "float32":
         yield Finding(
@@ -171,6 +156,41 @@ def lint(f: Facts) -> Iterator[Finding]:
             f"vllm_importance_sampling_mode={f.masks_sequences!r} drops what drifts most from the loss, and TRL's own "
             "ratio metrics are taken after it: read parity/ratio/* instead.",
             "nothing to mend; know it.",
+        )
+
+
+def _processes(sampling: SamplingSettings) -> bool:
+    """Whether the law sampled from is another than the model's at temperature 1."""
+    return sampling.temperature not in (0.0, 1.0) or sampling.truncates or sampling.penalizes
+
+
+def _requests(f: Facts, s: SamplingSettings) -> Iterator[Finding]:
+    """Traps in what the engine is asked for."""
+    if f.trainer_temperature not in (None, s.temperature):
+        yield Finding(
+            "error",
+            "temperature",
+            f"the engine samples at temperature {s.temperature:g} but the loss divides logits by "
+            f"{f.trainer_temperature:g}.",
+            "one temperature, set in the trainer's arguments and nowhere else.",
+        )
+    if s.truncates or s.penalizes:
+        how = (
+            "it is replayed on the trainer's side and reported as parity/truncation/*, but the loss itself uses the "
+            "whole distribution (see parity/own_head/*)."
+            if f.replayed
+            else "it is not replayed (truncation='ignore'), so it counts as drift."
+        )
+        cause = "truncated_sampling" if s.truncates else "penalties"
+        fix = "top_p=1, top_k=0, min_p=0" if s.truncates else "repetition_penalty=1, presence_penalty=0"
+        yield Finding("warning", cause, f"the engine changes its distribution ({_changed(s)}): {how}", f"{fix}.")
+    if s.unreplayed:
+        yield Finding(
+            "warning",
+            "constrained_decoding",
+            f"the requests set {', '.join(s.unreplayed)}, which changes the law sampled from and is not replayed on "
+            "the trainer's side: expect drift where it applies.",
+            "drop it, or mask the tokens it forces.",
         )
 
 

@@ -51,13 +51,15 @@ _SUMS = (
     "batches", "errors", "lag", "cost_seconds", "floor_seconds", "wall_seconds",
     # the same on every rank
     "requests", "temperature_engine", "temperature_trainer", "rewards", "reward_sum",
+    # prompt tokens of the run's requests that the engine looked up in its prefix cache, and found there
+    "looked_up_tokens", "cached_tokens",
     # staleness: batches or sequences a lag was added for; tokens and k3 by lag; of sequences of which it is known
     # whether a sync fell into their generation, and those where it may have; of probes
     "lags", *(f"{what}{name}" for name in LAG_BUCKETS for what in ("lag_tokens/", "lag_k3/")),
     "stale_compared", "stale_nonfinite", "flight_tokens", "in_flight_tokens", "probe_tokens",
 )  # fmt: skip
 _INDEX = {name: i for i, name in enumerate(_SUMS)}
-_MAXIMA = ("abs_delta", "delta", "neg_delta", "seq_abs_delta", "temperature_gap")
+_MAXIMA = ("abs_delta", "delta", "neg_delta", "seq_abs_delta", "temperature_gap", "kv_cache_usage")
 
 
 @dataclass(slots=True)
@@ -293,6 +295,9 @@ def compute(sums: MismatchSums) -> MismatchStats:
     put("temperature/engine", s["temperature_engine"], s["requests"])
     put("temperature/trainer", s["temperature_trainer"], s["requests"])
     put("reward/mean", s["reward_sum"], s["rewards"])
+    put("engine/prefix_cache_hit_rate", s["cached_tokens"], s["looked_up_tokens"])
+    if math.isfinite(maxima["kv_cache_usage"]):
+        values["engine/kv_cache_usage"] = maxima["kv_cache_usage"]
     if s["requests"]:
         values["temperature/gap"] = maxima["temperature_gap"]
     if n > 0:

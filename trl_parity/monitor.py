@@ -36,7 +36,7 @@ __all__ = ["ParityMonitor"]
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 _KEEP_VERDICTS = 1000
 _REWARD_ALPHA = 0.001
 

@@ -79,6 +79,8 @@ SECTIONS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
         (
             _parity("temperature: engine, trainer", "temperature/engine", "temperature/trainer", low=0),
             _parity("truncation: probability kept", "truncation/kept_mass", high=1),
+            _parity("prefix cache: prompt tokens read from it", "engine/prefix_cache_hit_rate", low=0, high=1),
+            _parity("KV cache: largest share in use", "engine/kv_cache_usage", low=0, high=1),
             _parity("lag, optimizer steps", "lag", low=0),
             _parity("k3 KL by lag (async): at 0, and staleness", "kl_k3", "lag/1/kl_k3", "lag/2/kl_k3",
                     "lag/3_4/kl_k3", "lag/5_up/kl_k3", log=True),

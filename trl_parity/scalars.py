@@ -67,6 +67,8 @@ SCALARS: dict[str, str] = {
     "temperature/trainer": "what the loss divides logits by",
     "temperature/engine": "what the requests of the window's last batch asked the engine for",
     "temperature/gap": "largest |difference| between engine, trainer and the temperature set for this phase",
+    "engine/prefix_cache_hit_rate": "share of the rollouts' prompt tokens read from the prefix cache; none where off",
+    "engine/kv_cache_usage": "largest share of the KV cache's blocks that running rollouts held (a server: sampled)",
     "reward/mean": "mean reward of the window's batches",
     "reward/effect_size": "Cliff's delta of the run's last rewards against the stored baseline, -1 to 1",
     "reward/ks": "two-sample Kolmogorov-Smirnov distance of the same",

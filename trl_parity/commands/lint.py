@@ -8,6 +8,7 @@ import argparse
 import json
 
 from ..errors import ConfigError
+from . import settings
 
 SHORT = "find known traps in a run's settings"
 EXAMPLES = """examples:
@@ -40,15 +41,11 @@ def run(options: argparse.Namespace) -> int:
             values = yaml.safe_load(f) or {}
         if not isinstance(values, dict):
             raise ConfigError(f"{options.config} holds a {type(values).__name__}. Expected a mapping of settings.")
-        for item in options.set:
-            name, equals, value = item.partition("=")
-            if not equals:
-                raise ConfigError(f"--set {item!r} has no '='. Expected NAME=VALUE, e.g. --set top_p=0.9.")
-            values[name.strip()] = yaml.safe_load(value)
     except OSError as e:
         raise ConfigError(f"cannot read {options.config}: {e.strerror}. Expected a YAML file of settings.") from e
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise ConfigError(f"{options.config} is not valid YAML: {e}") from e
+    values |= settings(options.set, "top_p=0.9")
     try:
         found = list(lint(configured_facts(values, serve=options.serve, trainer=options.trainer)))
     except (TypeError, ValueError, SystemExit) as e:

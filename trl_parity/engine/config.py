@@ -1,29 +1,39 @@
 """Engine arguments for vLLM, checked against the vLLM that is installed before an engine is built.
 
-A file of them is YAML: vLLM's own names, one a line, and optionally a block ``trainer:`` with the settings of TRL's
-config that belong to them (an fp32 head is one only on both sides). Such a block says that the file is meant for RL.
+A file of them is YAML: vLLM's own names, one a line. ``preset: rl`` starts from a preset; a block ``trainer:`` holds
+the settings of TRL's config that belong to them (a head in fp32 is one only on both sides), and says that the file is
+meant for RL. The presets are the files ``configs/vllm_*.yaml``, which a wheel holds as ``trl_parity/presets``.
 """
 
 from __future__ import annotations
 
 import importlib.resources
+import json
+import re
+import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..lint import Facts, Finding, lint
 from ..rules import nearest
+from .conflicts import conflicts
 from .retired import RETIRED
 
 __all__ = [
     "PRESETS",
     "EngineConfig",
     "Problem",
+    "checked",
+    "laid_over",
     "load_engine_args",
     "problems",
     "read_engine_config",
     "rl_engine_args",
+    "rl_traps",
+    "serve_line",
 ]
 
 PRESETS = {
@@ -36,11 +46,12 @@ PRESETS = {
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """One file of engine arguments, read and not yet checked."""
+    """One file of engine arguments, read and not yet checked. ``trainer``: None where it is not meant for RL."""
 
     where: str
     engine: dict[str, Any]  # arguments of vllm.LLM
-    trainer: dict[str, Any] | None = None  # settings of TRL's config that belong to them; None: not meant for RL
+    trainer: dict[str, Any] | None = None  # settings of TRL's config that belong to them
+    reasons: dict[str, str] = field(default_factory=dict)  # argument -> why, and what it costs
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,45 +87,65 @@ def rl_engine_args(preset: str = "rl", **overrides: Any) -> dict[str, Any]:
     Raises:
         ConfigError: an unknown preset, and as :func:`load_engine_args`.
     """
-    if preset not in PRESETS:
-        raise ConfigError(
-            f"preset is {preset!r}{nearest(str(preset), PRESETS)}. Expected one of: {', '.join(PRESETS)}."
-        )
-    config = read_engine_config(preset)
+    config = read_engine_config(_known(preset, "rl_engine_args"))
     return checked(laid_over(config.engine, overrides), f"rl_engine_args({preset!r}, ...)")
 
 
 def read_engine_config(source: str | Path | Mapping[str, Any]) -> EngineConfig:
     """Read a preset (by name), a YAML file (by path) or a mapping of the same form. Raises ConfigError."""
+    if isinstance(source, Mapping):
+        return _config("engine_args", dict(source), {})
     import yaml
 
-    if isinstance(source, Mapping):
-        values, where = dict(source), "engine arguments"
-    else:
-        where = str(source)
-        try:
-            if where in PRESETS:
-                text = importlib.resources.files("trl_parity").joinpath("presets", PRESETS[where]).read_text("utf-8")
-            else:
-                text = Path(source).read_text(encoding="utf-8")
-            values = yaml.safe_load(text)
-        except OSError as e:
-            raise ConfigError(
-                f"cannot read {where}: {e.strerror}{nearest(where, PRESETS)}. Expected a YAML file of vLLM's engine "
-                f"arguments, or a preset: {', '.join(PRESETS)}."
-            ) from e
-        except (yaml.YAMLError, UnicodeDecodeError) as e:
-            raise ConfigError(f"{where} is not valid YAML: {e}") from e
-        values = {} if values is None else values
+    where = str(source)
+    try:
+        if where in PRESETS:
+            text = importlib.resources.files("trl_parity").joinpath("presets", PRESETS[where]).read_text("utf-8")
+        else:
+            text = Path(source).read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
+    except OSError as e:
+        raise ConfigError(
+            f"cannot read {where}: {e.strerror}{nearest(where, PRESETS)}. Expected a YAML file of vLLM's engine "
+            f"arguments, or a preset: {', '.join(PRESETS)}."
+        ) from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{where} is not valid YAML: {e}") from e
+    return _config(where, {} if values is None else values, _reasons(text))
+
+
+def _config(where: str, values: Any, reasons: dict[str, str]) -> EngineConfig:
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ConfigError(f"{where} holds a {type(values).__name__}. Expected a mapping such as 'dtype: bfloat16'.")
+    base = EngineConfig(where, {})
+    if (preset := values.pop("preset", None)) is not None:
+        base = read_engine_config(_known(preset, where))
     trainer = values.pop("trainer", None)
     if trainer is not None and not isinstance(trainer, dict):
         raise ConfigError(
             f"{where}: trainer is {trainer!r}. Expected a mapping of TRL's settings such as "
             "'cast_lm_head_to_fp32: true'."
         )
-    return EngineConfig(where, values, trainer)
+    both = base.trainer if trainer is None else laid_over(base.trainer or {}, trainer)
+    return EngineConfig(where, laid_over(base.engine, values), both, base.reasons | reasons)
+
+
+def _known(preset: Any, where: str) -> str:
+    if preset not in PRESETS:
+        hint = nearest(str(preset), PRESETS)
+        raise ConfigError(f"{where}: preset is {preset!r}{hint}. Expected one of: {', '.join(PRESETS)}.")
+    return str(preset)
+
+
+def _reasons(text: str) -> dict[str, str]:
+    """argument -> the comment in its paragraph, as one line."""
+    found: dict[str, str] = {}
+    for part in text.split("\n\n"):
+        lines = part.splitlines()
+        comment = " ".join(line.lstrip("# ").rstrip() for line in lines if line.startswith("#"))
+        keys = [key[1] for line in lines if (key := re.match(r"(\w+):", line))]
+        found |= {key: comment for key in keys if comment}
+    return found
 
 
 def laid_over(args: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,7 +174,7 @@ def checked(args: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def problems(args: Mapping[str, Any]) -> Iterator[Problem]:
     """Everything the installed vLLM would not take as it is meant. Raises ConfigError where none is installed."""
-    from .schema import arguments, installed, wrong_value
+    from .schema import arguments, installed, refusal, wrong_value
 
     if installed() is None:
         raise ConfigError(
@@ -159,22 +190,20 @@ def problems(args: Mapping[str, Any]) -> Iterator[Problem]:
         elif expected := wrong_value(known[name], value):
             wrong.add(name)
             yield Problem((name,), f"is {value!r}. {expected}")
+    right = {name: value for name, value in args.items() if name not in wrong}
+    for names, text in conflicts(right):
+        yield Problem(names, text)
     if wrong:
         return
-    from vllm.engine.arg_utils import EngineArgs
-
-    known_to_engine = EngineArgs.__dataclass_fields__
-    try:
-        EngineArgs(**{name: value for name, value in args.items() if name in known_to_engine})
-    except Exception as e:  # whatever its __post_init__ refuses
-        yield Problem(tuple(args), f"vLLM refuses them together: {type(e).__name__}: {e}")
+    if said := refusal(args):
+        yield Problem(tuple(args), f"vLLM refuses them together: {said}")
 
 
 def _unknown(name: str) -> str:
     from .schema import arguments, environment, sampling_names, serve_names
 
-    if (gone := RETIRED.get(name)) is not None:
-        return f"gone since vLLM {gone.since}. {gone.instead} (https://github.com/vllm-project/vllm/pull/{gone.pull})"
+    if (gone := RETIRED.get(name.replace("-", "_"))) is not None:
+        return f"{gone}."
     if name in environment():
         return "an environment variable of vLLM, not an argument: set it before the process starts."
     if name in sampling_names():
@@ -184,3 +213,69 @@ def _unknown(name: str) -> str:
     plain = name.replace("-", "_").removeprefix("vllm_")
     hint = f" (did you mean {plain!r}?)" if plain in arguments() else nearest(plain, arguments())
     return f"no engine argument of this vLLM{hint}."
+
+
+def rl_traps(args: Mapping[str, Any], trainer: Mapping[str, Any] | None = None) -> list[Finding]:
+    """What these arguments do to RL, by the judgement of :func:`trl_parity.lint.lint`. Pure: needs no vLLM.
+
+    ``trainer``: settings of TRL's config, as far as they are known.
+    """
+    half = None if trainer is None else "float32" if trainer.get("bf16") is False else "bfloat16"
+    overrides = args.get("hf_overrides")
+    head = overrides.get("head_dtype") if isinstance(overrides, Mapping) else None
+    dtype = _dtype_name(args.get("dtype", "auto"))
+    return list(
+        lint(
+            Facts(
+                sampling=None,
+                trainer_temperature=None,
+                replayed=True,
+                compute_dtype=half,
+                trainer_head_fp32=bool((trainer or {}).get("cast_lm_head_to_fp32")),
+                logprobs_mode=args.get("logprobs_mode", "raw_logprobs"),
+                engine_dtype=None if dtype == "auto" else dtype,
+                engine_head_dtype=dtype if head in (None, "model") else _dtype_name(head),
+                kv_cache_dtype=args.get("kv_cache_dtype", "auto"),
+                quantization=args.get("quantization"),
+                prefix_caching=args.get("enable_prefix_caching", True),
+                engine_defaults=("whatever it says",) if args.get("generation_config", "auto") != "vllm" else (),
+            )
+        )
+    )
+
+
+def _dtype_name(dtype: Any) -> str:
+    name = str(dtype).removeprefix("torch.")
+    return {"half": "float16", "float": "float32"}.get(name, name)
+
+
+def serve_line(args: Mapping[str, Any], model: str) -> str:
+    """The ``vllm serve`` command with these arguments, quoted for a shell; mappings are JSON.
+
+    Raises ConfigError for what no command line holds, such as a callable.
+    """
+    words = ["vllm", "serve", model]
+    for name, value in args.items():
+        if name == "model":
+            continue
+        flag = "--" + name.replace("_", "-")
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, list | tuple | set):
+            words += [flag, *(str(item) for item in value)]
+        else:
+            words += [flag, _word(name, value)]
+    return shlex.join(words)
+
+
+def _word(name: str, value: Any) -> str:
+    if isinstance(value, str | int | float):
+        return str(value)
+    try:
+        return json.dumps(value)
+    except TypeError as e:
+        raise ConfigError(
+            f"{name} is {value!r}, which no command line holds. Expected a number, a text or a mapping of such."
+        ) from e

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from .load import Load, block_usage, prefix_hits, watched_server
+
 __all__ = ["ColocatedEngine", "Request", "engine_of", "own_random_numbers", "recorded_requests"]
 
 
@@ -37,6 +39,15 @@ class ColocatedEngine:
     def head_dtype(self) -> torch.dtype:
         """Dtype of the lm_head's product and of the logits."""
         return self._config.model_config.head_dtype
+
+    def setting(self, section: str, name: str, default: Any = None) -> Any:
+        """One attribute of a section of vLLM's config."""
+        return getattr(getattr(self._config, section, None), name, default)
+
+    def model_setting(self, name: str, default: Any = None) -> Any:
+        """One entry of the transformers config the served module was built from."""
+        config = self.hf_config
+        return getattr(config, name, getattr(config.get_text_config(), name, default))
 
     def settings(self) -> dict[str, Any]:
         """What else it runs with, by the names of :class:`trl_parity.lint.Facts`."""
@@ -156,6 +167,7 @@ class Request:
     temperature: float | None
     params: Any = None  # vllm.SamplingParams of a colocated engine, the HTTP arguments of a server
     outputs: Any = None  # list of vllm.RequestOutput of a colocated engine, a server's answer for all ranks
+    load: Load | None = None  # what it did to the engine's caches
 
 
 @contextmanager
@@ -170,16 +182,19 @@ def recorded_requests(generation: Any) -> Iterator[list[Request]]:
     generate, own = target.generate, target.__dict__.get("generate")
 
     def recording(*args: Any, **kwargs: Any) -> Any:
-        out = generate(*args, **kwargs)
+        with block_usage(target) if colocated else watched_server(target) as load:
+            out = generate(*args, **kwargs)
         if colocated:
             params = kwargs.get("sampling_params", args[1] if len(args) > 1 else None)
             first: Any = params[0] if isinstance(params, list) and params else params
             temperature = None if first is None else first.temperature
-            seen.append(Request(temperature, first, out))
+            if target.llm_engine.vllm_config.cache_config.enable_prefix_caching:
+                load.cached, load.looked_up = prefix_hits(out)
+            seen.append(Request(temperature, first, out, load))
         else:
             temperature = (kwargs.get("generation_kwargs") or {}).get("temperature", kwargs.get("temperature"))
             sent = {k: v for k, v in kwargs.items() if k not in ("prompts", "features")}
-            seen.append(Request(None if temperature is None else float(temperature), sent, out))
+            seen.append(Request(None if temperature is None else float(temperature), sent, out, load))
         return out
 
     target.generate = recording

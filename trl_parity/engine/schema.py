@@ -16,11 +16,20 @@ import importlib.util
 import inspect
 import json
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args
 
-__all__ = ["Argument", "arguments", "environment", "installed", "sampling_names", "serve_names", "wrong_value"]
+__all__ = [
+    "Argument",
+    "arguments",
+    "environment",
+    "installed",
+    "refusal",
+    "sampling_names",
+    "serve_names",
+    "wrong_value",
+]
 
 
 def installed() -> str | None:
@@ -185,3 +194,23 @@ def environment() -> frozenset[str]:
     import vllm.envs
 
     return frozenset(vllm.envs.environment_variables)
+
+
+def refusal(args: Mapping[str, Any], *, whole: bool = False) -> str:
+    """What vLLM says when ``EngineArgs`` is made of these arguments; empty where it takes them.
+
+    ``whole``: and its whole configuration of that, as before an engine is built. Then the model's config is read, but
+    nothing is loaded; environment variables that vLLM's workers read may be set.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    names = EngineArgs.__dataclass_fields__
+    given = {"model": "."} | {name: value for name, value in args.items() if name in names}  # offline it has to exist
+    try:
+        made = EngineArgs(**given)
+        if whole:
+            made.create_engine_config()
+    except Exception as e:  # anything: pydantic's, a missing model's, an assertion
+        words = str(e).split("[type=")[0]
+        return " ".join(f"{type(e).__name__}: {words}".split())
+    return ""

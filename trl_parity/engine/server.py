@@ -76,6 +76,15 @@ class ServerEngine:
         """Whether keys and values of earlier requests are read again."""
         return bool(self._told("cache_config", "enable_prefix_caching"))
 
+    def setting(self, section: str, name: str, default: Any = None) -> Any:
+        """As :meth:`~trl_parity.engine.live.ColocatedEngine.setting`, where the server tells it."""
+        return (self._info.get(section) or {}).get(name, default)
+
+    def model_setting(self, name: str, default: Any = None) -> Any:
+        """One entry of the overrides the server was started with: its model's config it does not tell."""
+        overrides = self._told("model_config", "hf_overrides")
+        return overrides.get(name, default) if isinstance(overrides, dict) else default
+
     def settings(self) -> dict[str, Any]:
         """What it runs with, by the names of :class:`trl_parity.lint.Facts`."""
         quantization = self._told("model_config", "quantization")

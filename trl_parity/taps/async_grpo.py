@@ -28,6 +28,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..engine.live import Request, own_random_numbers
+from ..engine.load import Counters, Load, server_counters
 from ..errors import DataError
 from ..recompute import Located
 from ..records import RolloutBatch
@@ -80,6 +81,7 @@ class _Run:
     probe: Probe | None = None
     clock: float = field(default_factory=time.perf_counter)
     generation: Any = None  # what stands for TRL's VLLMGeneration
+    counters: Counters | None = None  # of the server, at the last batch
 
     def __post_init__(self) -> None:
         main = self.trainer.accelerator.is_main_process
@@ -105,6 +107,13 @@ class _Run:
             return _Origin(step, -1)
         after = self.synced.get(sample.model_version + 1)
         return _Origin(step, int(after is not None and sample.enqueued_at > after[1]))
+
+    def load(self) -> Load | None:
+        """What the server did since the last call, our probes' part included; None on other ranks than main's."""
+        client = self.generation.vllm_client
+        now = None if client is None else server_counters(client)
+        before, self.counters = self.counters, now
+        return None if now is None or before is None else now.since(before)
 
     def on_sync(self, probe_tokens: int, began: float) -> None:
         """Both sides hold the same weights now."""
@@ -239,6 +248,12 @@ class AsyncGRPOCapture(Capture):
     def generation(self) -> Any:
         """The server behind the queue."""
         return _Run.of(self.trainer).generation
+
+    @functools.cached_property
+    def loads(self) -> list[Load]:
+        """Of the server as a whole: its requests are not those of one batch."""
+        load = _Run.of(self.trainer).load()
+        return [] if load is None else [load]
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -385,6 +400,11 @@ class ProbeCapture(AsyncGRPOCapture):
         self.waited = 0.0  # host seconds, for the server
         if "temperature" in answer.request:
             self.requests = [Request(float(answer.request["temperature"]), dict(answer.request))]
+
+    @functools.cached_property
+    def loads(self) -> list[Load]:
+        """Left to the batches."""
+        return []
 
     @functools.cached_property
     def samples(self) -> RolloutBatch:

@@ -12,6 +12,7 @@ from ..records import RolloutBatch, SamplingSettings, ScoredBatch
 
 if TYPE_CHECKING:
     from ..engine.live import Request
+    from ..engine.load import Load
     from ..recompute import CompletionScorer, CompletionScores
 
 __all__ = ["Capture"]
@@ -86,6 +87,11 @@ class Capture(ABC):
     def engine_temperatures(self) -> list[float]:
         """The temperature of each call the engine got, from what was really sent."""
         return [request.temperature for request in self.requests if request.temperature is not None]
+
+    @property
+    def loads(self) -> list[Load]:
+        """What its requests did to the engine's caches, as far as that is known."""
+        return [request.load for request in self.requests if request.load is not None]
 
     def new_scorer(self, logits_to_keep: int, logits_dtype: torch.dtype | None = None) -> CompletionScorer:
         """A scorer of one pass over the policy."""

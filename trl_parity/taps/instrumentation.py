@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..recompute import CompletionScorer
     from ..records import SamplingSettings
     from .capture import Capture
+    from .engine_args import TRLEngineArguments
 
 Wrapper = tuple[type, str, Callable[..., Any]]  # class, method name, wrapper that takes the original first
 
@@ -40,6 +41,8 @@ _originals: dict[tuple[type, str], Callable[..., Any]] = {}
 
 class Observer(ABC):
     """Base of callbacks that are handed rollouts."""
+
+    engine_request: TRLEngineArguments | None = None  # what an engine that TRL builds for the trainer has to get
 
     @property
     @abstractmethod

@@ -358,6 +358,9 @@ class VLLMRollouts:
         extra = {"ignore_eos": True, "stop_token_ids": [] if stop is None else [stop]}
         defaults = {"max_num_seqs": args.local_batch_size * settings.get("tensor_parallel_size", 1)}
         fixed["generation_kwargs"] = extra | (settings.get("generation_kwargs") or {})
+        observer = instrumentation.observer_of(trainer)
+        if observer is not None and observer.engine_request is not None:
+            observer.engine_request.apply_to(policy)
         self.generation = VLLMGeneration(**(defaults | dict(settings) | fixed))
         self.sync_step = -1  # optimizer step of the weights last handed to the engine
         self._trainer = trainer
