@@ -46,12 +46,13 @@ def baseline_row(engine: BenchEngine, baseline: Baseline, noise: Noise, half_squ
     bound = coarse_kl(laws.gather(-1, top), torch.tensor([r["topk_logprobs"][0] for r in some]))
     fails = not within_floor(halves.mean, half_square, noise.limits)
     dtype = baseline.manifest.get("settings", {}).get("dtype") or baseline.manifest.get("dtype")
+    sizes = delta.abs()
     return Row(
         statistic="mean Δ²/2, nats", value=halves.mean, floor=half_square, worst=halves.maximum,
         limit=max(noise.limits.least_kl, noise.limits.k * half_square), tokens=len(delta), trials=len(fitting),
         verdict=Verdict.FAIL if fails else Verdict.PASS,
-        evidence=f"{len(fitting)} of {len(baseline):,} answers, dtype {dtype}: mean |Δ| {number(float(delta.abs().mean()))}"
-        f", largest {number(float(delta.abs().max()))}; KL at least {number(float(bound.mean()))} (of the stored top "
+        evidence=f"{len(fitting)} of {len(baseline):,} answers, dtype {dtype}: mean |Δ| "
+        f"{number(float(sizes.mean()))}, largest {number(float(sizes.max()))}; KL at least {number(float(bound.mean()))} (of the stored top "
         f"{top.shape[1]} and all the rest as one, {len(some)} contexts)",
         fix="the weights and settings the baseline was made with, or a new baseline" if fails else "", **common,
     )  # fmt: skip

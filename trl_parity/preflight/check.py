@@ -19,9 +19,10 @@ import torch
 from ..engine.bench import BenchEngine, build_engine
 from ..engine.live import own_random_numbers
 from ..engine.weights import read_back
-from ..errors import ConfigError
+from ..errors import ConfigError, ParityError
 from ..variants import config_differences
 from . import invariances, lengths, sampling, trials
+from .baseline import Baseline, open_baseline
 from .cases import Case, Prompt, Vocabulary, read_jsonl
 from .engines import TITLES, variant_rows
 from .equivalence import (
@@ -119,6 +120,9 @@ class _Check:
         self._start = time.monotonic()
         self._journal = Journal(directory, settings.to_json() | {"model_files": _stamp(settings.model)})
         self._engine: BenchEngine | None = None
+        self._baseline: Baseline | None = None
+        if settings.baseline is not None:  # first: a foreign one costs no engine
+            self._baseline = open_baseline(settings.baseline, model=settings.model, tokenizer=self.tokenizer)
 
     # ---- what is built when it is needed ------------------------------------------------------------------------
 
@@ -237,11 +241,12 @@ class _Check:
         yield from self._stage("lengths", lambda: self._length_rows(drift, positional))
         yield from self._stage("own", lambda: self._own_rows(noise))
         if self.settings.baseline is not None:
-            yield from self._stage("baseline", self._baseline_rows)
+            yield from self._stage("baseline", lambda: self._baseline_rows(noise, floors))
         self._stage_of("facts", self._facts)  # while the engine is there
         if self._journal.get("engines") is None:
-            _ = self._base  # before the engine is given other weights
+            _ = self._base, self._shape  # before the engine is given other weights
         yield from self._stage("update", lambda: self._update_rows(noise))
+        yield from self._stage("small blocks", lambda: self._small_block_rows(noise))
         yield from self._stage("engines", lambda: self._engine_rows(noise))
 
     def _wants(self, id: str, group: str) -> bool:
@@ -443,6 +448,11 @@ class _Check:
         return invariances.asked(self.engine, self._ask)
 
     @cached_property
+    def _shape(self) -> dict[str, int]:
+        engine = self.engine
+        return {"eager": engine.eager, "block_size": engine.block_size, "chunk_size": engine.chunk_size}
+
+    @cached_property
     def _cached(self) -> Ask | None:
         engine, settings = self.engine, self.settings
         if not engine.caches_prefixes:
@@ -452,13 +462,10 @@ class _Check:
 
     def _own_rows(self, noise: Noise) -> Iterator[Row]:
         yield from invariances.own_rows(self.engine, self._ask, self._base, noise)
-        title = "prefix cache cold and warm"
         if not self.engine.caches_prefixes:
+            title = invariances.PREFIX_TITLE
             yield not_run("prefix_cache", "invariances", title, "the engine keeps no prefix cache", needed=False)
-        elif self._cached is None:
-            why = f"no context fills a cache block of {self.engine.block_size} tokens and leaves room to answer"
-            yield not_run("prefix_cache", "invariances", title, why, needed=False)
-        else:
+        elif self._cached is not None:
             yield invariances.prefix_row(self.engine, self._cached, noise)
 
     def _update_rows(self, noise: Noise) -> Iterator[Row]:
@@ -470,21 +477,56 @@ class _Check:
         wanted = [id for id in TITLES if self._wants(id, "invariances")]
         if not wanted:
             return
-        engine, base, ask = self.engine, self._base, self._ask
-        settings = {"eager": engine.eager, "block_size": engine.block_size, "chunk_size": engine.chunk_size}
+        base, ask, shape = self._base, self._ask, self._shape
         self._close()  # engines of one process share their process group: one at a time
 
         def build(over: Mapping[str, Any]) -> BenchEngine:
             return build_engine(self.settings.model, {**self.settings.engine_args, **over})
 
-        for done, row in enumerate(variant_rows(build, settings, ask, base, noise, self._left, wanted), 1):
+        for done, row in enumerate(variant_rows(build, shape, ask, base, noise, self._left, wanted), 1):
             self._progress("other engines", done, len(wanted))
             yield row
 
-    def _baseline_rows(self) -> Iterator[Row]:
+    def _baseline_rows(self, noise: Noise, floors: Floors) -> Iterator[Row]:
         from .against_baseline import baseline_row
 
-        yield baseline_row(self)
+        assert self._baseline is not None
+        yield baseline_row(self.engine, self._baseline, noise, floors.engine.half_square)
+
+    def _small_block_rows(self, noise: Noise) -> Iterator[Row]:
+        """Prefix rows on an engine of small cache blocks, where no context fills one of this engine's."""
+        titles = {"prefix_cache": invariances.PREFIX_TITLE, "update_prefix_cache": invariances.UPDATE_TITLES[1]}
+        block = self.engine.block_size
+        cached, caches = self._cached, self.engine.caches_prefixes
+        if cached is not None or not caches:
+            return
+        self._close()
+        why = f"no context fills a cache block of {block} tokens and leaves room to answer"
+        while (block := block // 2) >= 16:
+            try:
+                self._engine = build_engine(
+                    self.settings.model, {**self.settings.engine_args, "block_size": block, "enforce_eager": True}
+                )
+            except ParityError as e:
+                why += f"; blocks of {block}: {str(e).splitlines()[0]}"
+                continue
+            self.__dict__.pop("_cached")
+            if self._cached is None:
+                self._close()
+                continue
+            words = f"{why}; so in an engine with blocks of {block}: "
+            rows = [invariances.prefix_row(self.engine, self._cached, noise)]
+            rows += [
+                row
+                for row in invariances.update_rows(
+                    self.engine, self.reference, self._ask, self._cached, noise, self.settings.seed
+                )
+                if row.id in titles
+            ]
+            yield from (replace(row, evidence=words + row.evidence) for row in rows)
+            self._close()
+            return
+        yield from (not_run(id, "invariances", title, why, needed=False) for id, title in titles.items())
 
     # ---- facts --------------------------------------------------------------------------------------------------
 

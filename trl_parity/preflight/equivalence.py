@@ -329,7 +329,9 @@ def _config(drift: Drift, what_if: Counterfactuals, differs: Mapping[str, Sequen
 
 def _scale(drift: Drift) -> Row:
     factor, share = fitted_scale(drift.gaps.curve)
-    mean, noise = (g.prefill_kl.mean if g.prefill_kl.count else sampled_kl(g) for g in (drift.gaps, drift.floors.engine))
+    mean, noise = (
+        g.prefill_kl.mean if g.prefill_kl.count else sampled_kl(g) for g in (drift.gaps, drift.floors.engine)
+    )
     share = min(1.0, share * mean / (mean - noise)) if mean > noise else 0.0
     fails = drift.before_sampling and share >= _SCALED and abs(factor - 1.0) > _SCALE
     words = f"the engine's logits are {factor:.4f} x the reference's"

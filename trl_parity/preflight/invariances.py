@@ -24,6 +24,12 @@ __all__ = ["Ask", "Noise", "asked", "gap_row", "own_rows", "update_rows"]
 
 _GREEDY = SamplingSettings(temperature=0.0)
 _PLAIN = SamplingSettings()
+PREFIX_TITLE = "prefix cache cold and warm"
+UPDATE_TITLES = (
+    "after a weight update: the new weights",
+    "after a weight update: the prefix cache",
+    "after the old weights again",
+)
 _STEP = 0.05  # of a tensor's standard deviation: an update that can't be overlooked
 
 
@@ -180,7 +186,7 @@ def prefix_row(engine: BenchEngine, ask: Ask, noise: Noise) -> Row:
     asked(engine, ask, cold=False)
     warm = asked(engine, ask, cold=False)
     read = sum(one.cached for one in warm)
-    title = "prefix cache cold and warm"
+    title = PREFIX_TITLE
     if not read:
         why = f"requests of {len(ask.contexts[0])} tokens, sent twice, read nothing from the cache"
         return not_run("prefix_cache", "invariances", title, why, needed=False)
@@ -205,11 +211,7 @@ def update_rows(
     engine: BenchEngine, reference: Reference, ask: Ask, cached: Ask | None, noise: Noise, seed: int
 ) -> Iterator[Row]:
     """After other weights, as a sync delivers them: does the engine serve them, all of them, and nothing older."""
-    titles = {
-        "update": "after a weight update: the new weights",
-        "update_prefix_cache": "after a weight update: the prefix cache",
-        "update_back": "after the old weights again",
-    }
+    titles = dict(zip(("update", "update_prefix_cache", "update_back"), UPDATE_TITLES, strict=True))
     base = asked(engine, ask)
     if cached is not None:  # so that there is something old to read
         asked(engine, cached, cold=False)
@@ -227,7 +229,8 @@ def update_rows(
     answered = engine.forget()
     new = asked(engine, ask)
     yield _arrived(reference, values, base, new, ask, noise, titles["update"])
-    yield _forgotten(engine, cached, answered, noise, titles["update_prefix_cache"])
+    if cached is not None or not engine.caches_prefixes:
+        yield _forgotten(engine, cached, answered, noise, titles["update_prefix_cache"])
     engine.load((name, tensor.to(reference.dtype)) for name, tensor in reference.named_tensors())
     engine.forget()
     # against the reference: what the engine was built with may have been something else
@@ -284,11 +287,8 @@ def _drift(reference: Reference, answers: Sequence[Sampled], ask: Ask) -> float:
 
 
 def _forgotten(engine: BenchEngine, cached: Ask | None, answered: bool, noise: Noise, title: str) -> Row:
-    if not engine.caches_prefixes:
-        why = "the engine keeps no prefix cache"
-        return not_run("update_prefix_cache", "invariances", title, why, needed=False)
     if cached is None:
-        why = f"no context fills a cache block of {engine.block_size} tokens and leaves room to answer"
+        why = "the engine keeps no prefix cache"
         return not_run("update_prefix_cache", "invariances", title, why, needed=False)
     after = asked(engine, cached, cold=False)
     fresh = asked(engine, cached)
