@@ -52,8 +52,8 @@ def baseline_row(engine: BenchEngine, baseline: Baseline, noise: Noise, half_squ
         limit=max(noise.limits.least_kl, noise.limits.k * half_square), tokens=len(delta), trials=len(fitting),
         verdict=Verdict.FAIL if fails else Verdict.PASS,
         evidence=f"{len(fitting)} of {len(baseline):,} answers, dtype {dtype}: mean |Δ| "
-        f"{number(float(sizes.mean()))}, largest {number(float(sizes.max()))}; KL at least {number(float(bound.mean()))} (of the stored top "
-        f"{top.shape[1]} and all the rest as one, {len(some)} contexts)",
+        f"{number(float(sizes.mean()))}, largest {number(float(sizes.max()))}; KL at least "
+        f"{number(float(bound.mean()))} (the stored top {top.shape[1]} and all the rest as one, on {len(some)} contexts)",
         fix="the weights and settings the baseline was made with, or a new baseline" if fails else "", **common,
     )  # fmt: skip
 
