@@ -53,7 +53,7 @@ def baseline_row(engine: BenchEngine, baseline: Baseline, noise: Noise, half_squ
         verdict=Verdict.FAIL if fails else Verdict.PASS,
         evidence=f"{len(fitting)} of {len(baseline):,} answers, dtype {dtype}: mean |Δ| "
         f"{number(float(sizes.mean()))}, largest {number(float(sizes.max()))}; KL at least "
-        f"{number(float(bound.mean()))} (the stored top {top.shape[1]} and all the rest as one, on {len(some)} contexts)",
+        f"{number(float(bound.mean()))} (the stored top {top.shape[1]} and the rest as one, on {len(some)} contexts)",
         fix="the weights and settings the baseline was made with, or a new baseline" if fails else "", **common,
     )  # fmt: skip
 
