@@ -49,7 +49,7 @@ def run(model, skip=(*OTHER_ENGINES, "sampling"), trials=8, directory=None, prog
     return result, failed, {row.id: row for row in result.rows}
 
 
-# ---- nothing wrong --------------------------------------------------------------------------------------------------
+# ---- nothing wrong ------------------------------------------------------------------------------------------------
 
 
 def test_fp32_against_fp32_is_fit_and_every_row_ran(tiny, tmp_path, capsys):
@@ -92,7 +92,7 @@ def test_bf16_on_both_sides_is_within_its_own_noise(tiny):
     assert rows["kl_mean"].floor > 1e-8
 
 
-# ---- each fault in its row ------------------------------------------------------------------------------------------
+# ---- each fault in its row ----------------------------------------------------------------------------------------
 
 
 def test_a_bf16_engine_beside_an_fp32_trainer_fails_by_its_dtype_alone(tiny):
@@ -189,7 +189,7 @@ def test_weights_that_a_sync_does_not_deliver_fail_after_an_update(tiny, broken)
     assert failed == {"update"}
 
 
-# ---- a killed one, a case, and what is refused ------------------------------------------------------------------------
+# ---- a killed one, a case, and what is refused --------------------------------------------------------------------
 
 
 class Killed(BaseException):

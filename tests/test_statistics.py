@@ -10,7 +10,16 @@ from trl_parity.preflight.equivalence import Counterfactuals, Drift, Floors, lim
 from trl_parity.preflight.journal import Journal
 from trl_parity.preflight.rows import Limits, Outcome, Row, Verdict, outcome, within_floor
 from trl_parity.preflight.statistics import (
-    SCALES, Sums, at_temperature, coarse_kl, exact_kl, fitted_scale, pit, scale_curve, surprisal, total_variation,
+    SCALES,
+    Sums,
+    at_temperature,
+    coarse_kl,
+    exact_kl,
+    fitted_scale,
+    pit,
+    scale_curve,
+    surprisal,
+    total_variation,
     wilson,
 )  # fmt: skip
 from trl_parity.preflight.trials import Gaps, bucket, bucket_name

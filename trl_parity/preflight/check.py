@@ -19,7 +19,8 @@ import torch
 from ..engine.bench import BenchEngine, build_engine
 from ..engine.live import own_random_numbers
 from ..engine.weights import read_back
-from ..errors import ConfigError, ParityError
+from ..errors import ConfigError, InterceptionError, ParityError
+from ..rules import nearest
 from ..variants import config_differences
 from . import invariances, lengths, sampling, trials
 from .baseline import Baseline, open_baseline
@@ -45,7 +46,21 @@ from .trials import Batch, Gaps, Trial
 __all__ = ["CheckSettings", "Result", "run_check"]
 
 _PROBES = 4  # trials that are answered again, to try what explains the drift
-_MEASURES = ("limits", "mechanisms", "lengths", "invariances", "baseline")
+# the rows each stage makes, and their group; those of lengths depend on the model
+STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "drift": ("mechanisms", ()),
+    "sampling": ("mechanisms", ("logprob_meaning", "sampling")),
+    "lengths": ("lengths", ()),
+    "own": ("invariances", ("batch", "order", "seed", "prefill_decode")),
+    "baseline": ("baseline", ("baseline",)),
+    "update": ("invariances", ("update", "update_back")),
+    "small blocks": ("invariances", ("prefix_cache", "update_prefix_cache")),
+    "engines": ("invariances", tuple(TITLES)),
+}
+ROWS = (
+    "limits", "kl_mean", "kl_max", "pass_rate", "logprobs", "mechanisms", "dtype", "kv_cache", "weights", "config",
+    "scale", "positions", "model", "lengths", "invariances", *(id for _, ids in STAGES.values() for id in ids),
+)  # fmt: skip
 _FP8 = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
 
 
@@ -81,6 +96,10 @@ class CheckSettings:
             )
         if self.trainer_dtype not in ("float32", "bfloat16", "float16"):
             raise ConfigError(f"trainer dtype is {self.trainer_dtype!r}. Expected float32, bfloat16 or float16.")
+
+        for name in self.skip:
+            if name not in ROWS and not name.startswith("length_"):
+                raise ConfigError(f"no row or group of rows is called {name!r}{nearest(name, ROWS)}.")
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -217,6 +236,10 @@ class _Check:
                 found = self._trials()
                 rows = list(self._rows(found))
                 facts = self._stage_of("facts", self._facts)
+        except (RuntimeError, AssertionError) as e:
+            if isinstance(e, ParityError):
+                raise
+            raise InterceptionError(f"the engine or the reference broke: {type(e).__name__}: {e}") from e
         finally:
             self._close()
         self._journal.put("end")
@@ -233,6 +256,10 @@ class _Check:
         drift = Drift(gaps, floors, self.settings.limits)
         about = self._stage("drift", lambda: self._drift_rows(drift))
         yield from self._reproducible(about, found)
+        asked_for = self._stage_of("count", lambda: len(self.batches))["value"]
+        if len(found) < asked_for:
+            why = f"{len(found)} of {asked_for} trials were run; no time left (--budget)"
+            yield not_run("trials", "limits", "all trials", why, needed=True)
         noise = Noise(sampled_kl(floors.engine), floors.engine_dtype, self.settings.limits)
         positional = any(r.id == "positions" and r.verdict is Verdict.FAIL for r in about)
         yield from self._stage("sampling", lambda: self._sampling_rows(noise))
@@ -242,11 +269,12 @@ class _Check:
         yield from self._stage("own", lambda: self._own_rows(noise))
         if self.settings.baseline is not None:
             yield from self._stage("baseline", lambda: self._baseline_rows(noise, floors))
-        self._stage_of("facts", self._facts)  # while the engine is there
+        facts = self._stage_of("facts", self._facts)  # while the engine is there
         if self._journal.get("engines") is None:
             _ = self._base, self._shape  # before the engine is given other weights
         yield from self._stage("update", lambda: self._update_rows(noise))
-        yield from self._stage("small blocks", lambda: self._small_block_rows(noise))
+        if facts["value"]["no_block_fits"]:
+            yield from self._stage("small blocks", lambda: self._small_block_rows(noise))
         yield from self._stage("engines", lambda: self._engine_rows(noise))
 
     def _wants(self, id: str, group: str) -> bool:
@@ -256,11 +284,33 @@ class _Check:
         return self.settings.budget - (time.monotonic() - self._start)
 
     def _stage(self, name: str, make: Callable[[], Iterable[Row]]) -> list[Row]:
-        """Rows of a stage: those of an earlier run of the check, or made now and kept."""
+        """Rows of a stage: those of an earlier run of the check, or made now and kept.
+
+        What breaks, is left out, or has no time left is not run, and never a pass.
+        """
         if (known := self._journal.get(name)) is not None:
             return [Row.from_json(row) for row in known["rows"]]
-        self._progress(name, 0, 0)
-        rows = [row for row in make() if self._wants(row.id, row.group)]
+        group, ids = STAGES[name]
+        rows: list[Row] = []
+        why, needed = "", True
+        if name != "drift" and not any(self._wants(id, group) for id in ids or (group,)):
+            why, needed = "left out (--skip)", False
+        elif self._left() <= 0 and name != "drift":
+            why = "no time left (--budget)"
+        else:
+            self._progress(name, 0, 0)
+            try:
+                for row in make():
+                    out = replace(row, verdict=Verdict.NOT_RUN, value=None, fix="", needed=False)
+                    told = self._wants(row.id, row.group)
+                    rows.append(row if told else replace(out, evidence="left out (--skip)"))
+            except ParityError:
+                raise
+            except Exception as e:
+                why = f"{type(e).__name__}: {str(e)[:300]}"
+        if why:
+            done = {row.id for row in rows}
+            rows += [not_run(id, group, id, why, needed=needed) for id in ids or (name,) if id not in done]
         self._journal.put(name, rows=[row.to_json() for row in rows])
         return rows
 
@@ -271,10 +321,12 @@ class _Check:
 
     def _trials(self) -> list[Trial]:
         count = self._stage_of("count", lambda: len(self.batches))["value"]
-        found = []
+        found: list[Trial] = []
         for index in range(count):
             known = self._journal.get(f"trial {index}")
             if known is None:
+                if found and self._left() <= 0:
+                    break
                 batch = self.batch(self.batches[index], index)
                 if index == 0:  # what is compiled or set up on first use is no part of the speed
                     trials.run_trial(index, batch, self.engine, self.reference, self.settings.limits)
@@ -347,9 +399,14 @@ class _Check:
         engine = self.engine
         if engine.tensor_parallel > 1 or engine.settings()["quantization"] is not None:
             return None, "the engine's weights are quantized or spread over ranks: they can't be read back"
-        named = [(name, t.to(self.reference.dtype)) for name, t in self.reference.named_tensors()]
+        named = {name: t.to(self.reference.dtype) for name, t in self.reference.named_tensors()}
         try:
-            return read_back(engine.model.load_weights, engine.model, named), ""
+            held = read_back(engine.model.load_weights, engine.model, named.items())
+            # an engine of more digits than the trainer has: alike once rounded, and delivered so by the first sync
+            return [
+                replace(t, differing=0) if t.values is not None and torch.equal(t.values, named[t.name]) else t
+                for t in held
+            ], ""
         except Exception as e:
             return None, f"the engine's load_weights does not take the trainer's tensors: {type(e).__name__}: {e}"
 
@@ -497,9 +554,6 @@ class _Check:
         """Prefix rows on an engine of small cache blocks, where no context fills one of this engine's."""
         titles = {"prefix_cache": invariances.PREFIX_TITLE, "update_prefix_cache": invariances.UPDATE_TITLES[1]}
         block = self.engine.block_size
-        cached, caches = self._cached, self.engine.caches_prefixes
-        if cached is not None or not caches:
-            return
         self._close()
         why = f"no context fills a cache block of {block} tokens and leaves room to answer"
         while (block := block // 2) >= 16:
@@ -547,6 +601,7 @@ class _Check:
                 "python": platform.python_version(),
             },
             "threads": torch.get_num_threads(),
+            "no_block_fits": self.engine.caches_prefixes and self._cached is None,
             "speed": self._speed(),
         }
 

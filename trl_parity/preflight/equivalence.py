@@ -348,8 +348,8 @@ def _scale(drift: Drift) -> Row:
 def _positions(drift: Drift) -> Row:
     """Of mean Δ² / 2 by context length: whether drift spares the tokens that see one token only."""
     floor = drift.floors.engine.positions
-    found = {key: sums.squares / (2 * sums.count) for key, sums in sorted(drift.gaps.positions.items()) if sums.count}
-    noise = {key: sums.squares / (2 * sums.count) for key, sums in floor.items() if sums.count}
+    found = {key: sums.half_square for key, sums in sorted(drift.gaps.positions.items()) if sums.count + sums.bad}
+    noise = {key: sums.half_square for key, sums in floor.items() if sums.count}
     table = {bucket_name(k): [v, noise.get(k)] for k, v in found.items()}
     row: dict[str, Any] = {"id": "positions", "title": "drift by position (RoPE, windows, attention)",
                            "details": {"by_context_length": table}, **_common(drift)}  # fmt: skip

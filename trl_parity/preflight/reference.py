@@ -32,6 +32,7 @@ class Scored:
     """One sequence of L tokens."""
 
     logprobs: torch.Tensor  # (L - 1,) fp64, of each token but the first, T = 1
+    tempered: torch.Tensor  # (L - 1,) the same at the temperature asked for; nan where the law is there instead
     laws: torch.Tensor | None  # (n, V) fp32 log-probs after each position that was asked for, T = 1
 
 
@@ -118,9 +119,13 @@ class Reference:
         sequences: Sequence[Sequence[int]],
         positions: Sequence[torch.Tensor | None] | None = None,
         *,
+        temperature: float = 1.0,
         batch_tokens: int = _PASS_TOKENS,
     ) -> list[Scored]:
-        """Log-probs of the tokens, and laws after ``positions`` (indices into the sequence, its last one allowed)."""
+        """Log-probs of the tokens, and laws after ``positions`` (indices into the sequence, its last one allowed).
+
+        ``temperature``: of ``Scored.tempered`` alone.
+        """
         wanted: Sequence[torch.Tensor | None] = positions if positions is not None else [None] * len(sequences)
         out: list[Scored | None] = [None] * len(sequences)
         with own_random_numbers(), ExitStack() as stack:
@@ -132,7 +137,7 @@ class Reference:
                 states = self._states(ids, mask)
                 for row, i in enumerate(batch):
                     length = len(sequences[i])
-                    out[i] = self._score(states[row, :length], ids[row, :length], wanted[i], head)
+                    out[i] = self._score(states[row, :length], ids[row, :length], wanted[i], head, temperature)
                     self.tokens += length
         return [scored for scored in out if scored is not None]
 
@@ -154,27 +159,38 @@ class Reference:
         return seen[0]
 
     def _score(
-        self, states: torch.Tensor, ids: torch.Tensor, positions: torch.Tensor | None, head: Head | None
+        self,
+        states: torch.Tensor,
+        ids: torch.Tensor,
+        positions: torch.Tensor | None,
+        head: Head | None,
+        temperature: float,
     ) -> Scored:
         laws = None
         if positions is not None:
-            laws = self._laws(states[positions.to(self.device)], head)
-            if len(positions) >= len(ids) - 1 and bool(
-                (positions[: len(ids) - 1] == torch.arange(len(ids) - 1)).all()
-            ):
-                taken = laws.gather(-1, ids[1:, None])[:, 0]  # every law is there already
-                return Scored(taken.double().cpu(), laws.cpu())
-        if head is None:
-            taken = torch.cat(
-                [
-                    part.float().log_softmax(-1).gather(-1, target[:, None])[:, 0]
-                    for part, target in zip(states[:-1].split(256), ids[1:].split(256), strict=True)
-                ]
-                or [states.new_zeros(0)]
-            )
+            laws = self._laws(states[positions.to(self.device)], head).cpu()
+            if torch.equal(positions, torch.arange(len(ids) - 1)):  # every law is there already
+                taken = laws.double().gather(-1, ids[1:, None].cpu())[:, 0]
+                return Scored(taken, torch.full_like(taken, torch.nan), laws)
+        taken = self._taken(states, ids, head, 1.0)
+        if temperature == 1.0:
+            tempered = taken
+        elif laws is not None:
+            tempered = torch.full_like(taken, torch.nan)
         else:
-            taken = score_tokens(states[:-1], ids[1:], head, chunk_bytes=_CHUNK_BYTES).logprobs
-        return Scored(taken.double().cpu(), None if laws is None else laws.cpu())
+            tempered = self._taken(states, ids, head, temperature)
+        return Scored(taken, tempered, laws)
+
+    @staticmethod
+    def _taken(states: torch.Tensor, ids: torch.Tensor, head: Head | None, temperature: float) -> torch.Tensor:
+        if head is not None:
+            head = replace(head, temperature=temperature)
+            return score_tokens(states[:-1], ids[1:], head, chunk_bytes=_CHUNK_BYTES).logprobs.double().cpu()
+        parts = [
+            (part.float() / temperature).log_softmax(-1).gather(-1, target[:, None])[:, 0]
+            for part, target in zip(states[:-1].split(256), ids[1:].split(256), strict=True)
+        ]
+        return torch.cat(parts or [states.new_zeros(0)]).double().cpu()
 
     @staticmethod
     def _laws(states: torch.Tensor, head: Head | None) -> torch.Tensor:

@@ -174,6 +174,13 @@ class Sums:
         return self.total / self.count if self.count else math.nan
 
     @property
+    def half_square(self) -> float:
+        """Half the mean square; inf where some value was not finite, nan of nothing."""
+        if self.bad:
+            return math.inf
+        return self.squares / (2 * self.count) if self.count else math.nan
+
+    @property
     def maximum(self) -> float:
         """inf where some value was not finite."""
         return math.inf if self.bad else self.largest

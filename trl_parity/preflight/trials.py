@@ -17,7 +17,7 @@ from ..engine.bench import BenchEngine, Sampled
 from ..records import SamplingSettings
 from .reference import Reference
 from .rows import Limits
-from .statistics import SCALES, Sums, at_temperature, exact_kl, scale_curve
+from .statistics import SCALES, Sums, added, at_temperature, exact_kl, scale_curve
 
 __all__ = ["Batch", "Gaps", "Trial", "bucket", "compare", "run_trial"]
 
@@ -80,10 +80,7 @@ class Gaps:
     @property
     def half_square(self) -> float:
         """Half the mean squared log-prob difference by prefill: the KL to second order, on the tokens at hand."""
-        count = sum(s.count for s in self.positions.values())
-        if any(s.bad for s in self.positions.values()):
-            return math.inf
-        return sum(s.squares for s in self.positions.values()) / (2 * count) if count else math.nan
+        return added(self.positions.values()).half_square
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers."""
@@ -206,11 +203,9 @@ def against_itself(answered: Answered, one: list[Any], plain: list[Any], limits:
         if noisy.laws is not None and positions is not None:
             decode = at_temperature(noisy.laws[-(len(ids) - len(prompt)) :], answered.batch.temperature)
         prefill = noisy.laws if answered.prefill_laws is not None else None
-        sampled = noisy.logprobs[start:]
+        sampled = noisy.tempered[start:]
         if decode is not None:
             sampled = decode.gather(-1, torch.tensor(ids[len(prompt) :])[:, None])[:, 0]
-        elif answered.batch.temperature != 1.0:
-            sampled = torch.full_like(sampled, math.nan)
         side.append(_Side(sampled, decode, noisy.logprobs, prefill))
     return _gaps(answered, side, plain, limits)
 
@@ -222,12 +217,12 @@ def score(answered: Answered, reference: Reference, batch_tokens: int | None = N
 
 def _score(answered: Answered, reference: Reference, batch_tokens: int | None) -> list[Any]:
     more = {} if batch_tokens is None else {"batch_tokens": batch_tokens}
-    return reference.score(answered.sequences, answered.positions(), **more)
+    return reference.score(answered.sequences, answered.positions(), temperature=answered.batch.temperature, **more)
 
 
 @dataclass(slots=True)
 class _Side:
-    sampled: torch.Tensor  # (K,) at the trial's temperature; nan where not known
+    sampled: torch.Tensor  # (K,) at the trial's temperature
     laws: torch.Tensor | None  # (K, V)
     prefill: torch.Tensor  # (L - 1,)
     prefill_laws: torch.Tensor | None
@@ -253,8 +248,8 @@ def _gaps(answered: Answered, side: Sequence[_Side], scored: Sequence[Any], limi
             law = at_temperature(theirs.laws[-len(tokens) :], temperature)
             kl.append(exact_kl(mine.laws, law))
             delta.append((law.gather(-1, tokens[:, None])[:, 0] - mine.sampled).abs())
-        elif temperature == 1.0:
-            d = theirs.logprobs[len(prompt) - 1 :] - mine.sampled
+        else:
+            d = theirs.tempered[len(prompt) - 1 :] - mine.sampled
             k3.append(torch.expm1(d) - d)
             delta.append(d.abs())
         gap = (theirs.logprobs - mine.prefill).abs()
