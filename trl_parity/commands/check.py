@@ -10,7 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
         limits=Limits(mean_kl=options.max_mean_kl, max_kl=options.max_trial_kl, pass_rate=options.min_pass_rate),
     )  # fmt: skip
     console = Console(stderr=True)
-    with _progress(console) as progress:
+    with _progress(console) as progress, redirect_stdout(sys.stderr):  # stdout is the report's alone
         result = run_check(settings, directory, progress)
     result = with_commands(result, _again(options))
     if directory is not None:
@@ -121,6 +121,7 @@ def run(options: argparse.Namespace) -> int:
 def _hush() -> None:
     """Before anything heavy is imported: of libraries, errors only."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.getLogger("trl_parity").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")

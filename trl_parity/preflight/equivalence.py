@@ -338,7 +338,7 @@ def _scale(drift: Drift) -> Row:
     if drift.excessive:
         words += f", which explains {max(0.0, share):.0%} of the exact KL"
     return Row(
-        id="scale", title="scale of the logits (head, temperature)", statistic="factor", value=factor, limit=1.0,
+        id="scale", title="scale of the logits (head, temperature)", statistic="factor", value=factor,
         verdict=Verdict.FAIL if fails else Verdict.PASS, evidence=words,
         fix="the same logit scale, soft cap, head weights and temperature on both sides" if fails else "",
         **_common(drift),

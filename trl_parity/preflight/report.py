@@ -74,7 +74,7 @@ def limit(row: Row) -> str:
     """What is asked of the value."""
     if row.limit is None:
         return "-"
-    return ("> " if row.at_least else "< ") + number(row.limit)
+    return ("≥ " if row.at_least else "≤ ") + number(row.limit)
 
 
 def print_table(result: Result, console: Any) -> None:
@@ -82,27 +82,19 @@ def print_table(result: Result, console: Any) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False)
-    for name, justify in (
-        ("", "left"),
-        ("verdict", "left"),
-        ("measured", "right"),
-        ("limit", "right"),
-        ("noise", "right"),
-    ):
-        table.add_column(name, justify=justify, no_wrap=name != "")  # type: ignore[arg-type]
+    wide = console.width >= 110
     for title, rows in grouped(result.rows):
-        table.add_section()
-        table.add_row(f"[bold]{escape(title)}[/]")
+        table = Table(box=None, pad_edge=False, title=f"[bold]{escape(title)}[/]", title_justify="left")
+        for name, width in (("", 20), ("verdict", 12), ("measured", 12), ("limit", 10), ("noise", 10)):
+            justify: Any = "left" if name in ("", "verdict") else "right"
+            table.add_column(name, justify=justify, no_wrap=True, min_width=width)
+        if wide:
+            table.add_column("", style="dim")
         for row in rows:
-            table.add_row(
-                f"  {escape(row.title)}",
-                f"[{_STYLES[row.verdict]}]{row.verdict}[/]",
-                escape(measured(row)),
-                limit(row),
-                number(row.floor),
-            )
-    console.print(table)
+            verdict = f"[{_STYLES[row.verdict]}]{row.verdict}[/]"
+            cells = [row.id, verdict, number(row.value), limit(row), number(row.floor)]
+            table.add_row(*cells, *([escape(row.title)] if wide else []))
+        console.print(table)
     told = [r for r in result.rows if r.verdict not in (Verdict.PASS, Verdict.NOT_RUN)]
     told += [r for r in result.rows if r.verdict is Verdict.NOT_RUN]
     for row in told:
