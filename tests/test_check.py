@@ -209,6 +209,7 @@ def test_a_killed_check_goes_on_where_it_was_and_ends_with_the_same_numbers(tiny
     resumed, _, _ = run(tiny, directory=tmp_path, **few)
     lines = (tmp_path / "trials.jsonl").read_text().splitlines()
     assert lines[: len(first)] == first
+    assert resumed.resumed == len(first) - 1
     assert len(resumed.trials) == 8
     whole, _, _ = run(tiny, **few)
     assert [t.gaps.kl.count for t in resumed.trials] == [t.gaps.kl.count for t in whole.trials]
@@ -223,6 +224,14 @@ def test_a_case_is_run_alone(tiny, capsys):
     assert [t["sequences"] for t in told["trials"]] == [2]
     assert {"lengths", "invariances"}.isdisjoint(row["group"] for row in told["rows"])
     assert (code, told["outcome"]) == (2, "could not tell")  # 32 tokens are too few for a pass rate
+
+
+def test_a_users_own_prompts_are_what_is_asked(tiny, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{i}+{i}="}) + "\n" for i in range(10)))
+    result, failed, _ = run(tiny, prompts=str(path), skip=(*OTHER_ENGINES, "lengths", "sampling", "invariances"))
+    assert [t.sequences for t in result.trials] == [6, 4]
+    assert not failed
 
 
 def test_settings_that_can_not_be_used_say_so(tiny, tmp_path, capsys):

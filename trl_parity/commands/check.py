@@ -106,6 +106,8 @@ def run(options: argparse.Namespace) -> int:
     console = Console(stderr=True)
     with _progress(console) as progress, redirect_stdout(sys.stderr):  # stdout is the report's alone
         result = run_check(settings, directory, progress)
+    if result.resumed:
+        print(f"went on with {result.resumed} findings of an earlier run in {directory}", file=sys.stderr)
     result = with_commands(result, _again(options))
     if directory is not None:
         write(result, directory)

@@ -114,6 +114,7 @@ class Result:
     settings: CheckSettings
     facts: Mapping[str, Any]  # the engine's own settings, versions, speed
     trials: tuple[Trial, ...]
+    resumed: int = 0  # findings of an earlier run that was killed
 
     @property
     def outcome(self) -> Outcome:
@@ -203,7 +204,8 @@ class _Check:
         if settings.case is not None:
             found = [Case.from_text(settings.case).batch]
         elif settings.prompts is not None:
-            found = list(_grouped(read_jsonl(settings.prompts, self.tokenizer, self.room), settings))
+            room = self.engine.max_model_len - settings.max_tokens - 1
+            found = list(_grouped(read_jsonl(settings.prompts, self.tokenizer, room), settings))
             if not found:
                 raise ConfigError(f"{settings.prompts} holds no prompt. Expected a JSONL file of them.")
         else:
@@ -243,7 +245,10 @@ class _Check:
         finally:
             self._close()
         self._journal.put("end")
-        return Result(rows=tuple(rows), settings=self.settings, facts=facts["value"], trials=tuple(found))
+        return Result(
+            rows=tuple(rows), settings=self.settings, facts=facts["value"], trials=tuple(found),
+            resumed=self._journal.resumed,
+        )  # fmt: skip
 
     def _close(self) -> None:
         if self._engine is not None:
