@@ -8,7 +8,7 @@ import torch
 from support import save_tiny_gemma, save_tiny_model
 
 from trl_parity.cli import main
-from trl_parity.preflight import check
+from trl_parity.preflight import subject
 from trl_parity.preflight.check import CheckSettings, run_check
 from trl_parity.preflight.report import headline
 from trl_parity.preflight.rows import Outcome, Verdict
@@ -29,7 +29,7 @@ def tiny(tmp_path_factory):
 @pytest.fixture
 def broken(monkeypatch):
     """Engines built from now on are broken by a function."""
-    real = check.build_engine
+    real = subject.build_engine
 
     def install(fault):
         def build(model, args):
@@ -37,7 +37,7 @@ def broken(monkeypatch):
             fault(engine)
             return engine
 
-        monkeypatch.setattr(check, "build_engine", build)
+        monkeypatch.setattr(subject, "build_engine", build)
 
     return install
 
