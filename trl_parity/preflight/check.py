@@ -50,7 +50,9 @@ class _Check:
         self._journal = Journal(directory, settings.to_json() | {"model_files": stamp(settings.model)})
         self.subject = Subject(settings, progress)
         self._baseline: Baseline | None = None
-        if settings.baseline is not None:  # first: a foreign one costs no engine
+        if settings.case is not None:
+            Case.from_text(settings.case)  # what can't be used is said before an engine is built
+        if settings.baseline is not None:
             self._baseline = open_baseline(settings.baseline, model=settings.model, tokenizer=self.subject.tokenizer)
 
     # ---- the run ------------------------------------------------------------------------------------------------
