@@ -24,6 +24,7 @@ from ..variants import rebuilt, rounded_cache, swapped
 __all__ = ["Reference", "Scored"]
 
 _PASS_TOKENS = 4096  # of a batch, padding included
+_FREE = 512  # tokens a pass takes with any padding: one more pass costs more
 _CHUNK_BYTES = 64 << 20
 
 
@@ -62,7 +63,6 @@ class Reference:
         self.config = self.model.config
         self.text_config = self.config.get_text_config()
         self._logits_dtype: torch.dtype | None = None
-        self.tokens = 0  # scored so far, padding left out
         self._own_head = self._needs_own_head()
 
     @property
@@ -135,10 +135,9 @@ class Reference:
             for batch in _alike(sequences, batch_tokens):
                 ids, mask = _padded([sequences[i] for i in batch], self.device)
                 states = self._states(ids, mask)
-                for row, i in enumerate(batch):
-                    length = len(sequences[i])
-                    out[i] = self._score(states[row, :length], ids[row, :length], wanted[i], head, temperature)
-                    self.tokens += length
+                scored = self._score(states, ids, mask, [wanted[i] for i in batch], head, temperature)
+                for i, one in zip(batch, scored, strict=True):
+                    out[i] = one
         return [scored for scored in out if scored is not None]
 
     def _states(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -162,35 +161,58 @@ class Reference:
         self,
         states: torch.Tensor,
         ids: torch.Tensor,
-        positions: torch.Tensor | None,
+        mask: torch.Tensor,
+        wanted: Sequence[torch.Tensor | None],
         head: Head | None,
         temperature: float,
-    ) -> Scored:
-        laws = None
-        if positions is not None:
-            laws = self._laws(states[positions.to(self.device)], head).cpu()
-            if torch.equal(positions, torch.arange(len(ids) - 1)):  # every law is there already
-                taken = laws.double().gather(-1, ids[1:, None].cpu())[:, 0]
-                return Scored(taken, torch.full_like(taken, torch.nan), laws)
-        taken = self._taken(states, ids, head, 1.0)
-        if temperature == 1.0:
-            tempered = taken
-        elif laws is not None:
-            tempered = torch.full_like(taken, torch.nan)
-        else:
-            tempered = self._taken(states, ids, head, temperature)
-        return Scored(taken, tempered, laws)
+    ) -> list[Scored]:
+        """One pass, each kind of number in one product with the head for all its sequences."""
+        lengths = mask.sum(-1).tolist()
+        asked = [torch.zeros(0, dtype=torch.long) if at is None else at for at in wanted]
+        rows = torch.repeat_interleave(torch.arange(len(asked)), torch.tensor([len(at) for at in asked]))
+        laws = self._laws(states[rows.to(self.device), torch.cat(asked).to(self.device)], head).cpu()
+        each = laws.split([len(at) for at in asked])
+        # where every law is asked for, the tokens' log-probs are among them
+        there = [torch.equal(at, torch.arange(n - 1)) for at, n in zip(asked, lengths, strict=True)]
+        rest = [i for i, known in enumerate(there) if not known]
+        plain = self._taken(states, ids, lengths, rest, head, 1.0)
+        cold = [i for i in rest if wanted[i] is None] if temperature != 1.0 else []
+        tempered = self._taken(states, ids, lengths, cold, head, temperature)
+        out = []
+        for i, length in enumerate(lengths):
+            if there[i]:
+                taken = each[i].double().gather(-1, ids[i, 1:length, None].cpu())[:, 0]
+            else:
+                taken = plain[i]
+            at_temperature = tempered[i] if i in tempered else taken if temperature == 1.0 else taken * torch.nan
+            out.append(Scored(taken, at_temperature, None if wanted[i] is None else each[i]))
+        return out
 
     @staticmethod
-    def _taken(states: torch.Tensor, ids: torch.Tensor, head: Head | None, temperature: float) -> torch.Tensor:
+    def _taken(
+        states: torch.Tensor,
+        ids: torch.Tensor,
+        lengths: Sequence[int],
+        rows: Sequence[int],
+        head: Head | None,
+        temperature: float,
+    ) -> dict[int, torch.Tensor]:
+        """Log-probs of the tokens of these rows, by row."""
+        if not rows:
+            return {}
+        sizes = [lengths[i] - 1 for i in rows]
+        before = torch.cat([states[i, : lengths[i] - 1] for i in rows])
+        targets = torch.cat([ids[i, 1 : lengths[i]] for i in rows])
         if head is not None:
             head = replace(head, temperature=temperature)
-            return score_tokens(states[:-1], ids[1:], head, chunk_bytes=_CHUNK_BYTES).logprobs.double().cpu()
-        parts = [
-            (part.float() / temperature).log_softmax(-1).gather(-1, target[:, None])[:, 0]
-            for part, target in zip(states[:-1].split(256), ids[1:].split(256), strict=True)
-        ]
-        return torch.cat(parts or [states.new_zeros(0)]).double().cpu()
+            taken = score_tokens(before, targets, head, chunk_bytes=_CHUNK_BYTES).logprobs
+        else:
+            parts = [
+                (part.float() / temperature).log_softmax(-1).gather(-1, target[:, None])[:, 0]
+                for part, target in zip(before.split(256), targets.split(256), strict=True)
+            ]
+            taken = torch.cat(parts)
+        return dict(zip(rows, taken.double().cpu().split(sizes), strict=True))
 
     @staticmethod
     def _laws(states: torch.Tensor, head: Head | None) -> torch.Tensor:
@@ -220,7 +242,7 @@ def _alike(sequences: Sequence[Sequence[int]], most: int) -> Iterator[list[int]]
     for i in sorted(range(len(sequences)), key=lambda i: -len(sequences[i])):
         if batch:
             area = (len(batch) + 1) * len(sequences[batch[0]])
-            if area > most or real + len(sequences[i]) < 0.75 * area:
+            if area > most or (area > _FREE and real + len(sequences[i]) < 0.75 * area):
                 yield batch
                 batch, real = [], 0
         batch.append(i)

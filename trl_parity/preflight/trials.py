@@ -21,6 +21,7 @@ from .statistics import SCALES, Sums, added, at_temperature, exact_kl, scale_cur
 
 __all__ = ["Batch", "Gaps", "Trial", "bucket", "compare", "run_trial"]
 
+_PREFILLED = 4  # of as many trials one asks for whole laws by prefill too, of a small vocabulary
 LAW_ENTRIES = 1_000_000  # numbers a trial asks the engine for as whole laws: Python lists, a third of a second
 
 
@@ -164,7 +165,8 @@ class Answered:
 def answer(engine: BenchEngine, batch: Batch, turn: int = 0) -> Answered:
     """Have the engine sample after each prompt, as a run's requests do, and score the whole again by prefill.
 
-    Whole laws are asked for as far as ``LAW_ENTRIES`` go, beginning with request ``turn`` modulo their number.
+    Whole laws are asked for as far as ``LAW_ENTRIES`` go, beginning with request ``turn`` modulo their number; by
+    prefill too where ``turn`` is a multiple of four.
     """
     count, vocab = len(batch.prompts), engine.vocab_size
     few = max(1, LAW_ENTRIES // (vocab * batch.max_tokens))
@@ -175,7 +177,7 @@ def answer(engine: BenchEngine, batch: Batch, turn: int = 0) -> Answered:
     )
     sequences = [[*p, *one.token_ids] for p, one in zip(batch.prompts, sampled, strict=True)]
     laws = None
-    if sum(map(len, sequences)) * vocab <= LAW_ENTRIES:
+    if turn % _PREFILLED == 0 and sum(map(len, sequences)) * vocab <= LAW_ENTRIES:
         laws = engine.prefill_laws(sequences)
         taken = [
             law.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].double()
@@ -238,52 +240,47 @@ def _engine_side(answered: Answered) -> list[_Side]:
 
 def _gaps(answered: Answered, side: Sequence[_Side], scored: Sequence[Any], limits: Limits) -> Gaps:
     temperature = answered.batch.temperature
-    kl, k3, delta = [], [], []
-    gaps = Gaps(trials=1)
-    positions: dict[int, list[torch.Tensor]] = {}
-    prefill_kl = []
+    p, q, reported, tokens, d, gap, at, prefill_p, prefill_q = ([] for _ in range(9))
     for prompt, ids, mine, theirs in zip(answered.batch.prompts, answered.sequences, side, scored, strict=True):
-        tokens = torch.tensor(ids[len(prompt) :])
+        sampled = torch.tensor(ids[len(prompt) :])
         if mine.laws is not None and theirs.laws is not None:
-            law = at_temperature(theirs.laws[-len(tokens) :], temperature)
-            kl.append(exact_kl(mine.laws, law))
-            delta.append((law.gather(-1, tokens[:, None])[:, 0] - mine.sampled).abs())
+            p.append(mine.laws)
+            q.append(theirs.laws[-len(sampled) :])
+            reported.append(mine.sampled)
+            tokens.append(sampled)
         else:
-            d = theirs.tempered[len(prompt) - 1 :] - mine.sampled
-            k3.append(torch.expm1(d) - d)
-            delta.append(d.abs())
-        gap = (theirs.logprobs - mine.prefill).abs()
-        for key in {bucket(n) for n in range(1, len(ids))}:
-            low, high = _span(key)
-            positions.setdefault(key, []).append(gap[low - 1 : high])
+            d.append(theirs.tempered[len(prompt) - 1 :] - mine.sampled)
+        gap.append((theirs.logprobs - mine.prefill).abs())
+        at.append(torch.arange(1, len(ids)))
         if mine.prefill_laws is not None:
-            laws = theirs.laws
-            prefill_kl.append(exact_kl(mine.prefill_laws, laws))
-            gaps.curve = _plus(gaps.curve, scale_curve(mine.prefill_laws, laws))
-        elif mine.laws is not None and theirs.laws is not None and temperature == 1.0:
-            gaps.curve = _plus(gaps.curve, scale_curve(mine.laws, theirs.laws[-len(tokens) :]))
-    gaps.kl, gaps.k3, gaps.delta, gaps.prefill_kl = (Sums.of(_cat(x)) for x in (kl, k3, delta, prefill_kl))
-    gaps.positions = {key: Sums.of(torch.cat(parts)) for key, parts in positions.items()}
-    values = _cat(kl)
-    gaps.over = int((~(values <= limits.max_kl)).sum())
-    gaps.over_squares, gaps.over_cross = float(gaps.over**2), float(gaps.over * len(values))
-    gaps.sizes = float(len(values) ** 2)
+            prefill_p.append(mine.prefill_laws)
+            prefill_q.append(theirs.laws)
+    gaps = Gaps(trials=1)
+    kl, delta = torch.zeros(0, dtype=torch.float64), [x.abs() for x in d]
+    if p:
+        law = at_temperature(torch.cat(q), temperature)
+        kl = exact_kl(torch.cat(p), law)
+        delta.append((law.gather(-1, torch.cat(tokens)[:, None])[:, 0] - torch.cat(reported)).abs())
+    if prefill_p:
+        gaps.prefill_kl = Sums.of(exact_kl(torch.cat(prefill_p), torch.cat(prefill_q)))
+        gaps.curve = scale_curve(torch.cat(prefill_p), torch.cat(prefill_q)).tolist()
+    elif p and temperature == 1.0:
+        gaps.curve = scale_curve(torch.cat(p), torch.cat(q)).tolist()
+    gaps.kl, gaps.k3, gaps.delta = Sums.of(kl), Sums.of(_cat(torch.expm1(x) - x for x in d)), Sums.of(_cat(delta))
+    key = torch.tensor([bucket(int(n)) for n in range(int(max(map(len, at))) + 1)])[torch.cat(at)]
+    away = torch.cat(gap)
+    gaps.positions = {int(k): Sums.of(away[key == k]) for k in key.unique()}
+    gaps.over = int((~(kl <= limits.max_kl)).sum())
+    gaps.over_squares, gaps.over_cross = float(gaps.over**2), float(gaps.over * len(kl))
+    gaps.sizes = float(len(kl) ** 2)
     means = gaps.kl if gaps.kl.count + gaps.kl.bad else gaps.k3
     gaps.worst = means.mean
     return gaps
 
 
-def _span(key: int) -> tuple[int, int]:
-    return (1, 1) if key == 0 else (max(2, 4 ** (key - 1)), 4**key - 1)
-
-
 def _cat(parts: Iterable[torch.Tensor]) -> torch.Tensor:
     found = [part.double() for part in parts]
     return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64)
-
-
-def _plus(a: list[float], b: torch.Tensor) -> list[float]:
-    return [x + float(y) for x, y in zip(a, b, strict=True)]
 
 
 def engine_alone(engine: BenchEngine, batch: Batch) -> int:
