@@ -53,11 +53,13 @@ def run(model, skip=(*OTHER_ENGINES, "sampling"), trials=8, directory=None, prog
 # ---- nothing wrong ------------------------------------------------------------------------------------------------
 
 
-def test_fp32_against_fp32_is_fit_and_every_row_ran(tiny, tmp_path, capsys):
+def test_fp32_against_fp32_is_fit_and_every_row_ran(tiny, tmp_path, capfd):
     sets = [f"--set={name}={value}" for name, value in FP32.items()]
     arguments = ["check", "--model", tiny, "--config", "rl", "--set=enable_prefix_caching=true", *sets]
     code = main([*arguments, "--set=hf_overrides=null", "--trials", "24", "--output", str(tmp_path), "--json"])
-    told = json.loads(capsys.readouterr().out)
+    out, err = capfd.readouterr()
+    assert out.startswith("{"), err
+    told = json.loads(out)
     assert code == 0, told["headline"]
     assert told == json.loads((tmp_path / "check.json").read_text())
     assert (told["schema_version"], told["outcome"], told["exit_code"]) == (1, "fit", 0)
@@ -216,11 +218,13 @@ def test_a_killed_check_goes_on_where_it_was_and_ends_with_the_same_numbers(tiny
     assert [t.mean_kl for t in resumed.trials] == pytest.approx([t.mean_kl for t in whole.trials], abs=1e-11)
 
 
-def test_a_case_is_run_alone(tiny, capsys):
+def test_a_case_is_run_alone(tiny, capfd):
     sets = [f"--set={name}={value}" for name, value in FP32.items()]
     arguments = ["check", "--model", tiny, "--config", "rl", *sets, "--set=hf_overrides=null"]
     code = main([*arguments, "--case", "repeat:5x3/random:7,8,9", "--json"])
-    told = json.loads(capsys.readouterr().out)
+    out, err = capfd.readouterr()
+    assert out.startswith("{"), err
+    told = json.loads(out)
     assert [t["sequences"] for t in told["trials"]] == [2]
     assert {"lengths", "invariances"}.isdisjoint(row["group"] for row in told["rows"])
     assert (code, told["outcome"]) == (2, "could not tell")  # 32 tokens are too few for a pass rate
@@ -237,7 +241,7 @@ def test_a_users_own_prompts_are_what_is_asked(tiny, tmp_path):
 def test_settings_that_can_not_be_used_say_so(tiny, tmp_path, capsys):
     for arguments, words in (
         (["--set", "swap_space=4"], "swap_space"),
-        (["--temperature", "0"], "greedy has no law"),
+        (["--temperature", "0"], "greedy answers have no law"),
         (["--baseline", str(tmp_path)], "holds no manifest.json"),
         (["--case", "nonsense"], "is no case"),
         (["--config", "nowhere.yaml"], "cannot read nowhere.yaml"),

@@ -43,12 +43,17 @@ def run_check(settings: CheckSettings, directory: Path | None = None, progress: 
     return _Check(settings, directory, progress or (lambda *_: None)).run()
 
 
+_NO_TIME = "no time left (--budget)"
+
+
 class _Check:
     def __init__(self, settings: CheckSettings, directory: Path | None, progress: Progress):
         self.settings, self._progress = settings, progress
         self._start = time.monotonic()
-        self._journal = Journal(directory, settings.to_json() | {"model_files": stamp(settings.model)})
+        told = {name: value for name, value in settings.to_json().items() if name != "budget"}  # it decides no number
+        self._journal = Journal(directory, told | {"model_files": stamp(settings.model)})
         self.subject = Subject(settings, progress)
+        self._complete = True
         self._baseline: Baseline | None = None
         if settings.case is not None:
             Case.from_text(settings.case)  # what can't be used is said before an engine is built
@@ -69,7 +74,8 @@ class _Check:
             raise InterceptionError(f"the engine or the reference broke: {type(e).__name__}: {e}") from e
         finally:
             self.subject.close()
-        self._journal.put("end")
+        if self._complete and len(found) == self._stage_of("count", lambda: 0)["value"]:
+            self._journal.put("end")  # the same command starts over
         return Result(
             rows=tuple(rows), settings=self.settings, facts=facts["value"], trials=tuple(found),
             resumed=self._journal.resumed,
@@ -121,7 +127,7 @@ class _Check:
         if name != "drift" and not any(self._wants(id, group) for id in ids or (group,)):
             why, needed = "left out (--skip)", False
         elif self._left() <= 0 and name != "drift":
-            why = "no time left (--budget)"
+            why = _NO_TIME
         else:
             self._progress(name, 0, 0)
             try:
@@ -136,7 +142,10 @@ class _Check:
         if why:
             done = {row.id for row in rows}
             rows += [not_run(id, group, id, why, needed=needed) for id in ids or (name,) if id not in done]
-        self._journal.put(name, rows=[row.to_json() for row in rows])
+        if why != _NO_TIME:  # the same command has time again
+            self._journal.put(name, rows=[row.to_json() for row in rows])
+        else:
+            self._complete = False
         return rows
 
     def _stage_of(self, name: str, make: Callable[[], Any]) -> dict[str, Any]:
