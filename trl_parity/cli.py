@@ -17,7 +17,7 @@ from .errors import ParityError
 __all__ = ["main"]
 
 # in the order --help lists them: before a run, during, after, and ourselves
-COMMANDS = ("baseline", "engine", "lint", "pilot", "watch", "report", "compare", "replay", "panels", "drill")
+COMMANDS = ("check", "baseline", "engine", "lint", "pilot", "watch", "report", "compare", "replay", "panels", "drill")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,6 +24,7 @@ from .laws import Law, Tokens, describe, huber, log_probs
 from .recompute import causal_lm, materialized_head
 from .records import RolloutBatch, SamplingSettings, ScoredBatch
 from .taps import Capture
+from .variants import rebuilt, rounded_cache, swapped
 
 __all__ = ["FEW", "Scene", "Variant", "World"]
 
@@ -290,13 +291,11 @@ class Scene:
             stack.enter_context(eval_mode(self.model))
             stack.enter_context(own_random_numbers())
             if variant.weights == "engine":
-                stack.enter_context(_swapped(dict(self.engine_values.values())))
+                stack.enter_context(swapped(dict(self.engine_values.values())))
             elif variant.weights == "rounded":
-                stack.enter_context(_swapped(self._rounded_weights))
+                stack.enter_context(swapped(self._rounded_weights))
             if variant.kv_dtype is not None:
-                stack.enter_context(
-                    _rounded_cache(causal_lm(model).base_model, variant.kv_dtype, variant.kv_truncated)
-                )
+                stack.enter_context(rounded_cache(causal_lm(model).base_model, variant.kv_dtype, variant.kv_truncated))
             yield model
 
     @functools.cached_property
@@ -307,25 +306,10 @@ class Scene:
     @functools.cached_property
     def _rebuilt(self) -> torch.nn.Module:
         """The trainer's class on the engine's config, sharing the trainer's parameters; buffers are new."""
-        from accelerate import init_empty_weights
-
         engine = self.engine
         if not isinstance(engine, ColocatedEngine) or self.sharded or hasattr(self.model, "peft_config"):
             raise ValueError("the model can be rebuilt only beside a colocated engine, unsharded and without adapters")
-        own = causal_lm(self.model)
-        config = type(own.config).from_dict(engine.hf_config.to_dict())
-        config._attn_implementation = own.config._attn_implementation
-        with own_random_numbers(), init_empty_weights(include_buffers=False):
-            model = type(own)(config)
-        for name, parameter in own.named_parameters():
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, parameter)
-        model.tie_weights()
-        device = next(own.parameters()).device
-        for module in model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(device))
-        return model.eval()
+        return rebuilt(causal_lm(self.model), engine.hf_config)
 
 
 def turns(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -334,42 +318,3 @@ def turns(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     start = mask & ~torch.nn.functional.pad(mask, (1, 0))[:, :-1]
     began = torch.where(start, column, 0).cummax(-1).values
     return (start.long().cumsum(-1) - 1).clamp(min=0), column - began
-
-
-@contextmanager
-def _swapped(values: Mapping[torch.nn.Parameter, torch.Tensor]) -> Iterator[None]:
-    """Parameters point at other data inside the block."""
-    own = {parameter: parameter.data for parameter in values}
-    try:
-        for parameter, value in values.items():
-            parameter.data = value
-        yield
-    finally:
-        for parameter, data in own.items():
-            parameter.data = data
-
-
-@contextmanager
-def _rounded_cache(backbone: torch.nn.Module, dtype: torch.dtype, truncated: bool) -> Iterator[None]:
-    """Attention reads keys and values rounded to ``dtype``, as from a cache of that dtype with scale 1."""
-    from transformers import DynamicCache
-
-    largest = torch.finfo(dtype).max
-
-    def rounded(x: torch.Tensor) -> torch.Tensor:
-        if truncated:
-            return (x.half().view(torch.int16) & ~0xFF).view(torch.half).to(x.dtype)
-        return x.clamp(-largest, largest).to(dtype).to(x.dtype)
-
-    class Rounding(DynamicCache):
-        def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
-            return super().update(rounded(key_states), rounded(value_states), *args, **kwargs)
-
-    def before(module: Any, args: Any, kwargs: Any) -> Any:
-        return args, kwargs | {"past_key_values": Rounding(), "use_cache": True}
-
-    handle = backbone.register_forward_pre_hook(before, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -9,6 +9,7 @@ import torch
 from ..engine.live import ColocatedEngine
 from ..lint import largest_dropout
 from ..scene import FEW, Scene, World
+from ..variants import config_differences
 from .base import Candidate, NotPossible, Probe, mean, number, probe, redone, require_engine, with_variant
 
 __all__ = ["PASSES"]
@@ -50,14 +51,6 @@ def _few(scene: Scene, world: World, batch: str, words: str) -> Candidate:
     )
 
 
-_NOT_THE_MODEL = {
-    "_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache", "head_dtype",
-    "_attn_implementation", "_attn_implementation_internal", "return_dict", "output_attentions",
-    "output_hidden_states", "id2label", "label2id", "problem_type", "chunk_size_feed_forward",
-    "is_encoder_decoder", "bos_token_id", "eos_token_id", "pad_token_id",
-}  # fmt: skip
-
-
 def engine_config(scene: Scene, world: World) -> Candidate | None:
     """The trainer's weights in a model built anew from the engine's config."""
     require_engine(scene)
@@ -65,9 +58,7 @@ def engine_config(scene: Scene, world: World) -> Candidate | None:
         raise NotPossible("a server does not tell the config of the model it built")
     if scene.sharded or hasattr(scene.model, "peft_config"):
         raise NotPossible("the policy is sharded or has adapters: no second model is built on its weights")
-    ours = {k: v for k, v in scene.model.config.to_dict().items() if k not in _NOT_THE_MODEL}
-    theirs = {k: v for k, v in scene.engine.hf_config.to_dict().items() if k not in _NOT_THE_MODEL}
-    changed = {k: [ours.get(k), theirs.get(k)] for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)}
+    changed = config_differences(scene.model.config, scene.engine.hf_config)
     words = ", ".join(f"{k}: trainer {a}, engine {b}" for k, (a, b) in sorted(changed.items()))
     return Candidate(
         world=with_variant(world, model="engine_config"),
