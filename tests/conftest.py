@@ -11,7 +11,10 @@ import support
 os.environ["MASTER_PORT"] = str(support.free_port())
 
 # the longest first, so that two processes come to an end together
-LONG = ("test_engine.py", "test_server.py", "test_diagnose.py", "test_async.py", "test_trainers.py", "test_grpo.py")
+LONG = (
+    "test_engine.py", "test_server.py", "test_check.py", "test_diagnose.py", "test_async.py", "test_trainers.py",
+    "test_grpo.py", "test_engine_config.py", "test_pilot.py", "test_baseline.py", "test_report.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
