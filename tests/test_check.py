@@ -238,6 +238,33 @@ def test_a_users_own_prompts_are_what_is_asked(tiny, tmp_path):
     assert not failed
 
 
+def test_a_stored_baseline_is_a_reference_and_a_corrupt_or_foreign_one_is_refused(tiny, tmp_path, broken, capfd):
+    stored, out = tmp_path / "baseline", tmp_path / "check"
+    making = ["--num-prompts", "12", "--max-new-tokens", "6", "--max-prompt-tokens", "40"]
+    assert main(["baseline", "--model", tiny, "--output", str(stored), *making]) == 0
+    few = {"baseline": str(stored), "trials": 2, "skip": ("lengths", "sampling", "invariances")}
+    _, failed, rows = run(tiny, **few)
+    assert not failed
+    assert rows["baseline"].verdict is Verdict.PASS
+    assert 12 <= rows["baseline"].trials <= 24
+
+    def scaled(engine):
+        engine.model.lm_head.weight.data.mul_(1.05)
+
+    broken(scaled)
+    assert "baseline" in run(tiny, **few)[1]
+    other = save_tiny_gemma(tmp_path / "other")
+    shard = next(stored.glob("*.parquet"))
+    for model, damage, words in (
+        (str(other), lambda: None, "is of another model"),
+        (tiny, lambda: shard.write_bytes(shard.read_bytes()[:-9]), "is corrupt"),
+    ):
+        damage()
+        assert main(["check", "--model", model, "--baseline", str(stored), "--output", str(out)]) == 2
+        assert words in capfd.readouterr().err
+        assert not out.exists()  # refused before anything is written
+
+
 def test_settings_that_can_not_be_used_say_so(tiny, tmp_path, capsys):
     for arguments, words in (
         (["--set", "swap_space=4"], "swap_space"),

@@ -50,15 +50,16 @@ class _Check:
     def __init__(self, settings: CheckSettings, directory: Path | None, progress: Progress):
         self.settings, self._progress = settings, progress
         self._start = time.monotonic()
-        told = {name: value for name, value in settings.to_json().items() if name != "budget"}  # it decides no number
-        self._journal = Journal(directory, told | {"model_files": stamp(settings.model)})
         self.subject = Subject(settings, progress)
         self._complete = True
         self._baseline: Baseline | None = None
+        # what can't be used is said before an engine is built or a file is written
         if settings.case is not None:
-            Case.from_text(settings.case)  # what can't be used is said before an engine is built
+            Case.from_text(settings.case)
         if settings.baseline is not None:
             self._baseline = open_baseline(settings.baseline, model=settings.model, tokenizer=self.subject.tokenizer)
+        told = {name: value for name, value in settings.to_json().items() if name != "budget"}  # it decides no number
+        self._journal = Journal(directory, told | {"model_files": stamp(settings.model)})
 
     # ---- the run ------------------------------------------------------------------------------------------------
 
