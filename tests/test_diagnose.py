@@ -405,7 +405,7 @@ def test_the_package_does_not_know_the_drills(monkeypatch):
 
     names = {d.name for d in drills.DRILLS if "-" in d.name} - {"top-p", "min-p"}  # which are settings
     names |= {n for n, f in vars(patches).items() if "_" in n.strip("_") and getattr(f, "__module__", "") == "patches"}
-    names -= {"engine_model"}  # a helper
+    names -= {"engine_model"}  # what patches share
     assert len(names) > 20
     for path in (ROOT / "trl_parity").rglob("*.py"):
         if path.parent.name == "commands":  # their help names some as examples

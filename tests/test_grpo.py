@@ -171,7 +171,7 @@ def test_a_redacted_run_leaves_no_prompt_completion_or_id_anywhere(make_trainer,
 
     from trl_parity.cli import main
 
-    wandb.teardown()  # else a session that has begun keeps the folder of an earlier test
+    wandb.teardown()  # else a client that has begun keeps the folder of an earlier test
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     database = tmp_path / "trackio"
     for module in ("trackio", "trackio.utils", "trackio.sqlite_storage"):
@@ -238,7 +238,7 @@ def test_panels_are_made_at_the_first_step_of_an_online_run(make_trainer, tmp_pa
     import wandb
     from wandb_server import Server
 
-    wandb.teardown()  # else a session that has begun keeps its server
+    wandb.teardown()  # else a client that has begun keeps its server
     with Server() as server:
         for name, value in (("BASE_URL", server.url), ("API_KEY", "x" * 40), ("MODE", "online"), ("DIR", tmp_path)):
             monkeypatch.setenv(f"WANDB_{name}", str(value))

@@ -130,7 +130,7 @@ def test_an_online_run_makes_them_once_and_sends_its_objects(server, monkeypatch
     from trl_parity.sinks import RichLog, WandbSink
 
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    wandb.teardown()  # else a session that has begun keeps its server
+    wandb.teardown()  # else a client that has begun keeps its server
     settings = wandb.Settings(x_disable_stats=True, console="off")
     run = wandb.init(project="mine", entity="me", mode="online", settings=settings, reinit="finish_previous")
     sink = WandbSink()
