@@ -4,6 +4,7 @@ import inspect
 import json
 
 import pytest
+import wandb
 from wandb_server import Server
 
 from trl_parity.cli import main
@@ -29,7 +30,6 @@ def test_every_table_that_is_shown_is_one_that_is_logged():
     """What is logged: the same objects that go to every tracker."""
     from types import SimpleNamespace
 
-    import wandb
     from test_sinks import sums_of, verdict
 
     from trl_parity.sinks import RichLog, _objects
@@ -81,6 +81,11 @@ def server(monkeypatch):
         monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
         monkeypatch.delenv("WANDB_MODE", raising=False)
         yield server
+        if isinstance(
+            wandb.run, wandb.Run
+        ):  # a test failed: else the next run waits for this one, and it for a server
+            wandb.finish()
+            wandb.teardown()
 
 
 def test_the_view_is_made_once_and_never_overwrites_a_persons_edits(server, capsys):
@@ -110,8 +115,6 @@ def test_other_content_is_another_view(server, monkeypatch):
 def test_an_offline_run_makes_none(server, monkeypatch):
     from types import SimpleNamespace
 
-    import wandb
-
     from trl_parity.sinks import WandbSink
 
     sink = WandbSink()
@@ -123,7 +126,6 @@ def test_an_offline_run_makes_none(server, monkeypatch):
 
 def test_an_online_run_makes_them_once_and_sends_its_objects(server, monkeypatch, tmp_path, caplog):
     """The real client, online, from init to finish."""
-    import wandb
     from test_sinks import sums_of, verdict
 
     from trl_parity.records import Status, Verdict

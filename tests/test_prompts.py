@@ -197,7 +197,8 @@ def test_a_failing_case_shrinks_to_a_small_one(bpe, fails, tokens):
 
     small = shrink(strategy, watched, 0, 60, start=start)
     assert fails(small)
-    assert sum(len(p.ids) for p in small) <= 2 * tokens
+    # of 700 tokens: the smallest there is, or a least one near it (a prompt's first 16 tokens shrink one by one)
+    assert sum(len(p.ids) for p in small) <= max(2 * tokens, 20)
     assert len(asked) == len(set(asked)) < 400  # an engine answers each
     assert fails(shrink(strategy, fails, 0, 60))  # without a known one
 

@@ -83,7 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
-    _hush()
+    with _hushed():
+        return _check(options)
+
+
+def _check(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from ..engine.config import checked, laid_over, read_engine_config
@@ -120,13 +124,21 @@ def run(options: argparse.Namespace) -> int:
     return EXIT_CODES[result.outcome]
 
 
-def _hush() -> None:
+@contextmanager
+def _hushed() -> Iterator[None]:
     """Before anything heavy is imported: of libraries, errors only."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    logging.getLogger("trl_parity").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
+    ours = logging.getLogger("trl_parity")
+    level = ours.level
+    ours.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        ours.setLevel(level)
 
 
 @contextmanager
