@@ -243,9 +243,11 @@ def test_panels_are_made_at_the_first_step_of_an_online_run(make_trainer, tmp_pa
         for name, value in (("BASE_URL", server.url), ("API_KEY", "x" * 40), ("MODE", "online"), ("DIR", tmp_path)):
             monkeypatch.setenv(f"WANDB_{name}", str(value))
         trainer = make_trainer(tmp_path / "run", ParityCallback(panels=True), report_to="wandb", max_steps=1)
-        trainer.train()
-        wandb.finish()
-        wandb.teardown()
+        try:
+            trainer.train()
+        finally:
+            wandb.finish()
+            wandb.teardown()
     assert server.upserts == len(server.views) == 1
     assert any("train/parity/kl_k3" in row for row in server.history)
     assert "no W&B panels" not in caplog.text
