@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from .config import ParityConfig
-from .distributed import drop_gradient, gather_rows, reduce_many, reduce_sums
+from .distributed import drop_gradient, fail_together, reduce_many, reduce_sums
 from .engine.cpu import prepare_cpu_engine
 from .errors import ConfigError, InterceptionError, ParityHalt
 from .floor import SOURCES, measure_floor
@@ -187,10 +187,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         if self.engine_request is None:
             return
         error = self.engine_request.disagreement(capture.generation, self.config.server_timeout)
-        if capture.trainer.args.world_size > 1:
-            error = next((row["error"] for row in gather_rows([{"error": error}]) if row["error"]), "")
-        if error:
-            raise ConfigError(error)
+        fail_together(error, capture.trainer.args.world_size)
 
     def _on_eval_batch(self, capture: Capture, sums: MismatchSums) -> None:
         reduced = reduce_sums(sums, capture.trainer.accelerator)
@@ -370,10 +367,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
                 self.monitor.open(args.output_dir, args.report_to, resume)
             except (ConfigError, ImportError) as e:
                 error = str(e)
-        if args.world_size > 1:  # main alone writes, all ranks must fail together
-            error = next((row["error"] for row in gather_rows([{"error": error}]) if row["error"]), "")
-        if error:
-            raise ConfigError(error)
+        fail_together(error, args.world_size)  # main alone writes
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Refuse to learn from what was never measured; drop the gradient of a condemned batch."""

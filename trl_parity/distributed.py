@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .errors import ConfigError
 from .metrics import MismatchSums
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["drop_gradient", "gather_rows", "reduce_many", "reduce_sums"]
+__all__ = ["drop_gradient", "fail_together", "gather_rows", "reduce_many", "reduce_sums"]
 
 
 def reduce_sums(sums: MismatchSums, accelerator: Accelerator) -> MismatchSums:
@@ -46,6 +47,14 @@ def gather_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     from accelerate.utils import gather_object
 
     return gather_object(rows)
+
+
+def fail_together(error: str, world_size: int) -> None:
+    """Raise ConfigError on every rank where one has something to say, in its words. Every rank must call it."""
+    if world_size > 1:
+        error = next((row["error"] for row in gather_rows([{"error": error}]) if row["error"]), "")
+    if error:
+        raise ConfigError(error)
 
 
 def drop_gradient(optimizer: Any, accelerator: Accelerator) -> None:

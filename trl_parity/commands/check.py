@@ -12,9 +12,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..errors import ConfigError
+from . import settings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -96,10 +96,11 @@ def _check(options: argparse.Namespace) -> int:
     from ..preflight.rows import EXIT_CODES, Limits
 
     given = read_engine_config(options.config)
-    args = checked(laid_over(given.engine, _overrides(options.set)), given.where)
+    over = {name.replace("-", "_"): value for name, value in settings(options.set, "dtype=float32").items()}
+    args = checked(laid_over(given.engine, over), given.where)
     args.pop("model", None)
     directory = Path(options.output) if options.output else None
-    settings = CheckSettings(
+    check = CheckSettings(
         model=options.model, engine_args=args, trials=options.trials, seed=options.seed,
         temperature=options.temperature, trainer_dtype=options.trainer_dtype, max_tokens=options.max_tokens,
         max_length=options.max_length, max_batch=options.max_batch, target_length=options.target_length,
@@ -109,7 +110,7 @@ def _check(options: argparse.Namespace) -> int:
     )  # fmt: skip
     console = Console(stderr=True)
     with _progress(console) as progress, redirect_stdout(sys.stderr):  # stdout is the report's alone
-        result = run_check(settings, directory, progress)
+        result = run_check(check, directory, progress)
     if result.resumed:
         print(f"went on with {result.resumed} findings of an earlier run in {directory}", file=sys.stderr)
     result = with_commands(result, _again(options))
@@ -155,21 +156,6 @@ def _progress(console: Console) -> Iterator[Callable[[str, int, int], None] | No
     ) as bars:  # fmt: skip
         task = bars.add_task("starting", total=None)
         yield lambda what, done, of: bars.update(task, description=what, completed=done, total=of or None)
-
-
-def _overrides(items: list[str]) -> dict[str, Any]:
-    import yaml
-
-    out = {}
-    for item in items:
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {item!r} has no '='. Expected NAME=VALUE, e.g. --set dtype=float32.")
-        try:
-            out[name.strip().replace("-", "_")] = yaml.safe_load(value)
-        except yaml.YAMLError as e:
-            raise ConfigError(f"--set {item!r} is not valid YAML: {e}") from e
-    return out
 
 
 def _again(options: argparse.Namespace) -> list[str]:

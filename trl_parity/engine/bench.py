@@ -54,7 +54,8 @@ def build_engine(model: str, engine_args: Mapping[str, Any]) -> BenchEngine:
     try:
         with own_random_numbers():
             return BenchEngine(LLM(model=model, **(dict(engine_args) | MEASURING)))
-    except (ValueError, TypeError, OSError, NotImplementedError, AssertionError, RuntimeError) as e:
+    # vLLM refuses what it can't run with by any of these; the first cause stays chained
+    except (ValueError, TypeError, OSError, AssertionError, RuntimeError) as e:
         raise ConfigError(
             f"vLLM does not start {model} with {dict(engine_args)}: {e}. Expected settings the installed vLLM takes."
         ) from e
