@@ -102,7 +102,7 @@ class Breaker:
             return Verdict(step=step, status=Status.NO_DATA, streak=self.streak, stats=stats, reason=reason)
 
         self.windows += 1
-        readings = [] if stats is None else self.readings(stats)
+        readings = [] if stats is None else self.readings(stats.values_by_name)
         breached = [r for r in readings if r.over and not r.rule.warn_only]
         warned = [r for r in readings if r not in breached and (r.over if r.rule.warn_only else r.warns)]
         failed = stats is None or stats.num_errors > 0

@@ -40,6 +40,8 @@ __all__ = ["ParityCallback"]
 
 logger = logging.getLogger(__name__)
 
+_UPDATES = 16  # loss computations whose log-probs are kept before they are measured
+
 
 class ParityCallback(TrainerCallback, ExportableState, Observer):
     """Compare, on every rollout batch, the engine that sampled with the trainer that learns.
@@ -91,6 +93,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         self.monitor.reset()
         self._window = OpenWindow(self.config.bootstrap_samples)
         self._unlogged = UnloggedWindows()
+        self._updates: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self._eval: MismatchSums | None = None
         self._trainer: Any = None
         self._meter.reset()
@@ -160,9 +163,17 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
                 self._judging = False
 
     def on_update(self, new: torch.Tensor, old: torch.Tensor, mask: torch.Tensor) -> None:
-        """Add the policy drift of one loss computation to the open window."""
+        """Keep what the policy drift of one loss computation is measured from; a window's are measured together."""
+        self._updates.append((new, old, mask))
+        if len(self._updates) >= _UPDATES:
+            self._measure_updates()
+
+    def _measure_updates(self) -> None:
+        """Add the policy drift of the updates that wait for it to the open window."""
         start = time.perf_counter()
-        measure_policy_drift(self._window.sums(new.device), new, old, mask)
+        for new, old, mask in self._updates:
+            measure_policy_drift(self._window.sums(new.device), new, old, mask)
+        self._updates.clear()
         self._spent += time.perf_counter() - start
 
     def _first_batch(self, capture: Capture) -> None:
@@ -199,6 +210,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
 
     def _close_window(self, step: int, *, final: bool = False) -> None:
         """Reduce, judge, write, act (not when training is over). Collective: all ranks come here at the same batch."""
+        self._measure_updates()
         trainer, sums = self._trainer, self._window.sums(self._trainer.accelerator.device)
         if self.monitor.floor.due:
             self._measure_floor()
@@ -406,6 +418,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
             self._capture.log(_scalars(self._unlogged.scalars(self.monitor)))
             self._unlogged = UnloggedWindows()
         if control.should_save:  # the same on every rank
+            self._measure_updates()
             self._window.carry(self._trainer.accelerator)
         self._spent += time.perf_counter() - start
 

@@ -113,6 +113,8 @@ def score_tokens(
                 "the head's Triton kernel can't run here (%s: %s); torch does its work.", type(e).__name__, e
             )
     device, count = hidden.device, hidden.shape[0]
+    if not count:
+        return HeadScores(*torch.empty(2, 0, dtype=torch.float32, device=device))
     projection = _Projection(hidden, head, chunk_bytes)
     if projection.cols == head.vocab_used:
         return _score_whole_rows(projection, targets, head)
@@ -136,7 +138,8 @@ def score_tokens(
 
 
 def _use_triton(hidden: torch.Tensor, head: Head, backend: str) -> bool:
-    _expect(backend in HEAD_BACKENDS, f"backend is {backend!r}", f"one of {', '.join(HEAD_BACKENDS)}", "Use 'auto'.")
+    if backend not in HEAD_BACKENDS:
+        raise _misfit(f"backend is {backend!r}", f"one of {', '.join(HEAD_BACKENDS)}", "Use 'auto'.")
     wanted = backend == "triton"
     if backend == "torch" or not len(hidden):
         return False
@@ -148,12 +151,12 @@ def _use_triton(hidden: torch.Tensor, head: Head, backend: str) -> bool:
         fits = False
     else:
         fits = takes(hidden, head)
-    _expect(
-        fits or not wanted,
-        f"backend is 'triton' for hidden {hidden.dtype} and head.weight {head.weight.dtype}",
-        "Triton installed, 16 or 32 bit dtypes, contiguous rows and no low-rank head",
-        "Use backend='auto', which falls back to torch.",
-    )
+    if wanted and not fits:
+        raise _misfit(
+            f"backend is 'triton' for hidden {hidden.dtype} and head.weight {head.weight.dtype}",
+            "Triton installed, 16 or 32 bit dtypes, contiguous rows and no low-rank head",
+            "Use backend='auto', which falls back to torch.",
+        )
     return fits
 
 
@@ -168,23 +171,28 @@ def _has_tensor_cores(device: torch.device) -> bool:
 
 def _score_whole_rows(projection: _Projection, targets: torch.Tensor, head: Head) -> HeadScores:
     """The same where a tile holds all logits of its tokens: nothing is carried from tile to tile."""
-    logprobs = torch.empty(len(targets), dtype=torch.float32, device=targets.device)
-    entropy = torch.empty_like(logprobs)
+    parts = []
+    masked = head.bias is not None or head.logits_dtype is not None  # logits may be -inf
     with _plain_fp32(targets.device):
         for rows, _, z, exps in projection.tiles():
             if head.temperature != 1.0:
                 z.mul_(1.0 / head.temperature)
             d = z.sub_(z.amax(-1, keepdim=True))
             target = targets[rows, None]
-            picked = d.gather(1, target.clamp(0, d.shape[1] - 1))[:, 0]
-            if target.device.type != "cpu":  # where it is not checked
-                picked = picked.where((target[:, 0] >= 0) & (target[:, 0] < d.shape[1]), -torch.inf)
+            if target.device.type == "cpu":  # where it was checked
+                picked = d.gather(1, target)
+            else:
+                inside = (target >= 0) & (target < d.shape[1])
+                picked = d.gather(1, target.clamp(0, d.shape[1] - 1)).where(inside, -torch.inf)
             torch.exp(d, out=exps)
-            total = exps.sum(-1)
+            total = exps.sum(-1, keepdim=True)
             log_total = total.log()
-            torch.sub(picked, log_total, out=logprobs[rows])
-            torch.sub(log_total, exps.mul_(d).nansum(-1).div_(total), out=entropy[rows])
-    return HeadScores(logprobs, entropy)
+            if masked:  # 0 * -inf would be NaN
+                d.clamp_(min=torch.finfo(torch.float32).min)
+            mean = exps.mul_(d).sum(-1, keepdim=True).div_(total)
+            parts.append(torch.cat([picked.sub_(log_total), log_total.sub_(mean)], 1))
+    scores = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return HeadScores(*scores.unbind(1))
 
 
 def logits_chunk(hidden: torch.Tensor, head: Head, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -205,12 +213,12 @@ def logits_chunk(hidden: torch.Tensor, head: Head, out: torch.Tensor | None = No
     shape = (hidden.shape[0], head.vocab_used)
     if out is None:
         out = torch.empty(shape, dtype=torch.float32, device=hidden.device)
-    _expect(
-        out.shape == shape and out.dtype == torch.float32 and out.device == hidden.device,
-        f"out is {out.dtype} {tuple(out.shape)} on {out.device}",
-        f"torch.float32 {shape} on {hidden.device}",
-        "Pass such a tensor, or none.",
-    )
+    if out.shape != shape or out.dtype != torch.float32 or out.device != hidden.device:
+        raise _misfit(
+            f"out is {out.dtype} {tuple(out.shape)} on {out.device}",
+            f"torch.float32 {shape} on {hidden.device}",
+            "Pass such a tensor, or none.",
+        )
     with _plain_fp32(hidden.device):
         for rows, cols, z, _ in _Projection(hidden, head, DEFAULT_CHUNK_BYTES).tiles():
             out[rows, cols] = z
@@ -277,7 +285,8 @@ class _Projection:
             h = self.hidden[block]
             if self.hidden32 is not None:
                 h = self.hidden32[: len(h)].copy_(h)
-            low = [h @ a.t() for a in down]
+            with _fp32_products(h.device, "ieee") if down else contextlib.nullcontext():
+                low = [h @ a.t() for a in down]
             for cols in _spans(0, self.head.vocab_used, self.cols):
                 w = self.head.weight[cols]
                 if self.weight32 is not None:
@@ -297,7 +306,8 @@ class _Projection:
                 left, right = h[:, at : at + self.inner], w[:, at : at + self.inner].t()
                 torch.addmm(z, left, right, **as_fp32, out=z) if at else torch.mm(left, right, **as_fp32, out=z)
         for x, (_, b, scaling) in zip(low, head.low_rank, strict=True):
-            z.addmm_(x, b[cols].float().t(), alpha=scaling)
+            with _fp32_products(z.device, "ieee"):
+                z.addmm_(x, b[cols].float().t(), alpha=scaling)
         if head.bias is not None:
             z.add_(head.bias[cols])
         if head.logits_dtype is not None:
@@ -314,9 +324,15 @@ def _spans(start: int, stop: int, step: int) -> Iterator[slice]:
 
 @contextlib.contextmanager
 def _plain_fp32(device: torch.device) -> Iterator[None]:
-    """No gradient, no autocast, no TF32: a user's speed settings must not reach the reference head."""
-    with torch.no_grad(), torch.autocast(device.type, enabled=False), _fp32_products(device, "ieee"):
-        yield
+    """No gradient and no autocast: a user's speed settings must not reach the reference head."""
+    # the bare switch: entering torch.autocast costs as much as the head of a small batch
+    before = torch.is_autocast_enabled(device.type)
+    torch.set_autocast_enabled(device.type, False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_autocast_enabled(device.type, before)
 
 
 @contextlib.contextmanager
@@ -336,7 +352,7 @@ def _fp32_products(device: torch.device, precision: str) -> Iterator[None]:
     backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     knob = backend.matmul
     before = knob.fp32_precision
-    knob.fp32_precision = precision
+    knob.fp32_precision = precision  # TF32, too, is a speed setting
     try:
         yield
     finally:
@@ -344,71 +360,71 @@ def _fp32_products(device: torch.device, precision: str) -> Iterator[None]:
 
 
 def _check(hidden: torch.Tensor, head: Head) -> None:
+    # messages are made only where one is needed: formatting them all would cost as much as a small head
     weight, bias = head.weight, head.bias
-    _expect(
-        weight.ndim == 2 and weight.is_floating_point() and weight.numel() > 0,
-        f"head.weight is {weight.dtype} {tuple(weight.shape)}",
-        "a non-empty floating (V, H)",
-        "Pass the output embedding's weight; gather a sharded and dequantise a quantised one first.",
-    )
-    rows, width = weight.shape
-    _expect(
-        hidden.ndim == 2 and hidden.shape[1] == width and hidden.is_floating_point(),
-        f"hidden is {hidden.dtype} {tuple(hidden.shape)}",
-        f"floating (N, {width}) to fit head.weight",
-        "Flatten batch and time, and take the states that enter the LM head.",
-    )
-    _expect(
-        1 <= head.vocab_used <= rows,
-        f"head.vocab_size is {head.vocab_size}",
-        f"1 to {rows}, the rows of head.weight",
-        "Pass the number of tokens the model can emit, or None to count every row.",
-    )
-    _expect(
-        bias is None or bias.shape == (rows,),
-        f"head.bias has shape {None if bias is None else tuple(bias.shape)}",
-        f"({rows},), one entry for each row of head.weight",
-        "Pass the same layer's bias.",
-    )
-    for a, b, _ in head.low_rank:
-        _expect(
-            a.ndim == 2 and a.shape[1] == width and b.shape == (rows, a.shape[0]),
-            f"head.low_rank has A {tuple(a.shape)} and B {tuple(b.shape)}",
-            f"A (r, {width}) and B ({rows}, r)",
-            "Pass lora_A.weight and lora_B.weight, in this order.",
+    if not (weight.ndim == 2 and weight.is_floating_point() and weight.numel() > 0):
+        raise _misfit(
+            f"head.weight is {weight.dtype} {tuple(weight.shape)}",
+            "a non-empty floating (V, H)",
+            "Pass the output embedding's weight; gather a sharded and dequantise a quantised one first.",
         )
+    rows, width = weight.shape
+    if not (hidden.ndim == 2 and hidden.shape[1] == width and hidden.is_floating_point()):
+        raise _misfit(
+            f"hidden is {hidden.dtype} {tuple(hidden.shape)}",
+            f"floating (N, {width}) to fit head.weight",
+            "Flatten batch and time, and take the states that enter the LM head.",
+        )
+    if not 1 <= head.vocab_used <= rows:
+        raise _misfit(
+            f"head.vocab_size is {head.vocab_size}",
+            f"1 to {rows}, the rows of head.weight",
+            "Pass the number of tokens the model can emit, or None to count every row.",
+        )
+    if bias is not None and bias.shape != (rows,):
+        raise _misfit(
+            f"head.bias has shape {tuple(bias.shape)}",
+            f"({rows},), one entry for each row of head.weight",
+            "Pass the same layer's bias.",
+        )
+    for a, b, _ in head.low_rank:
+        if not (a.ndim == 2 and a.shape[1] == width and b.shape == (rows, a.shape[0])):
+            raise _misfit(
+                f"head.low_rank has A {tuple(a.shape)} and B {tuple(b.shape)}",
+                f"A (r, {width}) and B ({rows}, r)",
+                "Pass lora_A.weight and lora_B.weight, in this order.",
+            )
     tensors = [weight, *(t for a, b, _ in head.low_rank for t in (a, b)), *([] if bias is None else [bias])]
-    _expect(
-        all(t.device == hidden.device for t in tensors),
-        f"hidden is on {hidden.device}, the head on {', '.join(sorted({str(t.device) for t in tensors}))}",
-        "one device",
-        "Move hidden to the head's device.",
-    )
-    _expect(
-        head.temperature > 0 and (head.softcap is None or head.softcap > 0),
-        f"head.temperature is {head.temperature} and head.softcap {head.softcap}",
-        "both above 0 (softcap may be None)",
-        "For greedy sampling score with temperature 1.",
-    )
+    if any(t.device != hidden.device for t in tensors):
+        raise _misfit(
+            f"hidden is on {hidden.device}, the head on {', '.join(sorted({str(t.device) for t in tensors}))}",
+            "one device",
+            "Move hidden to the head's device.",
+        )
+    if not (head.temperature > 0 and (head.softcap is None or head.softcap > 0)):
+        raise _misfit(
+            f"head.temperature is {head.temperature} and head.softcap {head.softcap}",
+            "both above 0 (softcap may be None)",
+            "For greedy sampling score with temperature 1.",
+        )
 
 
 def _check_targets(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> None:
-    _expect(
-        targets.shape == hidden.shape[:1] and targets.dtype == torch.int64 and targets.device == hidden.device,
-        f"targets are {targets.dtype} {tuple(targets.shape)} on {targets.device}",
-        f"torch.int64 ({hidden.shape[0]},) on {hidden.device}",
-        "Pass one token id for each row of hidden.",
-    )
+    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64 or targets.device != hidden.device:
+        raise _misfit(
+            f"targets are {targets.dtype} {tuple(targets.shape)} on {targets.device}",
+            f"torch.int64 ({hidden.shape[0]},) on {hidden.device}",
+            "Pass one token id for each row of hidden.",
+        )
     if targets.device.type == "cpu" and len(targets):
         low, high = (int(t) for t in targets.aminmax())
-        _expect(
-            low >= 0 and high < head.vocab_used,
-            f"targets run from {low} to {high}",
-            f"0 to {head.vocab_used - 1}",
-            "Leave out padding and ignored labels (-100) first, and check head.vocab_size.",
-        )
+        if low < 0 or high >= head.vocab_used:
+            raise _misfit(
+                f"targets run from {low} to {high}",
+                f"0 to {head.vocab_used - 1}",
+                "Leave out padding and ignored labels (-100) first, and check head.vocab_size.",
+            )
 
 
-def _expect(ok: bool, saw: str, expected: str, do: str) -> None:
-    if not ok:
-        raise ValueError(f"{saw}, expected {expected}. {do}")
+def _misfit(saw: str, expected: str, do: str) -> ValueError:
+    return ValueError(f"{saw}, expected {expected}. {do}")

@@ -35,14 +35,14 @@ _POOL = 4096  # sequences until their resampling weights repeat
 
 _LAG_EDGES = (0, 1, 2, 4)  # the last lag of each bucket but the open one
 _SUMS = (
-    # tokens both sides scored with a finite number, and how many were to be compared
-    "tokens", "neg_delta", "k3", "abs_delta", "w", "w2", "out_of_band", "rollout_logprob", "confident", "compared",
+    # over tokens that both sides scored with a finite number; own_*: by the trainer's own head
+    "delta", "own_delta", "k3", "own_k3", "abs_delta", "own_abs_delta", "w", "w2",
     # trainer entropy: plain, and of the law the rollout is compared with
-    "entropy_tokens", "entropy", "law_entropy",
-    # the trainer's own head
-    "own_tokens", "own_k3", "own_abs_delta",
+    "rollout_logprob", "entropy", "law_entropy",
+    # how many they are, and how many were to be compared
+    "tokens", "own_tokens", "out_of_band", "confident", "compared", "entropy_tokens",
     # sequences with at least one such token
-    "sequences", "seq_delta", "seq_w", "seq_w2",
+    "sequences", "seq_w", "seq_w2",
     # truncation replay
     "trunc_tokens", "kept_mass", "log_kept", "out_of_support",
     # updates against the policy that generated
@@ -59,7 +59,8 @@ _SUMS = (
     "stale_compared", "stale_nonfinite", "flight_tokens", "in_flight_tokens", "probe_tokens",
 )  # fmt: skip
 _INDEX = {name: i for i, name in enumerate(_SUMS)}
-_MAXIMA = ("abs_delta", "delta", "neg_delta", "seq_abs_delta", "temperature_gap", "kv_cache_usage")
+_TOKEN_SUMS = _INDEX["seq_w2"] + 1  # the first ones, in the order _add_tokens makes them
+_MAXIMA = ("delta", "neg_delta", "seq_abs_delta", "temperature_gap", "kv_cache_usage")
 
 
 class MismatchSums:
@@ -169,76 +170,49 @@ def measure(batch: ScoredBatch, *, bootstrap_samples: int = 200, first_sequence:
 
 def _add_tokens(out: MismatchSums, batch: ScoredBatch, first_sequence: int) -> None:
     """Add what a batch's tokens say, in place."""
-    mask, device = batch.mask, batch.mask.device
-    # few kernels on stacked tensors: on small batches the launches are what costs
-    scores = torch.stack([batch.trainer_logprobs, batch.own_logprobs]).double()
-    rollout = batch.rollout_logprobs.double()
-    deltas = scores - rollout
-    valids = torch.isfinite(deltas) & mask
+    # few kernels, few kinds of kernels, on stacked tensors: on small batches the launches are what costs
+    mask = batch.mask
+    entropy = torch.zeros_like(batch.trainer_logprobs) if batch.entropy is None else batch.entropy
+    law_entropy = entropy if batch.law_entropy is None else batch.law_entropy
+    scores = [batch.trainer_logprobs, batch.own_logprobs, batch.rollout_logprobs, entropy, law_entropy]
+    given = torch.stack(scores).double()
+    deltas = given[:2] - given[2]
+    valids = (deltas.abs() < math.inf) & mask  # NaN is not
     deltas = torch.where(valids, deltas, 0.0)
+    valid, delta = valids[0], deltas[0]
     less_1 = torch.expm1(deltas.clamp(max=_EXP_CLAMP))  # so that sums of w² still fit a double
     magnitudes = deltas.abs()
-    delta, abs_delta = deltas[0], magnitudes[0]
-    valid = valids[0]
-    w = less_1[0] + valid
-    known = valid if batch.entropy is not None else torch.zeros_like(valid)
-    entropy = torch.zeros_like(delta) if batch.entropy is None else batch.entropy.double()
-    law_entropy = entropy if batch.law_entropy is None else batch.law_entropy.double()
-    values = torch.stack([rollout, entropy, law_entropy])
-    values = torch.where(torch.stack([valid, known, known]), values, 0.0)
-    numbers = torch.cat([deltas, less_1 - deltas, magnitudes, torch.stack([w, w * w]), values]).sum(-1)
-    flags = [valids, torch.stack([less_1[0].abs() > BAND, (rollout >= _HALF) & (delta < -2.0), mask, known])]
-    counts = torch.cat(flags).sum(-1, dtype=torch.float64)
-    seq_delta, _, k3, own_k3, absolute, own_absolute, seq_mean_w, w2, rollouts, entropies, law_entropies = numbers
-    tokens, own_tokens, out_of_band, confident, compared, entropy_tokens = counts
-    has_tokens = tokens > 0
-    seq_w = torch.where(has_tokens, seq_delta.clamp(max=_EXP_CLAMP).exp(), 0.0)
-    totals = torch.stack(
-        [
-            tokens,
-            -seq_delta,
-            k3,
-            absolute,
-            seq_mean_w,
-            w2,
-            out_of_band,
-            rollouts,
-            confident,
-            compared,
-            entropy_tokens,
-            entropies,
-            law_entropies,
-            own_tokens,
-            own_k3,
-            own_absolute,
-            has_tokens,
-            seq_delta,
-            seq_w,
-            seq_w * seq_w,
-        ]
-    ).sum(-1)  # in the order of _SUMS
-    out.additive[: len(totals)] = totals  # fmt: skip
+    w = less_1[:1] + valid
+    values = torch.where(valid, given[2:], 0.0)
+    known = torch.zeros_like(valid) if batch.entropy is None else valid
+    confident = (values[0] >= _HALF) & (delta < -2.0)
+    flags = torch.stack([valid, valids[1], less_1[0].abs() > BAND, confident, mask, known]).double()
+    by_sequence = torch.cat([deltas, less_1 - deltas, magnitudes, w, w * w, values, flags]).sum(-1)
+    seq_delta, tokens = by_sequence[0], by_sequence[_INDEX["tokens"]]
+    has_tokens = tokens.clamp(max=1.0)
+    seq_w = seq_delta.clamp(max=_EXP_CLAMP).exp() * has_tokens
+    sums = torch.cat([by_sequence, torch.stack([has_tokens, seq_w, seq_w * seq_w])])
+    out.additive[:_TOKEN_SUMS] = sums.sum(-1)
     if batch.log_kept is not None and batch.out_of_support is not None:
         log_kept = torch.where(valid, batch.log_kept.double(), 0.0)
         truncation = _stacked(valid, log_kept.exp() * valid, log_kept, valid & batch.out_of_support)
         out.additive[_INDEX["trunc_tokens"] :][:4] = truncation.sum((1, 2))
 
-    # scatter, not bincount: bincount syncs with the device to learn its size
-    position = abs_delta.clamp_min(1e-300).log10() * _PER_DECADE + (1 - _DECADES[0] * _PER_DECADE)
-    bins = position.clamp(0, _BINS - 1).long() + _BINS * (delta >= 0)
-    out.histogram.view(-1).scatter_add_(0, bins.view(-1), valid.double().view(-1))
+    # scatter, not bincount: bincount syncs with the device to learn its size. log10(0) = -inf ends in bin 0
+    bins = magnitudes[0].log10().mul_(_PER_DECADE).add_(1 - _DECADES[0] * _PER_DECADE).clamp_(0, _BINS - 1).long()
+    bins = torch.where(delta < 0, bins, bins + _BINS)
+    out.additive[len(_SUMS) :].scatter_add_(0, bins.view(-1), flags[0].view(-1))
 
-    weights = _resample_weights(out.bootstrap_samples, device)
-    rows = (torch.arange(len(tokens), device=device) + first_sequence) % len(weights)
-    drift = law_entropies + rollouts
-    torch.mm(weights[rows].t().double(), torch.stack([seq_mean_w, drift, tokens], dim=-1), out=out.bootstrap)
+    drift = by_sequence[_INDEX["law_entropy"]] + by_sequence[_INDEX["rollout_logprob"]]
+    weights = _weights_of(len(tokens), first_sequence, out.bootstrap_samples, mask.device)
+    torch.mm(weights.t().double(), torch.stack([by_sequence[_INDEX["w"]], drift, tokens], dim=-1), out=out.bootstrap)
 
-    out.maxima[:3] = torch.stack([abs_delta, delta, -delta]).masked_fill(~valid, -math.inf).amax((1, 2))
-    out.maxima[3] = seq_delta.abs().masked_fill(~has_tokens, -math.inf).amax()
+    out.maxima[:2] = torch.where(valid, torch.stack([delta, -delta]), -math.inf).amax((1, 2))
+    out.maxima[2] = seq_delta.abs().amax()
     if batch.probe:
         out.additive[_INDEX["probe_tokens"]] = tokens.sum()
     if batch.lags is not None:
-        _by_lag(out, batch, batch.lags.to(device))
+        _by_lag(out, batch, batch.lags.to(mask.device))
 
 
 def _by_lag(out: MismatchSums, batch: ScoredBatch, lags: torch.Tensor) -> None:
@@ -263,6 +237,14 @@ def _by_lag(out: MismatchSums, batch: ScoredBatch, lags: torch.Tensor) -> None:
     out.additive[_INDEX["lags"]] += len(lags)
 
 
+def _weights_of(count: int, first: int, samples: int, device: torch.device) -> torch.Tensor:
+    """(count, R) resampling weights of sequences numbered from ``first``."""
+    pool, start = _resample_weights(samples, device), first % _POOL
+    if start + count <= _POOL:
+        return pool[start : start + count]
+    return pool[(torch.arange(count, device=device) + start) % _POOL]
+
+
 @lru_cache(maxsize=4)
 def _resample_weights(samples: int, device: torch.device) -> torch.Tensor:
     """(_POOL, R) int8 draws from Poisson(1): how often each resample holds each sequence. Made once, from one seed.
@@ -281,8 +263,8 @@ def _stacked(*tensors: torch.Tensor) -> torch.Tensor:
 def measure_policy_drift(out: MismatchSums, new: torch.Tensor, old: torch.Tensor, mask: torch.Tensor) -> None:
     """Add k3 of the training policy against the policy that generated, in place. All (B, C); Δ = new - old."""
     delta = new.double() - old.double()
-    valid = mask.bool() & torch.isfinite(delta)
-    delta = torch.where(valid, delta, delta.new_zeros(()))
+    valid = (delta.abs() < math.inf) & mask.bool()
+    delta = torch.where(valid, delta, 0.0)
     sums = _stacked(valid, torch.expm1(delta) - delta).sum((1, 2))
     out.additive[_INDEX["drift_tokens"] :][:2] += sums.to(out.additive.device)
 
@@ -290,7 +272,7 @@ def measure_policy_drift(out: MismatchSums, new: torch.Tensor, old: torch.Tensor
 def compute(sums: MismatchSums) -> MismatchStats:
     """All scalars from (reduced) sums. What was not measured is ``None``. One device sync on accelerators."""
     additive = sums.additive.cpu().numpy()
-    maxima = dict(zip(_MAXIMA, sums.maxima.cpu().tolist(), strict=True))
+    maxima = _named_maxima(sums)
     s = dict(zip(_SUMS, additive[: len(_SUMS)].tolist(), strict=True))
     histogram = additive[len(_SUMS) : len(_SUMS) + 2 * _BINS].reshape(2, _BINS)
     bootstrap = additive[len(_SUMS) + 2 * _BINS :].reshape(-1, _BOOT)
@@ -330,7 +312,7 @@ def compute(sums: MismatchSums) -> MismatchStats:
     if n > 0:
         p01, p50, p99 = map(_exp, _quantiles(histogram, (0.01, 0.50, 0.99), maxima))
         values |= {
-            "kl_k1": s["neg_delta"] / n,
+            "kl_k1": -s["delta"] / n,
             "kl_k3": s["k3"] / n,
             "logp_abs_diff/mean": s["abs_delta"] / n,
             "logp_abs_diff/p99": _quantiles_abs(histogram, (0.99,), maxima)[0],
@@ -343,7 +325,7 @@ def compute(sums: MismatchSums) -> MismatchStats:
             "ratio/out_of_band": s["out_of_band"] / n,
             "ess": s["w"] ** 2 / (n * s["w2"]) if s["w2"] > 0 else 0.0,
             "chi2": s["w2"] / n - 1.0,
-            "seq/log_ratio_mean": s["seq_delta"] / seqs,
+            "seq/log_ratio_mean": s["delta"] / seqs,
             "seq/log_ratio_max": maxima["seq_abs_delta"],
             "seq/ess": s["seq_w"] ** 2 / (seqs * s["seq_w2"]) if s["seq_w2"] > 0 else 0.0,
             "entropy/rollout": -s["rollout_logprob"] / n,
@@ -385,24 +367,30 @@ def trimmed(histogram: np.ndarray, s: dict[str, float]) -> dict[str, float | Non
         values["trimmed/nonfinite_rate"] = max(0.0, s["compared"] - n - 1) / s["compared"]
     if left <= 0:
         return values
-    # counts by |Δ| ascending, both signs side by side, cut off after `left` tokens
-    counts = histogram.copy()
-    over = np.clip(np.cumsum(counts.sum(0)) - left, 0.0, counts.sum(0))
-    counts *= 1.0 - np.divide(over, counts.sum(0), out=np.zeros_like(over), where=counts.sum(0) > 0)
-    delta = np.stack([-_CENTERS, _CENTERS])
-    less_1 = np.expm1(delta.clip(max=_EXP_CLAMP))
-    w = less_1 + 1.0
-    sum_w, sum_w2 = float((counts * w).sum()), float((counts * w * w).sum())
-    cumulative = np.cumsum(counts.sum(0))
-    rank = min(max(1.0, math.ceil(0.99 * left)), cumulative[-1])
+    # both signs side by side, |Δ| ascending, cut off after `left` tokens
+    totals = histogram.sum(0)
+    cumulative = totals.cumsum()
+    cut = int(cumulative.searchsorted(left))
+    counts = histogram[:, : cut + 1].copy()
+    counts[:, cut] *= (left - cumulative[cut] + totals[cut]) / totals[cut]
+
+    def total(values: np.ndarray) -> float:
+        return float(np.vdot(counts, values[:, : cut + 1]))
+
+    sum_w, sum_w2 = total(_W), total(_W2)
     return values | {
-        "trimmed/kl_k3": float((counts * (less_1 - delta)).sum()) / left,
-        "trimmed/logp_abs_diff/mean": float((counts.sum(0) * _CENTERS).sum()) / left,
-        "trimmed/logp_abs_diff/p99": float(_CENTERS[np.searchsorted(cumulative, rank - 1e-6)]),
+        "trimmed/kl_k3": total(_K3) / left,
+        "trimmed/logp_abs_diff/mean": total(_ABS) / left,
+        "trimmed/logp_abs_diff/p99": float(_CENTERS[cumulative.searchsorted(max(1.0, math.ceil(0.99 * left)) - 1e-6)]),
         "trimmed/ratio/out_of_band": max(0.0, s["out_of_band"] - (n - left)) / left,
         "trimmed/ess": sum_w**2 / (left * sum_w2) if sum_w2 > 0 else 0.0,
         "trimmed/confident_disagreement": max(0.0, s["confident"] - 1) / n,
     }
+
+
+def _named_maxima(sums: MismatchSums) -> dict[str, float]:
+    maxima = dict(zip(_MAXIMA, sums.maxima.tolist(), strict=True))
+    return maxima | {"abs_delta": max(maxima["delta"], maxima["neg_delta"])}
 
 
 def _exp(x: float) -> float:
@@ -412,6 +400,10 @@ def _exp(x: float) -> float:
 # |Δ| at the middle of each bin on the log scale, 0 for the first; and Δ over all signed bins in ascending order
 _CENTERS = np.where(np.arange(_BINS) == 0, 0.0, 10.0 ** (_DECADES[0] + (np.arange(_BINS) - 0.5) / _PER_DECADE))
 _SIGNED_CENTERS = np.concatenate([-_CENTERS[::-1], _CENTERS])
+# (2, bins), as the histogram: what a token in the middle of its bin adds
+_DELTA = np.stack([-_CENTERS, _CENTERS])
+_ABS, _W = np.abs(_DELTA), np.exp(_DELTA.clip(max=_EXP_CLAMP))
+_W2, _K3 = _W * _W, np.expm1(_DELTA.clip(max=_EXP_CLAMP)) - _DELTA
 
 
 def _quantiles_abs(histogram: np.ndarray, qs: Sequence[float], maxima: dict[str, float]) -> list[float]:
@@ -425,9 +417,9 @@ def _quantiles(histogram: np.ndarray, qs: Sequence[float], maxima: dict[str, flo
 
 def _pick(counts: np.ndarray, values: np.ndarray, qs: Sequence[float], low: float, high: float) -> list[float]:
     """The values at ranks ceil(q n), kept inside the observed range."""
-    cumulative = np.cumsum(counts)
-    ranks = np.maximum(1.0, np.ceil(np.asarray(qs) * cumulative[-1]))
-    return np.clip(values[np.searchsorted(cumulative, ranks)], low, high).tolist()
+    cumulative = counts.cumsum()
+    ranks = [max(1.0, math.ceil(q * cumulative[-1])) for q in qs]
+    return [min(max(x, low), high) for x in values[cumulative.searchsorted(ranks)].tolist()]
 
 
 def log_ratio_histogram(sums: MismatchSums, bins: int = 64) -> tuple[np.ndarray, np.ndarray] | None:
@@ -438,8 +430,7 @@ def log_ratio_histogram(sums: MismatchSums, bins: int = 64) -> tuple[np.ndarray,
     histogram = sums.histogram.cpu().numpy()
     if histogram.sum() == 0:
         return None
-    maxima = dict(zip(_MAXIMA, sums.maxima.cpu().tolist(), strict=True))
-    low, high = _quantiles(histogram, (0.001, 0.999), maxima)
+    low, high = _quantiles(histogram, (0.001, 0.999), _named_maxima(sums))
     if high - low < 1e-8:
         low, high = low - 1e-8, high + 1e-8
     values = _SIGNED_CENTERS.clip(low, high)

@@ -36,7 +36,7 @@ __all__ = ["ParityMonitor"]
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 4
+STATE_VERSION = 5
 _KEEP_VERDICTS = 1000
 _REWARD_ALPHA = 0.001
 
@@ -219,17 +219,15 @@ class ParityMonitor:
 
     def add_rewards(self, sums: MismatchSums, rewards: list[float]) -> None:
         """Take in a batch's rewards (of all ranks, the same on each)."""
-        finite = [float(r) for r in rewards if r == r and abs(r) != float("inf")]
-        if finite:
-            self.rewards.extend(finite)
+        if finite := self.rewards.extend(rewards):
             sums.bump(rewards=len(finite), reward_sum=sum(finite))
 
     def scalars(self, stats: MismatchStats, *, new_window: bool = False) -> MismatchStats:
         """A window's statistics with noise floor, excess, entropy watch and reward comparison added."""
         if new_window:
             self.entropy.update(stats.get("entropy/trainer"))
-        extra = self.floor.scalars(stats) | self.entropy.scalars()
-        for reading in self.breaker.readings(stats.updated(extra)):
+        extra = self.floor.scalars(stats.values_by_name) | self.entropy.scalars()
+        for reading in self.breaker.readings(stats.values_by_name | extra):
             if (name := f"limit/{reading.rule.stat}") in SCALARS and reading.seen.startswith("excess/"):
                 extra[name] = reading.limit
         if self.baseline is not None:
@@ -250,7 +248,7 @@ class ParityMonitor:
         """
         if not self.floor.age or self.status is Status.HALT:
             return False
-        resting = [r for r in self.breaker.readings(stats) if r.rule.k is not None]
+        resting = [r for r in self.breaker.readings(stats.values_by_name) if r.rule.k is not None]
         return any(r.over or (r.warns and not self.breaker.alerted) for r in resting)
 
     def judge(self, step: int, stats: MismatchStats | None, error: str = "") -> Verdict:

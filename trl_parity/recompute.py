@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -38,13 +38,15 @@ class Located(NamedTuple):
     states: torch.Tensor  # (N, H): those that predict them
     ids: torch.Tensor  # (B, P + C)
     attention_mask: torch.Tensor  # (B, P + C)
-    at: torch.Tensor  # (N,) int64: their places in the B x C completion columns, row by row
-    columns: int  # C
+    rows: torch.Tensor  # (N,) int64, in [0, B), ascending
+    columns: torch.Tensor  # (N,) int64, in [0, C)
+    keep: int  # C
 
 
 def causal_lm(model: Any) -> Any:
     """The model that owns backbone and head, without PEFT around it (its adapters stay active inside)."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    # asked of the class: a module that lacks an attribute is slow to say so
+    return model.get_base_model() if hasattr(type(model), "get_base_model") else model
 
 
 def _logit_scale(config: Any) -> float:
@@ -113,16 +115,13 @@ def materialized_head(
         )
 
 
-@contextmanager
-def _zero3_gathered(params: list[Any]) -> Iterator[None]:
+def _zero3_gathered(params: list[Any]) -> AbstractContextManager[Any]:
     sharded = {id(p): p for p in params if hasattr(p, "ds_status") and p.ds_status.name != "AVAILABLE"}
     if not sharded:
-        yield
-        return
+        return nullcontext()
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(list(sharded.values())):
-        yield
+    return deepspeed.zero.GatheredParameters(list(sharded.values()))
 
 
 class CompletionScorer:
@@ -181,24 +180,22 @@ class CompletionScorer:
         self.seconds += time.perf_counter() - start
 
     def _right_columns(self, hidden: torch.Tensor, given: Mapping[str, Any]) -> Located:
-        attention_mask = given["attention_mask"]
-        rows, columns = attention_mask[:, -self._keep :].nonzero(as_tuple=True)  # on an accelerator: one sync a pass
-        before = rows * hidden.shape[1] + columns + (hidden.shape[1] - self._keep - 1)  # t - 1 predicts token t
-        states = hidden.flatten(0, 1).index_select(0, before)
-        return Located(states, given["input_ids"], attention_mask, rows * self._keep + columns, self._keep)
+        attention_mask, keep = given["attention_mask"], self._keep
+        rows, columns = attention_mask[:, -keep:].nonzero(as_tuple=True)  # on an accelerator: one sync a pass
+        states = hidden[:, -keep - 1 : -1][rows, columns]  # the state at t - 1 predicts token t
+        return Located(states, given["input_ids"], attention_mask, rows, columns, keep)
 
     def _score(self, head: Head, located: Located) -> CompletionScores:
-        ids, at = located.ids, located.at
-        shape = (len(ids), located.columns)
-        states = located.states.to(head.weight.device)
-        targets = ids[:, ids.shape[1] - located.columns :].flatten().index_select(0, at).to(states.device)
+        ids, keep, device = located.ids, located.keep, head.weight.device
+        states = located.states.to(device)
+        targets = ids[:, ids.shape[1] - keep :][located.rows, located.columns].to(device)
         logprobs, entropy = score_tokens(states, targets, head, chunk_bytes=self._chunk_bytes, backend=self._backend)
         found = [logprobs, entropy]
         if self._replay:
             replayed, law_entropy, log_kept, outside = self._replay_tokens(states, targets, head, located)
             found = [replayed, entropy, law_entropy, log_kept, outside.float()]
-        blank = torch.zeros(len(found), shape[0] * shape[1], dtype=torch.float32, device=states.device)
-        placed = blank.index_copy_(1, at.to(blank.device), torch.stack(found)).view(-1, *shape)
+        placed = torch.zeros(len(found), len(ids), keep, dtype=torch.float32, device=device)
+        placed[:, located.rows.to(device), located.columns.to(device)] = torch.stack(found)
         if not self._replay:
             return CompletionScores(placed[0], placed[1], placed[1], None, None)
         return CompletionScores(placed[0], placed[1], placed[2], placed[3], placed[4].bool())
@@ -210,9 +207,8 @@ class CompletionScorer:
         vocab = head.vocab_size or head.weight.shape[0]
         # a row of logits, its sort with int64 indices, and masks and copies: about 12 fp32 rows a token
         step = max(1, self._chunk_bytes // (vocab * 4 * 12))
-        at = located.at.to(states.device)
-        rows, columns = at // located.columns, at % located.columns
-        prompt_width = ids.shape[1] - located.columns
+        rows, columns = located.rows.to(states.device), located.columns.to(states.device)
+        prompt_width = ids.shape[1] - located.keep
         parts = []
         for i in range(0, len(targets), step):
             part = slice(i, i + step)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .errors import DataError
@@ -165,7 +165,8 @@ class MismatchStats(Mapping[str, float | None]):
 
     def updated(self, values: Mapping[str, float | None]) -> MismatchStats:
         """A copy with these scalars laid over its own."""
-        return replace(self, values_by_name=self.values_by_name | dict(values))
+        merged = self.values_by_name | dict(values)
+        return MismatchStats(self.num_tokens, self.num_sequences, self.num_batches, self.num_errors, merged)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,7 +189,7 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """The window's line in ``metrics.jsonl``. Non-finite numbers become strings ("inf", "nan"): JSON has none."""
-        scalars: dict[str, float | None] = {} if self.stats is None else dict(self.stats)
+        scalars: dict[str, float | None] = {} if self.stats is None else dict(self.stats.values_by_name)
         scalars |= {"breaker/status": self.status.code, "breaker/streak": self.streak}
         return {
             "step": self.step,

@@ -25,6 +25,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -200,9 +201,11 @@ class RewardWindow:
         """A copy, oldest first."""
         return np.array(self._rewards, dtype=np.float64)
 
-    def extend(self, values: Iterable[float]) -> None:
-        """Add rewards; non-finite ones (``None`` among them) are dropped."""
-        self._rewards.extend(_finite(values).tolist())
+    def extend(self, values: Iterable[float | None]) -> list[float]:
+        """Add rewards; non-finite ones (``None`` among them) are dropped. Returns those that were added."""
+        finite = [x for value in values if value is not None and math.isfinite(x := float(value))]
+        self._rewards.extend(finite)
+        return finite
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

@@ -287,8 +287,8 @@ class AsyncGRPOCapture(Capture):
             )
         ids = torch.cat([samples.prompt_ids, samples.completion_ids], dim=1)
         attention = torch.cat([samples.prompt_mask, samples.completion_mask], dim=1)
-        at = samples.engine_mask.flatten().nonzero()[:, 0]
-        return Located(hidden[0][index], ids, attention, at, samples.engine_mask.shape[1])
+        rows, columns = samples.engine_mask.nonzero(as_tuple=True)
+        return Located(hidden[0][index], ids, attention, rows, columns, samples.engine_mask.shape[1])
 
     @functools.cached_property
     def samples(self) -> RolloutBatch:

@@ -7,6 +7,7 @@ GRPOTrainer: ``_generate_and_score_completions``, ``_get_per_token_logps_and_ent
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -172,10 +173,12 @@ class GRPOCapture(Capture):
         """Weighted sums of this batch's rewards over all ranks, as TRL logs them; NaN where no function gave one."""
         trainer = self.trainer
         logged = [list(trainer._logs["rewards"][name]) for name in trainer.reward_func_names]
-        by_function = torch.tensor(logged, dtype=torch.float64)[:, -self._global_batch() :]
-        weights = trainer.reward_weights.to("cpu", torch.float64).unsqueeze(-1)
-        total = (by_function * weights).nansum(0)
-        return torch.where(by_function.isnan().all(0), torch.nan, total).tolist()
+        weights = trainer.reward_weights.tolist()
+        total = []
+        for given in zip(*(values[-self._global_batch() :] for values in logged), strict=True):
+            known = [weight * value for weight, value in zip(weights, given, strict=True) if value == value]
+            total.append(sum(known) if known else math.nan)
+        return total
 
     def _global_batch(self) -> int:
         return len(self.output["completion_ids"]) * self.trainer.accelerator.num_processes
