@@ -219,8 +219,9 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
             self._investigator.watch(self._capture)
         sums.bump(cost_seconds=self._spent, floor_seconds=self._spent_on_floor, wall_seconds=start - self._clock)
         self._clock, self._spent, self._spent_on_floor = start, 0.0, 0.0
-        sums = reduce_sums(sums, trainer.accelerator)
-        self.monitor.floor.account(sums.total("floor_seconds"), sums.total("wall_seconds"))
+        sums = reduce_sums(sums, trainer.accelerator).cpu()
+        totals = sums.totals()
+        self.monitor.floor.account(totals["floor_seconds"], totals["wall_seconds"])
         stats = self.monitor.scalars(compute(sums), new_window=True)
         if self.monitor.doubts_floor(stats) and self._measure_floor():
             stats = self.monitor.scalars(stats)

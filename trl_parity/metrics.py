@@ -71,21 +71,38 @@ class MismatchSums:
     About 17 KiB with R = 200, whatever the number of tokens.
     """
 
-    __slots__ = ("_additive", "_bumps", "bootstrap_samples", "maxima")
+    __slots__ = ("_additive", "_bumps", "_maxima", "_raises", "bootstrap_samples")
 
     def __init__(self, additive: torch.Tensor, maxima: torch.Tensor, bootstrap_samples: int):
-        self._additive, self.maxima, self.bootstrap_samples = additive, maxima, bootstrap_samples
-        self._bumps: dict[str, float] = {}  # plain numbers on their way into it: no kernel for each
+        self._additive, self._maxima, self.bootstrap_samples = additive, maxima, bootstrap_samples
+        self._bumps: dict[str, float] = {}  # plain numbers on their way into them: no kernel for each
+        self._raises: dict[str, float] = {}
 
     @property
     def additive(self) -> torch.Tensor:
         """Everything that adds."""
         if self._bumps:
             bumps, self._bumps = self._bumps, {}
-            amounts = torch.zeros(len(_SUMS), dtype=torch.float64)
-            amounts[[_INDEX[name] for name in bumps]] = torch.tensor(list(bumps.values()), dtype=torch.float64)
+            amounts = torch.tensor([bumps.get(name, 0.0) for name in _SUMS], dtype=torch.float64)
             self._additive[: len(_SUMS)] += amounts.to(self._additive.device, non_blocking=True)
         return self._additive
+
+    @property
+    def maxima(self) -> torch.Tensor:
+        """Everything that takes the maximum."""
+        if self._raises:
+            raises, self._raises = self._raises, {}
+            values = torch.tensor([raises.get(name, -math.inf) for name in _MAXIMA], dtype=torch.float64)
+            values = values.to(self._maxima.device, non_blocking=True)
+            torch.maximum(self._maxima, values, out=self._maxima)
+        return self._maxima
+
+    def cpu(self) -> MismatchSums:
+        """On the host: itself, where it is there. One device sync on accelerators."""
+        if self._additive.device.type == "cpu":
+            return self
+        both = torch.cat([self.additive, self.maxima]).cpu()
+        return MismatchSums(both[: -len(_MAXIMA)], both[-len(_MAXIMA) :], self.bootstrap_samples)
 
     @classmethod
     def zeros(cls, device: torch.device | str = "cpu", bootstrap_samples: int = 200) -> MismatchSums:
@@ -134,21 +151,31 @@ class MismatchSums:
     def raise_to(self, **values: float) -> None:
         """Raise named maxima to plain numbers."""
         for name, value in values.items():
-            self.maxima[_MAXIMA.index(name)].clamp_(min=value)
+            self._raises[name] = max(value, self._raises.get(name, -math.inf))
 
-    def total(self, name: str) -> float:
-        """One of the sums. A device sync on accelerators."""
-        return float(self.additive[_INDEX[name]])
+    def totals(self) -> dict[str, float]:
+        """All sums by name. A device sync on accelerators, as of the next."""
+        found = dict(zip(_SUMS, self._additive[: len(_SUMS)].tolist(), strict=True))
+        for name, amount in self._bumps.items():
+            found[name] += amount
+        return found
+
+    def peaks(self) -> dict[str, float]:
+        """All maxima by name."""
+        found = dict(zip(_MAXIMA, self._maxima.tolist(), strict=True))
+        for name, value in self._raises.items():
+            found[name] = max(found[name], value)
+        return found | {"abs_delta": max(found["delta"], found["neg_delta"])}
 
     @property
     def histogram(self) -> torch.Tensor:
         """Counts of Δ: (2, bins), row 0 for Δ < 0, row 1 for Δ >= 0."""
-        return self.additive[len(_SUMS) : len(_SUMS) + 2 * _BINS].view(2, _BINS)
+        return self._additive[len(_SUMS) : len(_SUMS) + 2 * _BINS].view(2, _BINS)
 
     @property
     def bootstrap(self) -> torch.Tensor:
         """(R, 3): per resample Σ w, Σ (H + rollout log-prob) and Σ tokens."""
-        return self.additive[len(_SUMS) + 2 * _BINS :].view(self.bootstrap_samples, _BOOT)
+        return self._additive[len(_SUMS) + 2 * _BINS :].view(self.bootstrap_samples, _BOOT)
 
 
 @torch.no_grad()
@@ -266,16 +293,14 @@ def measure_policy_drift(out: MismatchSums, new: torch.Tensor, old: torch.Tensor
     valid = (delta.abs() < math.inf) & mask.bool()
     delta = torch.where(valid, delta, 0.0)
     sums = _stacked(valid, torch.expm1(delta) - delta).sum((1, 2))
-    out.additive[_INDEX["drift_tokens"] :][:2] += sums.to(out.additive.device)
+    out._additive[_INDEX["drift_tokens"] :][:2] += sums.to(out._additive.device)
 
 
 def compute(sums: MismatchSums) -> MismatchStats:
     """All scalars from (reduced) sums. What was not measured is ``None``. One device sync on accelerators."""
-    additive = sums.additive.cpu().numpy()
-    maxima = _named_maxima(sums)
-    s = dict(zip(_SUMS, additive[: len(_SUMS)].tolist(), strict=True))
-    histogram = additive[len(_SUMS) : len(_SUMS) + 2 * _BINS].reshape(2, _BINS)
-    bootstrap = additive[len(_SUMS) + 2 * _BINS :].reshape(-1, _BOOT)
+    sums = sums.cpu()
+    s, maxima = sums.totals(), sums.peaks()
+    histogram, bootstrap = sums.histogram.numpy(), sums.bootstrap.numpy()
     n, seqs = s["tokens"], s["sequences"]
     values: dict[str, float | None] = dict.fromkeys(SCALARS)
 
@@ -388,11 +413,6 @@ def trimmed(histogram: np.ndarray, s: dict[str, float]) -> dict[str, float | Non
     }
 
 
-def _named_maxima(sums: MismatchSums) -> dict[str, float]:
-    maxima = dict(zip(_MAXIMA, sums.maxima.tolist(), strict=True))
-    return maxima | {"abs_delta": max(maxima["delta"], maxima["neg_delta"])}
-
-
 def _exp(x: float) -> float:
     return math.exp(x) if x < 709.0 else math.inf
 
@@ -427,10 +447,11 @@ def log_ratio_histogram(sums: MismatchSums, bins: int = 64) -> tuple[np.ndarray,
 
     Rebinned from the log histogram for trackers; tails are counted in the end bins. ``None`` without tokens.
     """
-    histogram = sums.histogram.cpu().numpy()
+    sums = sums.cpu()
+    histogram = sums.histogram.numpy()
     if histogram.sum() == 0:
         return None
-    low, high = _quantiles(histogram, (0.001, 0.999), _named_maxima(sums))
+    low, high = _quantiles(histogram, (0.001, 0.999), sums.peaks())
     if high - low < 1e-8:
         low, high = low - 1e-8, high + 1e-8
     values = _SIGNED_CENTERS.clip(low, high)
