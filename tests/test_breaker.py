@@ -193,3 +193,4 @@ def test_state_survives_a_restart_in_the_middle_of_a_streak():
 
 def test_the_reason_names_value_and_limit():
     assert breaker().judge(1, window(kl_k3=0.2)).reason == "kl_k3 0.2 > 0.1"
+    assert breaker().judge(1, window(kl_k3=0.07)).reason == "kl_k3 0.07 > 0.05 (limit 0.1)"

@@ -37,8 +37,9 @@ class Reading(NamedTuple):
 
     @property
     def text(self) -> str:
-        """``kl_k3 0.2 > 0.1``, for people."""
-        return f"{self.seen} {self.value:.4g} {'<' if self.rule.below else '>'} {self.limit:.4g}"
+        """``kl_k3 0.2 > 0.1``, for people; ``kl_k3 0.07 > 0.05 (limit 0.1)`` where it is over the WARN level alone."""
+        level, rest = (self.limit, "") if self.over else (self.limit * self.rule.warn, f" (limit {self.limit:.4g})")
+        return f"{self.seen} {self.value:.4g} {'<' if self.rule.below else '>'} {level:.4g}{rest}"
 
 
 def read(rule: Rule, stats: Mapping[str, float | None]) -> Reading | None:
