@@ -98,7 +98,7 @@ class UnloggedWindows:
         """Every scalar of them as one window, with the worst status and the longest streak."""
         assert self._sums is not None
         stats = monitor.scalars(compute(self._sums)) if self._only is None else self._only
-        return {**stats, "breaker/status": self._status.code, "breaker/streak": self._streak}
+        return {**stats.values_by_name, "breaker/status": self._status.code, "breaker/streak": self._streak}
 
 
 def added(sums: MismatchSums | None, more: MismatchSums) -> MismatchSums:
