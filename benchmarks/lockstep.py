@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,13 +39,16 @@ class Training:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),
         }  # TRL's own choice is the same twice
+        inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        if python == sys.executable:  # this environment: this trl-parity. Another one has its own packages
+            inherited["PYTHONPATH"] = str(ROOT)
         environment |= {name: str(value) for name, value in settings["env"].items()}
-        theirs, ours = os.pipe()[::-1]
+        ours, theirs = os.pipe()
         with open(self.log, "w") as log:
             self._process = subprocess.Popen(
                 [python, str(WORKER), str(folder / f"{arm}.json"), str(theirs)],
                 stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, pass_fds=[theirs], text=True,
-                env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | environment,
+                env=inherited | environment,
             )  # fmt: skip
         os.close(theirs)
         self._reports = os.fdopen(ours)

@@ -42,6 +42,11 @@ from scipy.stats import binom
 WARM_UP = 5  # steps left out: first generations compile and fill caches, and the noise floor is measured
 LEAST = 12  # steps of a training, whatever the time
 BASE = "without"
+ASKED = {
+    "trl-parity": "every rollout batch compared, judged and logged, the noise floor included, as the recipe has it",
+    "null": "nothing: the same training twice",
+    "martingale": "every token kept in SQLite, all weights digested at each step, its live alarms; its defaults",
+}
 SHARES = (5, 25, 50, 75, 95, 100)
 
 
@@ -55,6 +60,8 @@ def race(contender: str, python: str, model: Path, minutes: float) -> dict[str, 
         trainings = [Training(python, arm, model, Path(directory)) for arm in (BASE, contender)]
         try:
             ready, *steps = pairs(*trainings, deadline, least=WARM_UP + LEAST)
+        except RuntimeError as e:
+            sys.exit(str(e))
         finally:
             for training in trainings:
                 training.end()
@@ -118,9 +125,9 @@ def summarize(contender: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
         "series": {name: dict(zip(map(str, SHARES), np.nanpercentile(v, SHARES).tolist(), strict=True))
                    for name, v in series.items()},
         "ratios": {
-            "median of paired steps": median_interval(over / base),
-            "median of their CPU time": median_interval(over_cpu / base_cpu),
-            "all steps, one over the other": total_interval(over, base),
+            "paired steps, median": median_interval(over / base),
+            "their CPU time, median": median_interval(over_cpu / base_cpu),
+            "sum of all steps": total_interval(over, base),
         },
     }  # fmt: skip
 
@@ -129,11 +136,10 @@ def summarize(contender: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def show(console: Console, found: dict[str, Any]) -> None:
-    title = (
-        f"{found['contender']}: {found['pairs of the same work']} pairs of steps, {found['runs']} "
-        f"run(s) in fresh processes; the work was the same in {found['pairs of the same work']} of {found['pairs']}"
-    )
-    table = Table(title=title, title_justify="left")
+    console.print(f"\n[bold]{found['contender']}[/]: {ASKED[found['contender']]}", soft_wrap=True)
+    same, all_ = found["pairs of the same work"], found["pairs"]
+    console.print(f"{same} pairs of steps, {found['runs']} times fresh processes; same work in {same} of {all_} pairs")
+    table = Table()
     for name in ("", "5 %", "25 %", "median", "75 %", "95 %", "largest"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for name, values in found["series"].items():
@@ -143,11 +149,12 @@ def show(console: Console, found: dict[str, Any]) -> None:
 
 
 def show_ratios(console: Console, summary: list[dict[str, Any]]) -> None:
-    table = Table(title="step time with, over step time without (95 % interval)", title_justify="left")
+    console.print("\n[bold]step time with, over step time without[/] (95 % interval)")
+    table = Table()
     for name in ("", *summary[0]["ratios"]):
         table.add_column(name, no_wrap=True)
     for found in summary:
-        cells = (f"{middle:.4f} ({low:.4f} to {high:.4f})" for middle, low, high in found["ratios"].values())
+        cells = (f"{middle:.4f} ({low:.4f}–{high:.4f})" for middle, low, high in found["ratios"].values())
         table.add_row(found["contender"], *cells)
     console.print(table)
 
@@ -183,7 +190,7 @@ def main() -> None:
             print(f"{contender}, run {number + 1} of {options.pairs} ...", flush=True)
             runs[contender].append(race(contender, python, model, options.minutes))
     summary = [summarize(name, runs[name]) for name in contenders]
-    about, rates = describe(), limits()
+    about, rates = describe(packages=()), limits()
     console = Console(width=100, highlight=False)
     for found in summary:
         show(console, found)
