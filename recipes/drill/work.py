@@ -57,13 +57,34 @@ def run(model: str, drill: Drill, job: Job, folder: Path) -> dict[str, Any]:
     arguments: dict[str, Any] = {"max_steps": STEPS, "seed": job.seed, "output_dir": str(folder)}
     arguments |= drill.run_args(strength, setting, job.control)
     callback = ParityCallback(action="stop", **({} if job.control else drill.parity))
-    callbacks = [_asking(callback, STEPS), callback] if healthy else [callback]
+    clock = _clock()
+    callbacks = [*([_asking(callback, STEPS)] if healthy else []), clock, callback]
     trainer = stack.make_trainer(model, callbacks, chat=tokenizer.chat_template is not None, **arguments)
     with contextlib.nullcontext() if job.control or drill.patch is None else drill.patch(trainer, strength):
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
-    return asdict(job) | outcome(drill, strength, healthy, callback) | {"seconds_total": seconds}
+    row = asdict(job) | outcome(drill, strength, healthy, callback) | {"seconds_total": seconds}
+    halt = clock.judged[-1] - clock.begun[drill.onset - 1] if row["detected"] else None
+    return row | {"seconds_to_halt": halt}
+
+
+def _clock() -> Any:
+    """When each step began, and when its gradient was about to be used: its batch has been judged by then."""
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.begun: list[float] = []
+            self.judged: list[float] = []
+
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.begun.append(time.perf_counter())
+
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            self.judged.append(time.perf_counter())
+
+    return Clock()
 
 
 def _asking(callback: Any, step: int) -> Any:
