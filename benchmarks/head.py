@@ -180,7 +180,8 @@ def measure(args: argparse.Namespace, names: list[str], rates: dict[str, float],
             if needed > 0.8 * free_bytes(args.device):
                 out["without"][name] = f"needs about {needed / 2**30:.1f} GiB, more than is free"
                 continue
-            with console.status(f"memory and error: {contender.label}"):
+            console.print(f"  memory and error: {contender.label} ...")
+            with console.status(contender.label):
                 worker = Worker(name, args, path, Path(directory) / f"{name}.log")
                 stack.callback(worker.close)
                 answer = worker.ask()
@@ -200,6 +201,7 @@ def measure(args: argparse.Namespace, names: list[str], rates: dict[str, float],
                     f"{what}_rms_error": None if gap is None else gap.square().mean().sqrt().item(),
                 }
         for turn in range(1, args.repeats + 1):
+            console.print(f"  time, round {turn}/{args.repeats} ...")
             for name in list(workers):
                 with console.status(f"time, round {turn}/{args.repeats}: {CONTENDERS[name].label}"):
                     seconds = workers[name].ask("go")
