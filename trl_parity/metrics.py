@@ -364,16 +364,16 @@ def compute(sums: MismatchSums) -> MismatchStats:
             values["entropy/drift"] = (s["law_entropy"] + s["rollout_logprob"]) / n
         resampled = bootstrap[bootstrap[:, -1] > 0]
         if seqs >= MIN_BOOTSTRAP_SEQUENCES and len(resampled):
-            values |= _interval("honesty", resampled[:, 0] / resampled[:, -1], 1.0)
+            means = np.sort(resampled[:, :-1] / resampled[:, -1:], axis=0)
+            values |= _interval("honesty", means[:, 0], 1.0)
             if has_entropy:
-                values |= _interval("entropy/drift", resampled[:, 1] / resampled[:, -1], 0.0)
+                values |= _interval("entropy/drift", means[:, 1], 0.0)
         values |= trimmed(histogram, s)
     return MismatchStats(int(n), int(seqs), int(s["batches"]), int(s["errors"]), values)
 
 
-def _interval(name: str, means: np.ndarray, expected: float) -> dict[str, float | None]:
-    """The 99 % interval of bootstrap means and its distance from what is expected."""
-    ordered = np.sort(means)
+def _interval(name: str, ordered: np.ndarray, expected: float) -> dict[str, float | None]:
+    """The 99 % interval of bootstrap means, ascending, and its distance from what is expected."""
     cut = int(0.005 * len(ordered))
     low, high = float(ordered[cut]), float(ordered[-1 - cut])
     return {f"{name}_low": low, f"{name}_high": high, f"{name}_gap": max(0.0, low - expected, expected - high)}

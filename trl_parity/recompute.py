@@ -181,8 +181,9 @@ class CompletionScorer:
 
     def _right_columns(self, hidden: torch.Tensor, given: Mapping[str, Any]) -> Located:
         attention_mask, keep = given["attention_mask"], self._keep
-        rows, columns = attention_mask[:, -keep:].nonzero(as_tuple=True)  # on an accelerator: one sync a pass
-        states = hidden[:, -keep - 1 : -1][rows, columns]  # the state at t - 1 predicts token t
+        rows, columns = attention_mask[:, -keep:].bool().nonzero(as_tuple=True)  # on an accelerator: one sync a pass
+        before = rows * hidden.shape[1] + columns + (hidden.shape[1] - keep - 1)  # t - 1 predicts token t
+        states = hidden.flatten(0, 1).index_select(0, before)  # copies rows; hidden[rows, columns] copies numbers
         return Located(states, given["input_ids"], attention_mask, rows, columns, keep)
 
     def _score(self, head: Head, located: Located) -> CompletionScores:

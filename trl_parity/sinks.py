@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 2
 TOKENS_SCHEMA_VERSION = 1
 
+_encode = json.JSONEncoder(allow_nan=False).encode  # json.dumps would make an encoder for each line
 _VERDICTS = 50  # windows that were not healthy, in the table of verdicts
 # what a run's summary keeps of a scalar besides its last value: the worst of it
 _WORST = {
@@ -95,7 +96,7 @@ class JsonlSink:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Append one object. A failure (disk full, say) warns once; later ones are still tried."""
-        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        line = _encode(record).encode() + b"\n"
         try:
             # after a failure a torn line may stand at the end: begin on a fresh one
             line = b"\n" + line if self._failed else line
