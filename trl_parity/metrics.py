@@ -251,7 +251,7 @@ def _by_lag(out: MismatchSums, batch: ScoredBatch, lags: torch.Tensor) -> None:
     delta = torch.where(valid, delta, 0.0)
     k3 = torch.expm1(delta.clamp(max=_EXP_CLAMP)) - delta
     by_sequence = torch.stack([valid.double(), k3], dim=-1).sum(1)  # (B, 2)
-    bucket = torch.bucketize(lags, torch.tensor(_LAG_EDGES, device=lags.device))
+    bucket = torch.bucketize(lags, _lag_edges(lags.device))
     sums = by_sequence.new_zeros(len(LAG_BUCKETS), 2).index_add_(0, bucket, by_sequence)
     out.additive[_INDEX[f"lag_tokens/{LAG_BUCKETS[0]}"] :][: sums.numel()] += sums.flatten()
     in_flight = torch.full_like(lags, -1) if batch.in_flight is None else batch.in_flight.to(lags.device)
@@ -270,6 +270,11 @@ def _weights_of(count: int, first: int, samples: int, device: torch.device) -> t
     if start + count <= _POOL:
         return pool[start : start + count]
     return pool[(torch.arange(count, device=device) + start) % _POOL]
+
+
+@lru_cache(maxsize=4)
+def _lag_edges(device: torch.device) -> torch.Tensor:
+    return torch.tensor(_LAG_EDGES, device=device)  # waits for the device: once
 
 
 @lru_cache(maxsize=4)
