@@ -1,3 +1,3 @@
 """The version, alone in a module so that building the package imports nothing."""
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"

@@ -178,7 +178,7 @@ def _score_whole_rows(projection: _Projection, targets: torch.Tensor, head: Head
             if head.temperature != 1.0:
                 z.mul_(1.0 / head.temperature)
             d = z.sub_(z.amax(-1, keepdim=True))
-            target = targets[rows, None]
+            target = _part(targets, rows)[:, None]
             if target.device.type == "cpu":  # where it was checked
                 picked = d.gather(1, target)
             else:
@@ -270,7 +270,7 @@ class _Projection:
             self.cols = min(self.cols, share // (copy_weight * width + rank))
         self.cols = max(1, self.cols)
         fp32: dict[str, Any] = {"dtype": torch.float32, "device": device}  # whatever torch.set_default_dtype says
-        self.buffers = torch.empty(2, self.rows * self.cols, **fp32)
+        self.buffers = [torch.empty(self.rows, self.cols, **fp32) for _ in range(2)]
         self.hidden32 = torch.empty(self.block_tokens, width, **fp32) if copy_hidden else None
         self.weight32 = torch.empty(self.cols, width, **fp32) if copy_weight else None
 
@@ -282,19 +282,19 @@ class _Projection:
         """
         down = [a.float() for a, _, _ in self.head.low_rank]
         for block in _spans(0, len(self.hidden), self.block_tokens):
-            h = self.hidden[block]
+            h = _part(self.hidden, block)
             if self.hidden32 is not None:
                 h = self.hidden32[: len(h)].copy_(h)
             with _fp32_products(h.device, "ieee") if down else contextlib.nullcontext():
                 low = [h @ a.t() for a in down]
             for cols in _spans(0, self.head.vocab_used, self.cols):
-                w = self.head.weight[cols]
+                w = _part(self.head.weight, cols)
                 if self.weight32 is not None:
                     w = self.weight32[: len(w)].copy_(w)
                 for part in _spans(0, len(h), self.rows):
                     shape = (part.stop - part.start, len(w))
-                    z, spare = (buffer[: math.prod(shape)].view(shape) for buffer in self.buffers)
-                    self._logits(h[part], w, [x[part] for x in low], cols, z)
+                    z, spare = (x if x.shape == shape else _shaped(x, shape) for x in self.buffers)
+                    self._logits(_part(h, part), w, [x[part] for x in low], cols, z)
                     yield slice(block.start + part.start, block.start + part.stop), cols, z, spare
 
     def _logits(self, h: torch.Tensor, w: torch.Tensor, low: list[torch.Tensor], cols: slice, z: torch.Tensor) -> None:
@@ -302,9 +302,12 @@ class _Projection:
         head = self.head
         as_fp32: dict[str, Any] = {"out_dtype": torch.float32} if self.direct else {}
         with _fp32_products(z.device, self.precision):
-            for at in range(0, w.shape[1], self.inner):
-                left, right = h[:, at : at + self.inner], w[:, at : at + self.inner].t()
-                torch.addmm(z, left, right, **as_fp32, out=z) if at else torch.mm(left, right, **as_fp32, out=z)
+            if w.shape[1] <= self.inner:
+                torch.mm(h, w.t(), **as_fp32, out=z)
+            else:
+                for at in range(0, w.shape[1], self.inner):
+                    left, right = h[:, at : at + self.inner], w[:, at : at + self.inner].t()
+                    torch.addmm(z, left, right, **as_fp32, out=z) if at else torch.mm(left, right, **as_fp32, out=z)
         for x, (_, b, scaling) in zip(low, head.low_rank, strict=True):
             with _fp32_products(z.device, "ieee"):
                 z.addmm_(x, b[cols].float().t(), alpha=scaling)
@@ -320,6 +323,16 @@ class _Projection:
 
 def _spans(start: int, stop: int, step: int) -> Iterator[slice]:
     return (slice(at, min(at + step, stop)) for at in range(start, stop, step))
+
+
+def _part(x: torch.Tensor, rows: slice) -> torch.Tensor:
+    """These rows; all of them without a view, which costs as much as a small kernel."""
+    return x if rows.stop - rows.start == len(x) else x[rows]
+
+
+def _shaped(buffer: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """The first numbers of a buffer in a smaller shape, contiguous."""
+    return buffer.view(-1)[: math.prod(shape)].view(shape)
 
 
 @contextlib.contextmanager
