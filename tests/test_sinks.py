@@ -215,6 +215,28 @@ def test_a_sample_is_uniform_finite_and_leaves_the_random_state_alone():
     assert 25 < counts.min() <= counts.max() < 80  # 50 each, give or take
 
 
+def test_tokens_of_tables_are_read_together():
+    """One number read by itself is one wait for an accelerator."""
+    from test_incident import batch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from trl_parity.tokens import sample_tokens, worst_tokens
+
+    one_by_one = []
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.name() == "aten::_local_scalar_dense":
+                one_by_one.append(func)
+            return func(*args, **(kwargs or {}))
+
+    rollout, scored = batch(rows=10, columns=10)
+    with Reads():
+        assert len(worst_tokens(rollout, scored, 20, lambda ids: str(ids))) == 20
+        assert len(sample_tokens(scored, 50, seed=0)) == 50
+    assert not one_by_one
+
+
 def test_the_sample_of_tokens_lies_beside_the_windows(tmp_path):
     sink = JsonlSink(tmp_path, name="tokens")
     row = {"position": 3, "rollout_logprob": -1.23456789, "trainer_logprob": -1.5, "log_ratio": -0.3, "entropy": None}

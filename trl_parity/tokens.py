@@ -31,18 +31,17 @@ def worst_tokens(
     delta = scored.trainer_logprobs - scored.rollout_logprobs
     size = torch.where(scored.mask & torch.isfinite(delta), delta.abs(), -1.0).flatten()
     picked = size.topk(min(count, size.numel()))
-    at = scored_rows(scored)
-    rows: Rows = []
-    for value, flat in zip(picked.values.tolist(), picked.indices.tolist(), strict=True):
-        if value < 0:
-            break
-        b, t = divmod(flat, delta.shape[1])
-        row: dict[str, Any] = {"sequence": at[b], "position": t}
-        if decode is not None:
-            token_id = int(rollout.completion_ids[at[b], t])
-            row |= {"token_id": token_id, "token": decode([token_id])}
-        rows.append(row | _scores(scored, b, t, delta))
-    return rows
+    flat = picked.indices[picked.values >= 0]
+    row, position = flat // delta.shape[1], flat % delta.shape[1]
+    sequence = row if scored.rows is None else scored.rows.to(row.device)[row]
+    places = torch.stack([sequence, position])
+    rows: Rows = [{"sequence": at, "position": t} for at, t in places.T.tolist()]
+    if decode is not None:
+        for found, token_id in zip(
+            rows, rollout.completion_ids[tuple(places.to(rollout.completion_ids.device))].tolist(), strict=True
+        ):
+            found |= {"token_id": token_id, "token": decode([token_id])}
+    return [found | numbers for found, numbers in zip(rows, _numbers(scored, flat), strict=True)]
 
 
 def sample_tokens(scored: ScoredBatch, count: int, seed: int) -> Rows:
@@ -53,12 +52,10 @@ def sample_tokens(scored: ScoredBatch, count: int, seed: int) -> Rows:
     delta = scored.trainer_logprobs - scored.rollout_logprobs
     found = (scored.mask & torch.isfinite(delta)).flatten().nonzero().flatten().cpu()
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:count]
-    places = (divmod(flat, delta.shape[1]) for flat in found[order].tolist())
-    return [
-        {"position": t, "entropy": None if scored.entropy is None else float(scored.entropy[b, t])}
-        | _scores(scored, b, t, delta)
-        for b, t in places
-    ]
+    flat = found[order]
+    positions = (flat % delta.shape[1]).tolist()
+    numbers = _numbers(scored, flat.to(delta.device), entropy=True)
+    return [{"position": t, **row} for t, row in zip(positions, numbers, strict=True)]
 
 
 def tokens_of_all(
@@ -91,9 +88,12 @@ def scored_rows(scored: ScoredBatch) -> list[int]:
     return list(range(len(scored.mask))) if scored.rows is None else scored.rows.tolist()
 
 
-def _scores(scored: ScoredBatch, b: int, t: int, delta: torch.Tensor) -> dict[str, Any]:
-    return {
-        "rollout_logprob": float(scored.rollout_logprobs[b, t]),
-        "trainer_logprob": float(scored.trainer_logprobs[b, t]),
-        "log_ratio": float(delta[b, t]),
-    }
+def _numbers(scored: ScoredBatch, flat: torch.Tensor, *, entropy: bool = False) -> Rows:
+    """Log-probs and log-ratio of the tokens at these places of the flattened batch, in one transfer."""
+    rollout, trainer = scored.rollout_logprobs, scored.trainer_logprobs
+    columns = {"rollout_logprob": rollout, "trainer_logprob": trainer, "log_ratio": trainer - rollout}
+    if entropy and scored.entropy is not None:
+        columns["entropy"] = scored.entropy
+    values = torch.stack([x.flatten()[flat].double() for x in columns.values()], dim=-1).tolist()
+    missing = {"entropy": None} if entropy and scored.entropy is None else {}
+    return [missing | dict(zip(columns, row, strict=True)) for row in values]
