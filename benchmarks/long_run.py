@@ -58,7 +58,7 @@ def main() -> None:
                     {
                         "windows": step,
                         "resident MiB": round(resident_kib() / 1024, 1),
-                        "metrics.jsonl MiB": round(size / 2**20, 2),
+                        "jsonl MiB": round(size / 2**20, 2),
                         "bytes a window": round(size / step),
                         "checkpoint state KiB": round(state / 1024, 1),
                         "ms a window": round(1e3 * (time.perf_counter() - start) / step, 2),
