@@ -283,3 +283,25 @@ def test_errors_say_what_was_seen_and_expected():
             score_tokens(h, t, bad)
     with pytest.raises(ValueError, match=r"out is torch.float32 \(4, 49\) on cpu, expected torch.float32 \(4, 50\)"):
         logits_chunk(hidden, head, out=torch.zeros(4, 49))
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 1999, 1 << 20], ids=["number-by-number", "tiles", "whole-rows"])
+@pytest.mark.parametrize("most", [1, 5, 130, 131])
+def test_the_most_likely_tokens(chunk_bytes, most):
+    """Against a sort in fp64, and a target among them has the very same number there."""
+    hidden, targets, head = make(9, 16, 131, temperature=0.7, dtype=torch.bfloat16, logits_dtype=None)
+    targets[4:] = (hidden[4:].double() @ head.weight.double().T).argmax(-1)
+    top = torch.empty(9, most)
+    plain = score_tokens(hidden, targets, head, chunk_bytes=chunk_bytes)
+    scores = score_tokens(hidden, targets, head, chunk_bytes=chunk_bytes, top=top)
+    logp = (hidden.double() @ head.weight.double().T / 0.7).log_softmax(-1)
+    torch.testing.assert_close(top.double(), logp.sort(-1, descending=True).values[:, :most], atol=5e-6, rtol=0)
+    assert torch.equal(scores.logprobs, plain.logprobs)
+    assert torch.equal(scores.logprobs[4:], top[4:, 0])
+
+
+def test_a_place_for_the_most_likely_tokens_that_does_not_fit():
+    hidden, targets, head = make(3, 4, 7)
+    for top in (torch.empty(3, 8), torch.empty(2, 4), torch.empty(3, 4, dtype=torch.float64), torch.empty(3)):
+        with pytest.raises(ValueError, match=r"top is torch.float.*expected torch.float32 \(3, 1 to 7\)"):
+            score_tokens(hidden, targets, head, top=top)

@@ -1,11 +1,13 @@
 """The replay of vLLM's sampling semantics, against vLLM's own functions."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_parity.processors import kept_mask, penalize, replay
+from trl_parity.processors import candidates, kept_mask, penalize, replay, replay_top
 from trl_parity.records import SamplingSettings
 
 
@@ -92,3 +94,48 @@ def test_a_token_outside_the_trainers_kept_set_is_counted_and_stays_finite():
 def test_penalties_without_the_context_are_refused():
     with pytest.raises(ValueError, match="seen so far"):
         replay(logits_of(0), torch.zeros(6, dtype=torch.long), SamplingSettings(presence_penalty=1.0), 1.0)
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    most=st.sampled_from([1, 2, 7, 20, 40]),
+    top_k=st.sampled_from([0, 1, 3, 19, 40]),
+    top_p=st.sampled_from([1.0, 0.95, 0.5, 0.01]),
+    min_p=st.sampled_from([0.0, 0.05, 0.5]),
+    spread=st.sampled_from([0.0, 0.5, 2.0, 8.0]),
+    coarse=st.booleans(),
+)
+@settings(max_examples=300, deadline=None)
+def test_the_most_likely_tokens_tell_the_same_or_that_they_do_not_know(
+    seed, most, top_k, top_p, min_p, spread, coarse
+):
+    sampling = SamplingSettings(top_k=top_k, top_p=top_p, min_p=min_p)
+    logits = logits_of(seed, spread=spread)
+    logits = logits.round() if coarse else logits  # equal logits
+    targets = torch.randint(0, 40, (6,), generator=torch.Generator().manual_seed(seed))
+    expected = replay(logits, targets, sampling, 1.0)
+    logprobs = logits.log_softmax(-1)
+    top = logprobs.topk(max(most, min(top_k + 1, 40))).values
+    found, known = replay_top(top, logprobs.gather(-1, targets[:, None])[:, 0], sampling, 40)
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got[known], want[known], atol=1e-5, rtol=0)
+    before_top_p = sampling if not min_p and top_k in (0, 40) else replace(sampling, top_p=1.0)
+    ends = kept_mask(logits, before_top_p).sum(-1) < top.shape[1]
+    if not coarse and spread:
+        assert known[ends | (top.shape[1] == 40)].all()  # whenever it can be known, it is
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (SamplingSettings(top_p=0.9), (64, 1024)),
+        (SamplingSettings(top_k=20, top_p=0.9), (64,)),
+        (SamplingSettings(top_k=200), (201,)),
+        (SamplingSettings(top_k=5000), ()),
+        (SamplingSettings(top_k=-1, min_p=0.1), (64, 1024)),
+        (SamplingSettings(top_p=0.9, presence_penalty=1.0), ()),
+    ],
+)
+def test_how_many_of_the_most_likely_tokens_are_looked_at(sampling, expected):
+    assert candidates(sampling, 50_000) == expected
+    assert candidates(sampling, 50) == ((50,) if expected or sampling.top_k > 50 else ())

@@ -143,9 +143,13 @@ def test_padding_rows_of_the_head_are_left_out():
     ],
 )
 @pytest.mark.parametrize("chunk", [1 << 12, 1 << 22], ids=["token-by-token", "all-at-once"])
-def test_replayed_sampling_equals_a_loop_over_tokens(sampling, chunk):
+@pytest.mark.parametrize("few", [(2, 4), (2, 90), (64, 1024)], ids=["too-few", "some-too-few", "enough"])
+def test_replayed_sampling_equals_a_loop_over_tokens(sampling, chunk, few, monkeypatch):
     """Token by token, in fp64, with python lists: penalties on the context, then vLLM's truncation."""
     from test_processors import vllm_kept
+
+    for name, n in zip(("_FEW", "_MANY"), few, strict=True):
+        monkeypatch.setattr(f"trl_parity.processors.{name}", n)
 
     model, keep, temperature = build("qwen3-untied"), 7, 0.7
     ids, mask = batch(keep)
@@ -170,6 +174,18 @@ def test_replayed_sampling_equals_a_loop_over_tokens(sampling, chunk):
             kept[0, ids[b, column]] = True
             expected = z.masked_fill(~kept, -torch.inf).log_softmax(-1)[0, ids[b, column]]
             assert float(scores.logprobs[b, t]) == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_no_row_of_logits_is_sorted_where_the_most_likely_tokens_suffice(monkeypatch):
+    def replay(*args):
+        raise AssertionError("whole rows of logits")
+
+    monkeypatch.setattr("trl_parity.recompute.replay", replay)
+    model, (ids, mask) = build("qwen3-untied"), batch(7)
+    for sampling in (SamplingSettings(top_p=0.8), SamplingSettings(top_k=7), SamplingSettings(min_p=0.1)):
+        plain, replayed = (score(model, ids, mask, 7, sampling=s) for s in (None, sampling))
+        assert torch.equal(plain.entropy, replayed.entropy)
+        assert (replayed.log_kept < 0).any()
 
 
 def test_a_failure_inside_the_hook_does_not_reach_the_forward():
@@ -237,3 +253,8 @@ def test_one_wait_for_the_device_a_mini_batch():
     # smallest and largest target of each mini-batch
     assert waits.count("aten::_local_scalar_dense") - own.count("aten::_local_scalar_dense") == 2 * 2
     assert set(waits) <= {"aten::nonzero", "aten::_local_scalar_dense"}
+    waits.clear()
+    with Waits():
+        score(model, ids, mask, 7, splits=(2, 3), sampling=SamplingSettings(top_p=0.8))
+    # and for which tokens the most likely ones are too few
+    assert waits.count("aten::nonzero") - own.count("aten::nonzero") == 2 * 2

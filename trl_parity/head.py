@@ -76,6 +76,7 @@ def score_tokens(
     *,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     backend: str = "auto",
+    top: torch.Tensor | None = None,
 ) -> HeadScores:
     """Log-prob of each target and entropy of its distribution, in fp32, without gradients.
 
@@ -86,10 +87,12 @@ def score_tokens(
         hidden: (N, H), any float dtype, any strides; N may be 0.
         targets: (N,), int64, in [0, V_used).
         head: how hidden states become logits.
-        chunk_bytes: bound on all temporaries together, besides a few vectors of N; one row of everything is
-            always allowed.
+        chunk_bytes: bound on all temporaries together, besides a few vectors of N (of N x M with ``top``); one row of
+            everything is always allowed.
         backend: "triton" (GPUs), "torch" (every device), or "auto": Triton on CUDA devices of compute capability 8
             and up, where it is installed and the dtypes fit (no low-rank head), else torch.
+        top: (N, M) fp32 to fill with the log-probs of the M most likely tokens, descending; M up to V_used. The torch
+            backend does that, whatever ``backend`` says. A target among them has the same number there.
 
     Returns:
         `HeadScores`, both (N,) fp32. A token whose hidden state is not finite gets non-finite numbers.
@@ -100,7 +103,9 @@ def score_tokens(
     """
     _check(hidden, head)
     _check_targets(hidden, targets, head)
-    if _use_triton(hidden, head, backend):
+    if top is not None:
+        _check_top(top, hidden, head)
+    if _use_triton(hidden, head, backend) and top is None:
         from .head_triton import score_tokens_triton
 
         try:
@@ -117,23 +122,31 @@ def score_tokens(
         return HeadScores(*torch.empty(2, 0, dtype=torch.float32, device=device))
     projection = _Projection(hidden, head, chunk_bytes)
     if projection.cols == head.vocab_used:
-        return _score_whole_rows(projection, targets, head)
+        return _score_whole_rows(projection, targets, head, top)
     peak = torch.full((count,), torch.finfo(torch.float32).min, dtype=torch.float32, device=device)
     target_logit = torch.full_like(peak, -torch.inf)
     # fp64 costs nothing on vectors and keeps hundreds of rescalings from adding up.
     total = torch.zeros(count, device=device, dtype=torch.float64)
     weighted = torch.zeros_like(total)
+    if top is not None:
+        top.fill_(-torch.inf)
     with _plain_fp32(device):
         for rows, cols, z, spare in projection.tiles():
             if head.temperature != 1.0:
                 z.mul_(1.0 / head.temperature)
+            if top is not None:
+                _keep_largest(top[rows], z)
             local = targets[rows] - cols.start
             inside = (local >= 0) & (local < z.shape[1])
             picked = z.gather(1, local.clamp(0, z.shape[1] - 1)[:, None])[:, 0]
             target_logit[rows] = torch.where(inside, picked, target_logit[rows])
             _fold(z, spare, peak[rows], total[rows], weighted[rows])
         log_total = total.log()
-        logprobs = (target_logit.double() - peak.double() - log_total).float()
+        offset = peak.double() + log_total
+        logprobs = (target_logit.double() - offset).float()
+        if top is not None:
+            for span in _spans(0, count, max(1, chunk_bytes // (16 * top.shape[1]))):
+                top[span] = top[span].double() - offset[span, None]
         return HeadScores(logprobs, (log_total - weighted / total).float())
 
 
@@ -169,7 +182,9 @@ def _has_tensor_cores(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _score_whole_rows(projection: _Projection, targets: torch.Tensor, head: Head) -> HeadScores:
+def _score_whole_rows(
+    projection: _Projection, targets: torch.Tensor, head: Head, top: torch.Tensor | None
+) -> HeadScores:
     """The same where a tile holds all logits of its tokens: nothing is carried from tile to tile."""
     parts = []
     masked = head.bias is not None or head.logits_dtype is not None  # logits may be -inf
@@ -187,6 +202,8 @@ def _score_whole_rows(projection: _Projection, targets: torch.Tensor, head: Head
             torch.exp(d, out=exps)
             total = exps.sum(-1, keepdim=True)
             log_total = total.log()
+            if top is not None:
+                torch.sub(d.topk(top.shape[1]).values, log_total, out=top[rows])
             if masked:  # 0 * -inf would be NaN
                 d.clamp_(min=torch.finfo(torch.float32).min)
             mean = exps.mul_(d).sum(-1, keepdim=True).div_(total)
@@ -241,6 +258,13 @@ def _fold(
     # A logit of -inf has e = 0 and adds nothing, but 0 * -inf is NaN: skip it here. A real NaN is in `total`.
     weighted.add_(exps.mul_(d).nansum(-1))
     peak.copy_(new_peak)
+
+
+def _keep_largest(top: torch.Tensor, z: torch.Tensor) -> None:
+    """The largest of both, descending, in ``top`` (n, M)."""
+    most = top.shape[1]
+    tile = z.topk(min(most, z.shape[1]), sorted=False).values
+    top.copy_(torch.cat([top, tile], 1).topk(most).values)
 
 
 class _Projection:
@@ -437,6 +461,16 @@ def _check_targets(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> N
                 f"0 to {head.vocab_used - 1}",
                 "Leave out padding and ignored labels (-100) first, and check head.vocab_size.",
             )
+
+
+def _check_top(top: torch.Tensor, hidden: torch.Tensor, head: Head) -> None:
+    fits = top.ndim == 2 and len(top) == len(hidden) and 1 <= top.shape[1] <= head.vocab_used
+    if not fits or top.dtype != torch.float32 or top.device != hidden.device:
+        raise _misfit(
+            f"top is {top.dtype} {tuple(top.shape)} on {top.device}",
+            f"torch.float32 ({len(hidden)}, 1 to {head.vocab_used}) on {hidden.device}",
+            "Pass such a tensor, or none.",
+        )
 
 
 def _misfit(saw: str, expected: str, do: str) -> ValueError:

@@ -12,7 +12,11 @@ import torch
 
 from .records import SamplingSettings
 
-__all__ = ["ReplayScores", "kept_mask", "penalize", "replay"]
+__all__ = ["ReplayScores", "candidates", "kept_mask", "penalize", "replay", "replay_top"]
+
+# How many of the most likely tokens are looked at, first and where these are too few: sorting a whole vocabulary costs
+# as much as many heads, and what a policy in RL samples from is seldom more than a few dozen.
+_FEW, _MANY = 64, 1024
 
 
 class ReplayScores(NamedTuple):
@@ -88,3 +92,44 @@ def replay(
     law = survivors - log_kept_sum.unsqueeze(-1)
     entropy = -(law.exp() * law).nansum(-1)  # 0 * -inf where cut off
     return ReplayScores(scaled.gather(-1, target).squeeze(-1) - log_kept_sum, entropy, log_kept, outside)
+
+
+def candidates(settings: SamplingSettings, vocab: int) -> tuple[int, ...]:
+    """How many of the most likely tokens :func:`replay_top` should be given, and if these are too few, next."""
+    if settings.penalizes:
+        return ()
+    wanted = (settings.top_k + 1,) if 0 < settings.top_k < vocab else (_FEW, _MANY)  # what top-k keeps is enough
+    return tuple(sorted({min(max(_FEW, n), vocab) for n in wanted if n <= _MANY}))
+
+
+def replay_top(
+    top: torch.Tensor, logprobs: torch.Tensor, settings: SamplingSettings, vocab: int
+) -> tuple[ReplayScores, torch.Tensor]:
+    """:func:`replay` from the M most likely tokens alone, and for which targets that is the whole truth, (N,) bool.
+
+    ``top`` (N, M) fp32: their log-probs after temperature, before truncation, descending. ``logprobs`` (N,): the
+    targets', by the same arithmetic. It is the truth where the kept set ends within the M, and not between equals,
+    which vLLM parts by their place in its sort.
+    """
+    everything = top.shape[1] == vocab
+    top, target = top.double(), logprobs.double()
+    probs = top.exp()
+    kept = torch.ones_like(top, dtype=torch.bool)
+    if settings.min_p > 0.0:
+        kept &= probs >= settings.min_p * probs[:, :1]
+    if by_rank := 0 < settings.top_k < vocab:
+        kept &= top >= top[:, settings.top_k - 1, None]
+    known = ~kept[:, -1] | everything
+    if settings.top_p < 1.0:
+        mass = torch.where(kept, probs, 0.0)
+        cut = settings.min_p > 0.0 or by_rank  # then these are all survivors, or it is not known
+        drop = mass.cumsum(-1) - mass >= settings.top_p * (mass.sum(-1, keepdim=True) if cut else 1.0)
+        drop[:, 0] = False
+        kept &= ~drop
+        known = known if cut else ~kept[:, -1] | everything
+        known &= ~(kept[:, :-1] & ~kept[:, 1:] & (top[:, :-1] == top[:, 1:])).any(-1)
+    outside = ~(target >= torch.where(kept, top, torch.inf).amin(-1))
+    law = torch.cat([torch.where(kept, top, -torch.inf), torch.where(outside, target, -torch.inf)[:, None]], 1)
+    log_kept = law.logsumexp(-1)
+    entropy = torch.special.entr((law - log_kept[:, None]).exp()).sum(-1)
+    return ReplayScores((target - log_kept).float(), entropy.float(), log_kept.clamp(max=0.0).float(), outside), known

@@ -15,8 +15,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from .head import Head, logits_chunk, score_tokens
-from .processors import replay
+from .head import Head, HeadScores, logits_chunk, score_tokens
+from .processors import ReplayScores, candidates, replay, replay_top
 from .records import SamplingSettings
 
 __all__ = ["CompletionScorer", "CompletionScores", "Located", "causal_lm", "materialized_head"]
@@ -124,6 +124,10 @@ def _zero3_gathered(params: list[Any]) -> AbstractContextManager[Any]:
     return deepspeed.zero.GatheredParameters(list(sharded.values()))
 
 
+def _joined(parts: list[ReplayScores]) -> ReplayScores:
+    return parts[0] if len(parts) == 1 else ReplayScores(*(torch.cat(x) for x in zip(*parts, strict=True)))
+
+
 class CompletionScorer:
     """Context manager: while open, every forward of the model's backbone is scored through the fp32 head.
 
@@ -190,35 +194,67 @@ class CompletionScorer:
         ids, keep, device = located.ids, located.keep, head.weight.device
         states = located.states.to(device)
         targets = ids[:, ids.shape[1] - keep :][located.rows, located.columns].to(device)
-        logprobs, entropy = score_tokens(states, targets, head, chunk_bytes=self._chunk_bytes, backend=self._backend)
-        found = [logprobs, entropy]
         if self._replay:
-            replayed, law_entropy, log_kept, outside = self._replay_tokens(states, targets, head, located)
-            found = [replayed, entropy, law_entropy, log_kept, outside.float()]
+            located = located._replace(states=states, rows=located.rows.to(device), columns=located.columns.to(device))
+            plain, replayed = self._replay_tokens(targets, head, located, candidates(self._sampling, head.vocab_used))
+            entropy = (plain or self._plain(states, targets, head)).entropy
+            found = [replayed.logprobs, entropy, replayed.entropy, replayed.log_kept, replayed.out_of_support.float()]
+        else:
+            found = list(self._plain(states, targets, head))
         placed = torch.zeros(len(found), len(ids), keep, dtype=torch.float32, device=device)
         placed[:, located.rows.to(device), located.columns.to(device)] = torch.stack(found)
         if not self._replay:
             return CompletionScores(placed[0], placed[1], placed[1], None, None)
         return CompletionScores(placed[0], placed[1], placed[2], placed[3], placed[4].bool())
 
+    def _plain(
+        self, states: torch.Tensor, targets: torch.Tensor, head: Head, top: torch.Tensor | None = None
+    ) -> HeadScores:
+        return score_tokens(states, targets, head, chunk_bytes=self._chunk_bytes, backend=self._backend, top=top)
+
     def _replay_tokens(
-        self, states: torch.Tensor, targets: torch.Tensor, head: Head, located: Located
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, targets: torch.Tensor, head: Head, located: Located, wide: tuple[int, ...]
+    ) -> tuple[HeadScores | None, ReplayScores]:
+        """From the ``wide[0]`` most likely tokens where they suffice, which also gives the scores before any replay;
+        else from the next more of them, at last from whole rows of logits."""
+        if not wide:
+            return None, self._replay_rows(targets, head, located)
+        top = torch.empty(len(targets), wide[0], dtype=torch.float32, device=targets.device)
+        plain = self._plain(located.states, targets, head, top)
+        parts = [
+            replay_top(top[part], plain.logprobs[part], self._sampling, head.vocab_used)
+            for part in self._parts_of(len(targets), wide[0])
+        ]
+        scores = _joined([scores for scores, _ in parts])
+        rest = torch.cat([~known for _, known in parts]).nonzero()[:, 0]  # on an accelerator: one more sync
+        for part in self._parts_of(len(rest), *wide[1:2]) if len(rest) else ():
+            at = rest[part]
+            some = located._replace(states=located.states[at], rows=located.rows[at], columns=located.columns[at])
+            for of_all, of_some in zip(scores, self._replay_tokens(targets[at], head, some, wide[1:])[1], strict=True):
+                of_all[at] = of_some
+        return plain, scores
+
+    def _parts_of(self, tokens: int, wide: int = 1) -> list[slice]:
+        """As many tokens at once as about ten fp64 rows of ``wide`` numbers each may take."""
+        step = max(1, self._chunk_bytes // (wide * 8 * 10))
+        return [slice(i, i + step) for i in range(0, max(1, tokens), step)]
+
+    def _replay_rows(self, targets: torch.Tensor, head: Head, located: Located) -> ReplayScores:
         ids, attention_mask = located.ids, located.attention_mask
-        vocab = head.vocab_size or head.weight.shape[0]
+        vocab = head.vocab_used
         # a row of logits, its sort with int64 indices, and masks and copies: about 12 fp32 rows a token
         step = max(1, self._chunk_bytes // (vocab * 4 * 12))
-        rows, columns = located.rows.to(states.device), located.columns.to(states.device)
         prompt_width = ids.shape[1] - located.keep
         parts = []
-        for i in range(0, len(targets), step):
+        for i in range(0, max(1, len(targets)), step):
             part = slice(i, i + step)
             seen = counts = None
             if self._sampling.penalizes:
                 # tokens before each target; padding goes to an extra column that is cut off
-                context, real = ids[rows[part]], attention_mask[rows[part]].bool()
+                rows, columns = located.rows[part], located.columns[part]
+                context, real = ids[rows], attention_mask[rows].bool()
                 position = torch.arange(ids.shape[1], device=ids.device)
-                before = real & (position < prompt_width + columns[part].unsqueeze(-1))
+                before = real & (position < prompt_width + columns.unsqueeze(-1))
                 output = before & (position >= prompt_width)
                 shape = (len(context), vocab + 1)
                 zeros = torch.zeros(shape, dtype=torch.float32, device=ids.device)
@@ -226,12 +262,9 @@ class CompletionScorer:
                 counts = zeros.scatter_add_(
                     1, context.masked_fill(~output, vocab), torch.ones_like(zeros[:, :1]).expand_as(context)
                 )[:, :vocab]
-            logits = logits_chunk(states[part], head)
+            logits = logits_chunk(located.states[part], head)
             parts.append(replay(logits, targets[part], self._sampling, self._temperature, seen, counts))
-        if not parts:
-            empty = torch.zeros(0, device=states.device)
-            return empty, empty, empty, empty.bool()
-        return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))  # type: ignore[return-value]
+        return _joined(parts)
 
     def scores(self) -> CompletionScores:
         """Scores of all rows seen, in order. Raises what went wrong inside, or ``RuntimeError`` if nothing ran."""
