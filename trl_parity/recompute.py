@@ -240,31 +240,33 @@ class CompletionScorer:
         return [slice(i, i + step) for i in range(0, max(1, tokens), step)]
 
     def _replay_rows(self, targets: torch.Tensor, head: Head, located: Located) -> ReplayScores:
-        ids, attention_mask = located.ids, located.attention_mask
-        vocab = head.vocab_used
-        # a row of logits, its sort with int64 indices, and masks and copies: about 12 fp32 rows a token
-        step = max(1, self._chunk_bytes // (vocab * 4 * 12))
-        prompt_width = ids.shape[1] - located.keep
+        # a row of logits, its sort with int64 indices, and masks and copies: about 12 fp32 rows a token. As much again
+        # for the logits of 12 times as many: each time the whole weight is read
+        step = max(1, self._chunk_bytes // (head.vocab_used * 4 * 24))
         parts = []
-        for i in range(0, max(1, len(targets)), step):
-            part = slice(i, i + step)
-            seen = counts = None
-            if self._sampling.penalizes:
-                # tokens before each target; padding goes to an extra column that is cut off
-                rows, columns = located.rows[part], located.columns[part]
-                context, real = ids[rows], attention_mask[rows].bool()
-                position = torch.arange(ids.shape[1], device=ids.device)
-                before = real & (position < prompt_width + columns.unsqueeze(-1))
-                output = before & (position >= prompt_width)
-                shape = (len(context), vocab + 1)
-                zeros = torch.zeros(shape, dtype=torch.float32, device=ids.device)
-                seen = zeros.scatter(1, context.masked_fill(~before, vocab), 1.0)[:, :vocab] > 0
-                counts = zeros.scatter_add_(
-                    1, context.masked_fill(~output, vocab), torch.ones_like(zeros[:, :1]).expand_as(context)
-                )[:, :vocab]
-            logits = logits_chunk(located.states[part], head)
-            parts.append(replay(logits, targets[part], self._sampling, self._temperature, seen, counts))
+        for i in range(0, max(1, len(targets)), 12 * step):
+            logits = logits_chunk(located.states[i : i + 12 * step], head)
+            for j in range(0, max(1, len(logits)), step):
+                part = slice(i + j, i + j + step)
+                context = self._context(located, part, head.vocab_used) if self._sampling.penalizes else (None, None)
+                few = logits[j : j + step]
+                parts.append(replay(few, targets[part], self._sampling, self._temperature, *context))
         return _joined(parts)
+
+    @staticmethod
+    def _context(located: Located, part: slice, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What penalties look at, (n, V): the tokens in prompt or completion before each target, and how often each
+        stands in the completion."""
+        rows, columns, width = located.rows[part], located.columns[part], located.ids.shape[1]
+        ids, real = located.ids[rows], located.attention_mask[rows].bool()
+        position = torch.arange(width, device=ids.device)
+        before = real & (position < width - located.keep + columns.unsqueeze(-1))
+        output = before & (position >= width - located.keep)
+        # padding goes to an extra column that is cut off
+        zeros = torch.zeros(len(ids), vocab + 1, dtype=torch.float32, device=ids.device)
+        seen = zeros.scatter(1, ids.masked_fill(~before, vocab), 1.0)[:, :vocab] > 0
+        ones = torch.ones_like(zeros[:, :1]).expand_as(ids)
+        return seen, zeros.scatter_add_(1, ids.masked_fill(~output, vocab), ones)[:, :vocab]
 
     def scores(self) -> CompletionScores:
         """Scores of all rows seen, in order. Raises what went wrong inside, or ``RuntimeError`` if nothing ran."""
