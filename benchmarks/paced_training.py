@@ -9,6 +9,7 @@ environment may run it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -36,14 +37,14 @@ def without(settings: dict[str, Any], tokenizer: Any) -> tuple[type, dict[str, A
     return GRPOTrainer, {}
 
 
-def trl_parity(settings: dict[str, Any], tokenizer: Any) -> tuple[type, dict[str, Any]]:
-    """ParityCallback as the recipe has it."""
+def trl_parity(settings: dict[str, Any], tokenizer: Any, **changed: Any) -> tuple[type, dict[str, Any]]:
+    """ParityCallback as the recipe has it, but for what is changed."""
     from trl import GRPOTrainer
 
     from trl_parity import ParityCallback, ParityConfig
 
     names = {field.name for field in dataclasses.fields(ParityConfig)}
-    callback = ParityCallback(**{k: v for k, v in settings.items() if k in names})
+    callback = ParityCallback(**({k: v for k, v in settings.items() if k in names} | changed))
     return GRPOTrainer, {"callbacks": [callback]}
 
 
@@ -55,7 +56,13 @@ def martingale(settings: dict[str, Any], tokenizer: Any) -> tuple[type, dict[str
     return MartingaleGRPOTrainer, {"flight_recorder": MartingaleRecorder(str(folder), tokenizer=tokenizer)}
 
 
-ARMS = {"without": without, "null": without, "trl-parity": trl_parity, "martingale": martingale}
+ARMS = {
+    "without": without,
+    "null": without,
+    "trl-parity": trl_parity,
+    "trl-parity/10": functools.partial(trl_parity, every_n_steps=10),
+    "martingale": martingale,
+}
 
 
 # ---- the training ------------------------------------------------------------------------------------------------

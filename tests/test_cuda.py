@@ -26,15 +26,28 @@ def test_head_is_as_exact_as_an_fp32_product(dtype, backend):
     assert (scores.entropy.double() + (exact.exp() * exact).sum(-1)).abs().max() < 1e-4
 
 
-def test_head_adds_no_more_memory_than_it_may():
+def test_the_most_likely_tokens():
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(300, 1024, generator=g).bfloat16().cuda()
+    weight = (torch.randn(50_000, 1024, generator=g) * 3 / 32).bfloat16().cuda()
+    exact = (hidden.double() @ weight.double().T).log_softmax(-1)
+    top = torch.empty(300, 64, device="cuda")
+    scores = score_tokens(hidden, exact.argmax(-1), Head(weight=weight), top=top)
+    assert (top.double() - exact.topk(64).values).abs().max() < 1e-4
+    assert torch.equal(scores.logprobs, top[:, 0])
+
+
+@pytest.mark.parametrize("most", [0, 64])
+def test_head_adds_no_more_memory_than_it_may(most):
     hidden = torch.randn(4096, 1024, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(151_936, 1024, device="cuda", dtype=torch.bfloat16)
     targets = torch.randint(0, 151_936, (4096,), device="cuda")
+    top = torch.empty(4096, most, device="cuda") if most else None
     score_tokens(hidden[:8], targets[:8], Head(weight=weight))
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    score_tokens(hidden, targets, Head(weight=weight))
+    score_tokens(hidden, targets, Head(weight=weight), top=top)
     assert torch.cuda.max_memory_allocated() - before <= 256 << 20
 
 
