@@ -437,7 +437,10 @@ def test_truncated_sampling_halts_when_not_replayed(make_trainer, tmp_path):
     assert callback.verdicts[-1].stats["honesty_high"] < 1.0
 
 
-def test_truncated_sampling_is_reported_apart_when_replayed(make_trainer, tmp_path):
+@pytest.mark.parametrize("few", [(64, 1024), (2, 4)], ids=["whole-vocabulary", "few-then-more-then-rows"])
+def test_truncated_sampling_is_reported_apart_when_replayed(make_trainer, tmp_path, few, monkeypatch):
+    for name, n in zip(("_FEW", "_MANY"), few, strict=True):
+        monkeypatch.setattr(f"trl_parity.processors.{name}", n)
     callback = ParityCallback()
     make_trainer(tmp_path, callback, max_steps=3, top_p=0.9, learning_rate=1e-5).train()
     assert statuses(callback) == ["OK"] * 3

@@ -125,6 +125,15 @@ def test_the_most_likely_tokens_tell_the_same_or_that_they_do_not_know(
         assert known[ends | (top.shape[1] == 40)].all()  # whenever it can be known, it is
 
 
+@pytest.mark.parametrize("most", [7, 40])
+def test_a_token_whose_log_probs_are_not_numbers_stays_without_one(most):
+    top = logits_of(0).log_softmax(-1).sort(-1, descending=True).values[:, :most]
+    top[2] = torch.nan
+    for sampling in (SamplingSettings(top_p=0.9), SamplingSettings(top_k=3), SamplingSettings(min_p=0.1, top_p=0.9)):
+        scores = replay_top(top, top[:, 0], sampling, 40)[0]
+        assert scores.logprobs.isnan().tolist() == [False, False, True, False, False, False]
+
+
 @pytest.mark.parametrize(
     ("sampling", "expected"),
     [

@@ -30,12 +30,11 @@ from .laws import (
     log_probs,
     logsumexp,
     seen_tokens,
-    settings_of,
     sketch_of,
     supported,
     target_values,
 )
-from .processors import penalize
+from .processors import penalize, settings_of
 
 __all__ = ["fit_bias", "fit_penalty", "fit_shift", "fit_temperature", "fit_truncation", "mle_temperature"]
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .config import HEAD_BACKENDS
+from .head_checks import check, check_targets, check_top, misfit
 
 __all__ = ["DEFAULT_CHUNK_BYTES", "Head", "HeadScores", "logits_chunk", "score_tokens"]
 
@@ -101,10 +102,10 @@ def score_tokens(
         ValueError: shapes, dtypes or a backend that do not fit; on the CPU also a target outside the vocabulary. On an
             accelerator that check would wait for the device; there such a target gets log-prob -inf.
     """
-    _check(hidden, head)
-    _check_targets(hidden, targets, head)
+    check(hidden, head)
+    check_targets(hidden, targets, head)
     if top is not None:
-        _check_top(top, hidden, head)
+        check_top(top, hidden, head)
     if _use_triton(hidden, head, backend) and top is None:
         from .head_triton import score_tokens_triton
 
@@ -152,7 +153,7 @@ def score_tokens(
 
 def _use_triton(hidden: torch.Tensor, head: Head, backend: str) -> bool:
     if backend not in HEAD_BACKENDS:
-        raise _misfit(f"backend is {backend!r}", f"one of {', '.join(HEAD_BACKENDS)}", "Use 'auto'.")
+        raise misfit(f"backend is {backend!r}", f"one of {', '.join(HEAD_BACKENDS)}", "Use 'auto'.")
     wanted = backend == "triton"
     if backend == "torch" or not len(hidden):
         return False
@@ -165,7 +166,7 @@ def _use_triton(hidden: torch.Tensor, head: Head, backend: str) -> bool:
     else:
         fits = takes(hidden, head)
     if wanted and not fits:
-        raise _misfit(
+        raise misfit(
             f"backend is 'triton' for hidden {hidden.dtype} and head.weight {head.weight.dtype}",
             "Triton installed, 16 or 32 bit dtypes, contiguous rows and no low-rank head",
             "Use backend='auto', which falls back to torch.",
@@ -226,12 +227,12 @@ def logits_chunk(hidden: torch.Tensor, head: Head, out: torch.Tensor | None = No
     Raises:
         ValueError: shapes or dtypes that do not fit.
     """
-    _check(hidden, head)
+    check(hidden, head)
     shape = (hidden.shape[0], head.vocab_used)
     if out is None:
         out = torch.empty(shape, dtype=torch.float32, device=hidden.device)
     if out.shape != shape or out.dtype != torch.float32 or out.device != hidden.device:
-        raise _misfit(
+        raise misfit(
             f"out is {out.dtype} {tuple(out.shape)} on {out.device}",
             f"torch.float32 {shape} on {hidden.device}",
             "Pass such a tensor, or none.",
@@ -394,84 +395,3 @@ def _fp32_products(device: torch.device, precision: str) -> Iterator[None]:
         yield
     finally:
         knob.fp32_precision = before
-
-
-def _check(hidden: torch.Tensor, head: Head) -> None:
-    # messages are made only where one is needed: formatting them all would cost as much as a small head
-    weight, bias = head.weight, head.bias
-    if not (weight.ndim == 2 and weight.is_floating_point() and weight.numel() > 0):
-        raise _misfit(
-            f"head.weight is {weight.dtype} {tuple(weight.shape)}",
-            "a non-empty floating (V, H)",
-            "Pass the output embedding's weight; gather a sharded and dequantise a quantised one first.",
-        )
-    rows, width = weight.shape
-    if not (hidden.ndim == 2 and hidden.shape[1] == width and hidden.is_floating_point()):
-        raise _misfit(
-            f"hidden is {hidden.dtype} {tuple(hidden.shape)}",
-            f"floating (N, {width}) to fit head.weight",
-            "Flatten batch and time, and take the states that enter the LM head.",
-        )
-    if not 1 <= head.vocab_used <= rows:
-        raise _misfit(
-            f"head.vocab_size is {head.vocab_size}",
-            f"1 to {rows}, the rows of head.weight",
-            "Pass the number of tokens the model can emit, or None to count every row.",
-        )
-    if bias is not None and bias.shape != (rows,):
-        raise _misfit(
-            f"head.bias has shape {tuple(bias.shape)}",
-            f"({rows},), one entry for each row of head.weight",
-            "Pass the same layer's bias.",
-        )
-    for a, b, _ in head.low_rank:
-        if not (a.ndim == 2 and a.shape[1] == width and b.shape == (rows, a.shape[0])):
-            raise _misfit(
-                f"head.low_rank has A {tuple(a.shape)} and B {tuple(b.shape)}",
-                f"A (r, {width}) and B ({rows}, r)",
-                "Pass lora_A.weight and lora_B.weight, in this order.",
-            )
-    tensors = [weight, *(t for a, b, _ in head.low_rank for t in (a, b)), *([] if bias is None else [bias])]
-    if any(t.device != hidden.device for t in tensors):
-        raise _misfit(
-            f"hidden is on {hidden.device}, the head on {', '.join(sorted({str(t.device) for t in tensors}))}",
-            "one device",
-            "Move hidden to the head's device.",
-        )
-    if not (head.temperature > 0 and (head.softcap is None or head.softcap > 0)):
-        raise _misfit(
-            f"head.temperature is {head.temperature} and head.softcap {head.softcap}",
-            "both above 0 (softcap may be None)",
-            "For greedy sampling score with temperature 1.",
-        )
-
-
-def _check_targets(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> None:
-    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64 or targets.device != hidden.device:
-        raise _misfit(
-            f"targets are {targets.dtype} {tuple(targets.shape)} on {targets.device}",
-            f"torch.int64 ({hidden.shape[0]},) on {hidden.device}",
-            "Pass one token id for each row of hidden.",
-        )
-    if targets.device.type == "cpu" and len(targets):
-        low, high = (int(t) for t in targets.aminmax())
-        if low < 0 or high >= head.vocab_used:
-            raise _misfit(
-                f"targets run from {low} to {high}",
-                f"0 to {head.vocab_used - 1}",
-                "Leave out padding and ignored labels (-100) first, and check head.vocab_size.",
-            )
-
-
-def _check_top(top: torch.Tensor, hidden: torch.Tensor, head: Head) -> None:
-    fits = top.ndim == 2 and len(top) == len(hidden) and 1 <= top.shape[1] <= head.vocab_used
-    if not fits or top.dtype != torch.float32 or top.device != hidden.device:
-        raise _misfit(
-            f"top is {top.dtype} {tuple(top.shape)} on {top.device}",
-            f"torch.float32 ({len(hidden)}, 1 to {head.vocab_used}) on {hidden.device}",
-            "Pass such a tensor, or none.",
-        )
-
-
-def _misfit(saw: str, expected: str, do: str) -> ValueError:
-    return ValueError(f"{saw}, expected {expected}. {do}")

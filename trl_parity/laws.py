@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .processors import penalize
+from .processors import cut, penalize, settings_of
 from .records import SamplingSettings
 
 __all__ = ["MIN_GAIN", "Law", "LawScores", "Tokens", "describe", "huber", "improves", "law_details", "log_probs"]
@@ -161,26 +161,6 @@ def scaled_logits(tokens: Tokens, law: Law) -> Tensor:
 def ascending(values: Tensor) -> Tensor:
     """Rows sorted. numpy's vectorized sort takes a twentieth of torch's time on a CPU."""
     return torch.from_numpy(np.sort(values.numpy())) if values.device.type == "cpu" else values.sort(-1).values
-
-
-def settings_of(sampling: SamplingSettings, like: Tensor) -> list[Tensor]:
-    """top_k, top_p, min_p for :func:`cut`, (1,) each."""
-    values = torch.tensor([sampling.top_k, sampling.top_p, sampling.min_p], dtype=torch.float64, device=like.device)
-    return list(values.split(1))
-
-
-def cut(gaps: Tensor, mass: Tensor, settings: Sequence[Tensor]) -> Tensor:
-    """How many of a row's tokens survive each of G ``settings`` (top_k, top_p, min_p): (r, G), always a prefix.
-
-    ``gaps`` (r, K) ascending: nats below the most likely token. ``mass`` (r, K) fp64: Σ e^-gap up to there.
-    See :func:`trl_parity.processors.kept_mask`; of tied tokens at the edge of top-p, as many as it keeps.
-    """
-    (top_k, top_p, min_p), width = settings, gaps.shape[-1]
-    position = torch.where(top_k > 0, top_k, width).long().clamp(max=width) - 1
-    limit = torch.minimum(gaps[:, position], -min_p.log().to(gaps.dtype))
-    count = torch.searchsorted(gaps, limit, right=True)
-    nucleus = 1 + torch.searchsorted(mass, top_p * mass.gather(-1, count - 1))
-    return torch.where(top_p < 1.0, torch.minimum(count, nucleus), count)
 
 
 def supported(tokens: Tokens, law: Law) -> tuple[Tensor, Support]:

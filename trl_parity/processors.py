@@ -6,13 +6,15 @@ The log-prob vLLM reports as processed is the renormalized one over what is left
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from .records import SamplingSettings
 
-__all__ = ["ReplayScores", "candidates", "kept_mask", "penalize", "replay", "replay_top"]
+__all__ = ["ReplayScores", "candidates", "cut", "kept_mask", "penalize", "replay", "replay_top", "settings_of"]
 
 # How many of the most likely tokens are looked at, first and where these are too few: sorting a whole vocabulary costs
 # as much as many heads, and what a policy in RL samples from is seldom more than a few dozen.
@@ -64,6 +66,26 @@ def kept_mask(scaled: torch.Tensor, settings: SamplingSettings) -> torch.Tensor:
     return kept
 
 
+def settings_of(sampling: SamplingSettings, like: torch.Tensor) -> list[torch.Tensor]:
+    """top_k, top_p, min_p for :func:`cut`, (1,) each."""
+    values = torch.tensor([sampling.top_k, sampling.top_p, sampling.min_p], dtype=torch.float64, device=like.device)
+    return list(values.split(1))
+
+
+def cut(gaps: torch.Tensor, mass: torch.Tensor, settings: Sequence[torch.Tensor]) -> torch.Tensor:
+    """How many of a row's tokens survive each of G ``settings`` (top_k, top_p, min_p): (r, G), always a prefix.
+
+    ``gaps`` (r, K) ascending: nats below the most likely token. ``mass`` (r, K) fp64: Σ e^-gap up to there.
+    See :func:`kept_mask`; of tied tokens at the edge of top-p, as many as it keeps.
+    """
+    (top_k, top_p, min_p), width = settings, gaps.shape[-1]
+    position = torch.where(top_k > 0, top_k, width).long().clamp(max=width) - 1
+    limit = torch.minimum(gaps[:, position], -min_p.log().to(gaps.dtype))
+    count = torch.searchsorted(gaps, limit, right=True)
+    nucleus = 1 + torch.searchsorted(mass, top_p * mass.gather(-1, count - 1))
+    return torch.where(top_p < 1.0, torch.minimum(count, nucleus), count)
+
+
 def replay(
     logits: torch.Tensor,
     targets: torch.Tensor,
@@ -111,25 +133,28 @@ def replay_top(
     targets', by the same arithmetic. It is the truth where the kept set ends within the M, and not between equals,
     which vLLM parts by their place in its sort.
     """
-    everything = top.shape[1] == vocab
     top, target = top.double(), logprobs.double()
-    probs = top.exp()
-    kept = torch.ones_like(top, dtype=torch.bool)
-    if settings.min_p > 0.0:
-        kept &= probs >= settings.min_p * probs[:, :1]
-    if by_rank := 0 < settings.top_k < vocab:
-        kept &= top >= top[:, settings.top_k - 1, None]
-    known = ~kept[:, -1] | everything
-    if settings.top_p < 1.0:
-        mass = torch.where(kept, probs, 0.0)
-        cut = settings.min_p > 0.0 or by_rank  # then these are all survivors, or it is not known
-        drop = mass.cumsum(-1) - mass >= settings.top_p * (mass.sum(-1, keepdim=True) if cut else 1.0)
-        drop[:, 0] = False
-        kept &= ~drop
-        known = known if cut else ~kept[:, -1] | everything
-        known &= ~(kept[:, :-1] & ~kept[:, 1:] & (top[:, :-1] == top[:, 1:])).any(-1)
-    outside = ~(target >= torch.where(kept, top, torch.inf).amin(-1))
-    law = torch.cat([torch.where(kept, top, -torch.inf), torch.where(outside, target, -torch.inf)[:, None]], 1)
-    log_kept = law.logsumexp(-1)
-    entropy = torch.special.entr((law - log_kept[:, None]).exp()).sum(-1)
-    return ReplayScores((target - log_kept).float(), entropy.float(), log_kept.clamp(max=0.0).float(), outside), known
+    most, best = top.shape[1], top[:, :1]
+    gaps = (best - top).nan_to_num_(nan=math.inf, posinf=math.inf)
+    gaps[:, 0] = 0.0  # of NaNs, too: there is always one token left
+    weight = gaps.neg().exp()
+    mass, spread = weight.cumsum(-1), torch.special.entr(weight).cumsum(-1)
+    if most < vocab:  # the others together, as one more that nothing is less likely than: top-p takes shares of all
+        gaps = torch.cat([gaps, torch.full_like(best, math.inf)], 1)
+        mass, spread = torch.cat([mass, best.neg().exp()], 1), torch.cat([spread, spread[:, -1:]], 1)
+    top_k, top_p, min_p = settings_of(settings, gaps)
+    count = cut(gaps, mass, (top_k, top_p, min_p))
+    last = count - 1
+    limit = gaps.gather(-1, last)
+    known = count < most if most < vocab else torch.ones_like(count, dtype=torch.bool)
+    if most < vocab and (settings.min_p > 0.0 or 0 < settings.top_k < vocab):  # all that top-p chose from is here, too
+        known &= cut(gaps, mass, (top_k, torch.ones_like(top_p), min_p)) < most
+    known &= (count == gaps.shape[-1]) | (gaps.gather(-1, count.clamp(max=gaps.shape[-1] - 1)) > limit)
+    gap = best - target[:, None]
+    outside = gap > limit
+    added = torch.where(outside, gap.neg().exp(), 0.0)
+    total = mass.gather(-1, last) + added
+    log_kept = total.log() + best
+    entropy = total.log() + (spread.gather(-1, last) + torch.special.entr(added)) / total
+    scores = [x[:, 0].float() for x in (target[:, None] - log_kept, entropy, log_kept.clamp(max=0.0))]
+    return ReplayScores(scores[0], scores[1], scores[2], outside[:, 0]), known[:, 0]
