@@ -3,11 +3,16 @@
 Run by test_head_triton.py, in a process that has TRITON_INTERPRET=1 from the start.
 """
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import Phase, given, settings
 from test_head import DTYPES, error, make, oracle
 
+from trl_parity import head_triton
 from trl_parity.head import Head, score_tokens
+from trl_parity.processors import replay, replay_top
+from trl_parity.records import SamplingSettings
 
 
 @pytest.mark.parametrize("weight_dtype", DTYPES)
@@ -76,6 +81,93 @@ def test_logits_rounded_as_a_half_precision_head_does():
     close = (got.logprobs - want.logprobs).abs() < 1e-5
     assert close.float().mean() > 0.9  # a logit between two bf16 numbers may be rounded either way
     assert (got.logprobs - want.logprobs).abs().max() < 0.1
+
+
+def with_top(hidden, targets, head, most, **how):
+    top = torch.full((len(hidden), most), torch.nan)
+    return score_tokens(hidden, targets, head, backend="triton", top=top, **how), top
+
+
+@pytest.fixture
+def left_to_torch(monkeypatch):
+    """How many tokens the kernels could not find the most likely ones of."""
+    found, inner = [], head_triton.score_tokens_triton
+
+    def counting(*args):
+        scores = inner(*args)
+        found.append(int(scores[2].sum()))
+        return scores
+
+    monkeypatch.setattr(head_triton, "score_tokens_triton", counting)
+    return found
+
+
+@settings(max_examples=25, deadline=None, phases=(Phase.explicit, Phase.generate))
+@given(
+    st.integers(1, 40), st.integers(1, 4), st.integers(161, 400), st.sampled_from([0.7, 1.0, 1.6]),
+    st.sampled_from(DTYPES), st.sampled_from([1 << 26, 1]),
+)  # fmt: skip
+def test_the_most_likely_tokens(count, most, vocab, temperature, dtype, chunk_bytes):
+    """M of them are the naive sort's; the target's number is the same in both; scores are those without."""
+    hidden, _, head = make(count, 24, vocab, dtype=dtype, temperature=temperature)
+    z = hidden.double() @ head.weight.double().T / temperature
+    exact = z.log_softmax(-1).topk(most)
+    most_likely = head_triton.most_likely(hidden, head)
+    assert most_likely == 4 * -(-vocab // 32) // 5 >= 4
+    targets = exact.indices[:, -1]
+    scores, top = with_top(hidden, targets, head, most, chunk_bytes=chunk_bytes)
+    torch.testing.assert_close(top.double(), exact.values, atol=2e-5, rtol=0)
+    assert torch.equal(scores.logprobs, top.gather(1, (top == scores.logprobs[:, None]).int().argmax(1, True))[:, 0])
+    plain = score_tokens(hidden, targets, head, backend="triton")
+    for a, b in zip(scores, plain, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_most_tokens_are_found_by_the_kernels(left_to_torch):
+    hidden, targets, head = make(64, 24, 32 * 30, dtype=torch.bfloat16)
+    for most in (1, 8, 24):
+        with_top(hidden, targets, head, most)
+    assert left_to_torch[:2] == [0, 0]
+    assert left_to_torch[2] < 64  # of 30 tiles the 24 best maxima: a low floor
+    assert torch.isnan(with_top(*make(5, 8, 64), 2)[1]).sum() == 0  # more than two tiles give: torch's
+    assert len(left_to_torch) == 3
+
+
+def test_equals_and_tokens_taken_out_are_left_to_torch(left_to_torch):
+    hidden, targets, head = make(6, 16, 320)
+    weight = head.weight.clone()
+    weight[1:200] = weight[0]  # so many equals reach any floor there
+    hidden[:3] = weight[0]
+    bias = torch.zeros(320)
+    bias[40:] = -torch.inf  # all but two tiles
+    hidden[5, 0] = torch.nan
+    targets %= 40
+    for ties, rows in (True, [0, 1, 2, 5]), (False, list(range(6))):
+        head = Head(weight=weight, bias=None if ties else bias)
+        scores, top = with_top(hidden, targets, head, 4)
+        expected = torch.empty(len(rows), 4)
+        torchs = score_tokens(hidden[rows], targets[rows], head, backend="torch", top=expected)
+        for got, want in zip((*scores, top), (*torchs, expected), strict=True):
+            torch.testing.assert_close(got[rows], want, atol=0, rtol=0, equal_nan=True)
+        assert left_to_torch.pop() == len(rows)
+        assert not torch.isfinite(top[5]).any()
+        assert torch.isfinite(top[:5]).all()
+
+
+@pytest.mark.parametrize("sampling", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.05}, {"top_k": 7, "top_p": 0.8}])
+def test_what_truncation_keeps_is_read_from_them(sampling):
+    hidden, targets, head = make(50, 24, 32 * 40, dtype=torch.bfloat16, temperature=0.7)
+    logits = hidden.float() @ head.weight.float().T
+    targets = torch.where(torch.arange(50) < 40, (logits / 0.7).softmax(-1).multinomial(1)[:, 0], targets)
+    sampling = SamplingSettings(temperature=0.7, **sampling)
+    scores, top = with_top(hidden, targets, head, 32)
+    got, known = replay_top(top, scores.logprobs, sampling, 32 * 40)
+    want = replay(logits, targets, sampling, 0.7)
+    assert known.float().mean() > 0.5
+    assert want.out_of_support[known].any()
+    assert not want.out_of_support[known].all()
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a[known], b[known], atol=1e-4, rtol=0)
 
 
 def test_what_it_does_not_take_is_said():

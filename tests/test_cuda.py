@@ -26,13 +26,14 @@ def test_head_is_as_exact_as_an_fp32_product(dtype, backend):
     assert (scores.entropy.double() + (exact.exp() * exact).sum(-1)).abs().max() < 1e-4
 
 
-def test_the_most_likely_tokens():
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_most_likely_tokens(backend):
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(300, 1024, generator=g).bfloat16().cuda()
     weight = (torch.randn(50_000, 1024, generator=g) * 3 / 32).bfloat16().cuda()
     exact = (hidden.double() @ weight.double().T).log_softmax(-1)
     top = torch.empty(300, 64, device="cuda")
-    scores = score_tokens(hidden, exact.argmax(-1), Head(weight=weight), top=top)
+    scores = score_tokens(hidden, exact.argmax(-1), Head(weight=weight), backend=backend, top=top)
     assert (top.double() - exact.topk(64).values).abs().max() < 1e-4
     assert torch.equal(scores.logprobs, top[:, 0])
 

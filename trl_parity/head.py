@@ -92,8 +92,9 @@ def score_tokens(
             everything is always allowed.
         backend: "triton" (GPUs), "torch" (every device), or "auto": Triton on CUDA devices of compute capability 8
             and up, where it is installed and the dtypes fit (no low-rank head), else torch.
-        top: (N, M) fp32 to fill with the log-probs of the M most likely tokens, descending; M up to V_used. The torch
-            backend does that, whatever ``backend`` says. A target among them has the same number there.
+        top: (N, M) fp32 to fill with the log-probs of the M most likely tokens, descending; M up to V_used. A target
+            among them has the same number there. In Triton that takes the product twice and waits for the device
+            once; tokens it can't do it for (many equals), and all where M is near V_used / 256, are left to torch.
 
     Returns:
         `HeadScores`, both (N,) fp32. A token whose hidden state is not finite gets non-finite numbers.
@@ -106,11 +107,9 @@ def score_tokens(
     check_targets(hidden, targets, head)
     if top is not None:
         check_top(top, hidden, head)
-    if _use_triton(hidden, head, backend) and top is None:
-        from .head_triton import score_tokens_triton
-
+    if _use_triton(hidden, head, backend):
         try:
-            return HeadScores(*score_tokens_triton(hidden, targets, head, chunk_bytes))
+            scores = _score_on_chip(hidden, targets, head, chunk_bytes, top)
         except Exception as e:  # a compiler that does not know this GPU, say
             if backend == "triton":
                 raise
@@ -118,6 +117,9 @@ def score_tokens(
             logger.warning(
                 "the head's Triton kernel can't run here (%s: %s); torch does its work.", type(e).__name__, e
             )
+        else:
+            if scores is not None:
+                return scores
     device, count = hidden.device, hidden.shape[0]
     if not count:
         return HeadScores(*torch.empty(2, 0, dtype=torch.float32, device=device))
@@ -181,6 +183,26 @@ _without_triton: set[torch.device] = set()  # where it failed
 def _has_tensor_cores(device: torch.device) -> bool:
     """Whether bf16 products are made in hardware and added in fp32."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _score_on_chip(
+    hidden: torch.Tensor, targets: torch.Tensor, head: Head, chunk_bytes: int, top: torch.Tensor | None
+) -> HeadScores | None:
+    """By the Triton kernels; None where so many of the most likely tokens are not theirs to find."""
+    from .head_triton import most_likely, score_tokens_triton
+
+    if top is not None and top.shape[1] > most_likely(hidden, head):
+        return None
+    logprobs, entropy, missed = score_tokens_triton(hidden, targets, head, chunk_bytes, top)
+    if top is not None and missed is not None:
+        rest = missed.nonzero()[:, 0]  # waits for the device
+        if len(rest):
+            found = torch.empty(len(rest), top.shape[1], dtype=torch.float32, device=top.device)
+            logprobs[rest], entropy[rest] = score_tokens(
+                hidden[rest], targets[rest], head, chunk_bytes=chunk_bytes, backend="torch", top=found
+            )
+            top[rest] = found
+    return HeadScores(logprobs, entropy)
 
 
 def _score_whole_rows(

@@ -9,6 +9,9 @@ with |w1| < 2^-8 |w0|, |w2| < 2^-16 |w0|, and products of terms are added up as 
 
 One program makes one (tokens x vocabulary) tile and leaves three numbers a token: the tile's largest logit m,
 sum(e) and sum(e d) with d = z - m, e = exp(d). A second kernel merges them over the vocabulary, in fp64.
+
+The M most likely tokens, when they are wanted, take the product a second time: M tiles reach the M-th largest of a
+token's tile maxima, so M logits at least do, and seldom many more. The second pass leaves those logits alone.
 """
 
 from __future__ import annotations
@@ -22,9 +25,10 @@ import triton.language as tl
 if TYPE_CHECKING:
     from .head import Head
 
-__all__ = ["score_tokens_triton", "takes"]
+__all__ = ["most_likely", "score_tokens_triton", "takes"]
 
 _MERGE_TOKENS = 128
+_ROOM = 4  # times as many logits as are wanted may reach the floor
 
 
 @triton.jit
@@ -61,15 +65,14 @@ def _add_product(a, b, z, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def _tile(
-    hidden, weight, bias, targets, peaks, totals, weighteds, picked,
-    tokens, vocab, width, hidden_stride, weight_stride, scale, softcap, inverse_temperature,
+def _logits(
+    hidden, weight, bias, tokens, vocab, width, hidden_stride, weight_stride, scale, softcap, inverse_temperature,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ROUND: tl.constexpr, ROUND_DTYPE: tl.constexpr,
     HIDDEN_TERMS: tl.constexpr, WEIGHT_TERMS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_VOCAB: tl.constexpr, BLOCK_WIDTH: tl.constexpr, GROUP: tl.constexpr,
     WHOLE_WIDTH: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Logits of BLOCK_TOKENS x BLOCK_VOCAB, folded into m, sum(e), sum(e d) a token; the target's logit if it is here.
+    """This program's tile: (BLOCK_TOKENS, BLOCK_VOCAB) logits, -inf past the vocabulary; its tokens, its entries.
 
     TERMS = 0: both sides are multiplied as they are (two bf16 or two fp16).
     """
@@ -127,7 +130,24 @@ def _tile(
         z = tl.where(z < 0, -softcap, softcap) * ((1.0 - e) / (1.0 + e))
     z *= inverse_temperature
     z = tl.where(entry[None, :] < vocab, z, float("-inf"))
+    return z, token, entry, vocab_block
 
+
+@triton.jit
+def _tile(
+    hidden, weight, bias, tokens, vocab, width, hidden_stride, weight_stride, scale, softcap, inverse_temperature,
+    targets, peaks, totals, weighteds, picked,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ROUND: tl.constexpr, ROUND_DTYPE: tl.constexpr,
+    HIDDEN_TERMS: tl.constexpr, WEIGHT_TERMS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_VOCAB: tl.constexpr, BLOCK_WIDTH: tl.constexpr, GROUP: tl.constexpr,
+    WHOLE_WIDTH: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Logits folded into m, sum(e), sum(e d) a token; the target's logit if it is here."""
+    z, token, entry, vocab_block = _logits(
+        hidden, weight, bias, tokens, vocab, width, hidden_stride, weight_stride, scale, softcap, inverse_temperature,
+        HAS_BIAS, HAS_SOFTCAP, ROUND, ROUND_DTYPE, HIDDEN_TERMS, WEIGHT_TERMS,
+        BLOCK_TOKENS, BLOCK_VOCAB, BLOCK_WIDTH, GROUP, WHOLE_WIDTH, INTERPRETED,
+    )  # fmt: skip
     peak = tl.max(z, axis=1)
     d = z - tl.where(peak == float("-inf"), 0.0, peak)[:, None]
     e = tl.exp(d)
@@ -143,8 +163,32 @@ def _tile(
 
 
 @triton.jit
-def _merge(peaks, totals, weighteds, picked, logprobs, entropies, tokens, tiles, BLOCK: tl.constexpr):
-    """Log-prob of the target and entropy from what the tiles left, (tiles, tokens) each."""
+def _collect(
+    hidden, weight, bias, tokens, vocab, width, hidden_stride, weight_stride, scale, softcap, inverse_temperature,
+    floors, found, counts, ROOM: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ROUND: tl.constexpr, ROUND_DTYPE: tl.constexpr,
+    HIDDEN_TERMS: tl.constexpr, WEIGHT_TERMS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_VOCAB: tl.constexpr, BLOCK_WIDTH: tl.constexpr, GROUP: tl.constexpr,
+    WHOLE_WIDTH: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Logits that reach their token's floor, in any order, the first ROOM of them; and how many do."""
+    z, token, entry, _ = _logits(
+        hidden, weight, bias, tokens, vocab, width, hidden_stride, weight_stride, scale, softcap, inverse_temperature,
+        HAS_BIAS, HAS_SOFTCAP, ROUND, ROUND_DTYPE, HIDDEN_TERMS, WEIGHT_TERMS,
+        BLOCK_TOKENS, BLOCK_VOCAB, BLOCK_WIDTH, GROUP, WHOLE_WIDTH, INTERPRETED,
+    )  # fmt: skip
+    real = token < tokens
+    floor = tl.load(floors + token, mask=real, other=float("inf"))
+    reach = ((z >= floor[:, None]) & real[:, None] & (entry < vocab)[None, :]).to(tl.int32)
+    number = tl.sum(reach, axis=1)
+    start = tl.atomic_add(counts + token, number, mask=number > 0)
+    place = start[:, None] + tl.cumsum(reach, axis=1) - 1
+    tl.store(found + token.to(tl.int64)[:, None] * ROOM + place, z, mask=(reach > 0) & (place < ROOM))
+
+
+@triton.jit
+def _merge(peaks, totals, weighteds, picked, logprobs, entropies, offsets, tokens, tiles, BLOCK: tl.constexpr):
+    """Log-prob of the target, entropy and log-sum-exp from what the tiles left, (tiles, tokens) each."""
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     real = token < tokens
     peak = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
@@ -167,7 +211,9 @@ def _merge(peaks, totals, weighteds, picked, logprobs, entropies, tokens, tiles,
         peak = top
     log_total = tl.log(total)
     z = tl.load(picked + token, mask=real, other=0.0).to(tl.float64)
-    tl.store(logprobs + token, (z - peak.to(tl.float64) - log_total).to(tl.float32), mask=real)
+    offset = peak.to(tl.float64) + log_total
+    tl.store(offsets + token, offset, mask=real)
+    tl.store(logprobs + token, (z - offset).to(tl.float32), mask=real)
     tl.store(entropies + token, (log_total - weighted / total).to(tl.float32), mask=real)
 
 
@@ -207,22 +253,38 @@ def _tiles(hidden: torch.Tensor, plain: bool) -> dict[str, int]:
     return TILES["plain" if device.shared_memory_per_block_optin > _PLAIN_BYTES else "small"]
 
 
+def most_likely(hidden: torch.Tensor, head: Head) -> int:
+    """How many of the most likely tokens the kernels find: with more, too many logits reach the floor."""
+    return 4 * triton.cdiv(head.vocab_used, _tiles(hidden, _is_plain(hidden, head))["BLOCK_VOCAB"]) // 5
+
+
+def _is_plain(hidden: torch.Tensor, head: Head) -> bool:
+    return hidden.dtype == head.weight.dtype and hidden.dtype != torch.float32
+
+
 def score_tokens_triton(
-    hidden: torch.Tensor, targets: torch.Tensor, head: Head, chunk_bytes: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden: torch.Tensor, targets: torch.Tensor, head: Head, chunk_bytes: int, top: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Log-probs and entropies, (N,) fp32 each: `trl_parity.head.score_tokens` for arguments it has checked.
 
-    Beside them at most ``chunk_bytes`` are allocated, for what the tiles leave of a slice of the tokens.
+    With ``top`` (N, M), M up to `most_likely`, also which of its rows hold something else, (N,) bool: where far more
+    than M logits reach the floor, many equals for one, or fewer, as with a NaN. Beside all of these at most
+    ``chunk_bytes`` are allocated, for what the tiles leave of a slice of the tokens.
     """
-    (count, width), vocab = hidden.shape, head.vocab_used
-    logprobs = torch.empty(count, dtype=torch.float32, device=hidden.device)
+    (count, width), vocab, device = hidden.shape, head.vocab_used, hidden.device
+    logprobs = torch.empty(count, dtype=torch.float32, device=device)
     entropies = torch.empty_like(logprobs)
-    plain = hidden.dtype == head.weight.dtype and hidden.dtype != torch.float32
+    plain = _is_plain(hidden, head)
     blocks = _tiles(hidden, plain)
-    tiles = triton.cdiv(vocab, blocks["BLOCK_VOCAB"])
-    slice_tokens = max(blocks["BLOCK_TOKENS"], chunk_bytes // (4 * (3 * tiles + 1)))
-    left = torch.empty(3, tiles, min(count, slice_tokens), dtype=torch.float32, device=hidden.device)
-    bias = head.bias if head.bias is not None else head.weight  # never read
+    tiles, most = triton.cdiv(vocab, blocks["BLOCK_VOCAB"]), 0 if top is None else top.shape[1]
+    room = _ROOM * most
+    missed = None if top is None else torch.empty(count, dtype=torch.bool, device=device)
+    # floats a token: what the tiles leave, picked, offset; its M largest maxima; logits found, the M largest as fp64
+    floats = 3 * tiles + 3 + (tiles + 2 * room + 7 * most + 2 if most else 0)
+    slice_tokens = max(blocks["BLOCK_TOKENS"], chunk_bytes // (4 * floats))
+    left = torch.empty(3, tiles, min(count, slice_tokens), dtype=torch.float32, device=device)
+    targets = targets.contiguous()
+    bias = head.bias.contiguous() if head.bias is not None else head.weight  # never read
     constants: dict[str, Any] = {
         "HAS_BIAS": head.bias is not None,
         "HAS_SOFTCAP": head.softcap is not None,
@@ -237,16 +299,24 @@ def score_tokens_triton(
     for start in range(0, count, slice_tokens):
         part = slice(start, min(start + slice_tokens, count))
         some = part.stop - part.start
-        h, target = hidden[part], targets[part]
+        h = hidden[part]
         peaks, totals, weighteds = (x.view(-1)[: tiles * some] for x in left)
-        picked = torch.full((some,), -torch.inf, dtype=torch.float32, device=hidden.device)
-        programs = tiles * triton.cdiv(some, blocks["BLOCK_TOKENS"])
-        _tile[(programs,)](
-            h, head.weight, bias, target, peaks, totals, weighteds, picked,
-            some, vocab, width, h.stride(0), head.weight.stride(0),
-            float(head.logit_scale), float(head.softcap or 1.0), 1.0 / head.temperature, **constants, **blocks,
+        picked = torch.full((some,), -torch.inf, dtype=torch.float32, device=device)
+        offset = torch.empty(some, dtype=torch.float64, device=device)
+        programs = (tiles * triton.cdiv(some, blocks["BLOCK_TOKENS"]),)
+        product = (
+            h, head.weight, bias, some, vocab, width, h.stride(0), head.weight.stride(0),
+            float(head.logit_scale), float(head.softcap or 1.0), 1.0 / head.temperature,
         )  # fmt: skip
+        _tile[programs](*product, targets[part], peaks, totals, weighteds, picked, **constants, **blocks)
         _merge[(triton.cdiv(some, _MERGE_TOKENS),)](
-            peaks, totals, weighteds, picked, logprobs[part], entropies[part], some, tiles, BLOCK=_MERGE_TOKENS
+            peaks, totals, weighteds, picked, logprobs[part], entropies[part], offset, some, tiles, BLOCK=_MERGE_TOKENS
         )
-    return logprobs, entropies
+        if top is not None and missed is not None:
+            floors = peaks.view(tiles, some).topk(most, dim=0).values[-1]
+            found = torch.full((some, room), -torch.inf, dtype=torch.float32, device=device)
+            counts = torch.zeros(some, dtype=torch.int32, device=device)
+            _collect[programs](*product, floors, found, counts, ROOM=room, **constants, **blocks)
+            top[part] = found.topk(most).values.double() - offset[:, None]
+            missed[part] = (counts < most) | (counts > room)
+    return logprobs, entropies, missed
