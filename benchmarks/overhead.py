@@ -131,6 +131,8 @@ def summarize(contender: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
             "their CPU time, median": median_interval(over_cpu / base_cpu),
             "sum of all steps": total_interval(over, base),
         },
+        "of each run": [float(np.median([s[contender]["seconds"] / s[BASE]["seconds"] for s in steps]))
+                        for steps in good],
     }  # fmt: skip
 
 
@@ -159,6 +161,10 @@ def show_ratios(console: Console, summary: list[dict[str, Any]]) -> None:
         cells = (f"{middle:.4f} ({low:.4f}–{high:.4f})" for middle, low, high in found["ratios"].values())
         table.add_row(found["contender"], *cells)
     console.print(table)
+    for found in summary:  # fresh processes differ: by where their memory lies, for one
+        runs = found["of each run"]
+        console.print(f"{found['contender']}: median of paired runs {np.median(runs):.4f}, of {len(runs)}: "
+                      + ", ".join(f"{run:.4f}" for run in sorted(runs)))  # fmt: skip
 
 
 def head_limit(model: Path, tokens: float, rates: dict[str, float]) -> tuple[float, str]:

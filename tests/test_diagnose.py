@@ -126,6 +126,28 @@ def flat_softcap(trainer):
 
 
 @contextlib.contextmanager
+def no_softcap(trainer):
+    """The engine's model has no soft cap."""
+    processor = engine_model(trainer).logits_processor
+    assert processor.soft_cap
+    with swapped(processor, "soft_cap", None):
+        yield
+
+
+def layers_exchanged(trainer):
+    """The engine's loader takes a matrix of one layer for that of the other: hardly anything of the model is left."""
+    model = engine_model(trainer)
+    real, other = model.load_weights, {"0": "1", "1": "0"}
+
+    def load(weights):
+        return real(
+            (re.sub(r"layers\.(\d)(.*down_proj)", lambda m: f"layers.{other[m[1]]}{m[2]}", n), t) for n, t in weights
+        )
+
+    return swapped(model, "load_weights", load)
+
+
+@contextlib.contextmanager
 def other_attention_scale(trainer):
     """The engine scales attention by another factor."""
     layers = [m for m in engine_model(trainer).modules() if hasattr(getattr(m, "impl", None), "scale")]
@@ -149,6 +171,8 @@ FAULTS = {
     "clean": (None, nothing, {}),
     "hidden temperature": ("temperature", requests_get(temperature=1.0), {}),
     "second soft cap": ("temperature", flat_softcap, {}),
+    "no soft cap": ("temperature", no_softcap, {"temperature": 1.8}),
+    "layers exchanged": ("model_definition", layers_exchanged, {}),
     "hidden top_p": ("truncated_sampling", requests_get(top_p=0.7), {}),
     "hidden frequency penalty": ("penalties", requests_get(frequency_penalty=0.6), {}),
     "hidden allow-list": ("constrained_decoding", requests_get(allowed_token_ids=list(range(1, 34))), {}),

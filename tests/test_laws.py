@@ -9,12 +9,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_parity.fits import fit_bias, fit_penalty, fit_shift, fit_temperature, fit_truncation, mle_temperature
+from trl_parity.fits import (
+    fit_bias,
+    fit_penalty,
+    fit_shift,
+    fit_soft_cap,
+    fit_temperature,
+    fit_truncation,
+    mle_temperature,
+)
 from trl_parity.laws import Law, Tokens, describe, huber, improves, law_details, log_probs
 from trl_parity.processors import kept_mask
 from trl_parity.records import SamplingSettings
 
-FITS = (fit_temperature, fit_truncation, fit_penalty, fit_bias)
+FITS = (fit_temperature, fit_soft_cap, fit_truncation, fit_penalty, fit_bias)
 PLAIN = Law(sampling=SamplingSettings())
 
 
@@ -23,6 +31,9 @@ def oracle(tokens, law):
     s, rows = law.sampling, []
     for i, logits in enumerate(tokens.logits):
         z = logits.to(law.logits_dtype or logits.dtype).double().clone()
+        if law.curvature:
+            c = 1 / abs(law.curvature)
+            z = c * (z / c).tanh() if law.curvature > 0 else c * (z / c).atanh()
         for token, b in law.bias:
             z[token] += b
         if law.allowed is not None:
@@ -162,6 +173,30 @@ def test_the_temperature_is_recovered(vocab, true, configured):
     assert found.sampling.temperature == pytest.approx(true, rel=2e-4)
 
 
+@pytest.mark.parametrize("vocab", [60, 3000])
+@pytest.mark.parametrize("cap", [3.0, 8.0, 20.0, -16.0, -25.0])
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_a_soft_cap_put_on_or_taken_off_is_recovered(cap, vocab, temperature):
+    base = of(temperature=temperature)
+    true = replace(base, curvature=1 / cap)
+    tokens = make(true, vocab=vocab, noise=1e-3)
+    found = fit_soft_cap(tokens, base)
+    assert 1 / found.curvature == pytest.approx(cap, rel=0.05)
+    assert residual(tokens, found) < 1e-5
+    assert describe(found, base).endswith(f"a soft cap of {abs(1 / found.curvature):.3g} on the logits")
+    assert describe(found, base).startswith("without") == (cap < 0)
+
+
+def test_a_soft_cap_leaves_what_is_ruled_out_ruled_out():
+    law = replace(PLAIN, curvature=0.2, bias=((3, -math.inf),))
+    tokens = make(law, noise=0.0)
+    assert not (tokens.targets == 3).any()
+    torch.testing.assert_close(
+        log_probs(tokens, law).logprobs, at_targets(oracle_law(tokens, law), tokens), atol=1e-5, rtol=0
+    )
+    assert fit_soft_cap(tokens, replace(law, curvature=0.0)).curvature == pytest.approx(0.2, rel=0.02)
+
+
 def test_the_temperature_is_recovered_under_truncation():
     tokens = make(of(temperature=0.7, top_p=0.9, top_k=40))
     found = fit_temperature(tokens, of(temperature=1.0, top_p=0.9, top_k=40))
@@ -293,15 +328,15 @@ def test_an_allowed_id_that_was_never_drawn_is_allowed_back():
 def test_noise_alone_is_not_explained(vocab, seed):
     for law in (PLAIN, of(temperature=0.7, top_p=0.95, repetition_penalty=1.1)):
         tokens = make(law, seed, vocab=vocab)
-        assert [fit(tokens, law) for fit in FITS] == [None] * 4
+        assert [fit(tokens, law) for fit in FITS] == [None] * len(FITS)
         exact = replace(tokens, reported=log_probs(tokens, law).logprobs)
-        assert [fit(exact, law) for fit in FITS] == [None] * 4
+        assert [fit(exact, law) for fit in FITS] == [None] * len(FITS)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_corrupted_tokens_alone_are_not_explained(seed):
     tokens = make(PLAIN, seed, corrupted=0.2)
-    assert [fit(tokens, PLAIN) for fit in FITS] == [None] * 4
+    assert [fit(tokens, PLAIN) for fit in FITS] == [None] * len(FITS)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -323,7 +358,7 @@ def test_corrupted_tokens_do_not_hide_the_law(seed):
 
 def test_other_reports_and_missing_contexts_are_not_fitted():
     tokens = make(of(temperature=0.5))
-    assert [fit(tokens, replace(PLAIN, report="raw_logprobs")) for fit in FITS] == [None] * 4
+    assert [fit(tokens, replace(PLAIN, report="raw_logprobs")) for fit in FITS] == [None] * len(FITS)
     assert fit_penalty(replace(tokens, real=tokens.real & False, output=tokens.output & False), PLAIN) is None
 
 

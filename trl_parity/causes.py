@@ -23,9 +23,10 @@ CAUSES: dict[str, Cause] = {
         'logprobs_mode="processed_logprobs" on the engine (vllm serve ... --logprobs-mode processed_logprobs).',
     ),
     "temperature": Cause(
-        "The engine samples at another temperature (or logit scale) than the one the loss divides by.",
+        "The engine samples at another temperature (or logit scale, or soft cap) than the loss reckons with.",
         "The trainer learns from a flatter or sharper policy than its own; ratios drift where the policy is unsure.",
-        "one temperature: GRPOConfig(temperature=...), and nothing in generation_kwargs or on the engine's side.",
+        "one temperature: GRPOConfig(temperature=...), and nothing in generation_kwargs or on the engine's side; one "
+        "logit scale and soft cap (final_logit_softcapping) in both models.",
     ),
     "truncated_sampling": Cause(
         "The engine samples from a truncated vocabulary and renormalizes; the loss uses the whole of it.",

@@ -21,10 +21,12 @@ from .laws import (
     HEAD,
     PROCESSED,
     Law,
+    Sketch,
     Support,
     Tokens,
     biased,
     chunks,
+    curved,
     huber,
     improves,
     log_probs,
@@ -36,7 +38,15 @@ from .laws import (
 )
 from .processors import penalize, settings_of
 
-__all__ = ["fit_bias", "fit_penalty", "fit_shift", "fit_temperature", "fit_truncation", "mle_temperature"]
+__all__ = [
+    "fit_bias",
+    "fit_penalty",
+    "fit_shift",
+    "fit_soft_cap",
+    "fit_temperature",
+    "fit_truncation",
+    "mle_temperature",
+]
 
 _OUTSIDE = 0.02  # a truncation that cuts off more of the sampled targets is impossible
 _MASS_IDS = 128  # ids of largest total probability a bias is looked for on
@@ -98,6 +108,32 @@ def fit_temperature(tokens: Tokens, law: Law) -> Law | None:
     if abs(octaves) > 2.99:
         return None
     return _if_better(tokens, score(1.0), _sampling(law, "temperature", law.sampling.temperature * 2.0**octaves))
+
+
+def fit_soft_cap(tokens: Tokens, law: Law) -> Law | None:
+    """The soft cap that fits best, put on the law's logits or taken off them (:func:`~trl_parity.laws.curved`).
+
+    From one that lets the largest logit through by a sixth to one that has just let it through. None: no gain.
+    """
+    if law.report != PROCESSED or law.curvature:
+        return None
+    sketch = sketch_of(tokens, law)
+    settings, t = settings_of(law.sampling, sketch.gaps), law.sampling.temperature
+    z, target = (sketch.top[:, None] - sketch.gaps) * t, (sketch.top - sketch.target) * t
+    largest = float(torch.where(torch.isinf(z), 0.0, z).abs().amax())
+    if not 0.0 < largest < math.inf:
+        return None
+
+    def score(x: float) -> Tensor:
+        top = curved(sketch.top * t, x / largest)
+        under = Sketch(
+            (top[:, None] - curved(z, x / largest)) / t, sketch.size, (top - curved(target, x / largest)) / t, top / t
+        )
+        return under.scores(settings, under.mass())[0].squeeze(-1)
+
+    grid = torch.cat([_grid(-0.9999, -0.9, 8), _grid(-0.8, 6.0, 35)])
+    x, _ = _minimize(_each(lambda x: huber(score(x) - tokens.reported).mean()), grid, 8)
+    return _if_better(tokens, score(0.0), replace(law, curvature=x / largest)) if x else None
 
 
 def fit_truncation(tokens: Tokens, law: Law) -> Law | None:

@@ -30,13 +30,14 @@ HEAD, _GROUPS = 1024, 1024  # of a sketch: tokens kept one by one, groups the ot
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Law:
-    """What an engine does to logits z before it samples and reports: rounding, bias and bans, then ``sampling``."""
+    """What an engine does to logits z before it samples and reports: rounding, soft cap, bias, bans, ``sampling``."""
 
     sampling: SamplingSettings
     bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit), distinct ids; -inf bans it
     allowed: frozenset[int] | None = None  # only these ids; None: all
     report: str = PROCESSED  # vLLM's logprobs_mode: processed_ or raw_, logprobs or logits
     logits_dtype: torch.dtype | None = None  # z is rounded to it first
+    curvature: float = 0.0  # 1 / soft cap, negative where one is taken off: see :func:`curved`
 
 
 @dataclass(slots=True)
@@ -83,7 +84,7 @@ def log_probs(tokens: Tokens, law: Law) -> LawScores:
     values, outside = [], []
     for part in chunks(tokens):
         scaled, support = supported(part, law)
-        z = _rounded(part, law) if law.report.startswith("raw") else scaled
+        z = _modelled(part, law) if law.report.startswith("raw") else scaled
         value = target_values(z, part).double()
         if law.report == PROCESSED:
             value = value - support.log_sum
@@ -122,13 +123,26 @@ def logsumexp(values: Tensor) -> Tensor:
     return (values - top).exp_().sum(-1).double().log() + top.squeeze(-1).double()
 
 
-def _rounded(tokens: Tokens, law: Law) -> Tensor:
-    return tokens.logits if law.logits_dtype is None else tokens.logits.to(law.logits_dtype).to(tokens.logits.dtype)
+def curved(z: Tensor, curvature: float) -> Tensor:
+    """Logits z under a soft cap c = 1 / ``curvature``, c tanh(z / c); with one of -c taken off, c atanh(z / c).
+
+    What a soft cap can't have let through is taken as just inside it.
+    """
+    if curvature == 0.0:
+        return z
+    x = z * abs(curvature)
+    x = x.tanh() if curvature > 0 else x.clamp(-1.0 + 1e-6, 1.0 - 1e-6).atanh()
+    return torch.where(torch.isinf(z), z, x / abs(curvature))
+
+
+def _modelled(tokens: Tokens, law: Law) -> Tensor:
+    z = tokens.logits if law.logits_dtype is None else tokens.logits.to(law.logits_dtype).to(tokens.logits.dtype)
+    return curved(z, law.curvature)
 
 
 def biased(tokens: Tokens, law: Law) -> Tensor:
-    """A copy of the logits, rounded, with bias and bans."""
-    z = _rounded(tokens, law).clone()
+    """A copy of the logits, rounded and capped, with bias and bans."""
+    z = _modelled(tokens, law).clone()
     if law.allowed is not None:
         banned = torch.ones(z.shape[-1], dtype=torch.bool, device=z.device)
         banned[sorted(law.allowed)] = False
@@ -187,6 +201,7 @@ class Sketch(NamedTuple):
     gaps: Tensor  # (n, K) fp64 ascending, nats below the most likely token; of a group: of its mean probability
     size: int  # tokens in a group
     target: Tensor  # (n,) fp64, the target's gap
+    top: Tensor  # (n,) fp64, the scaled logit of the most likely token
 
     def mass(self, tau: float = 1.0) -> Tensor:
         """Cumulative Σ e^(-gap/τ), (n, K)."""
@@ -211,10 +226,12 @@ def sketch_of(tokens: Tokens, law: Law) -> Sketch:
     """Group values are exact at τ = 1 and off by (var of the group's logits) |1/τ - 1| / 2τ elsewhere."""
     vocab = tokens.logits.shape[-1]
     size = max(1, math.ceil((vocab - HEAD) / _GROUPS))
-    parts, targets = [], []
+    parts, targets, tops = [], [], []
     for part in chunks(tokens):
         scaled = scaled_logits(part, law)
-        gaps = scaled.amax(-1, keepdim=True) - scaled
+        top = scaled.amax(-1, keepdim=True)
+        gaps = top - scaled
+        tops.append(top.squeeze(-1).double())
         targets.append(target_values(gaps, part).double())
         gaps = ascending(gaps)
         if size > 1:
@@ -224,7 +241,7 @@ def sketch_of(tokens: Tokens, law: Law) -> Sketch:
             mean = first.squeeze(-1) - (first - tail).exp_().mean(-1).log_()
             gaps = torch.cat([gaps[:, :HEAD], mean.nan_to_num_(nan=torch.inf)], -1)
         parts.append(gaps.double())
-    return Sketch(torch.cat(parts), size, torch.cat(targets))
+    return Sketch(torch.cat(parts), size, torch.cat(targets), torch.cat(tops))
 
 
 # --- in words --------------------------------------------------------------------------------------------------------
@@ -265,6 +282,9 @@ def describe(law: Law, base: Law, *, ids: bool = True) -> str:
         words.append(f"only {len(law.allowed)} token id{'s' * (len(law.allowed) > 1)} allowed")
     if law.logits_dtype is not None and law.logits_dtype != base.logits_dtype:
         words.append(f"logits rounded to {str(law.logits_dtype).removeprefix('torch.')}")
+    if law.curvature != base.curvature:
+        cap = f"a soft cap of {1 / abs(law.curvature - base.curvature):.3g} on the logits"
+        words.append(cap if law.curvature > base.curvature else f"without {cap}")
     if law.report != base.report:
         words.append(_REPORTS[law.report])
     return ", ".join(words)
@@ -277,4 +297,5 @@ def law_details(law: Law) -> dict[str, Any]:
         "allowed": None if law.allowed is None else sorted(law.allowed),
         "report": law.report,
         "logits_dtype": None if law.logits_dtype is None else str(law.logits_dtype).removeprefix("torch."),
+        "curvature": law.curvature,
     }

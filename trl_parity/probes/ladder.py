@@ -22,6 +22,7 @@ __all__ = ["LADDER"]
 
 _TOKENS = 96  # asked for again, one request each
 _SEQUENCES = 4  # scored by prefill at temperature 1
+_SAME_LAW = 0.05  # a scale of the logits leaves up to 0.03 of the drift in bf16, a soft cap read as one 0.11
 _REPRODUCED = 0.3  # asked again, the engine gives its number back: up to this share of the drift
 _STEP = 3.0  # a change within sequences: this much more drift on one side of it
 _SIDE = 0.15  # and at least this share of the tokens on either side
@@ -216,21 +217,21 @@ def prefill_drift(scene: Scene, world: World, law: Law) -> torch.Tensor:
 
 
 def sampling_alone(scene: Scene, world: World, law: Law) -> bool:
-    """Whether a law of sampling can be all there is: before sampling, the two models must agree.
+    """Whether a fitted law can be what the engine does to its logits, in its sampler or at the end of its model.
 
-    They do not when at T = 1, by prefill, the drift is a third or more of what it is when sampled, and taking the law
-    over into the model does not mend that either.
+    In the sampler: then at T = 1, by prefill, the two models agree, or differ by a third at most of what they do when
+    sampled. In the model: then what they differ by there is this law, to the last twentieth; of a model that computes
+    something else it is only a likeness. Where the engine's weights are known to be others, these may leave a third.
     """
     base = redone(world)
     delta = scene.log_probs(base) - base.reported
     good = base.kept & torch.isfinite(delta)
-    sampled = _size(delta[good])
-    left = min(
-        _size(prefill_drift(scene, world, one))
-        for one in (Law(sampling=SamplingSettings(temperature=scene.temperature)), law)
-    )
+    plain = _size(prefill_drift(scene, world, Law(sampling=SamplingSettings(temperature=scene.temperature))))
     flatter = min(1.0, scene.temperature) ** 2  # drift in logits shows less at T = 1 than at a lower temperature
-    return left <= max(3.0 * scene.floor, flatter * sampled / 3.0)
+    if plain <= max(3.0 * scene.floor, flatter * _size(delta[good]) / 3.0):
+        return True
+    share = 1.0 / 3.0 if scene.engine_values else _SAME_LAW
+    return _size(prefill_drift(scene, world, law)) <= max(3.0 * scene.floor, share * plain)
 
 
 def prefill(scene: Scene, world: World) -> Candidate | None:

@@ -194,6 +194,8 @@ LAWS: tuple[Probe, ...] = (
            "the requests rule tokens out or favour some", "with the same mask or bias, the trainer agrees"),
     probe("fitted temperature", "temperature", "fit", temperature,
            "the engine samples at another temperature or logit scale", FITS),
+    probe("fitted soft cap", "temperature", "fit", _fitted(fits.fit_soft_cap),
+           "one side caps its logits softly, the other does not", FITS),
     probe("fitted truncation", "truncated_sampling", "fit", _fitted(fits.fit_truncation),
            "the engine truncates behind the requests' back", FITS),
     probe("fitted penalties", "penalties", "fit", _fitted(fits.fit_penalty),
