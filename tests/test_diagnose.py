@@ -147,6 +147,17 @@ def layers_exchanged(trainer):
     return swapped(model, "load_weights", load)
 
 
+def eight_bit_matrices(trainer):
+    """Matrices reach the engine rounded to 8 bits."""
+    model = engine_model(trainer)
+    real = model.load_weights
+
+    def coarse(tensor):
+        return tensor.to(torch.float8_e4m3fn).to(tensor.dtype) if tensor.ndim == 2 else tensor
+
+    return swapped(model, "load_weights", lambda weights: real((n, coarse(t)) for n, t in weights))
+
+
 @contextlib.contextmanager
 def other_attention_scale(trainer):
     """The engine scales attention by another factor."""
@@ -180,6 +191,7 @@ FAULTS = {
     "crossed log-probs": ("token_misalignment", crossed_logprobs, {}),
     "lost sync": ("stale_weights", lost_sync, {"learning_rate": 5e-3}),
     "engine tensor scaled": ("partial_sync", engine_tensor_scaled("qkv_proj", 2.5), {}),
+    "8-bit matrices": ("kv_cache_precision", eight_bit_matrices, {}),
     "attention scale": ("model_definition", other_attention_scale, {}),
 }  # fmt: skip
 

@@ -13,6 +13,7 @@ from .base import Candidate, NotPossible, Probe, dtype_name, probe, require_engi
 
 __all__ = ["WEIGHTS"]
 
+_FP8 = 256  # values at most that an 8-bit number has
 _ARRIVED = 20  # elements that would differ, had a tensor not arrived, from which on "none does" means it did
 
 
@@ -46,17 +47,20 @@ def engine_weights(scene: Scene, world: World) -> Candidate | None:
     partial = bool(arrived) or 0 < len(ignored) < len(trained)
     missing = [*ignored, *(h for h in differing if h.name not in deaf)]
     words = f"{len(differing)} of {len(held)} tensors are not the trainer's in the engine's {_dtype(scene)}"
+    coarse = all(_is_coarse(h.values, by_name[h.name].tensor) for h in wide)
+    if coarse:
+        words += f" but rounded to {_FP8} values at most"
     if arrived:
         words += f", {len(arrived)} arrived"
     if ignored:
         words += f", {len(ignored)} are ignored by its load_weights"
-    if partial:
+    if partial and not coarse:
         words += ": " + ", ".join(h.name for h in missing[:8]) + (" …" if len(missing) > 8 else "")
     if scene.sharded or len(scene.engine_values) < len(differing):
         raise NotPossible(f"{words}; the policy's weights can't be swapped here to see what that does")
     return Candidate(
         world=with_variant(world, weights="engine"),
-        cause="partial_sync" if partial else "stale_weights",
+        cause="kv_cache_precision" if coarse else "partial_sync" if partial else "stale_weights",
         finding=words,
         details={
             "tensors": {h.name: {"differing": h.differing / max(1, h.written), "gap": h.gap} for h in differing},
@@ -64,6 +68,14 @@ def engine_weights(scene: Scene, world: World) -> Candidate | None:
             "arrived": len(arrived),
         },
     )
+
+
+def _is_coarse(held: torch.Tensor | None, ours: torch.Tensor) -> bool:
+    """Whether the engine's side has no more values than 8 bits hold, where the trainer's has many more."""
+    if held is None:
+        return False
+    some, all_ = (x.flatten()[: 16 * _FP8].unique().numel() for x in (held, ours))
+    return some <= _FP8 < all_ // 2
 
 
 def _swap(ours: PolicyTensor, held: torch.Tensor) -> tuple[torch.nn.Parameter, torch.Tensor]:
