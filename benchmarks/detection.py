@@ -1,6 +1,6 @@
 """How fast faults are found and named: the drills, one line each, as a Markdown table.
 
-    python benchmarks/detection.py                             # runs them all, 20 minutes on two cores
+    python benchmarks/detection.py                             # runs them all, 8 to 20 minutes on two cores
     python benchmarks/detection.py --seeds 0 --only lost-sync temperature --json detection.json
     python benchmarks/detection.py --from drills.json          # of `trl-parity drill --all --json > drills.json`
 
