@@ -5,7 +5,8 @@ import torch
 
 from trl_parity.head import Head, score_tokens
 from trl_parity.metrics import compute, measure, measure_policy_drift
-from trl_parity.records import ScoredBatch
+from trl_parity.processors import replay_top
+from trl_parity.records import SamplingSettings, ScoredBatch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -36,6 +37,17 @@ def test_the_most_likely_tokens(backend):
     scores = score_tokens(hidden, exact.argmax(-1), Head(weight=weight), backend=backend, top=top)
     assert (top.double() - exact.topk(64).values).abs().max() < 1e-4
     assert torch.equal(scores.logprobs, top[:, 0])
+
+
+def test_truncation_is_read_from_them_without_a_wait():
+    logits = torch.randn(50, 5000, device="cuda").log_softmax(-1)
+    top, sampling = logits.topk(64).values, SamplingSettings(top_k=40, top_p=0.9, min_p=0.01)
+    replay_top(top, top[:, 0], sampling, 5000)  # kernels are loaded
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        replay_top(top, top[:, 0], sampling, 5000)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("most", [0, 64])

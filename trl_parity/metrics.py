@@ -8,174 +8,27 @@ it is summed. Formulas: :data:`trl_parity.scalars.SCALARS`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
 
 from .records import MismatchStats, ScoredBatch
 from .scalars import LAG_BUCKETS, SCALARS
+from .sums import BINS, DECADES, INDEX, PER_DECADE, SUMS, TOKEN_SUMS, MismatchSums
 
 __all__ = ["MismatchSums", "compute", "log_ratio_histogram", "measure", "measure_policy_drift"]
 
-# Histogram of Δ: by sign, |Δ| on a log scale. A quantile read from it is off by half a bin at most, 1.8 %.
-_DECADES = (-9, 3)  # |Δ| from 1e-9 (below: zero) to 1e3 nats (above: the last bin)
-_PER_DECADE = 64
-_BINS = (_DECADES[1] - _DECADES[0]) * _PER_DECADE + 1  # bin 0 holds |Δ| < 1e-9
 _HALF = math.log(0.5)
 _EXP_CLAMP = 300.0  # Δ in e^Δ, of tokens and sequences: e^600 still fits a double
 BAND = 0.1  # a ratio outside [1 - BAND, 1 + BAND] counts as out_of_band (the band of TRL issue 6789)
 # An interval from a handful of sequences says nothing: below this many, honesty has no interval and no gap.
 MIN_BOOTSTRAP_SEQUENCES = 8
-_BOOT = 3  # sums a resample keeps
 TRIM = 1000  # one token of so many, the worst ones, at least one, is left out of trimmed/*
 _POOL = 4096  # sequences until their resampling weights repeat
 
 _LAG_EDGES = (0, 1, 2, 4)  # the last lag of each bucket but the open one
-_SUMS = (
-    # over tokens that both sides scored with a finite number; own_*: by the trainer's own head
-    "delta", "own_delta", "k3", "own_k3", "abs_delta", "own_abs_delta", "w", "w2",
-    # trainer entropy: plain, and of the law the rollout is compared with
-    "rollout_logprob", "entropy", "law_entropy",
-    # how many they are, and how many were to be compared
-    "tokens", "own_tokens", "out_of_band", "confident", "compared", "entropy_tokens",
-    # sequences with at least one such token
-    "sequences", "seq_w", "seq_w2",
-    # truncation replay
-    "trunc_tokens", "kept_mass", "log_kept", "out_of_support",
-    # updates against the policy that generated
-    "drift_tokens", "drift_k3",
-    # bookkeeping, per rank
-    "batches", "errors", "lag", "cost_seconds", "floor_seconds", "wall_seconds",
-    # the same on every rank
-    "requests", "temperature_engine", "temperature_trainer", "rewards", "reward_sum",
-    # prompt tokens of the run's requests that the engine looked up in its prefix cache, and found there
-    "looked_up_tokens", "cached_tokens",
-    # staleness: batches or sequences a lag was added for; tokens and k3 by lag; of sequences of which it is known
-    # whether a sync fell into their generation, and those where it may have; of probes
-    "lags", *(f"{what}{name}" for name in LAG_BUCKETS for what in ("lag_tokens/", "lag_k3/")),
-    "stale_compared", "stale_nonfinite", "flight_tokens", "in_flight_tokens", "probe_tokens",
-)  # fmt: skip
-_INDEX = {name: i for i, name in enumerate(_SUMS)}
-_TOKEN_SUMS = _INDEX["seq_w2"] + 1  # the first ones, in the order _add_tokens makes them
-_MAXIMA = ("delta", "neg_delta", "seq_abs_delta", "temperature_gap", "kv_cache_usage")
-
-
-class MismatchSums:
-    """Everything a window needs, in two vectors: one that adds and one that takes the maximum.
-
-    ``additive``: fp64, the sums named in ``_SUMS``, then the histogram (2 signs x ``_BINS``), then the bootstrap
-    (R resamples x [Σ w, Σ (H + rollout log-prob), Σ tokens]). ``maxima``: fp64, ``-inf`` where nothing was seen.
-    About 17 KiB with R = 200, whatever the number of tokens.
-    """
-
-    __slots__ = ("_additive", "_bumps", "_maxima", "_raises", "bootstrap_samples")
-
-    def __init__(self, additive: torch.Tensor, maxima: torch.Tensor, bootstrap_samples: int):
-        self._additive, self._maxima, self.bootstrap_samples = additive, maxima, bootstrap_samples
-        self._bumps: dict[str, float] = {}  # plain numbers on their way into them: no kernel for each
-        self._raises: dict[str, float] = {}
-
-    @property
-    def additive(self) -> torch.Tensor:
-        """Everything that adds."""
-        if self._bumps:
-            bumps, self._bumps = self._bumps, {}
-            amounts = torch.tensor([bumps.get(name, 0.0) for name in _SUMS], dtype=torch.float64)
-            self._additive[: len(_SUMS)] += amounts.to(self._additive.device, non_blocking=True)
-        return self._additive
-
-    @property
-    def maxima(self) -> torch.Tensor:
-        """Everything that takes the maximum."""
-        if self._raises:
-            raises, self._raises = self._raises, {}
-            values = torch.tensor([raises.get(name, -math.inf) for name in _MAXIMA], dtype=torch.float64)
-            values = values.to(self._maxima.device, non_blocking=True)
-            torch.maximum(self._maxima, values, out=self._maxima)
-        return self._maxima
-
-    def cpu(self) -> MismatchSums:
-        """On the host: itself, where it is there. One device sync on accelerators."""
-        if self._additive.device.type == "cpu":
-            return self
-        both = torch.cat([self.additive, self.maxima]).cpu()
-        return MismatchSums(both[: -len(_MAXIMA)], both[-len(_MAXIMA) :], self.bootstrap_samples)
-
-    @classmethod
-    def zeros(cls, device: torch.device | str = "cpu", bootstrap_samples: int = 200) -> MismatchSums:
-        """The sums of no tokens."""
-        size = len(_SUMS) + 2 * _BINS + _BOOT * bootstrap_samples
-        return cls(
-            torch.zeros(size, dtype=torch.float64, device=device),
-            torch.full((len(_MAXIMA),), -math.inf, dtype=torch.float64, device=device),
-            bootstrap_samples,
-        )
-
-    def add_(self, other: MismatchSums) -> None:
-        """Merge ``other`` in place; associative and commutative up to fp64 rounding."""
-        if other.bootstrap_samples != self.bootstrap_samples:
-            raise ValueError(
-                f"cannot merge sums with {other.bootstrap_samples} and {self.bootstrap_samples} bootstrap samples. "
-                "Use one bootstrap_samples on every rank."
-            )
-        self.additive.add_(other.additive.to(self._additive.device))
-        torch.maximum(self.maxima, other.maxima.to(self.maxima.device), out=self.maxima)
-
-    def copy(self) -> MismatchSums:
-        """A copy with tensors of its own."""
-        return MismatchSums(self.additive.clone(), self.maxima.clone(), self.bootstrap_samples)
-
-    def to_sparse(self) -> dict[str, Any]:
-        """Plain JSON numbers, zeros left out; exact (Python prints the shortest digits that give a double back)."""
-        maxima = [x if math.isfinite(x) else str(x) for x in self.maxima.tolist()]
-        additive = {str(i): x if math.isfinite(x) else str(x) for i, x in enumerate(self.additive.tolist()) if x != 0}
-        return {"additive": additive, "maxima": maxima, "bootstrap_samples": self.bootstrap_samples}
-
-    @classmethod
-    def from_sparse(cls, saved: Mapping[str, Any]) -> MismatchSums:
-        """Back from :meth:`to_sparse`."""
-        out = cls.zeros(bootstrap_samples=int(saved["bootstrap_samples"]))
-        for i, x in saved["additive"].items():
-            out.additive[int(i)] = float(x)
-        out.maxima.copy_(torch.tensor([float(x) for x in saved["maxima"]], dtype=torch.float64))
-        return out
-
-    def bump(self, **amounts: float) -> None:
-        """Add plain numbers to named sums."""
-        for name, amount in amounts.items():
-            self._bumps[name] = self._bumps.get(name, 0.0) + amount
-
-    def raise_to(self, **values: float) -> None:
-        """Raise named maxima to plain numbers."""
-        for name, value in values.items():
-            self._raises[name] = max(value, self._raises.get(name, -math.inf))
-
-    def totals(self) -> dict[str, float]:
-        """All sums by name. A device sync on accelerators, as of the next."""
-        found = dict(zip(_SUMS, self._additive[: len(_SUMS)].tolist(), strict=True))
-        for name, amount in self._bumps.items():
-            found[name] += amount
-        return found
-
-    def peaks(self) -> dict[str, float]:
-        """All maxima by name."""
-        found = dict(zip(_MAXIMA, self._maxima.tolist(), strict=True))
-        for name, value in self._raises.items():
-            found[name] = max(found[name], value)
-        return found | {"abs_delta": max(found["delta"], found["neg_delta"])}
-
-    @property
-    def histogram(self) -> torch.Tensor:
-        """Counts of Δ: (2, bins), row 0 for Δ < 0, row 1 for Δ >= 0."""
-        return self._additive[len(_SUMS) : len(_SUMS) + 2 * _BINS].view(2, _BINS)
-
-    @property
-    def bootstrap(self) -> torch.Tensor:
-        """(R, 3): per resample Σ w, Σ (H + rollout log-prob) and Σ tokens."""
-        return self._additive[len(_SUMS) + 2 * _BINS :].view(self.bootstrap_samples, _BOOT)
 
 
 @torch.no_grad()
@@ -215,29 +68,29 @@ def _add_tokens(out: MismatchSums, batch: ScoredBatch, first_sequence: int) -> N
     confident = (values[0] >= _HALF) & (delta < -2.0)
     flags = torch.stack([valid, valids[1], less_1[0].abs() > BAND, confident, mask, known]).double()
     by_sequence = torch.cat([deltas, less_1 - deltas, magnitudes, w, w * w, values, flags]).sum(-1)
-    seq_delta, tokens = by_sequence[0], by_sequence[_INDEX["tokens"]]
+    seq_delta, tokens = by_sequence[0], by_sequence[INDEX["tokens"]]
     has_tokens = tokens.clamp(max=1.0)
     seq_w = seq_delta.clamp(max=_EXP_CLAMP).exp() * has_tokens
     sums = torch.cat([by_sequence, torch.stack([has_tokens, seq_w, seq_w * seq_w])])
-    out.additive[:_TOKEN_SUMS] = sums.sum(-1)
+    out.additive[:TOKEN_SUMS] = sums.sum(-1)
     if batch.log_kept is not None and batch.out_of_support is not None:
         log_kept = torch.where(valid, batch.log_kept.double(), 0.0)
         truncation = _stacked(valid, log_kept.exp() * valid, log_kept, valid & batch.out_of_support)
-        out.additive[_INDEX["trunc_tokens"] :][:4] = truncation.sum((1, 2))
+        out.additive[INDEX["trunc_tokens"] :][:4] = truncation.sum((1, 2))
 
     # scatter, not bincount: bincount syncs with the device to learn its size. log10(0) = -inf ends in bin 0
-    bins = magnitudes[0].log10().mul_(_PER_DECADE).add_(1 - _DECADES[0] * _PER_DECADE).clamp_(0, _BINS - 1).long()
-    bins = torch.where(delta < 0, bins, bins + _BINS)
-    out.additive[len(_SUMS) :].scatter_add_(0, bins.view(-1), flags[0].view(-1))
+    bins = magnitudes[0].log10().mul_(PER_DECADE).add_(1 - DECADES[0] * PER_DECADE).clamp_(0, BINS - 1).long()
+    bins = torch.where(delta < 0, bins, bins + BINS)
+    out.additive[len(SUMS) :].scatter_add_(0, bins.view(-1), flags[0].view(-1))
 
-    drift = by_sequence[_INDEX["law_entropy"]] + by_sequence[_INDEX["rollout_logprob"]]
+    drift = by_sequence[INDEX["law_entropy"]] + by_sequence[INDEX["rollout_logprob"]]
     weights = _weights_of(len(tokens), first_sequence, out.bootstrap_samples, mask.device)
-    torch.mm(weights.t().double(), torch.stack([by_sequence[_INDEX["w"]], drift, tokens], dim=-1), out=out.bootstrap)
+    torch.mm(weights.t().double(), torch.stack([by_sequence[INDEX["w"]], drift, tokens], dim=-1), out=out.bootstrap)
 
     out.maxima[:2] = torch.where(valid, torch.stack([delta, -delta]), -math.inf).amax((1, 2))
     out.maxima[2] = seq_delta.abs().amax()
     if batch.probe:
-        out.additive[_INDEX["probe_tokens"]] = tokens.sum()
+        out.additive[INDEX["probe_tokens"]] = tokens.sum()
     if batch.lags is not None:
         _by_lag(out, batch, batch.lags.to(mask.device))
 
@@ -253,15 +106,15 @@ def _by_lag(out: MismatchSums, batch: ScoredBatch, lags: torch.Tensor) -> None:
     by_sequence = torch.stack([valid.double(), k3], dim=-1).sum(1)  # (B, 2)
     bucket = torch.bucketize(lags, _lag_edges(lags.device))
     sums = by_sequence.new_zeros(len(LAG_BUCKETS), 2).index_add_(0, bucket, by_sequence)
-    out.additive[_INDEX[f"lag_tokens/{LAG_BUCKETS[0]}"] :][: sums.numel()] += sums.flatten()
+    out.additive[INDEX[f"lag_tokens/{LAG_BUCKETS[0]}"] :][: sums.numel()] += sums.flatten()
     in_flight = torch.full_like(lags, -1) if batch.in_flight is None else batch.in_flight.to(lags.device)
     stale, tokens = batch.stale, mask.sum(-1)
     counts = _stacked(
         stale.sum(), (stale & ~valid).sum(), (tokens * (in_flight >= 0)).sum(), (tokens * (in_flight == 1)).sum()
     )
-    out.additive[_INDEX["stale_compared"] :][:4] += counts
-    out.additive[_INDEX["lag"]] += lags.sum()
-    out.additive[_INDEX["lags"]] += len(lags)
+    out.additive[INDEX["stale_compared"] :][:4] += counts
+    out.additive[INDEX["lag"]] += lags.sum()
+    out.additive[INDEX["lags"]] += len(lags)
 
 
 def _weights_of(count: int, first: int, samples: int, device: torch.device) -> torch.Tensor:
@@ -298,7 +151,7 @@ def measure_policy_drift(out: MismatchSums, new: torch.Tensor, old: torch.Tensor
     valid = (delta.abs() < math.inf) & mask.bool()
     delta = torch.where(valid, delta, 0.0)
     sums = _stacked(valid, torch.expm1(delta) - delta).sum((1, 2))
-    out._additive[_INDEX["drift_tokens"] :][:2] += sums.to(out._additive.device)
+    out.add_from("drift_tokens", sums)
 
 
 def compute(sums: MismatchSums) -> MismatchStats:
@@ -423,7 +276,7 @@ def _exp(x: float) -> float:
 
 
 # |Δ| at the middle of each bin on the log scale, 0 for the first; and Δ over all signed bins in ascending order
-_CENTERS = np.where(np.arange(_BINS) == 0, 0.0, 10.0 ** (_DECADES[0] + (np.arange(_BINS) - 0.5) / _PER_DECADE))
+_CENTERS = np.where(np.arange(BINS) == 0, 0.0, 10.0 ** (DECADES[0] + (np.arange(BINS) - 0.5) / PER_DECADE))
 _SIGNED_CENTERS = np.concatenate([-_CENTERS[::-1], _CENTERS])
 # (2, bins), as the histogram: what a token in the middle of its bin adds
 _DELTA = np.stack([-_CENTERS, _CENTERS])

@@ -68,8 +68,9 @@ def kept_mask(scaled: torch.Tensor, settings: SamplingSettings) -> torch.Tensor:
 
 def settings_of(sampling: SamplingSettings, like: torch.Tensor) -> list[torch.Tensor]:
     """top_k, top_p, min_p for :func:`cut`, (1,) each."""
-    values = torch.tensor([sampling.top_k, sampling.top_p, sampling.min_p], dtype=torch.float64, device=like.device)
-    return list(values.split(1))
+    # filled there: a tensor of Python numbers would wait for an accelerator
+    values = (sampling.top_k, sampling.top_p, sampling.min_p)
+    return [torch.full((1,), x, dtype=torch.float64, device=like.device) for x in values]
 
 
 def cut(gaps: torch.Tensor, mass: torch.Tensor, settings: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -22,7 +22,7 @@ __all__ = ["LADDER"]
 
 _TOKENS = 96  # asked for again, one request each
 _SEQUENCES = 4  # scored by prefill at temperature 1
-_SAME_LAW = 0.05  # a scale of the logits leaves up to 0.03 of the drift in bf16, a soft cap read as one 0.11
+_SAME_LAW = 0.05  # a true scale of the logits left up to 0.045 of the drift (or 3 floors), a soft cap read as one 0.11
 _REPRODUCED = 0.3  # asked again, the engine gives its number back: up to this share of the drift
 _STEP = 3.0  # a change within sequences: this much more drift on one side of it
 _SIDE = 0.15  # and at least this share of the tokens on either side
