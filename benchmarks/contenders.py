@@ -74,7 +74,8 @@ CONTENDERS = {
 def load(name: str) -> Score:
     """The contender as a function (hidden, weight, targets) -> (logprobs, entropy or None)."""
     if name.startswith("ours"):
-        from trl_parity.head import Head, score_tokens
+        from trl_parity.scoring.head import score_tokens
+        from trl_parity.scoring.head_spec import Head
 
         def ours(h: torch.Tensor, w: torch.Tensor, targets: torch.Tensor) -> Any:
             backend = "triton" if h.is_cuda and name == "ours" else "torch"

@@ -37,7 +37,7 @@ def clean_run(model: str, seed: int, temperature: float, rate: float, steps: int
 
 def closeness(callback: Any) -> dict[str, list[float]]:
     """Per statistic with a rule: value / limit in every window."""
-    from trl_parity.breaker import read
+    from trl_parity.judging.breaker import read
 
     out = defaultdict(list)
     for verdict in callback.verdicts:

@@ -34,11 +34,13 @@ from rich.console import Console
 from rich.table import Table
 
 from trl_parity import ParityMonitor
-from trl_parity.distributed import reduce_sums
-from trl_parity.head import Head, score_tokens
-from trl_parity.metrics import MismatchSums, compute, measure
+from trl_parity.live.window import OpenWindow
+from trl_parity.metrics.reduction import reduce_sums
+from trl_parity.metrics.statistics import compute, measure
+from trl_parity.metrics.sums import MismatchSums
 from trl_parity.records import ScoredBatch
-from trl_parity.window import OpenWindow
+from trl_parity.scoring.head import score_tokens
+from trl_parity.scoring.head_spec import Head
 
 console = Console(width=100, highlight=False)
 LENGTH = 256  # tokens of a completion

@@ -22,10 +22,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from trl_parity.head import DEFAULT_CHUNK_BYTES, Head, score_tokens
-from trl_parity.processors import replay_top
-from trl_parity.recompute import CompletionScorer
 from trl_parity.records import SamplingSettings
+from trl_parity.scoring.head import DEFAULT_CHUNK_BYTES, score_tokens
+from trl_parity.scoring.head_spec import Head
+from trl_parity.scoring.sampling import replay_top
+from trl_parity.scoring.scorer import CompletionScorer
 
 SETTINGS = {
     "no truncation": SamplingSettings(),

@@ -86,7 +86,7 @@ class NoTransfer:
 @functools.cache
 def lossy(arrive: int) -> type:
     """A FileTransfer whose weights are lost on the way after the first few syncs, and nobody is told."""
-    from trl_parity.engine.transfer import FileTransfer
+    from trl_parity.engine.weight_transfer import FileTransfer
 
     class Lossy(FileTransfer):
         syncs = 0

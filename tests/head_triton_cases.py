@@ -9,10 +9,11 @@ import torch
 from hypothesis import Phase, given, settings
 from test_head import DTYPES, error, make, oracle
 
-from trl_parity import head_triton
-from trl_parity.head import Head, score_tokens
-from trl_parity.processors import replay, replay_top
 from trl_parity.records import SamplingSettings
+from trl_parity.scoring import head_triton
+from trl_parity.scoring.head import score_tokens
+from trl_parity.scoring.head_spec import Head
+from trl_parity.scoring.sampling import replay, replay_top
 
 
 @pytest.mark.parametrize("weight_dtype", DTYPES)

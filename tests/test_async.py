@@ -16,7 +16,8 @@ from test_grpo import Recorder, jsonl, parameters, statuses
 from test_server import Server
 
 from trl_parity import ParityCallback, Status
-from trl_parity.metrics import MismatchSums, compute, measure
+from trl_parity.metrics.statistics import compute, measure
+from trl_parity.metrics.sums import MismatchSums
 from trl_parity.records import ScoredBatch
 
 pytestmark = pytest.mark.engine

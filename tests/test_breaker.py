@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from trl_parity.breaker import Breaker
-from trl_parity.records import MismatchStats, Status
-from trl_parity.rules import Rule
-from trl_parity.scalars import SCALARS
+from trl_parity.config.rules import Rule
+from trl_parity.judging.breaker import Breaker
+from trl_parity.metrics.scalars import SCALARS
+from trl_parity.verdict import MismatchStats, Status
 
 
 def window(num_errors=0, nonfinite_rate=0.0, **values):

@@ -8,10 +8,11 @@ import torch
 from support import save_tiny_gemma, save_tiny_model
 
 from trl_parity.cli import main
-from trl_parity.preflight import subject
-from trl_parity.preflight.check import CheckSettings, run_check
-from trl_parity.preflight.report import headline
-from trl_parity.preflight.rows import Outcome, Verdict
+from trl_parity.preflight.check import subject
+from trl_parity.preflight.check.check import run_check
+from trl_parity.preflight.check.report import headline
+from trl_parity.preflight.check.rows import Outcome, Verdict
+from trl_parity.preflight.check.settings import CheckSettings
 
 pytestmark = pytest.mark.engine
 

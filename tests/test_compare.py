@@ -7,8 +7,8 @@ import pytest
 from test_report import run, safe
 
 from trl_parity.cli import main
-from trl_parity.compare import COLUMNS, autocorrelation_time, compare, halts_apart, holm
-from trl_parity.runs import Columns
+from trl_parity.results.compare import COLUMNS, autocorrelation_time, compare, halts_apart, holm
+from trl_parity.results.reader import Columns
 
 
 def columns(values, floor=None, first=1, stat="kl_k3", status="OK"):
@@ -155,7 +155,7 @@ def test_json_has_every_number(runs, capsys):
 
 
 def test_names_tell_runs_apart():
-    from trl_parity.commands.compare import names_of
+    from trl_parity.cli.compare import names_of
 
     assert names_of(["runs/a/parity/metrics.jsonl", "runs/b"]) == ["a", "b"]
     assert names_of(["x/run", "y/run"]) == ["x/run", "y/run"]

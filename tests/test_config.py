@@ -148,7 +148,7 @@ def test_the_commented_yaml_holds_every_setting_at_its_default():
 def test_the_docs_name_every_scalar_with_its_formula():
     from pathlib import Path
 
-    from trl_parity.scalars import SCALARS
+    from trl_parity.metrics.scalars import SCALARS
 
     page = (Path(__file__).parent.parent / "docs" / "scalars.md").read_text()
     for name, formula in SCALARS.items():

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from trl_parity.head import Head, score_tokens
-from trl_parity.metrics import compute, measure, measure_policy_drift
-from trl_parity.processors import replay_top
+from trl_parity.metrics.statistics import compute, measure, measure_policy_drift
 from trl_parity.records import SamplingSettings, ScoredBatch
+from trl_parity.scoring.head import score_tokens
+from trl_parity.scoring.head_spec import Head
+from trl_parity.scoring.sampling import replay_top
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

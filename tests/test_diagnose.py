@@ -14,7 +14,7 @@ from support import digit_reward, grpo_args, save_tiny_gemma, shared_engine
 
 from trl_parity import ParityCallback, ParityConfig, Status
 from trl_parity.causes import CAUSES
-from trl_parity.incident import read_incident
+from trl_parity.results.incident import read_incident
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.engine
@@ -294,7 +294,7 @@ def test_the_prefix_cache_is_left_as_valid_as_it_was(make_trainer, tmp_path):
     callback = ParityCallback(action="log", diagnose_budget=100.0)
     trainer = make_trainer(tmp_path, callback, max_steps=1)
     trainer.train()
-    from trl_parity.engine.live import engine_of
+    from trl_parity.engine.colocated import engine_of
 
     engine = engine_of(trainer.vllm_generation)
     rollout, _ = callback._meter.last
@@ -310,8 +310,8 @@ def test_the_prefix_cache_is_left_as_valid_as_it_was(make_trainer, tmp_path):
 
 
 def test_a_probe_that_fails_is_an_entry_and_the_others_go_on(make_trainer, tmp_path, monkeypatch):
-    import trl_parity.diagnose as module
-    from trl_parity.probes import PROBES
+    import trl_parity.diagnosis.diagnose as module
+    from trl_parity.diagnosis.probes import PROBES
 
     def broken(scene, world):
         raise torch.OutOfMemoryError("no memory left")
@@ -333,7 +333,7 @@ def test_a_probe_that_fails_is_an_entry_and_the_others_go_on(make_trainer, tmp_p
 
 
 def test_a_diagnosis_that_fails_leaves_the_verdict(make_trainer, tmp_path, monkeypatch, caplog):
-    import trl_parity.diagnose as module
+    import trl_parity.diagnosis.diagnose as module
 
     monkeypatch.setattr(module, "_try_all", lambda *a: 1 / 0)
     callback = ParityCallback()
@@ -357,7 +357,7 @@ def test_over_the_budget_dear_probes_are_left_out_and_listed(make_trainer, tmp_p
 
 
 def test_once_an_episode_or_when_asked(make_trainer, tmp_path, monkeypatch):
-    import trl_parity.diagnose as module
+    import trl_parity.diagnosis.diagnose as module
 
     calls, real = [], module.diagnose
     monkeypatch.setattr(module, "diagnose", lambda *a, **k: calls.append(1) or real(*a, **k))
@@ -412,7 +412,7 @@ def test_redacted_incidents_name_no_ids(make_trainer, tmp_path):
 
 
 def test_weights_are_read_back_without_writing(make_trainer, tmp_path):
-    from trl_parity.engine.weights import policy_tensors, read_back
+    from trl_parity.engine.weight_readback import policy_tensors, read_back
 
     trainer = make_trainer(tmp_path, ParityCallback(action="log"), max_steps=1)
     trainer.train()

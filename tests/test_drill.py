@@ -49,9 +49,7 @@ def test_without_a_name_it_says_what_to_do(capsys):
 
 
 def test_an_installed_package_without_the_repository_says_to_clone_it(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        "trl_parity.commands.drill.__file__", str(tmp_path / "site" / "trl_parity" / "commands" / "drill.py")
-    )
+    monkeypatch.setattr("trl_parity.cli.drill.__file__", str(tmp_path / "site" / "trl_parity" / "cli" / "drill.py"))
     monkeypatch.chdir(tmp_path)
     assert main(["drill", "--list"]) == 2
     assert "Clone the repository" in capsys.readouterr().err

@@ -98,8 +98,10 @@ def reduce_on(rank, world, directory):
     from accelerate import Accelerator
     from test_metrics import random_batch
 
-    from trl_parity.distributed import gather_rows, reduce_sums
-    from trl_parity.metrics import MismatchSums, measure
+    from trl_parity.collectives import gather_rows
+    from trl_parity.metrics.reduction import reduce_sums
+    from trl_parity.metrics.statistics import measure
+    from trl_parity.metrics.sums import MismatchSums
 
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == world
@@ -116,7 +118,8 @@ def reduce_on(rank, world, directory):
 
 
 def test_ranks_hold_the_same_sums_after_the_reduction(tmp_path):
-    from trl_parity.metrics import MismatchSums, compute
+    from trl_parity.metrics.statistics import compute
+    from trl_parity.metrics.sums import MismatchSums
 
     world = 3
     torch.multiprocessing.spawn(reduce_on, args=(world, str(tmp_path)), nprocs=world)
@@ -200,9 +203,9 @@ def sharded_head_on(rank, world, directory, port):
     from torch.distributed.fsdp import fully_shard
     from transformers import AutoModelForCausalLM
 
-    import trl_parity.recompute
-    from trl_parity.recompute import CompletionScorer
+    import trl_parity.scoring.scorer
     from trl_parity.records import SamplingSettings
+    from trl_parity.scoring.scorer import CompletionScorer
 
     dist.init_process_group("gloo")
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
@@ -232,7 +235,7 @@ def sharded_head_on(rank, world, directory, port):
     assert type(model.lm_head.weight).__name__ == "DTensor"
 
     # a failure on one rank alone, in the first of two passes: the others must not wait for it
-    real, calls = trl_parity.recompute.score_tokens, []
+    real, calls = trl_parity.scoring.scorer.score_tokens, []
 
     def failing(*args, **kwargs):
         calls.append(1)
@@ -240,7 +243,7 @@ def sharded_head_on(rank, world, directory, port):
             raise RuntimeError("out of memory on rank 0")
         return real(*args, **kwargs)
 
-    trl_parity.recompute.score_tokens = failing
+    trl_parity.scoring.scorer.score_tokens = failing
     scorer = score(passes=2)
     assert (scorer.error is not None) == (rank == 0)
     assert len(calls) == (1 if rank == 0 else 2)
@@ -258,7 +261,7 @@ import sys
 import deepspeed
 import torch
 from transformers import AutoModelForCausalLM
-from trl_parity.recompute import CompletionScorer
+from trl_parity.scoring.scorer import CompletionScorer
 from trl_parity.records import SamplingSettings
 
 deepspeed.init_distributed("gloo")
@@ -298,8 +301,8 @@ def test_a_zero3_head_is_gathered_and_let_go(tmp_path):
 
 
 def test_a_window_costs_less_than_64_kib_of_reduction_whatever_its_tokens():
-    from trl_parity.floor import SOURCES
-    from trl_parity.metrics import MismatchSums
+    from trl_parity.judging.noise_floor import SOURCES
+    from trl_parity.metrics.sums import MismatchSums
 
     window, floor = MismatchSums.zeros(), MismatchSums.zeros(bootstrap_samples=2)
     size = sum(8 * (x.additive.numel() + x.maxima.numel()) for x in (window, *[floor] * len(SOURCES)))

@@ -16,21 +16,21 @@ from support import digit_reward, grpo_args, save_tiny_model
 
 from trl_parity import ParityCallback, ParityConfig
 from trl_parity.cli import main
+from trl_parity.engine.argument_schema import arguments, environment
 from trl_parity.engine.config import (
     PRESETS,
     load_engine_args,
     problems,
     read_engine_config,
     rl_engine_args,
-    rl_traps,
     serve_line,
 )
 from trl_parity.engine.conflicts import conflicts
-from trl_parity.engine.retired import RETIRED
-from trl_parity.engine.schema import arguments, environment
+from trl_parity.engine.removed_arguments import RETIRED
 from trl_parity.errors import ConfigError, InterceptionError
-from trl_parity.lint import configured_facts, lint
-from trl_parity.taps.engine_args import TRLEngineArguments, laid_under
+from trl_parity.lint.facts import configured_facts, rl_traps
+from trl_parity.lint.rules import lint
+from trl_parity.trainers.engine_args import TRLEngineArguments, laid_under
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -107,7 +107,7 @@ def test_an_installed_wheel_has_the_presets(tmp_path):
     [wheel] = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as files:
         for name in PRESETS.values():
-            assert files.read(f"trl_parity/presets/{name}").decode() == (ROOT / "configs" / name).read_text()
+            assert files.read(f"trl_parity/engine/presets/{name}").decode() == (ROOT / "configs" / name).read_text()
 
 
 # ---- against the installed vLLM ------------------------------------------------------------------------------------

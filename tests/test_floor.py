@@ -9,10 +9,14 @@ import torch
 from support import save_tiny_model
 
 from trl_parity import ParityConfig
-from trl_parity.floor import NoiseFloor, eval_mode, noise_dtype, rounding_noise
-from trl_parity.metrics import MismatchSums, measure
+from trl_parity.judging.noise_floor import NoiseFloor
+from trl_parity.live.floor_measurement import noise_dtype
+from trl_parity.metrics.scalars import FLOORED
+from trl_parity.metrics.statistics import measure
+from trl_parity.metrics.sums import MismatchSums
 from trl_parity.records import ScoredBatch
-from trl_parity.scalars import FLOORED
+from trl_parity.scoring.perturb import eval_mode, rounding_noise
+from trl_parity.trainers.capture import Capture
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +119,8 @@ def test_eval_mode_puts_every_layer_back():
 )
 def test_noise_has_the_coarser_dtype_of_both_sides(model, engine, mixed, expected):
     trainer = SimpleNamespace(accelerator=SimpleNamespace(mixed_precision=mixed))
-    assert noise_dtype(engine, SimpleNamespace(trainer=trainer, policy=model)) == expected
+    capture = SimpleNamespace(compute_dtype=Capture.compute_dtype.fget(SimpleNamespace(trainer=trainer, policy=model)))
+    assert noise_dtype(engine, capture) == expected
 
 
 # ---- the floor in force -----------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from support import digit_reward, grpo_args, prompts, save_tiny_model, shared_en
 
 from trl_parity import ParityCallback, ParityHalt, Status
 from trl_parity.errors import ConfigError, InterceptionError
-from trl_parity.taps import uninstrument
+from trl_parity.trainers.instrumentation import uninstrument
 
 pytestmark = pytest.mark.engine
 
@@ -343,7 +343,7 @@ def test_a_layer_left_in_training_mode_is_drift_and_no_floor(make_trainer, tmp_p
 
 
 def test_settings_are_read_from_the_live_engine_and_trainer(make_trainer, tmp_path):
-    from trl_parity.lint import facts
+    from trl_parity.lint.facts import facts
 
     seen = []
 
@@ -366,7 +366,7 @@ def test_a_floor_that_cannot_be_measured_leaves_windows_calibrating_and_the_run_
     def broken(*args, **kwargs):
         raise RuntimeError("out of memory, say")
 
-    monkeypatch.setattr("trl_parity.callback.measure_floor", broken)
+    monkeypatch.setattr("trl_parity.live.callback.measure_floor", broken)
     callback = ParityCallback()
     trainer = make_trainer(tmp_path, callback, max_steps=2)
     trainer.train()
@@ -440,7 +440,7 @@ def test_truncated_sampling_halts_when_not_replayed(make_trainer, tmp_path):
 @pytest.mark.parametrize("few", [(64, 1024), (2, 4)], ids=["whole-vocabulary", "few-then-more-then-rows"])
 def test_truncated_sampling_is_reported_apart_when_replayed(make_trainer, tmp_path, few, monkeypatch):
     for name, n in zip(("_FEW", "_MANY"), few, strict=True):
-        monkeypatch.setattr(f"trl_parity.processors.{name}", n)
+        monkeypatch.setattr(f"trl_parity.scoring.sampling.{name}", n)
     callback = ParityCallback()
     make_trainer(tmp_path, callback, max_steps=3, top_p=0.9, learning_rate=1e-5).train()
     assert statuses(callback) == ["OK"] * 3
@@ -732,7 +732,7 @@ def test_our_own_failure_is_an_error_window_and_training_goes_on(make_trainer, t
     def broken(*args, **kwargs):
         raise RuntimeError("out of memory, say")
 
-    monkeypatch.setattr("trl_parity.recompute.score_tokens", broken)
+    monkeypatch.setattr("trl_parity.scoring.scorer.score_tokens", broken)
     callback = ParityCallback()
     trainer = make_trainer(tmp_path, callback, max_steps=4)
     trainer.train()

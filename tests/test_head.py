@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_parity.head import Head, logits_chunk, score_tokens
+from trl_parity.scoring.head import logits_chunk, score_tokens
+from trl_parity.scoring.head_spec import Head
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -33,7 +33,7 @@ def test_the_kernels_compile_for_tensor_cores(capability, hidden, weight, terms,
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from trl_parity import head_triton
+    from trl_parity.scoring import head_triton
 
     kernel, tiles = getattr(head_triton, kernel), head_triton.TILES
     blocks = tiles["plain" if terms == (0, 0) and capability == 90 else "small" if terms == (0, 0) else "terms"]

@@ -15,31 +15,16 @@ import torch
 from markdown_it import MarkdownIt
 from pyarrow import parquet
 
-from trl_parity import incident as incident_module
-from trl_parity import pictures
-from trl_parity.config import ParityConfig
+from trl_parity.config.parity import ParityConfig
 from trl_parity.errors import ConfigError
-from trl_parity.incident import (
-    Incident,
-    read_incident,
-    report_markdown,
-    sequence_rows,
-    versions,
-    windows_in_short,
-    write_incident,
-)
-from trl_parity.records import (
-    Diagnosis,
-    Evidence,
-    MismatchStats,
-    NamedCause,
-    RolloutBatch,
-    SamplingSettings,
-    ScoredBatch,
-    Status,
-    Verdict,
-)
-from trl_parity.report import code, fenced, prose, visible
+from trl_parity.records import Diagnosis, Evidence, NamedCause, RolloutBatch, SamplingSettings, ScoredBatch
+from trl_parity.report import pictures
+from trl_parity.report.bundle import write_incident
+from trl_parity.report.escape import code, fenced, prose, visible
+from trl_parity.report.markdown import report_markdown
+from trl_parity.results import incident as incident_module
+from trl_parity.results.incident import Incident, read_incident, sequence_rows, versions, windows_in_short
+from trl_parity.verdict import MismatchStats, Status, Verdict
 
 FILES = {"incident.json", "tokens.parquet", "report.md", "windows.png", "evidence.png", "log_ratio.png"}
 HOSTILE = {
@@ -559,7 +544,7 @@ def test_a_timeline_of_a_run_with_its_own_rules_or_another_versions_settings_is_
 
 
 def test_the_limit_drawn_is_the_one_the_breaker_used():
-    from trl_parity.breaker import read
+    from trl_parity.judging.breaker import read
 
     for config in (
         ParityConfig(),

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_parity.fits import (
-    fit_bias,
+from trl_parity.diagnosis.distribution import Law, Tokens, describe, huber, improves, law_details, log_probs
+from trl_parity.diagnosis.fitting import (
     fit_penalty,
     fit_shift,
     fit_soft_cap,
@@ -18,9 +18,9 @@ from trl_parity.fits import (
     fit_truncation,
     mle_temperature,
 )
-from trl_parity.laws import Law, Tokens, describe, huber, improves, law_details, log_probs
-from trl_parity.processors import kept_mask
+from trl_parity.diagnosis.fitting_bias import fit_bias
 from trl_parity.records import SamplingSettings
+from trl_parity.scoring.sampling import kept_mask
 
 FITS = (fit_temperature, fit_soft_cap, fit_truncation, fit_penalty, fit_bias)
 PLAIN = Law(sampling=SamplingSettings())

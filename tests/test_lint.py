@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from trl_parity.cli import main
-from trl_parity.lint import Facts, configured_facts, lint
+from trl_parity.lint.facts import configured_facts
+from trl_parity.lint.rules import Facts, lint
 from trl_parity.records import SamplingSettings
 
 ROOT = Path(__file__).resolve().parent.parent

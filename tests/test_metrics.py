@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_parity.metrics import MismatchSums, compute, log_ratio_histogram, measure, measure_policy_drift
+from trl_parity.metrics.scalars import SCALARS
+from trl_parity.metrics.statistics import compute, log_ratio_histogram, measure, measure_policy_drift
+from trl_parity.metrics.sums import MismatchSums
 from trl_parity.records import ScoredBatch
-from trl_parity.scalars import SCALARS
 
 
 def scored(rollout, trainer, mask, *, own=None, entropy=None, law_entropy=None, log_kept=None, outside=None, lag=0):
@@ -311,7 +312,7 @@ def test_trimmed_statistics_leave_out_the_worst_tokens(n, scale):
 @pytest.mark.parametrize(("rows", "columns"), [(16, 24), (8, 2), (64, 400)])
 def test_one_outlier_token_of_any_size_never_breaches_a_default_rule(size, rows, columns):
     from trl_parity import ParityConfig
-    from trl_parity.breaker import Breaker
+    from trl_parity.judging.breaker import Breaker
 
     generator = torch.Generator().manual_seed(rows)
     rollout = -torch.rand(rows, columns, generator=generator, dtype=torch.float64)

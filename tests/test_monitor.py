@@ -9,8 +9,8 @@ import torch
 
 from trl_parity import ParityConfig, ParityMonitor, RewardBaseline
 from trl_parity.errors import ConfigError, DataError
-from trl_parity.scalars import FLOORED
-from trl_parity.watch import EntropyWatch, expected_temperature
+from trl_parity.metrics.scalars import FLOORED
+from trl_parity.metrics.trends import EntropyWatch, expected_temperature
 
 
 def batch(seed, noise, shift=0.0, rows=16, columns=40, vocab=30):

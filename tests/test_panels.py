@@ -8,8 +8,8 @@ import wandb
 from wandb_server import Server
 
 from trl_parity.cli import main
-from trl_parity.panels import SECTIONS, Chart, Panel, Table, view_id, workspace
-from trl_parity.scalars import SCALARS
+from trl_parity.metrics.scalars import SCALARS
+from trl_parity.tracking.workspace import SECTIONS, Chart, Panel, Table, view_id, workspace
 
 
 def test_every_panel_shows_what_is_logged():
@@ -32,7 +32,7 @@ def test_every_table_that_is_shown_is_one_that_is_logged():
 
     from test_sinks import sums_of, verdict
 
-    from trl_parity.sinks import RichLog, _objects
+    from trl_parity.tracking.sinks import RichLog, _objects
 
     rows = [{"position": 0, "rollout_logprob": -1.0, "trainer_logprob": -1.1, "log_ratio": -0.1, "entropy": None}]
     made = SimpleNamespace(Histogram=wandb.Histogram, Table=lambda columns, data: columns)
@@ -107,7 +107,7 @@ def test_the_view_is_made_once_and_never_overwrites_a_persons_edits(server, caps
 
 def test_other_content_is_another_view(server, monkeypatch):
     main(["panels", "--project", "mine"])
-    monkeypatch.setattr("trl_parity.panels.SECTIONS", SECTIONS[:2])
+    monkeypatch.setattr("trl_parity.tracking.workspace.SECTIONS", SECTIONS[:2])
     main(["panels", "--project", "mine"])
     assert server.upserts == len(server.views) == 2
 
@@ -115,7 +115,7 @@ def test_other_content_is_another_view(server, monkeypatch):
 def test_an_offline_run_makes_none(server, monkeypatch):
     from types import SimpleNamespace
 
-    from trl_parity.sinks import WandbSink
+    from trl_parity.tracking.sinks import WandbSink
 
     sink = WandbSink()
     for run in (None, SimpleNamespace(offline=True, project="mine", entity="me")):
@@ -128,8 +128,8 @@ def test_an_online_run_makes_them_once_and_sends_its_objects(server, monkeypatch
     """The real client, online, from init to finish."""
     from test_sinks import sums_of, verdict
 
-    from trl_parity.records import Status, Verdict
-    from trl_parity.sinks import RichLog, WandbSink
+    from trl_parity.tracking.sinks import RichLog, WandbSink
+    from trl_parity.verdict import Status, Verdict
 
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     wandb.teardown()  # else a client that has begun keeps its server

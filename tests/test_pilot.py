@@ -12,7 +12,7 @@ from support import RENDEZVOUS, free_port
 from trl_parity import ParityMonitor, RewardBaseline
 from trl_parity.cli import main
 from trl_parity.preflight.pilot import Decision, judge_pilot
-from trl_parity.replay import read_windows
+from trl_parity.results.rejudge import read_windows
 
 
 def rewards_of(mean, n=32, spread=0.2, seed=0):

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_parity.processors import candidates, kept_mask, penalize, replay, replay_top
 from trl_parity.records import SamplingSettings
+from trl_parity.scoring.sampling import candidates, kept_mask, penalize, replay, replay_top
 
 
 def logits_of(seed, rows=6, vocab=40, spread=2.0):

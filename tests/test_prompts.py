@@ -13,17 +13,8 @@ from hypothesis import strategies as st
 from support import environment, save_tokenizer
 
 from trl_parity.errors import ConfigError, DataError
-from trl_parity.preflight.prompts import (
-    Case,
-    Prompt,
-    Vocabulary,
-    batches,
-    draw,
-    prompts,
-    read_jsonl,
-    shrink,
-    stream,
-)
+from trl_parity.preflight.prompts.cases import Case, Prompt, Vocabulary, read_jsonl
+from trl_parity.preflight.prompts.prompts import batches, draw, prompts, shrink, stream
 
 MAX_LEN, BOUNDARIES = 200, (16, 64)
 CHATML = (
@@ -154,7 +145,7 @@ def test_batches_share_prefixes_and_mix_lengths(bpe):
 DRAW = """
 import sys, hashlib, mine
 from transformers import PreTrainedTokenizerFast
-from trl_parity.preflight.prompts import Vocabulary, batches, draw
+from trl_parity.preflight.prompts.prompts import Vocabulary, batches, draw
 tokenizer = PreTrainedTokenizerFast.from_pretrained(sys.argv[1])
 drawn = draw(batches(Vocabulary.of(tokenizer), 200, (16, 64)), 80, seed=3)
 print(hashlib.sha256(repr(drawn).encode()).hexdigest())
@@ -297,7 +288,7 @@ def test_a_conversation_needs_a_chat_template(characters, tmp_path):
 
 def test_without_hypothesis_the_error_names_feature_package_and_command(tmp_path):
     (tmp_path / "hypothesis.py").write_text("raise ImportError('not here')\n")
-    code = "import trl_parity.preflight.cases\nimport trl_parity.preflight.prompts"
+    code = "import trl_parity.preflight.prompts.cases\nimport trl_parity.preflight.prompts.prompts"
     env = environment(PYTHONPATH=f"{tmp_path}:{':'.join(sys.path)}")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path)
     assert "drawing prompts needs hypothesis" in done.stderr

@@ -8,8 +8,8 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from trl.trainer.utils import add_fused_lm_head
 
-from trl_parity.recompute import CompletionScorer, causal_lm
 from trl_parity.records import SamplingSettings
+from trl_parity.scoring.scorer import CompletionScorer, causal_lm
 
 SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 61}
 GQA = SIZE | {"num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 64}
@@ -149,7 +149,7 @@ def test_replayed_sampling_equals_a_loop_over_tokens(sampling, chunk, few, monke
     from test_processors import vllm_kept
 
     for name, n in zip(("_FEW", "_MANY"), few, strict=True):
-        monkeypatch.setattr(f"trl_parity.processors.{name}", n)
+        monkeypatch.setattr(f"trl_parity.scoring.sampling.{name}", n)
 
     model, keep, temperature = build("qwen3-untied"), 7, 0.7
     ids, mask = batch(keep)
@@ -180,7 +180,7 @@ def test_no_row_of_logits_is_sorted_where_the_most_likely_tokens_suffice(monkeyp
     def replay(*args):
         raise AssertionError("whole rows of logits")
 
-    monkeypatch.setattr("trl_parity.recompute.replay", replay)
+    monkeypatch.setattr("trl_parity.scoring.scorer.replay", replay)
     model, (ids, mask) = build("qwen3-untied"), batch(7)
     for sampling in (SamplingSettings(top_p=0.8), SamplingSettings(top_k=7), SamplingSettings(min_p=0.1)):
         plain, replayed = (score(model, ids, mask, 7, sampling=s) for s in (None, sampling))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support import save_tiny_gemma, save_tiny_model
 
-from trl_parity.preflight.reference import Reference
+from trl_parity.preflight.check.reference import Reference
 
 SEQUENCES = [[5], [7, 3], list(range(3, 40)), [9, 9, 9, 4], list(range(40, 5, -1)), [2, 8] * 30]
 

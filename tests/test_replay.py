@@ -10,7 +10,7 @@ from test_breaker import window
 from trl_parity import ParityConfig, ParityMonitor
 from trl_parity.cli import main
 from trl_parity.errors import ConfigError, DataError
-from trl_parity.replay import changed_config, read_windows, replay
+from trl_parity.results.rejudge import changed_config, read_windows, replay
 
 FLOOR = {"floor/kl_k3": 1e-5}
 
@@ -114,6 +114,8 @@ def test_assignments_reach_rules_with_slashes_and_bare_limits():
 
 
 def test_replaying_needs_no_torch():
-    code = "import sys, trl_parity.cli, trl_parity.replay; print(sorted({'torch', 'vllm'} & set(sys.modules)))"
+    code = (
+        "import sys, trl_parity.cli, trl_parity.results.rejudge; print(sorted({'torch', 'vllm'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

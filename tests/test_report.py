@@ -14,13 +14,14 @@ from test_incident import HOSTILE, diagnosis, hostile_rows, make, rendered
 from test_incident import window as incident_window
 
 from trl_parity import ParityConfig, ParityMonitor
-from trl_parity.case import headline, load
 from trl_parity.cli import main
 from trl_parity.errors import ConfigError, DataError
-from trl_parity.incident import windows_in_short, write_incident
-from trl_parity.page import render_page, tokens_html
-from trl_parity.records import Status
-from trl_parity.runs import Columns, iter_windows, samples
+from trl_parity.report.bundle import write_incident
+from trl_parity.report.html import render_page, tokens_html
+from trl_parity.report.summary import headline, load
+from trl_parity.results.incident import windows_in_short
+from trl_parity.results.reader import Columns, iter_windows, samples
+from trl_parity.verdict import Status
 
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 

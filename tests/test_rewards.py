@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from scipy.stats import mannwhitneyu
 
 from trl_parity.errors import ConfigError, DataError
-from trl_parity.rewards import RewardBaseline, RewardComparison, RewardWindow, plot_rewards
+from trl_parity.metrics.rewards import RewardBaseline, RewardComparison, RewardWindow
+from trl_parity.report.reward_figure import plot_rewards
 
 # few distinct values, so that ties abound, next to continuous ones that float32 holds exactly
 REWARDS = st.lists(
@@ -328,6 +329,6 @@ def test_missing_libraries_are_named_with_the_command(monkeypatch, tmp_path):
 
 
 def test_importing_it_loads_no_heavy_library():
-    code = "import sys, trl_parity.rewards; print(sorted({'torch', 'scipy', 'matplotlib'} & set(sys.modules)))"
+    code = "import sys, trl_parity.metrics.rewards; print(sorted({'torch', 'scipy', 'matplotlib'} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

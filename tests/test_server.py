@@ -21,10 +21,10 @@ from support import digit_reward, environment, free_port, grpo_args, prompts, ru
 from test_grpo import lose_sync, statuses
 
 from trl_parity import ParityCallback, Status
-from trl_parity.engine.load import server_counters, watched_server
+from trl_parity.engine.cache_stats import server_counters, watched_server
 from trl_parity.engine.server import ServerEngine, reachable, server_of
 from trl_parity.errors import ConfigError
-from trl_parity.incident import read_incident
+from trl_parity.results.incident import read_incident
 
 pytestmark = pytest.mark.engine
 HERE = Path(__file__).resolve().parent
@@ -221,7 +221,7 @@ def test_the_floor_is_measured_in_the_servers_dtype(processed, tmp_path):
 def test_weights_are_delivered_in_files_of_bounded_size_and_a_refused_update_is_said(processed):
     from transformers import AutoModelForCausalLM
 
-    from trl_parity.engine.transfer import FileTransfer
+    from trl_parity.engine.weight_transfer import FileTransfer
 
     engine = ServerEngine(processed.client())
     model = AutoModelForCausalLM.from_pretrained(processed.model_dir, dtype=torch.float32)
@@ -415,8 +415,8 @@ def test_settings_are_read_from_the_live_server(raw):
 def test_tokens_are_scored_again_by_prefill_and_one_by_one(raw):
     from transformers import AutoModelForCausalLM
 
-    from trl_parity.engine.transfer import FileTransfer
-    from trl_parity.lint import Facts, lint
+    from trl_parity.engine.weight_transfer import FileTransfer
+    from trl_parity.lint.rules import Facts, lint
     from trl_parity.records import SamplingSettings
 
     engine = ServerEngine(raw.client())

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from trl_parity.errors import ConfigError
-from trl_parity.metrics import compute, measure
-from trl_parity.records import ScoredBatch, Status, Verdict
-from trl_parity.sinks import JsonlSink, RichLog, WandbSink
+from trl_parity.metrics.statistics import compute, measure
+from trl_parity.records import ScoredBatch
+from trl_parity.results.jsonl import JsonlSink
+from trl_parity.tracking.sinks import RichLog, WandbSink
+from trl_parity.verdict import Status, Verdict
 
 
 def sums_of(delta=0.1, rows=8, columns=4):
@@ -176,8 +178,8 @@ def test_tokens_of_a_scored_sample_are_those_of_their_rows():
     """Where TRL makes no pass, only some rows are scored, or all in another order: ids belong to their rows."""
     from test_incident import batch, decode
 
-    from trl_parity.incident import sequence_rows
-    from trl_parity.tokens import sample_tokens, worst_tokens
+    from trl_parity.metrics.tokens import sample_tokens, worst_tokens
+    from trl_parity.results.incident import sequence_rows
 
     rollout, scored = batch(rows=4, columns=3)
     for picked in ([2, 3, 0, 1], [3, 1]):
@@ -202,7 +204,7 @@ def test_tokens_of_a_scored_sample_are_those_of_their_rows():
 def test_a_sample_is_uniform_finite_and_leaves_the_random_state_alone():
     from test_incident import batch
 
-    from trl_parity.tokens import sample_tokens
+    from trl_parity.metrics.tokens import sample_tokens
 
     _, scored = batch(rows=10, columns=10)
     scored.mask[0] = False
@@ -220,7 +222,7 @@ def test_tokens_of_tables_are_read_together():
     from test_incident import batch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from trl_parity.tokens import sample_tokens, worst_tokens
+    from trl_parity.metrics.tokens import sample_tokens, worst_tokens
 
     one_by_one = []
 

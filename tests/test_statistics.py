@@ -6,10 +6,10 @@ import random
 import pytest
 import torch
 
-from trl_parity.preflight.equivalence import Counterfactuals, Drift, Floors, limit_rows, mechanism_rows
-from trl_parity.preflight.journal import Journal
-from trl_parity.preflight.rows import Limits, Outcome, Row, Verdict, outcome, within_floor
-from trl_parity.preflight.statistics import (
+from trl_parity.preflight.check.equivalence import Counterfactuals, Drift, Floors, limit_rows, mechanism_rows
+from trl_parity.preflight.check.journal import Journal
+from trl_parity.preflight.check.rows import Limits, Outcome, Row, Verdict, outcome, within_floor
+from trl_parity.preflight.check.statistics import (
     SCALES,
     Sums,
     at_temperature,
@@ -21,8 +21,8 @@ from trl_parity.preflight.statistics import (
     surprisal,
     total_variation,
     wilson,
-)  # fmt: skip
-from trl_parity.preflight.trials import Gaps, bucket, bucket_name
+)
+from trl_parity.preflight.check.trials import Gaps, bucket, bucket_name
 
 
 def laws(n=6, vocab=11, seed=0, spread=2.0):

@@ -12,7 +12,7 @@ from test_breaker import window
 
 from trl_parity import ParityConfig, ParityMonitor
 from trl_parity.cli import main
-from trl_parity.terminal import Tail, line_of, render, sparkline
+from trl_parity.report.terminal import Tail, line_of, render, sparkline
 
 
 def lines(*steps):
@@ -68,7 +68,7 @@ def test_the_picture_goes_on_over_a_rotation_and_a_restart(tmp_path):
     """One look after the other, as `watch` takes them, on a console that is no terminal."""
     import io
 
-    from trl_parity.terminal import watch
+    from trl_parity.report.terminal import watch
 
     path = tmp_path / "parity" / "metrics.jsonl"
     out = io.StringIO()

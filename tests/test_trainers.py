@@ -397,8 +397,7 @@ def test_an_untested_trl_is_warned_about_once_by_version(monkeypatch):
     import trl
     from trl import GRPOTrainer
 
-    from trl_parity.taps import instrument, uninstrument
-    from trl_parity.taps.instrumentation import TESTED_TRL
+    from trl_parity.trainers.instrumentation import TESTED_TRL, instrument, uninstrument
 
     assert GRPOTrainer  # a class is wrapped once somebody has imported it
 
@@ -417,7 +416,7 @@ def test_an_untested_trl_is_warned_about_once_by_version(monkeypatch):
 def test_a_method_that_moved_is_named(monkeypatch, name):
     from trl import RLOOTrainer
 
-    from trl_parity.taps import instrument, uninstrument
+    from trl_parity.trainers.instrumentation import instrument, uninstrument
 
     uninstrument()
     try:
@@ -449,7 +448,7 @@ def test_image_prompts_are_refused_in_so_many_words(make_trainer, tmp_path, monk
     def with_pixels(self, inputs):  # what TRL's batch has more of then; no image processor runs without torchvision
         return real(self, inputs) | {"pixel_values": torch.zeros(1)}
 
-    from trl_parity.taps import instrument, uninstrument
+    from trl_parity.trainers.instrumentation import instrument, uninstrument
 
     uninstrument()
     monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", with_pixels)

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .callback import ParityCallback
-    from .config import ParityConfig
+    from .config.parity import ParityConfig
+    from .config.rules import Rule
     from .engine.config import load_engine_args, rl_engine_args
     from .errors import ParityError, ParityHalt
-    from .monitor import ParityMonitor
-    from .records import Diagnosis, MismatchStats, Status, Verdict
-    from .rewards import RewardBaseline
-    from .rules import Rule
+    from .live.callback import ParityCallback
+    from .live.monitor import ParityMonitor
+    from .metrics.rewards import RewardBaseline
+    from .records import Diagnosis
+    from .verdict import MismatchStats, Status, Verdict
 
 __all__ = [
     "Diagnosis",
@@ -40,19 +41,19 @@ __all__ = [
 ]
 
 _HOME = {
-    "ParityCallback": "callback",
-    "ParityConfig": "config",
-    "ParityMonitor": "monitor",
-    "RewardBaseline": "rewards",
-    "Rule": "rules",
+    "ParityCallback": "live.callback",
+    "ParityConfig": "config.parity",
+    "ParityMonitor": "live.monitor",
+    "RewardBaseline": "metrics.rewards",
+    "Rule": "config.rules",
     "load_engine_args": "engine.config",
     "rl_engine_args": "engine.config",
     "ParityError": "errors",
     "ParityHalt": "errors",
     "Diagnosis": "records",
-    "MismatchStats": "records",
-    "Status": "records",
-    "Verdict": "records",
+    "MismatchStats": "verdict",
+    "Status": "verdict",
+    "Verdict": "verdict",
 }
 
 

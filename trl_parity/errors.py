@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .records import Verdict
+    from .verdict import Verdict
 
 __all__ = ["ConfigError", "DataError", "InterceptionError", "ParityError", "ParityHalt"]
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from .engine.cpu import prepare_cpu_engine, require_live_weights
 from .errors import ConfigError
-from .taps import instrument
-from .taps.ppo import VLLMRollouts, require_ppo_trainer
-from .taps.server_client import sync_without_cuda
+from .trainers.instrumentation import instrument
+from .trainers.ppo import VLLMRollouts, require_ppo_trainer
+from .trainers.server_client import sync_without_cuda
 
 __all__ = ["use_vllm"]
 

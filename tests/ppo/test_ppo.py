@@ -21,11 +21,11 @@ from trl.experimental.ppo import PPOTrainer
 from trl.experimental.ppo import ppo_trainer as loop
 
 from trl_parity import ParityCallback, ParityHalt
-from trl_parity.engine.live import ColocatedEngine
-from trl_parity.engine.weights import policy_tensors, read_back
+from trl_parity.engine.colocated import ColocatedEngine
+from trl_parity.engine.weight_readback import policy_tensors, read_back
 from trl_parity.errors import ConfigError, InterceptionError
 from trl_parity.ppo import use_vllm
-from trl_parity.taps import uninstrument
+from trl_parity.trainers.instrumentation import uninstrument
 
 engine = pytest.mark.engine
 ENGINE = {"gpu_memory_utilization": 0.1, "max_model_length": 256}
@@ -250,7 +250,7 @@ def test_a_failed_measurement_is_an_error_window_and_training_goes_on(make, monk
     def broken(*args, **kwargs):
         raise RuntimeError("out of memory, say")
 
-    monkeypatch.setattr("trl_parity.recompute.score_tokens", broken)
+    monkeypatch.setattr("trl_parity.scoring.scorer.score_tokens", broken)
     callback = ParityCallback()
     trainer = make(callback, updates=4)
     trainer.train()

@@ -2,7 +2,7 @@
 
 A file of them is YAML: vLLM's own names, one a line. ``preset: rl`` starts from a preset; a block ``trainer:`` holds
 the settings of TRL's config that belong to them (a head in fp32 is one only on both sides), and says that the file is
-meant for RL. The presets are the files ``configs/vllm_*.yaml``, which a wheel holds as ``trl_parity/presets``.
+meant for RL. The presets are the files ``configs/vllm_*.yaml``, which a wheel holds as ``trl_parity/engine/presets``.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..config.rules import nearest
 from ..errors import ConfigError
-from ..lint import Facts, Finding, engine_facts, lint
-from ..rules import nearest
 from .conflicts import conflicts
-from .retired import RETIRED
+from .removed_arguments import RETIRED
 
 __all__ = [
     "PRESETS",
@@ -32,7 +31,6 @@ __all__ = [
     "problems",
     "read_engine_config",
     "rl_engine_args",
-    "rl_traps",
     "serve_line",
 ]
 
@@ -85,7 +83,7 @@ def rl_engine_args(preset: str = "rl", **overrides: Any) -> dict[str, Any]:
             so that vLLM's own default holds.
 
     Raises:
-        ConfigError: an unknown preset, and as :func:`load_engine_args`.
+        ConfigError: an unknown preset, and as ``load_engine_args``.
     """
     config = read_engine_config(_known(preset, "rl_engine_args"))
     return checked(laid_over(config.engine, overrides), f"rl_engine_args({preset!r}, ...)")
@@ -100,7 +98,7 @@ def read_engine_config(source: str | Path | Mapping[str, Any]) -> EngineConfig:
     where = str(source)
     try:
         if where in PRESETS:
-            text = importlib.resources.files("trl_parity").joinpath("presets", PRESETS[where]).read_text("utf-8")
+            text = importlib.resources.files(__package__).joinpath("presets", PRESETS[where]).read_text("utf-8")
         else:
             text = Path(source).read_text(encoding="utf-8")
         values = yaml.safe_load(text)
@@ -166,7 +164,7 @@ def checked(args: Mapping[str, Any], where: str) -> dict[str, Any]:
     found = list(problems(args))
     if found:
         listed = "".join(f"\n  - {problem}" for problem in found)
-        from .schema import installed
+        from .argument_schema import installed
 
         raise ConfigError(f"{where}: vLLM {installed()} would not run with these as they are meant:{listed}")
     return dict(args)
@@ -174,7 +172,7 @@ def checked(args: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def problems(args: Mapping[str, Any]) -> Iterator[Problem]:
     """Everything the installed vLLM would not take as it is meant. Raises ConfigError where none is installed."""
-    from .schema import arguments, installed, refusal, wrong_value
+    from .argument_schema import arguments, installed, refusal, wrong_value
 
     if installed() is None:
         raise ConfigError(
@@ -200,7 +198,7 @@ def problems(args: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _unknown(name: str) -> str:
-    from .schema import arguments, environment, sampling_names, serve_names
+    from .argument_schema import arguments, environment, sampling_names, serve_names
 
     if (gone := RETIRED.get(name.replace("-", "_"))) is not None:
         return f"{gone}."
@@ -213,28 +211,6 @@ def _unknown(name: str) -> str:
     plain = name.replace("-", "_").removeprefix("vllm_")
     hint = f" (did you mean {plain!r}?)" if plain in arguments() else nearest(plain, arguments())
     return f"no engine argument of this vLLM{hint}."
-
-
-def rl_traps(args: Mapping[str, Any], trainer: Mapping[str, Any] | None = None) -> list[Finding]:
-    """What these arguments do to RL, by the judgement of :func:`trl_parity.lint.lint`. Pure: needs no vLLM.
-
-    ``trainer``: settings of TRL's config, as far as they are known.
-    """
-    half = None if trainer is None else "float32" if trainer.get("bf16") is False else "bfloat16"
-    served = args.get("generation_config", "auto") != "vllm"
-    return list(
-        lint(
-            Facts(
-                sampling=None,
-                trainer_temperature=None,
-                replayed=True,
-                compute_dtype=half,
-                trainer_head_fp32=bool((trainer or {}).get("cast_lm_head_to_fp32")),
-                engine_defaults=("as the model has them",) if served else (),
-                **engine_facts(args, {}),
-            )
-        )
-    )
 
 
 def serve_line(args: Mapping[str, Any], model: str) -> str:

@@ -20,6 +20,7 @@ from ..errors import InterceptionError
 logger = logging.getLogger(__name__)
 
 BACKEND = "trl_parity"  # of vLLM's --weight-transfer-config: weights come as files, see transfer.py
+
 _MARK = "_trl_parity_live_weights"
 
 
@@ -75,7 +76,7 @@ def vllm_plugin() -> None:
 def packed_layers(model: Any) -> list[str]:
     """Names of layers of a loaded vLLM model that serve a packed copy instead of their live weight.
 
-    Empty on every platform but the CPU, and there when :func:`prepare_cpu_engine` ran before the engine was built.
+    Empty on every platform but the CPU, and there when ``prepare_cpu_engine`` ran before the engine was built.
     """
     import torch
 
@@ -87,7 +88,7 @@ def packed_layers(model: Any) -> list[str]:
 
 
 def require_live_weights(llm: Any) -> None:
-    """Raise :class:`~trl_parity.errors.InterceptionError` if a colocated CPU engine serves packed copies."""
+    """Raise ``InterceptionError`` if a colocated CPU engine serves packed copies."""
     if not is_vllm_cpu():
         return
     packed = packed_layers(llm.llm_engine.model_executor.driver_worker.model_runner.model)

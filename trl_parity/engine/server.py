@@ -11,21 +11,24 @@ from typing import Any
 
 import torch
 
-from .live import ColocatedEngine, engine_of
+from .colocated import ColocatedEngine, engine_of
 
 __all__ = ["ServerEngine", "SettingsWatch", "reachable", "server_of"]
 
 logger = logging.getLogger(__name__)
 
 TIMEOUT = 60.0  # seconds, where the config says nothing
+
 _REQUESTS = 16  # at once
+
 _salts = itertools.count()
+
 # a server lays the model's generation_config over what a request leaves open
 _NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 class ServerEngine:
-    """The server behind TRL's ``VLLMClient``, in the interface of :class:`~trl_parity.engine.live.ColocatedEngine`.
+    """The server behind TRL's ``VLLMClient``, in the interface of ``ColocatedEngine``.
 
     Only the process that holds the client can ask. ``/server_info`` is there with ``VLLM_SERVER_DEV_MODE=1``, which
     TRL's weight transfer needs too.
@@ -77,7 +80,7 @@ class ServerEngine:
         return bool(self._told("cache_config", "enable_prefix_caching"))
 
     def setting(self, section: str, name: str, default: Any = None) -> Any:
-        """As :meth:`~trl_parity.engine.live.ColocatedEngine.setting`, where the server tells it."""
+        """As ``ColocatedEngine.setting``, where the server tells it."""
         return (self._info.get(section) or {}).get(name, default)
 
     def model_setting(self, name: str, default: Any = None) -> Any:
@@ -86,7 +89,7 @@ class ServerEngine:
         return overrides.get(name, default) if isinstance(overrides, dict) else default
 
     def settings(self) -> dict[str, Any]:
-        """What it runs with, by the names of :class:`trl_parity.lint.Facts`."""
+        """What it runs with, by the names of ``Facts``."""
         quantization = self._told("model_config", "quantization")
         return {
             "logprobs_mode": str(self._told("model_config", "logprobs_mode")),
@@ -119,7 +122,7 @@ class ServerEngine:
         return True
 
     def rescore(self, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        """As :meth:`~trl_parity.engine.live.ColocatedEngine.rescore`."""
+        """As ``ColocatedEngine.rescore``."""
         answers = self._ask({"prompt": [list(ids) for ids in sequences], "temperature": 0.0, "prompt_logprobs": 0})
         scores = []
         for ids, answer in zip(sequences, answers, strict=True):
@@ -130,7 +133,7 @@ class ServerEngine:
     def next_token(
         self, contexts: Sequence[Sequence[int]], targets: Sequence[int], temperature: float, *, cached: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As :meth:`~trl_parity.engine.live.ColocatedEngine.next_token`; how many were cached is not told: 1 each."""
+        """As ``ColocatedEngine.next_token``; how many were cached is not told: 1 each."""
 
         def ask(context: Sequence[int], token: int) -> float:
             settings = {"temperature": temperature, "seed": 0, "logprobs": 1, "logprob_token_ids": [token], **_NEUTRAL}

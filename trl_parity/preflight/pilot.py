@@ -1,7 +1,7 @@
 """A short training before the long one: did engine and trainer stay one policy, and do rewards look as they should?
 
 Reads what a run with ParityCallback leaves in its folder, ``parity/metrics.jsonl`` and ``parity/rewards.json``; a
-stored :class:`~trl_parity.RewardBaseline` is what rewards should look like. Each check passes, fails, or can't tell.
+stored ``RewardBaseline`` is what rewards should look like. Each check passes, fails, or can't tell.
 Needs no torch.
 """
 
@@ -17,17 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DataError
-from ..replay import read_windows
-from ..rewards import MIN_REWARDS, REWARDS_NAME, RewardBaseline
-from ..runs import metrics_path
+from ..metrics.rewards import MIN_REWARDS, REWARDS_NAME, RewardBaseline
+from ..results.paths import metrics_path
+from ..results.rejudge import read_windows
 
 __all__ = ["Check", "Decision", "Outcome", "PilotReport", "judge_pilot"]
 
 # What a run may lose and still count as healthy. A breach now and then is what `consecutive` is there for.
 _MAX_BREACHED = 0.1  # share of judged windows
+
 _MAX_FAILED = 0.1  # share of windows whose measurement failed
+
 _MIN_ENTROPY = 0.25  # of the entropy at the beginning: below it a policy repeats itself, and drift hides
+
 _SPAN = 5  # windows at the beginning and at the end that are compared
+
 _ALPHA = 0.001
 
 

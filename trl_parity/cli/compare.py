@@ -1,0 +1,244 @@
+"""Do runs differ beyond their noise floors? Before and after a migration, one engine against another.
+
+The first run is the reference; each other run is compared with it, statistic by statistic, step by step where they
+share steps. The null hypothesis: the mean difference is no larger than the larger of the two noise floors. Windows
+that resemble their neighbours count for fewer; p-values are Holm's over all that is tested. 'differs': the null is
+refused; 'same': the interval lies within the floor; 'open': neither is shown. A drift that comes late hardly moves a
+mean: runs differ, too, where one was halted and the other was not by the same step."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+SHORT = "test whether runs differ beyond their noise floors"
+
+EXAMPLES = """examples:
+  trl-parity compare runs/before runs/after
+  trl-parity compare runs/v0 runs/v1 runs/v1-fp32-head --html compare.html
+  trl-parity compare runs/before runs/after --alpha 0.01 --picture compare.png
+
+exit codes: 0 none is shown to differ, 1 at least one differs, 2 it can't be told (too few windows), or the input
+can't be used"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, or their metrics.jsonl; two or more")
+    parser.add_argument("--alpha", type=float, default=0.05, help="level of the whole family of tests (default: 0.05)")
+    parser.add_argument("--html", metavar="FILE", help="write one self-contained HTML page")
+    parser.add_argument("--markdown", metavar="FILE", help="write Markdown, and the picture beside it; '-': to stdout")
+    parser.add_argument("--picture", metavar="FILE", help="write the curves as PNG")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command."""
+    from ..errors import ConfigError
+    from ..results.compare import COLUMNS, compare, halts_apart
+    from ..results.reader import Columns, iter_windows
+
+    if len(options.runs) < 2:
+        raise ConfigError("one run is given. Expected two or more: the reference first.")
+    if not 0 < options.alpha < 1:
+        raise ConfigError(f"--alpha is {options.alpha:g}. Expected a number between 0 and 1.")
+    runs = [Columns.of(iter_windows(path), COLUMNS) for path in options.runs]
+    found = compare(runs, options.alpha)
+    names = names_of(options.runs)
+    verdicts = {c.verdict(options.alpha) for c in found}
+    differs = "differs" in verdicts or any(halts_apart(runs[0], other) for other in runs[1:])
+    code = 1 if differs else 2 if verdicts <= {"too few windows"} else 0
+    _write(options, names, runs, found, code)
+    if options.json:
+        _print_json(options, names, runs, found, code)
+    elif options.markdown != "-":
+        _print_table(options, names, runs, found, code)
+    return code
+
+
+def names_of(paths: Sequence[str]) -> list[str]:
+    """Short names of runs that tell them apart."""
+    parts = [[p for p in Path(path).parts if p not in ("parity", "metrics.jsonl", "/")] or [path] for path in paths]
+    for depth in range(1, 1 + max(map(len, parts))):
+        names = ["/".join(p[-depth:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{path} ({i})" for i, path in enumerate(paths, start=1)]
+
+
+def sentence(code: int, found: Sequence[Any], names: Sequence[str], runs: Sequence[Any], alpha: float) -> str:
+    """The answer in words."""
+    from ..results.compare import FEW, halts_apart
+
+    if code == 2:
+        return "It can't be told: the runs have too few windows in common, or measured nothing alike."
+    parts = []
+    for i, name in enumerate(names[1:], start=1):
+        mine = [c for c in found if c.run == i]
+        differing = [c.stat for c in mine if c.verdict(alpha) == "differs"]
+        apart = halts_apart(runs[0], runs[i])
+        if apart:
+            halted, other = (name, names[0]) if runs[i].first_halt is not None else (names[0], name)
+            step = runs[i].first_halt if halted == name else runs[0].first_halt
+            parts.append(f"{halted} halted at step {step}, over limits above its own noise floor; {other} did not.")
+        if differing:
+            parts.append(f"{name} differs from {names[0]} beyond the noise floor in {', '.join(differing)}.")
+        elif not apart and mine and all(c.verdict(alpha) == "same" for c in mine):
+            parts.append(f"{name} is the same as {names[0]} within the noise floor.")
+        elif not apart:
+            parts.append(f"{name} is not shown to differ from {names[0]} beyond the noise floor.")
+    if any(c.windows < FEW for c in found):
+        parts.append(f"Fewer than {FEW} windows were compared: they are taken as independent of each other.")
+    return " ".join(parts)
+
+
+_HEAD = (
+    "run",
+    "statistic",
+    "reference",
+    "run's",
+    "difference",
+    "noise floor",
+    "windows (worth)",
+    "p (Holm)",
+    "answer",
+)
+
+
+def _rows(names: Sequence[str], found: Sequence[Any], alpha: float) -> list[tuple[str, ...]]:
+    from ..report.messages import number
+
+    out: list[tuple[str, ...]] = []
+    for c in found:
+        p = "-" if math.isnan(c.p_holm) else "< 0.0001" if c.p_holm < 1e-4 else f"{c.p_holm:.2g}"
+        spread = "" if math.isnan(c.low) else f" ± {(c.high - c.low) / 2:.2g}"
+        windows = f"{c.windows} ({c.worth:.0f}){'' if c.paired else ' unpaired'}"
+        floor = number(c.margin) if c.floored else "not known: 0"
+        out.append((names[c.run], c.stat, number(c.mean_a), number(c.mean_b), f"{c.mean_b - c.mean_a:+.3g}{spread}",
+                    floor, windows, p, c.verdict(alpha)))  # fmt: skip
+    return out
+
+
+def _print_table(options: Any, names: Any, runs: Any, found: Any, code: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from ..report.escape import visible
+    from ..report.terminal import sparkline
+    from ..results.compare import SHOWN
+
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a file has no right edge
+        console.width = max(console.width, 160)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    columns = _HEAD if len(names) > 2 else _HEAD[1:]
+    for name in columns:
+        left = name in ("run", "statistic", "answer")
+        table.add_column(name, justify="left" if left else "right", overflow="fold")
+    styles = {"differs": "bold red", "same": "green"}
+    for row in _rows(names, found, options.alpha):
+        cells = [Text(visible(x)) for x in (row if len(names) > 2 else row[1:])]
+        cells[-1].stylize(styles.get(row[-1], "yellow"))
+        table.add_row(*cells)
+    curves = Table(box=None, pad_edge=False, header_style="dim", show_header=False)
+    for stat in SHOWN:
+        lines = [_thinned([x if x == x else None for x in c.values[stat]], 40) for c in runs]
+        scale = [x for line in lines for x in line if x is not None]
+        for i, (name, line) in enumerate(zip(names, lines, strict=True)):
+            if scale:
+                curves.add_row(stat if i == 0 else "", Text(visible(name)), sparkline(line, scale))
+    for i, (name, c) in enumerate(zip(names, runs, strict=True)):
+        halt = "" if c.first_halt is None else f", halted at step {c.first_halt}"
+        counts = ", ".join(f"{n:,} {s}" for s, n in c.statuses.items())
+        role = "reference" if i == 0 else "run"
+        console.print(Text(visible(f"{role}: {name}, {c.count:,} windows to step {c.last['step']} ({counts}){halt}")))
+    console.print()
+    console.print(curves)
+    console.print()
+    if found:
+        console.print(table)
+        console.print()
+    said = sentence(code, found, names, runs, options.alpha)
+    console.print(Text(visible(said), style="bold red" if code == 1 else "bold"))
+
+
+def _thinned(values: list[float | None], most: int) -> list[float | None]:
+    """Means of neighbours, so that a long curve fits."""
+    if len(values) <= most:
+        return values
+    cuts = [round(i * len(values) / most) for i in range(most + 1)]
+    parts = [[v for v in values[a:b] if v is not None] for a, b in itertools.pairwise(cuts)]
+    return [sum(p) / len(p) if p else None for p in parts]
+
+
+def _print_json(options: Any, names: Any, runs: Any, found: Any, code: int) -> None:
+    import json
+    from dataclasses import asdict
+
+    from ..files import plain
+
+    result = {
+        "reference": names[0],
+        "runs": [
+            {"name": n, "windows": c.count, "first_halt": c.first_halt} for n, c in zip(names, runs, strict=True)
+        ],
+        "alpha": options.alpha,
+        "tests": [{**asdict(c), "run": names[c.run], "answer": c.verdict(options.alpha)} for c in found],
+        "answer": sentence(code, found, names, runs, options.alpha),
+        "exit_code": code,
+    }
+    print(json.dumps(plain(result), indent=1, allow_nan=False))
+
+
+def _write(options: Any, names: Any, runs: Any, found: Any, code: int) -> None:
+    """The files that were asked for."""
+    if not (options.html or options.markdown or options.picture):
+        return
+    import sys
+
+    from ..errors import ConfigError
+    from ..files import write_whole
+    from ..report.escape import fenced, prose
+    from ..results.compare import SHOWN
+    from ..results.compare import __doc__ as method
+
+    try:
+        from ..report.figures import draw_comparison
+
+        png, note = draw_comparison(names, runs, SHOWN), ""
+    except ImportError as e:
+        png, note = None, f"No picture: matplotlib can't be imported ({e}). Run: pip install 'trl-parity[report]'."
+        if options.picture and not (options.html or options.markdown):
+            raise ConfigError(note) from e
+    pictures = {} if png is None else {"compare.png": png}
+    lines = [
+        "# trl-parity: runs compared", "", prose(sentence(code, found, names, runs, options.alpha)), "",
+        *(["![The same curves of each run, with noise floors](compare.png)", ""] if png else []),
+        *([f"({prose(note)})", ""] if note else []),
+        f"| {' | '.join(_HEAD)} |", f"|{' --- |' * len(_HEAD)}",
+        *(f"| {' | '.join(map(prose, row))} |" for row in _rows(names, found, options.alpha)), "",
+        "## What was tested", "", *fenced((method or "").strip()),
+    ]  # fmt: skip
+    if options.html:
+        from ..report.html import render_page
+
+        page = render_page("trl-parity: runs compared", ["\n".join(lines)], pictures)
+        write_whole(Path(options.html), page)
+    if options.markdown == "-":
+        print("\n".join(line for line in lines if not line.startswith("![")))
+    elif options.markdown:
+        from .report import write_markdown
+
+        write_markdown(Path(options.markdown), ("\n".join(lines),), pictures)
+    if options.picture and png is not None:
+        write_whole(Path(options.picture), png)
+    for file in (options.html, options.markdown, options.picture):
+        if file and file != "-" and not options.json:
+            print(f"wrote {file}")
+    if note:
+        print(f"trl-parity: {note}", file=sys.stderr)

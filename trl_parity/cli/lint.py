@@ -1,0 +1,72 @@
+"""Find known traps in a run's settings before it starts: raw log-probs, two temperatures, truncation,
+penalties, dropout, dtypes and heads that differ, a server's own defaults. A running callback checks the live engine
+and trainer with the same rules, and says so before the first update. What only the engine knows is not guessed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from ..config.reading import settings
+from ..errors import ConfigError
+
+SHORT = "find known traps in a run's settings"
+
+EXAMPLES = """examples:
+  trl-parity lint configs/grpo_gpu.yaml
+  trl-parity lint configs/grpo_gpu.yaml --set top_p=0.9 --set temperature=0.7
+  trl-parity lint configs/grpo_gpu.yaml --serve "vllm serve Qwen/Qwen3-0.6B --max-model-len 1024"
+
+exit codes: 0 no error found, 1 at least one, 2 the input can't be used"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("config", help="YAML file of TRL's and trl-parity's settings, as the recipes use")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="lay one setting over it")
+    parser.add_argument("--serve", metavar="LINE", help="how the server is started: 'vllm serve MODEL --dtype ...'")
+    parser.add_argument("--trainer", choices=["grpo", "rloo"], default="grpo", help="default: grpo")
+    parser.add_argument("--json", action="store_true", help="print one JSON list instead of a table")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command."""
+    from dataclasses import asdict
+
+    import yaml
+
+    from ..lint.facts import configured_facts
+    from ..lint.rules import lint
+
+    try:
+        with open(options.config, encoding="utf-8") as f:
+            values = yaml.safe_load(f) or {}
+        if not isinstance(values, dict):
+            raise ConfigError(f"{options.config} holds a {type(values).__name__}. Expected a mapping of settings.")
+    except OSError as e:
+        raise ConfigError(f"cannot read {options.config}: {e.strerror}. Expected a YAML file of settings.") from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{options.config} is not valid YAML: {e}") from e
+    values |= settings(options.set, "top_p=0.9")
+    try:
+        found = list(lint(configured_facts(values, serve=options.serve, trainer=options.trainer)))
+    except (TypeError, ValueError, SystemExit) as e:
+        raise ConfigError(f"a setting can't be read ({e}). Check {options.config}, --set and --serve.") from e
+    if options.json:
+        print(json.dumps([asdict(finding) for finding in found], indent=1))
+    else:
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.table import Table
+
+        styles = {"error": "bold red", "warning": "yellow", "note": "dim"}
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for finding in found:
+            style = styles[finding.severity]
+            table.add_row(
+                f"[{style}]{finding.severity}[/]",
+                finding.cause,
+                f"{escape(finding.text)}\n[bold]Fix:[/] {escape(finding.fix)}",
+            )
+        Console(highlight=False).print(table if found else "no known trap in these settings")
+    return 1 if any(finding.severity == "error" for finding in found) else 0

@@ -1,0 +1,1 @@
+"""What a user sets, read and refused in one place."""

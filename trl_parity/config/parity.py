@@ -1,0 +1,362 @@
+"""Settings as frozen data: ``ParityConfig``. Imports no torch, vllm or wandb."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from .rules import Rule, as_mapping, nearest, refuse_unknown, rules_over_defaults
+
+__all__ = ["ParityConfig"]
+
+ACTIONS = ("log", "skip_update", "stop", "raise")
+
+TRUNCATION = ("replay", "ignore")
+
+EVAL_BATCHES = ("separate", "skip")
+
+ON_STATE_MISMATCH = ("restart", "error")
+
+HEAD_BACKENDS = ("auto", "torch", "triton")
+
+DIAGNOSE = ("breach", "warn", "never")
+
+
+@dataclass(frozen=True)
+class ParityConfig:
+    """Settings of ``ParityCallback``; fields work as YAML keys and as TrlParser arguments."""
+
+    every_n_steps: int = field(
+        default=1,
+        metadata={
+            "help": "Optimizer steps per window: every rollout batch is measured, and each window is reduced over "
+            "all ranks, judged and logged once. 1 judges every batch before it is learned from."
+        },
+    )
+    action: str = field(
+        default="stop",
+        metadata={
+            "help": "What a HALT verdict does. 'log': nothing but log. 'skip_update': keep the condemned batch's "
+            "gradient from the weights and go on. 'stop': the same, then save a checkpoint and end train() cleanly. "
+            "'raise': raise ParityHalt before the batch is learned from.",
+            "choices": list(ACTIONS),
+        },
+    )
+    consecutive: int = field(
+        default=3,
+        metadata={"help": "Breached windows in a row that halt, for rules that do not set their own number."},
+    )
+    rules: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Limits by statistic, laid over the defaults, e.g. {'kl_k3': {'k': 8}, 'seq/ess': {'limit': 0.5, "
+            "'below': true}}; a bare number is an absolute limit, without the noise floor; null or false drops a "
+            "default rule. On a command line: JSON."
+        },
+    )
+    warmup: int = field(
+        default=0,
+        metadata={
+            "help": "First windows of a run that can breach but not halt (immediate rules can). Healthy ones are "
+            "CALIBRATING."
+        },
+    )
+    floor_tokens: int = field(
+        default=2048,
+        metadata={
+            "help": "Tokens (prompts and padding included) per rank on which the noise floor is measured: the trainer "
+            "against itself and the engine against itself. 0: no floor, rules with k use their absolute limit."
+        },
+    )
+    lag_probe_tokens: int = field(
+        default=512,
+        metadata={
+            "help": "Asynchronous training: tokens the server generates after each weight sync only to be compared, "
+            "since both sides hold the same weights then; what is trained on lags behind. 0: none, and steps without "
+            "tokens at lag 0 are NO_DATA."
+        },
+    )
+    floor_every_n_windows: int = field(
+        default=50,
+        metadata={
+            "help": "Windows between measurements of the noise floor, at least. It is also measured anew before a "
+            "window is condemned by it."
+        },
+    )
+    floor_cost_share: float = field(
+        default=0.005,
+        metadata={
+            "help": "Bound on the share of training time that regular measurements of the noise floor may take; the "
+            "first one, and those that confirm a breach, are always made."
+        },
+    )
+    engine_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "The engine's dtype (e.g. bfloat16) where it can't be read, as behind a server that does not tell "
+            "its settings. Default there: the trainer's compute dtype."
+        },
+    )
+    engine_args: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "What TRL's colocated engine is built with, over what TRL passes: a preset (rl, throughput, "
+            "long_context, mixed_cluster), a YAML file of vLLM's engine arguments, or a mapping such as {'preset': "
+            "'rl', 'max_model_len': 4096}. Checked before anything is loaded, and again on the live engine at the "
+            "first step. With a server: only compared. On a command line a mapping is JSON."
+        },
+    )
+    temperatures: dict[str, float] | str | None = field(
+        default=None,
+        metadata={
+            "help": "The sampling temperature meant for each phase, checked against what the engine was asked for: "
+            "{'train': 0.7, 'eval': 0.0, 'train@200': 1.0}, '@' for the first step of a later phase. Default: not "
+            "checked beyond engine against trainer. On a command line: JSON."
+        },
+    )
+    reward_baseline: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON file of historical rewards (RewardBaseline.save), compared with the run's last rewards."
+        },
+    )
+    reward_window: int = field(
+        default=1000, metadata={"help": "Last rewards of the run that are compared with the baseline."}
+    )
+    reward_min_effect: float = field(
+        default=0.3,
+        metadata={"help": "Cliff's delta or Kolmogorov-Smirnov distance from which on rewards count as parted."},
+    )
+    on_state_mismatch: str = field(
+        default="restart",
+        metadata={
+            "help": "A checkpoint whose trl-parity state this version can't read: 'restart' with an empty streak and "
+            "a new floor (and a warning), or 'error'.",
+            "choices": list(ON_STATE_MISMATCH),
+        },
+    )
+    truncation: str = field(
+        default="replay",
+        metadata={
+            "help": "'replay': apply the engine's top-k, top-p, min-p and penalties to the trainer's logits before "
+            "comparing, and report their effect apart (truncation/*). 'ignore': compare with the trainer's plain "
+            "policy, so that truncation counts as drift.",
+            "choices": list(TRUNCATION),
+        },
+    )
+    diagnose: str = field(
+        default="breach",
+        metadata={
+            "help": "When the cause of a drift is looked for, once an episode: 'breach' at its first breached window, "
+            "'warn' already at a WARN, 'never' only on callback.diagnose(). A halt whose cause is still unknown asks "
+            "again.",
+            "choices": list(DIAGNOSE),
+        },
+    )
+    diagnose_tokens: int = field(
+        default=4096,
+        metadata={"help": "Tokens per rank (prompts and padding included) of the batch that a diagnosis looks at."},
+    )
+    diagnose_budget: float = field(
+        default=2.0,
+        metadata={
+            "help": "Time a diagnosis may take, in rollout batches (generating and scoring one). Probes on one "
+            "recompute are always run; dearer ones are left out, and listed as such, once it is spent."
+        },
+    )
+    server_timeout: float = field(
+        default=60.0,
+        metadata={
+            "help": "Seconds a vLLM server may take to answer one request of trl-parity's own (its settings, scoring "
+            "tokens again). After one that it does not answer, a diagnosis goes on without the server."
+        },
+    )
+    eval_batches: str = field(
+        default="separate",
+        metadata={
+            "help": "'separate': measure evaluation rollouts too and log them under eval/parity/*, never mixed into "
+            "training windows and never judged. 'skip': leave them alone.",
+            "choices": list(EVAL_BATCHES),
+        },
+    )
+    token_budget: int = field(
+        default=8192,
+        metadata={
+            "help": "Tokens per rollout batch and rank (prompts and padding included) of the callback's own forward "
+            "pass, run only where TRL makes none (vllm_importance_sampling_correction=False)."
+        },
+    )
+    chunk_mib: int = field(
+        default=64,
+        metadata={"help": "Upper bound in MiB of the fp32 head's temporary memory (logits tile and all)."},
+    )
+    head_backend: str = field(
+        default="auto",
+        metadata={
+            "help": "What computes the fp32 head. 'auto': the Triton kernel on NVIDIA GPUs from the A100's generation "
+            "on, torch elsewhere.",
+            "choices": list(HEAD_BACKENDS),
+        },
+    )
+    bootstrap_samples: int = field(
+        default=200, metadata={"help": "Bootstrap resamples of sequences behind the honesty interval."}
+    )
+    halt_on_error: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether windows that could not be measured (ERROR) may halt the run by themselves. By default "
+            "they keep a streak growing but a halt needs a measured breach in it."
+        },
+    )
+    rich_every_n_windows: int = field(
+        default=10,
+        metadata={
+            "help": "Every how many windows the log-ratio histogram and the tables of worst and sampled tokens go to "
+            "W&B and trackio, and the sample to tokens.jsonl (and at each change to WARN, BREACH or HALT). 0: never."
+        },
+    )
+    panels: bool = field(
+        default=False,
+        metadata={
+            "help": "Make the ready-made W&B workspace (trl-parity panels) in the run's project, when the run is "
+            "online and the project has none of this version."
+        },
+    )
+    worst_tokens: int = field(default=20, metadata={"help": "Rows of the worst-token table."})
+    sample_tokens: int = field(
+        default=512,
+        metadata={
+            "help": "Tokens drawn uniformly for scatter, positions and entropies in reports: their log-probs, neither "
+            "ids nor text. 0: none."
+        },
+    )
+    redact_text: bool = field(
+        default=False,
+        metadata={"help": "Keep token ids and text out of everything that is logged or written."},
+    )
+    parity_dir: str | None = field(
+        default=None, metadata={"help": "Where metrics.jsonl goes. Default: <output_dir>/parity."}
+    )
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("action", ACTIONS),
+            ("head_backend", HEAD_BACKENDS),
+            ("truncation", TRUNCATION),
+            ("eval_batches", EVAL_BATCHES),
+            ("on_state_mismatch", ON_STATE_MISMATCH),
+            ("diagnose", DIAGNOSE),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ConfigError(
+                    f"{name} is {value!r}{nearest(str(value), allowed)}. Expected one of: {', '.join(allowed)}."
+                )
+        for name, least in (
+            ("every_n_steps", 1),
+            ("consecutive", 1),
+            ("warmup", 0),
+            ("floor_tokens", 0),
+            ("lag_probe_tokens", 0),
+            ("floor_every_n_windows", 1),
+            ("reward_window", 20),
+            ("token_budget", 1),
+            ("diagnose_tokens", 1),
+            ("chunk_mib", 1),
+            ("bootstrap_samples", 2),
+            ("rich_every_n_windows", 0),
+            ("worst_tokens", 0),
+            ("sample_tokens", 0),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name} is {value!r}. Expected a whole number >= {least}.")
+        for name in ("floor_cost_share", "reward_min_effect"):
+            share = getattr(self, name)
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+                raise ConfigError(f"{name} is {share!r}. Expected a number from 0 to 1.")
+        budget = self.diagnose_budget
+        if isinstance(budget, bool) or not isinstance(budget, int | float) or not budget >= 0:
+            raise ConfigError(f"diagnose_budget is {budget!r}. Expected a number of rollout batches >= 0.")
+        wait = self.server_timeout
+        if isinstance(wait, bool) or not isinstance(wait, int | float) or not 0 < wait < float("inf"):
+            raise ConfigError(f"server_timeout is {wait!r}. Expected seconds, more than 0.")
+        if self.engine_args is not None and not isinstance(self.engine_args, str | Mapping):
+            raise ConfigError(
+                f"engine_args is a {type(self.engine_args).__name__}. Expected a preset's name, a path or a mapping."
+            )
+        try:  # it is kept with the run
+            json.dumps(self.engine_args)
+        except TypeError as e:
+            raise ConfigError(
+                f"engine_args holds what YAML can't ({e}). Write a dtype as text: 'bfloat16'; anything else goes by "
+                "trl_parity.trainers.engine_args.TRLEngineArguments."
+            ) from e
+        self.temperature_phases()
+        self.resolved_rules()  # a wrong rule fails here, before any training
+
+    def resolved_rules(self) -> tuple[Rule, ...]:
+        """The default rules with ``rules`` laid over them, each with its ``consecutive`` filled in."""
+        return rules_over_defaults(self.rules, self.consecutive)
+
+    def engine_source(self) -> str | dict[str, Any] | None:
+        """``engine_args`` as a name, a path or a mapping."""
+        source = self.engine_args
+        return as_mapping(source, "engine_args") if str(source).lstrip().startswith("{") else source
+
+    def temperature_phases(self) -> dict[str, list[tuple[int, float]]]:
+        """``temperatures`` as {"train" or "eval": [(first step, temperature), ...] in order of steps}."""
+        phases: dict[str, list[tuple[int, float]]] = {}
+        for key, value in as_mapping(self.temperatures, "temperatures").items():
+            kind, at, step = str(key).partition("@")
+            if kind not in ("train", "eval") or (at and not step.isdigit()):
+                raise ConfigError(f"temperatures has the phase {key!r}. Expected 'train', 'eval' or 'train@<step>'.")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+                raise ConfigError(f"temperatures.{key} is {value!r}. Expected a number >= 0.")
+            phases.setdefault(kind, []).append((int(step or 0), float(value)))
+        return {kind: sorted(steps) for kind, steps in phases.items()}
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], where: str = "config") -> ParityConfig:
+        """Build from a mapping; unknown keys raise ``ConfigError`` naming the nearest known one."""
+        refuse_unknown(values, [f.name for f in fields(cls)], where)
+        return cls(**values)
+
+    @classmethod
+    def of(cls, config: ParityConfig | None, overrides: Mapping[str, Any], where: str) -> ParityConfig:
+        """``config`` (None: all defaults) with fields laid over it, as constructors take them."""
+        if config is not None and not isinstance(config, ParityConfig):
+            raise ConfigError(
+                f"config is a {type(config).__name__}. Expected a ParityConfig; read a file with "
+                "ParityConfig.from_yaml(path)."
+            )
+        refuse_unknown(overrides, [f.name for f in fields(cls)], where)
+        return replace(config or cls(), **overrides)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> ParityConfig:
+        """Read a YAML mapping of field names. Unknown keys, wrong values and broken YAML raise ``ConfigError``."""
+        import yaml
+
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as e:
+            raise ConfigError(f"cannot read {path}: {e.strerror}. Expected a YAML file of settings.") from e
+        except (yaml.YAMLError, UnicodeDecodeError) as e:
+            raise ConfigError(f"{path} is not valid YAML: {e}") from e
+        if values is None:
+            values = {}
+        if not isinstance(values, Mapping):
+            raise ConfigError(
+                f"{path} holds a {type(values).__name__}. Expected a mapping such as 'every_n_steps: 1'."
+            )
+        return cls.from_mapping(values, where=str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values of all fields, as JSON and YAML take them."""
+        out = {f.name: getattr(self, f.name) for f in fields(self)}
+        return out | {name: as_mapping(getattr(self, name), name) or None for name in ("rules", "temperatures")}

@@ -1,0 +1,1 @@
+"""Why the two sides disagree: one cause undone at a time."""

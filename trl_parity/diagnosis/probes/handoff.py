@@ -1,0 +1,207 @@
+"""Probes of what arrived at the trainer, against what the engine returned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..counterfactual import FEW, Scene, World
+from .base import Candidate, NotPossible, Probe, probe, require_engine, with_variant
+
+__all__ = ["ARRIVED"]
+
+
+def finite(scene: Scene, world: World) -> Candidate | None:
+    """Leave out tokens without a finite number on either side."""
+    good = torch.isfinite(scene.as_scored) & torch.isfinite(world.reported)
+    bad = int((world.kept & ~good).sum())
+    if not bad:
+        return None
+    engine = int((world.kept & ~torch.isfinite(world.reported)).sum())
+    return Candidate(
+        world=replace(world, kept=world.kept & good),
+        finding=f"{bad} of {int(world.kept.sum())} tokens have no finite log-prob ({engine} of them the engine's)",
+        details={"nonfinite": bad, "engine": engine},
+    )
+
+
+def handover(scene: Scene, world: World) -> Candidate | None:
+    """The engine's own numbers and ids, as it returned them, in place of those that arrived."""
+    answers = _answers(scene)
+    reported, kept = world.reported.clone(), world.kept.clone()
+    moved, foreign = 0, torch.zeros(max(map(len, answers)), dtype=torch.long)  # the latter by turn
+    for i, at in enumerate(scene.rows.tolist()):
+        if list(answers[at][0].prompt) != _before(scene, at, 0):
+            scene.engine_prompts[at] = list(answers[at][0].prompt)
+        for n in (scene.row == i).nonzero().squeeze(-1).tolist():
+            turn, t = (int(scene.turn[n]), int(scene.offset[n])) if len(answers[at]) > 1 else (0, int(scene.column[n]))
+            if turn >= len(answers[at]):
+                raise NotPossible(f"row {at} has more turns than the engine made answers for it")
+            ids, token = answers[at][turn].token_ids, int(scene.targets[n])
+            if t >= len(ids) or ids[t] != token:
+                kept[n] = False
+                foreign[turn] += 1
+                continue
+            true = answers[at][turn].logprobs[t]
+            moved += abs(true - float(world.reported[n])) > 1e-6 or bool(torch.isnan(world.reported[n]))
+            reported[n] = true
+    if not moved and not foreign.any():
+        return None
+    total = int(world.kept.sum())
+    words = [f"{moved} of {total} log-probs that arrived are not those the engine returned for their token"] * (
+        moved > 0
+    )
+    if foreign.any():
+        onset = f", from turn {int(foreign.nonzero()[0]) + 1} of {len(foreign)} on" if len(foreign) > 1 else ""
+        words.append(f"{int(foreign.sum())} tokens are not those the engine generated{onset}")
+    return Candidate(
+        world=replace(world, reported=reported, kept=kept),
+        finding="; ".join(words),
+        details={
+            "moved": moved,
+            "foreign": int(foreign.sum()),
+            "foreign_by_turn": foreign.tolist(),
+            "compared": total,
+        },
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    prompt: Sequence[int]
+    token_ids: Sequence[int]
+    logprobs: Sequence[float]  # of these tokens
+
+
+def _answers(scene: Scene) -> list[list[_Answer]]:
+    """What the engine returned, by row of the batch and turn."""
+    require_engine(scene)
+    requests, rows = scene.capture.requests, len(scene.rollout.completion_ids)
+    if not scene.has_answers:
+        raise NotPossible(
+            "what the engine itself returned is not at hand (another rank asked the server, or a batch gone by)"
+        )
+    first, *later = (
+        _of_server(request.outputs) if isinstance(request.outputs, dict) else _of_engine(request.outputs)
+        for request in requests
+    )
+    if isinstance(requests[0].outputs, dict):  # one answer for all ranks: the rank that asked has the first rows
+        first = first[:rows]
+    if len(first) != rows:
+        raise NotPossible(f"the engine's first call returned {len(first)} completions for {rows} rows")
+    chains = [[answer] for answer in first]
+    for call in later:
+        continued = _continued(chains, call)
+        if len(call) == rows and len(continued) >= rows / 2:  # some may have been rendered anew: then by their place
+            continued = list(range(rows))
+        if len(continued) != len(call):
+            raise NotPossible("the engine was called several times a batch, and not turn by turn")
+        for row, answer in zip(continued, call, strict=True):
+            chains[row].append(answer)
+    return chains
+
+
+def _of_engine(outputs: Any) -> list[_Answer]:
+    flat = []
+    for output in outputs:
+        for one in output.outputs:
+            numbers = [float(given[token].logprob) for given, token in zip(one.logprobs, one.token_ids, strict=True)]
+            flat.append(_Answer(output.prompt_token_ids, one.token_ids, numbers))
+    return flat
+
+
+def _of_server(answer: dict[str, Any]) -> list[_Answer]:
+    prompts, completions = answer["prompt_ids"], answer["completion_ids"]
+    each = len(completions) // len(prompts)
+    flat = []
+    for i, ids in enumerate(completions):
+        given = zip(ids, answer["logprob_token_ids"][i], answer["logprobs"][i], strict=True)
+        numbers = [some[tokens.index(token)] for token, tokens, some in given]
+        flat.append(_Answer(prompts[i // each], ids, [math.nan if x is None else x for x in numbers]))
+    return flat
+
+
+def _continued(chains: list[list[_Answer]], call: list[_Answer]) -> list[int]:
+    """Rows, in order, whose turns so far are what the answers' prompts begin with."""
+    found: list[int] = []
+    for answer in call:
+        for row in range(found[-1] + 1 if found else 0, len(chains)):
+            last = chains[row][-1]
+            so_far = [*last.prompt, *last.token_ids]
+            if list(answer.prompt[: len(so_far)]) == so_far:
+                found.append(row)
+                break
+    return found
+
+
+def _before(scene: Scene, at: int, column: int) -> list[int]:
+    """What the trainer has in row ``at`` before a column of the completion."""
+    prompt = scene.rollout.prompt_ids[at][scene.rollout.prompt_mask[at].bool()].tolist()
+    return prompt + scene.rollout.completion_ids[at, :column].tolist()
+
+
+def context(scene: Scene, world: World) -> Candidate | None:
+    """The trainer scores the prompts the engine was really given."""
+    answers = _answers(scene)
+    for at in scene.rows.tolist():
+        if list(answers[at][0].prompt) != _before(scene, at, 0):
+            scene.engine_prompts[at] = list(answers[at][0].prompt)
+    if not scene.engine_prompts:
+        return _later_contexts(scene, world, answers)
+    at, theirs = next(iter(scene.engine_prompts.items()))
+    ours = _before(scene, at, 0)
+    some = scene.row < FEW
+    other = with_variant(world, batch="unpadded", contexts="engine", few=True)
+    first = _first_difference(theirs, ours)
+    return Candidate(
+        world=replace(other, kept=world.kept & some),
+        over=some,
+        finding=f"{len(scene.engine_prompts)} of {scene.sequences} prompts are not the ids the engine was given: the "
+        f"first differs from position {first} on ({len(theirs)} tokens at the engine, {len(ours)} here)",
+        details={"prompts": len(scene.engine_prompts), "first_difference": first,
+                 "lengths": [len(theirs), len(ours)]},
+    )  # fmt: skip
+
+
+def _later_contexts(scene: Scene, world: World, answers: list[list[_Answer]]) -> Candidate | None:
+    """Leave out turns that the engine began from other ids than the trainer has before them."""
+    kept, found, words = world.kept.clone(), 0, ""
+    for i, at in enumerate(scene.rows.tolist()):
+        for turn, answer in enumerate(answers[at][1:], 1):
+            tokens = (scene.row == i) & (scene.turn == turn)
+            if not tokens.any():
+                continue
+            ours, theirs = _before(scene, at, int(scene.column[tokens].min())), list(answer.prompt)
+            if theirs != ours:
+                kept &= ~((scene.row == i) & (scene.turn >= turn))
+                found += 1
+                words = words or (
+                    f"turn {turn + 1} of row {at}: the ids differ from position {_first_difference(theirs, ours)} on "
+                    f"({len(theirs)} tokens at the engine, {len(ours)} here)"
+                )
+                break
+    if not found:
+        return None
+    return Candidate(
+        world=replace(world, kept=kept),
+        finding=f"{found} of {scene.sequences} sequences have other ids before a turn than the engine had; {words}",
+        details={"sequences": found},
+    )
+
+
+def _first_difference(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+ARRIVED: tuple[Probe, ...] = (
+    probe("finite", "nonfinite_logprobs", "none", finite,
+           "some log-probs are not finite", "without these tokens the drift is gone"),
+    probe("handover", "token_misalignment", "none", handover,
+           "what arrived is not what the engine returned", "with the engine's own answer the drift is gone"),
+    probe("context", "token_misalignment", "head", context,
+           "the engine was given other prompt ids", "on the engine's own ids the trainer agrees"),
+)  # fmt: skip

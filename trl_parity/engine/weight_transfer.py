@@ -1,0 +1,186 @@
+"""Weight sync to a vLLM server where the trainer has no CUDA: safetensors files in a directory both processes see.
+
+TRL hands its weights to a server over NCCL, which needs CUDA on both sides. Here the trainer writes them to a file,
+tells the server its name through vLLM's own endpoints (``/start_weight_update``, ``/update_weights``,
+``/finish_weight_update``), waits until the server has loaded it, and removes it. The server's half is one more of
+vLLM's weight-transfer engines, registered by our plugin (``vllm_plugin``)::
+
+    VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model MODEL \\
+        --logprobs-mode processed_logprobs --weight-transfer-config '{"backend": "trl_parity"}'
+
+The trainer's half is ``FileTransfer``. ``ParityCallback()`` gives it to TRL's ``VLLMClient`` (GRPO and RLOO with
+``vllm_mode="server"``) by itself where vLLM runs on the CPU; async GRPO takes it as an argument:
+``AsyncGRPOTrainer(..., weight_transfer=FileTransfer("http://127.0.0.1:8000"))``. Trainer and server run on one machine
+or share the directory (``TMPDIR``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+
+from ..errors import InterceptionError
+from .cpu import BACKEND, packed_layers
+
+__all__ = ["FileTransfer", "FileWeightTransferEngine"]
+
+
+@dataclass
+class _Init(WeightTransferInitInfo):
+    """Nothing has to be agreed on, so a server that was restarted takes the next update as it comes."""
+
+
+@dataclass
+class _Update(WeightTransferUpdateInfo):
+    path: str  # of a safetensors file, as the server sees it
+
+
+class FileWeightTransferEngine(WeightTransferEngine[_Init, _Update]):
+    """The server's half: what a file holds goes through the model's own ``load_weights``, as when it is colocated."""
+
+    init_info_cls = _Init
+    update_info_cls = _Update
+
+    def init_transfer_engine(self, init_info: _Init) -> None:
+        """Nothing to set up."""
+
+    def start_weight_update(self) -> None:
+        """Refuse what would go stale in silence: a layer that serves a packed copy of its weight."""
+        if packed := packed_layers(self.model):
+            raise InterceptionError(
+                f"{len(packed)} layers serve packed copies of their weights (first: {packed[0]}), which no update "
+                "reaches. Expected none: is VLLM_PLUGINS set without trl_parity_cpu?"
+            )
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Load one file. (vLLM's own then waits for an accelerator, and there is none.)"""
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info: _Update) -> None:
+        """Load one file; the model's loader renames, packs, splits and casts."""
+        from safetensors import safe_open
+
+        with safe_open(update_info.path, framework="pt") as file:
+            load: Any = self.model.load_weights
+            load((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+
+    def finish_weight_update(self) -> None:
+        """Nothing is left to do: layers multiply by the parameters that were written."""
+
+    def shutdown(self) -> None:
+        """Nothing to release."""
+
+
+class FileTransfer:
+    """The trainer's half, TRL's ``WeightTransferProtocol``. Only the main process uses it.
+
+    Args:
+        base_url: Of the server, e.g. ``"http://127.0.0.1:8000"``.
+        directory: Where files are put while they are delivered. Default: a temporary one, in ``TMPDIR``.
+        file_bytes: Size from which on a file is sent; a larger tensor has a file of its own.
+        timeout: Seconds the server may take to answer one request.
+
+    Raises:
+        RuntimeError: (every method) the server refused a request, with its own words.
+        requests.RequestException: (every method) it can't be reached, or did not answer in time.
+    """
+
+    def __init__(
+        self, base_url: str, *, directory: str | None = None, file_bytes: int = 1 << 30, timeout: float = 300.0
+    ):
+        self.base_url, self.file_bytes, self.timeout = base_url.rstrip("/"), file_bytes, timeout
+        self._parent = directory
+        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self._names = itertools.count()
+
+    def init_weight_transfer(self) -> None:
+        """Make the directory; refuse a server that was started with another weight transfer, or none."""
+        info = self._request("get", "server_info?config_format=json").json()["vllm_config"]
+        backend = (info["weight_transfer_config"] or {}).get("backend")
+        if backend != BACKEND:
+            flag = f"--weight-transfer-config '{json.dumps({'backend': BACKEND})}'"
+            raise RuntimeError(
+                f"the vLLM server at {self.base_url} runs with weight transfer {backend!r}, but this trainer has no "
+                f"CUDA, so weights go through files. Expected a server started with {flag}, in an environment where "
+                "trl-parity is installed."
+            )
+        self._request("post", "init_weight_transfer_engine", {"init_info": {}})
+        self._directory = tempfile.TemporaryDirectory(prefix="trl-parity-weights-", dir=self._parent)
+
+    def pause(self) -> None:
+        """Freeze the server's running requests; they go on after ``resume``."""
+        self._request("post", "pause?mode=keep")
+
+    def resume(self) -> None:
+        """Go on generating."""
+        self._request("post", "resume")
+
+    def send_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """One update of the server's weights, whole when it returns."""
+        self._request("post", "start_weight_update", {})
+        try:
+            self.deliver(named)
+        except BaseException:
+            with contextlib.suppress(Exception):  # the error at hand says more
+                self._request("post", "finish_weight_update", {})
+            raise
+        self._request("post", "finish_weight_update", {})
+
+    def deliver(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Part of an update that is under way: tensors by the trainer's names, in files of about ``file_bytes``."""
+        from safetensors.torch import save_file
+
+        if self._directory is None:
+            raise RuntimeError("weights can't be sent before init_weight_transfer().")
+        for tensors in self._batches(named):
+            path = Path(self._directory.name) / f"{next(self._names)}.safetensors"
+            try:
+                save_file(tensors, path)
+                self._request("post", "update_weights", {"update_info": {"path": str(path)}})  # read when it answers
+            finally:
+                path.unlink(missing_ok=True)
+
+    def destroy(self) -> None:
+        """Remove the directory. Idempotent."""
+        if self._directory is not None:
+            self._directory.cleanup()
+            self._directory = None
+
+    def _batches(self, named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+        tensors: dict[str, torch.Tensor] = {}
+        size = 0
+        for name, tensor in named:
+            # a copy: what TRL yields may be gathered, or have an adapter merged in, only until it yields the next
+            tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
+            size += tensors[name].nbytes
+            if size >= self.file_bytes:
+                yield tensors
+                tensors, size = {}, 0
+        if tensors:
+            yield tensors
+
+    def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        import requests
+
+        answer = requests.request(method, f"{self.base_url}/{path}", json=body, timeout=self.timeout)
+        if answer.status_code == 404:
+            raise RuntimeError(
+                f"the vLLM server at {self.base_url} has no /{path}. Expected its development endpoints: start it "
+                "with VLLM_SERVER_DEV_MODE=1."
+            )
+        if answer.status_code != 200:
+            raise RuntimeError(f"/{path} of the vLLM server answered {answer.status_code}: {answer.text[:500]}")
+        return answer

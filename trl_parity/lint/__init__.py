@@ -1,0 +1,1 @@
+"""Settings judged before anything runs."""

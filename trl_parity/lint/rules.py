@@ -1,0 +1,187 @@
+"""Known traps in the settings: what was seen, what it does, what mends it. Pure: plain facts in, findings out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..records import SamplingSettings
+
+__all__ = ["Facts", "Finding", "lint"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """Settings of both sides. None: not known, as much of a server is."""
+
+    sampling: SamplingSettings | None
+    trainer_temperature: float | None
+    replayed: bool  # the engine's truncation and penalties are replayed on the trainer's side
+    trainer_dtype: str | None = None  # of the weights
+    compute_dtype: str | None = None  # of the forward, after mixed precision
+    trainer_head_fp32: bool = False
+    dropout: float = 0.0  # the largest in a layer that is in training mode while the policy is scored
+    masks_sequences: str | None = None  # TRL's importance-sampling mode, when it drops what drifts
+    logprobs_mode: str | None = None
+    engine_dtype: str | None = None
+    engine_head_dtype: str | None = None
+    kv_cache_dtype: str | None = None
+    quantization: str | None = None
+    prefix_caching: bool | None = None
+    engine_defaults: tuple[str, ...] = ()  # sampling settings a server takes over from the model's generation_config
+    has_logprobs: bool = True  # the trainer asks the engine for log-probs
+    checkpoint_dtype: str | None = None  # of the model's files
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One trap. ``severity``: ``error`` (the numbers will be wrong), ``warning`` (they may be), ``note``."""
+
+    severity: str
+    cause: str  # the identifier of the cause it leads to
+    text: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.text} Fix: {self.fix}"
+
+
+def lint(f: Facts) -> Iterator[Finding]:
+    """Traps in these settings, worst first within their kind."""
+    s = f.sampling
+    if not f.has_logprobs:
+        yield Finding(
+            "error",
+            "unknown",
+            "the trainer asks the engine for no log-probs (RLOOTrainer does not by itself): there is nothing to "
+            "compare, and nothing corrects a mismatch.",
+            "trainer.vllm_generation.logprobs = 0 before trainer.train().",
+        )
+    if f.logprobs_mode not in (None, "processed_logprobs") and (s is None or _processes(s)):
+        of = "sampling" if s is None else f"temperature {s.temperature:g}, truncation and penalties"
+        yield Finding(
+            "error",
+            "raw_logprobs",
+            f"the engine returns {f.logprobs_mode}: log-probs from before {of}, while the loss uses them as those of "
+            "the law sampled from.",
+            'logprobs_mode="processed_logprobs" (server: --logprobs-mode processed_logprobs).',
+        )
+    if s is not None:
+        yield from _requests(f, s)
+    if f.dropout > 0:
+        yield Finding(
+            "error",
+            "trainer_numerics",
+            f"the trainer scores with dropout {f.dropout:g} switched on: two passes over one batch disagree.",
+            "disable_dropout=True in the trainer's arguments.",
+        )
+    if f.quantization is not None:
+        yield Finding(
+            "warning", "kv_cache_precision", f"the engine's weights are quantized ({f.quantization}).",
+            "an engine in the trainer's dtype, or expect an excess over the floor.",
+        )  # fmt: skip
+    if f.kv_cache_dtype is not None and f.kv_cache_dtype.startswith("fp8"):
+        yield Finding(
+            "warning", "kv_cache_precision", f"the engine's KV cache is {f.kv_cache_dtype}.",
+            'kv_cache_dtype="auto", or calibrated scales.',
+        )  # fmt: skip
+    if f.engine_head_dtype is not None and f.engine_head_dtype != "float32":
+        sides = (
+            "both heads are" if not f.trainer_head_fp32 and f.compute_dtype != "float32" else "the engine's head is"
+        )
+        yield Finding(
+            "note",
+            "head_precision",
+            f"{sides} {f.engine_head_dtype}: logits near 30 are rounded by up to 0.06 there.",
+            'hf_overrides={"head_dtype": "float32"} on the engine and cast_lm_head_to_fp32=True on the trainer.',
+        )
+    half = f.compute_dtype in ("bfloat16", "float16")
+    if f.engine_head_dtype == "float32" != f.engine_dtype and half and not f.trainer_head_fp32:
+        yield Finding(
+            "note",
+            "head_precision",
+            f"the engine's head is float32, the trainer's {f.compute_dtype}: on one side alone it can make the "
+            "mismatch worse.",
+            "cast_lm_head_to_fp32=True in the trainer's arguments.",
+        )
+    if f.trainer_dtype == "float32" and f.engine_dtype not in (None, "float32") and f.compute_dtype == "float32":
+        yield Finding(
+            "note",
+            "dtype_gap",
+            f"the trainer computes in float32, the engine in {f.engine_dtype}: updates smaller than its rounding "
+            "never reach it.",
+            "one dtype for both (bf16=True, or an engine in float32).",
+        )
+    if f.engine_defaults:
+        yield Finding(
+            "warning",
+            "truncated_sampling",
+            f"the server takes defaults from the model's generation_config ({', '.join(f.engine_defaults)}) for what "
+            "a request leaves open.",
+            "vllm serve ... --generation-config vllm.",
+        )
+    if f.prefix_caching:
+        yield Finding(
+            "note",
+            "stale_prefix_cache",
+            "the engine caches prefixes, and nobody reads what reset_prefix_cache() returns after a sync: False means "
+            "that keys and values of the old weights stay.",
+            "enable_prefix_caching=False, or watch for drift after a sync (parity/excess/*).",
+        )
+    if f.trainer_dtype == "float32" and f.checkpoint_dtype in ("bfloat16", "float16"):
+        yield Finding(
+            "note",
+            "dtype_gap",
+            f"the checkpoint is {f.checkpoint_dtype} but the trainer's weights are float32 (TRL's default).",
+            f'model_init_kwargs={{"dtype": "{f.checkpoint_dtype}"}} if memory matters; float32 masters with bf16=True '
+            "are fine.",
+        )
+    if f.masks_sequences is not None:
+        yield Finding(
+            "note",
+            "unknown",
+            f"vllm_importance_sampling_mode={f.masks_sequences!r} drops what drifts most from the loss, and TRL's own "
+            "ratio metrics are taken after it: read parity/ratio/* instead.",
+            "nothing to mend; know it.",
+        )
+
+
+def _processes(sampling: SamplingSettings) -> bool:
+    """Whether the law sampled from is another than the model's at temperature 1."""
+    return sampling.temperature not in (0.0, 1.0) or sampling.truncates or sampling.penalizes
+
+
+def _requests(f: Facts, s: SamplingSettings) -> Iterator[Finding]:
+    """Traps in what the engine is asked for."""
+    if f.trainer_temperature not in (None, s.temperature):
+        yield Finding(
+            "error",
+            "temperature",
+            f"the engine samples at temperature {s.temperature:g} but the loss divides logits by "
+            f"{f.trainer_temperature:g}.",
+            "one temperature, set in the trainer's arguments and nowhere else.",
+        )
+    if s.truncates or s.penalizes:
+        how = (
+            "it is replayed on the trainer's side and reported as parity/truncation/*, but the loss itself uses the "
+            "whole distribution (see parity/own_head/*)."
+            if f.replayed
+            else "it is not replayed (truncation='ignore'), so it counts as drift."
+        )
+        cause = "truncated_sampling" if s.truncates else "penalties"
+        fix = "top_p=1, top_k=0, min_p=0" if s.truncates else "repetition_penalty=1, presence_penalty=0"
+        yield Finding("warning", cause, f"the engine changes its distribution ({_changed(s)}): {how}", f"{fix}.")
+    if s.unreplayed:
+        yield Finding(
+            "warning",
+            "constrained_decoding",
+            f"the requests set {', '.join(s.unreplayed)}, which changes the law sampled from and is not replayed on "
+            "the trainer's side: expect drift where it applies.",
+            "drop it, or mask the tokens it forces.",
+        )
+
+
+def _changed(sampling: SamplingSettings) -> str:
+    neutral = SamplingSettings()
+    names = ("top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    return ", ".join(f"{n}={getattr(sampling, n):g}" for n in names if getattr(sampling, n) != getattr(neutral, n))

@@ -1,0 +1,1 @@
+"""While training runs: the callback, the monitor and the pipeline they share."""

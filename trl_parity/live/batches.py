@@ -1,0 +1,97 @@
+"""From a rollout batch to the sums of one rank: what was measured, or that the measurement failed."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+
+from ..config.parity import ParityConfig
+from ..errors import InterceptionError
+from ..metrics.sums import MismatchSums
+from ..metrics.trends import expected_temperature
+from ..records import RolloutBatch, ScoredBatch
+from ..trainers.capture import Capture
+from .monitor import ParityMonitor
+
+__all__ = ["BatchMeter"]
+
+logger = logging.getLogger(__name__)
+
+
+class BatchMeter:
+    """Measures rollout batches. ``last``: the batch measured last and its scores; None where that failed."""
+
+    def __init__(self, config: ParityConfig, monitor: ParityMonitor):
+        self._config, self._monitor = config, monitor
+        self._phases = config.temperature_phases()
+        self.reset()
+
+    def reset(self) -> None:
+        """A run begins."""
+        self.last: tuple[RolloutBatch, ScoredBatch] | None = None
+        self._began = False  # a training batch has been looked at
+        self._told: set[str] = set()
+
+    def measure(self, capture: Capture) -> tuple[MismatchSums, str]:
+        """The sums of one batch, and in words what failed.
+
+        A failure of ours becomes ``errors=1``. Only an InterceptionError before any training batch is raised: then
+        nothing was ever measured, which has to be said before any learning.
+        """
+        sums, error = self._mismatch(capture)
+        self._began |= capture.training
+        self._watch(capture, sums)
+        return sums, error
+
+    def _mismatch(self, capture: Capture) -> tuple[MismatchSums, str]:
+        self.last = None
+        accelerator = capture.trainer.accelerator
+        try:
+            rollout = capture.rollout()
+            scored = capture.score(rollout, self._config.token_budget)
+            sums = self._monitor.measure(scored, accelerator.process_index)
+            self.last = (rollout, scored)
+            return sums, ""
+        except Exception as e:  # ours: a window of status ERROR, and training goes on
+            if isinstance(e, InterceptionError) and not self._began:
+                raise
+            error = f"{type(e).__name__}: {e}"
+            logger.warning("parity measurement failed at step %d: %s", capture.step + 1, error)
+            logger.debug("%s", traceback.format_exc())
+            sums = MismatchSums.zeros(accelerator.device, self._config.bootstrap_samples)
+            sums.bump(batches=1, errors=1)
+            return sums, error
+
+    def _watch(self, capture: Capture, sums: MismatchSums) -> None:
+        """Temperature and rewards of a batch; a failure there is a warning and no measurement, nothing else."""
+        try:
+            self._add_load(capture, sums)
+            self._check_temperature(capture, sums)
+            if capture.training:
+                self._monitor.add_rewards(sums, capture.rewards())
+        except Exception as e:  # the mismatch is measured without them
+            if "watch" not in self._told:
+                self._told.add("watch")
+                logger.warning("temperature or rewards cannot be watched: %s: %s", type(e).__name__, e)
+
+    def _add_load(self, capture: Capture, sums: MismatchSums) -> None:
+        """What the batch's requests did to the engine's caches."""
+        for load in capture.loads:
+            sums.bump(cached_tokens=load.cached, looked_up_tokens=load.looked_up)
+            if load.kv_usage is not None:
+                sums.raise_to(kv_cache_usage=load.kv_usage)
+
+    def _check_temperature(self, capture: Capture, sums: MismatchSums) -> None:
+        """What the engine was really asked for, against the trainer and the phase's setting."""
+        kind = "train" if capture.training else "eval"
+        meant = expected_temperature(self._phases, kind, capture.step)
+        for used in capture.engine_temperatures or [capture.sampling.temperature]:
+            others = [meant] if meant is not None else []
+            if capture.training:  # evaluation may sample as it likes: nothing is learned from it
+                others.append(capture.temperature)
+            gap = max((abs(used - other) for other in others), default=0.0)
+            sums.bump(requests=1, temperature_engine=used, temperature_trainer=capture.temperature)
+            sums.raise_to(temperature_gap=gap)
+            if gap > 0 and not capture.training and kind not in self._told:
+                self._told.add(kind)
+                logger.warning("evaluation samples at temperature %g but temperatures.eval is %g", used, meant)

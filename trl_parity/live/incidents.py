@@ -1,0 +1,168 @@
+"""When to ask for the cause of a drift, and what is left behind of it: diagnosis and incident bundle of an episode."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..collectives import gather_rows
+from ..config.parity import ParityConfig
+from ..engine.colocated import engine_of
+from ..engine.server import SettingsWatch, reachable
+from ..engine.weight_readback import policy_tensors
+from ..errors import ConfigError
+from ..records import Diagnosis, RolloutBatch, ScoredBatch
+from ..report.bundle import write_incident
+from ..results.incident import Incident, sequence_rows, versions, windows_in_short
+from ..results.redaction import without_text
+from ..trainers.capture import Capture
+from ..verdict import Status, Verdict
+
+__all__ = ["Investigator"]
+
+logger = logging.getLogger(__name__)
+
+_SEQUENCES = 16  # in the bundle
+
+
+class Investigator:
+    """Diagnoses once an episode (at its first BREACH, or WARN), and again at the halt if that named nothing."""
+
+    def __init__(self, config: ParityConfig):
+        self.config = config
+        self.wanted = False  # somebody asked for one when no batch was at hand
+        self.reset()
+
+    def reset(self) -> None:
+        """A new run begins."""
+        self.diagnosis: Diagnosis | None = None  # the last one
+        self._asked = False  # in this episode
+        self._named = False
+        self._settings = SettingsWatch()
+
+    def watch(self, capture: Capture) -> None:
+        """Look whether a server still runs with the settings the run began with; what changed is a warning."""
+        try:
+            self._settings.look(capture.generation, self.config.server_timeout)
+        except Exception as e:  # an answer of another shape: what is measured does not depend on it
+            logger.warning("the vLLM server's settings can't be compared: %s: %s", type(e).__name__, e)
+
+    def due(self, verdict: Verdict) -> bool:
+        """Whether this window is to be diagnosed; the same on every rank."""
+        if verdict.status is Status.OK:
+            self._asked = self._named = False
+        if self.wanted:
+            return True
+        breached = verdict.status in (Status.BREACH, Status.HALT)
+        if self.config.diagnose == "never" or not (
+            breached or (self.config.diagnose == "warn" and verdict.status is Status.WARN and verdict.warnings)
+        ):
+            return False
+        return not self._asked or (verdict.halted and not self._named)
+
+    def diagnose(
+        self,
+        capture: Capture,
+        rollout: RolloutBatch,
+        scored: ScoredBatch,
+        *,
+        step: int,
+        floor: float | None,
+        began_healthy: bool | None,
+    ) -> Diagnosis:
+        """Name the cause of the batch's drift. A collective."""
+        from ..diagnosis.counterfactual import Scene
+        from ..diagnosis.diagnose import diagnose
+
+        trainer = capture.trainer
+        ranks = trainer.accelerator.num_processes
+        mine = {"seconds": capture.batch_seconds}
+        seconds = max(row["seconds"] for row in (gather_rows([mine]) if ranks > 1 else [mine]))
+        scene = Scene(
+            capture,
+            rollout,
+            scored,
+            reachable(capture.generation, self.config.server_timeout),
+            token_budget=self.config.diagnose_tokens,
+            replayed=self.config.truncation == "replay",
+            floor=floor or 0.0,
+            began_healthy=began_healthy,
+            redacted=self.config.redact_text,
+        )
+        self.diagnosis = diagnose(scene, step, budget=self.config.diagnose_budget * seconds, ranks=ranks)
+        self._asked, self.wanted = True, False
+        self._named = self.diagnosis.cause != "unknown"
+        return self.diagnosis
+
+    def heal(self, capture: Capture) -> list[str]:
+        """Deliver the policy's weights to the colocated engine and empty its prefix cache; names of what moved."""
+        from ..engine.weight_readback import read_back
+
+        engine = engine_of(capture.generation)
+        if engine is None:
+            raise ConfigError("heal=True needs a colocated engine; call trainer.vllm_generation.sync_weights().")
+        moved = []
+        for name, tensor, *_ in policy_tensors(capture.policy):
+            [held] = read_back(engine.model.load_weights, engine.model, [(name, tensor)])
+            if held.differing:
+                engine.model.load_weights([(name, tensor)])
+                moved.append(name)
+        engine.llm.reset_prefix_cache(reset_running_requests=True)
+        return moved
+
+    def surroundings(self, capture: Capture) -> dict[str, Any]:
+        """What a run's ``run.json`` holds: trainer, model, engine settings and versions. Never raises."""
+        trainer = capture.trainer
+        try:
+            engine = self._engine(capture)
+        except Exception as e:  # a server that does not answer is told elsewhere
+            engine = {"not read": f"{type(e).__name__}: {e}"}
+        model = getattr(getattr(trainer.model, "config", None), "_name_or_path", None)
+        found = {"trainer": type(trainer).__name__, "model": model, "engine": engine, "versions": versions()}
+        return without_text(found) if self.config.redact_text else found
+
+    def _engine(self, capture: Capture) -> dict[str, Any]:
+        """Settings of the live engine."""
+        engine = reachable(capture.generation, self.config.server_timeout)
+        mode = None if capture.generation is None else capture.generation.mode
+        return {"mode": mode} | ({} if engine is None else engine.everything()) | self._settings.to_dict()
+
+    def write(
+        self,
+        directory: Path,
+        verdict: Verdict,
+        verdicts: Sequence[Verdict],
+        last: tuple[RolloutBatch, ScoredBatch] | None,
+        text: str,
+        capture: Capture,
+    ) -> Path | None:
+        """The incident bundle of the main process: its folder. None on other ranks, and where it can't be written."""
+        trainer = capture.trainer
+        if not trainer.accelerator.is_main_process:
+            return None
+        redact = self.config.redact_text
+        decode = None if redact else trainer.processing_class.decode
+        rows: list[dict[str, Any]] = []
+        try:
+            if last is not None:
+                rows = sequence_rows(*last, decode, _SEQUENCES)
+        except Exception as e:  # a bundle without sequences is better than none
+            logger.warning("the incident's sequences could not be kept: %s: %s", type(e).__name__, e)
+        try:
+            incident = Incident(
+                step=verdict.step,
+                verdict=verdict.to_dict(),
+                diagnosis=None if self.diagnosis is None else self.diagnosis.to_dict(),
+                engine=self._engine(capture),
+                versions=versions(),
+                config=self.config.to_dict(),
+                windows=windows_in_short(verdicts),
+                text=text,
+                redacted=redact,
+            )
+            return write_incident(directory, incident, rows)
+        except Exception as e:  # a full disk must not change how the run ends
+            logger.warning("the incident of step %d could not be kept: %s: %s", verdict.step, type(e).__name__, e)
+            return None

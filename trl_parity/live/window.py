@@ -1,0 +1,110 @@
+"""Sums on their way to a verdict, and from a verdict to the trainer's log."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..metrics.reduction import reduce_sums
+from ..metrics.statistics import compute
+from ..metrics.sums import MismatchSums
+from ..verdict import MismatchStats, Status, Verdict
+from .monitor import ParityMonitor
+
+__all__ = ["OpenWindow", "UnloggedWindows"]
+
+# mildest first
+_SEVERITY = [Status.NO_DATA, Status.CALIBRATING, Status.OK, Status.WARN, Status.ERROR, Status.BREACH, Status.HALT]
+
+
+class OpenWindow:
+    """The window that batches are added to, on one rank, and how a checkpoint carries it.
+
+    ``start``: optimizer steps done when it began. ``batches``: rollout batches in it. ``error``: the last measurement
+    of it that failed, in words.
+    """
+
+    def __init__(self, bootstrap_samples: int, start: int = 0):
+        self._bootstrap_samples = bootstrap_samples
+        self._saved: MismatchSums | None = None  # over all ranks, as the checkpoint keeps it
+        self.begin(start)
+
+    def begin(self, start: int) -> None:
+        """An empty window from this optimizer step on."""
+        self.start, self.batches, self.error = start, 0, ""
+        self._sums: MismatchSums | None = None
+
+    def sums(self, device: torch.device | str) -> MismatchSums:
+        """This rank's, to be added to in place."""
+        if self._sums is None:
+            self._sums = MismatchSums.zeros(device, self._bootstrap_samples)
+        return self._sums
+
+    def add(self, sums: MismatchSums, error: str) -> None:
+        """One rollout batch."""
+        self.batches += 1
+        self.error = error or self.error
+        self._sums = added(self._sums, sums)
+
+    def carry(self, accelerator: Any) -> None:
+        """Reduce it, so that rank 0's checkpoint holds all of it. Collective."""
+        self._saved = None
+        if self._sums is None:
+            return
+        self._saved = reduce_sums(self._sums, accelerator)
+        fresh = MismatchSums.zeros(accelerator.device, self._bootstrap_samples)
+        self._sums = self._saved.copy() if accelerator.is_main_process else fresh
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the sums as last carried."""
+        saved = None if self._saved is None else self._saved.to_sparse()
+        return {"window_start": self.start, "open_batches": self.batches, "window": saved}
+
+    def load_state(self, state: dict[str, Any], device: torch.device, main: bool) -> bool:
+        """Restore ``state``: rank 0 gets the sums of all ranks. False where ``bootstrap_samples`` has changed."""
+        self.begin(int(state["window_start"]))
+        saved = state["window"]
+        if saved is None:
+            return True
+        if saved["bootstrap_samples"] != self._bootstrap_samples:
+            return False
+        self.batches = int(state["open_batches"])
+        if main:
+            self.sums(device).add_(MismatchSums.from_sparse(saved))
+        else:
+            self.sums(device)
+        return True
+
+
+class UnloggedWindows:
+    """The windows since the trainer last logged, merged: no means of means. All from reduced numbers."""
+
+    def __init__(self) -> None:
+        self._sums: MismatchSums | None = None
+        self._status, self._streak = Status.NO_DATA, 0  # the worst, the longest
+        self._only: MismatchStats | None = None  # while it is one
+
+    def __bool__(self) -> bool:
+        return self._sums is not None
+
+    def add(self, verdict: Verdict, sums: MismatchSums) -> None:
+        """One window that was judged."""
+        self._only = verdict.stats if self._sums is None else None
+        self._sums = added(self._sums, sums)
+        self._status = max(self._status, verdict.status, key=_SEVERITY.index)
+        self._streak = max(self._streak, verdict.streak)
+
+    def scalars(self, monitor: ParityMonitor) -> dict[str, float | None]:
+        """Every scalar of them as one window, with the worst status and the longest streak."""
+        assert self._sums is not None
+        stats = monitor.scalars(compute(self._sums)) if self._only is None else self._only
+        return {**stats.values_by_name, "breaker/status": self._status.code, "breaker/streak": self._streak}
+
+
+def added(sums: MismatchSums | None, more: MismatchSums) -> MismatchSums:
+    """``sums`` with ``more`` added in place; ``more`` itself where there are none."""
+    if sums is None:
+        return more
+    sums.add_(more)
+    return sums

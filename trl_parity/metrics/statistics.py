@@ -1,0 +1,327 @@
+"""Mismatch statistics as mergeable sums, maxima and histograms: pure tensor maths.
+
+``measure(batch)`` turns a scored batch into ``MismatchSums``; sums of batches, windows and ranks merge by
+adding; ``compute(sums)`` turns them into ``MismatchStats``. Nothing is ever averaged before
+it is summed. Formulas: ``SCALARS``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from ..records import ScoredBatch
+from ..verdict import MismatchStats
+from .scalars import LAG_BUCKETS, SCALARS
+from .sums import BINS, DECADES, INDEX, PER_DECADE, SUMS, TOKEN_SUMS, MismatchSums
+
+__all__ = ["compute", "log_ratio_histogram", "measure", "measure_policy_drift"]
+
+_HALF = math.log(0.5)
+
+_EXP_CLAMP = 300.0  # Δ in e^Δ, of tokens and sequences: e^600 still fits a double
+
+BAND = 0.1  # a ratio outside [1 - BAND, 1 + BAND] counts as out_of_band (the band of TRL issue 6789)
+
+# An interval from a handful of sequences says nothing: below this many, honesty has no interval and no gap.
+MIN_BOOTSTRAP_SEQUENCES = 8
+
+TRIM = 1000  # one token of so many, the worst ones, at least one, is left out of trimmed/*
+
+_POOL = 4096  # sequences until their resampling weights repeat
+
+_LAG_EDGES = (0, 1, 2, 4)  # the last lag of each bucket but the open one
+
+
+@torch.no_grad()
+def measure(batch: ScoredBatch, *, bootstrap_samples: int = 200, first_sequence: int = 0) -> MismatchSums:
+    """The sums of one scored batch, on its device, without a device sync.
+
+    ``first_sequence``: the running number of the batch's first sequence, over batches and ranks. Sequences are
+    resampled by their number, so different ones need different numbers.
+    """
+    mask = batch.mask
+    out = MismatchSums.zeros(mask.device, bootstrap_samples)
+    if mask.numel():
+        _add_tokens(out, batch, first_sequence)
+    out.bump(batches=1)
+    if batch.lags is None and not batch.probe:
+        out.bump(lag=batch.lag, lags=1)
+    return out
+
+
+def _add_tokens(out: MismatchSums, batch: ScoredBatch, first_sequence: int) -> None:
+    """Add what a batch's tokens say, in place."""
+    # few kernels, few kinds of kernels, on stacked tensors: on small batches the launches are what costs
+    mask = batch.mask
+    entropy = torch.zeros_like(batch.trainer_logprobs) if batch.entropy is None else batch.entropy
+    law_entropy = entropy if batch.law_entropy is None else batch.law_entropy
+    scores = [batch.trainer_logprobs, batch.own_logprobs, batch.rollout_logprobs, entropy, law_entropy]
+    given = torch.stack(scores).double()
+    deltas = given[:2] - given[2]
+    valids = (deltas.abs() < math.inf) & mask  # NaN is not
+    deltas = torch.where(valids, deltas, 0.0)
+    valid, delta = valids[0], deltas[0]
+    less_1 = torch.expm1(deltas.clamp(max=_EXP_CLAMP))  # so that sums of w² still fit a double
+    magnitudes = deltas.abs()
+    w = less_1[:1] + valid
+    values = torch.where(valid, given[2:], 0.0)
+    known = torch.zeros_like(valid) if batch.entropy is None else valid
+    confident = (values[0] >= _HALF) & (delta < -2.0)
+    flags = torch.stack([valid, valids[1], less_1[0].abs() > BAND, confident, mask, known]).double()
+    by_sequence = torch.cat([deltas, less_1 - deltas, magnitudes, w, w * w, values, flags]).sum(-1)
+    seq_delta, tokens = by_sequence[0], by_sequence[INDEX["tokens"]]
+    has_tokens = tokens.clamp(max=1.0)
+    seq_w = seq_delta.clamp(max=_EXP_CLAMP).exp() * has_tokens
+    sums = torch.cat([by_sequence, torch.stack([has_tokens, seq_w, seq_w * seq_w])])
+    out.additive[:TOKEN_SUMS] = sums.sum(-1)
+    if batch.log_kept is not None and batch.out_of_support is not None:
+        log_kept = torch.where(valid, batch.log_kept.double(), 0.0)
+        truncation = _stacked(valid, log_kept.exp() * valid, log_kept, valid & batch.out_of_support)
+        out.additive[INDEX["trunc_tokens"] :][:4] = truncation.sum((1, 2))
+
+    # scatter, not bincount: bincount syncs with the device to learn its size. log10(0) = -inf ends in bin 0
+    bins = magnitudes[0].log10().mul_(PER_DECADE).add_(1 - DECADES[0] * PER_DECADE).clamp_(0, BINS - 1).long()
+    bins = torch.where(delta < 0, bins, bins + BINS)
+    out.additive[len(SUMS) :].scatter_add_(0, bins.view(-1), flags[0].view(-1))
+
+    drift = by_sequence[INDEX["law_entropy"]] + by_sequence[INDEX["rollout_logprob"]]
+    weights = _weights_of(len(tokens), first_sequence, out.bootstrap_samples, mask.device)
+    torch.mm(weights.t().double(), torch.stack([by_sequence[INDEX["w"]], drift, tokens], dim=-1), out=out.bootstrap)
+
+    out.maxima[:2] = torch.where(valid, torch.stack([delta, -delta]), -math.inf).amax((1, 2))
+    out.maxima[2] = seq_delta.abs().amax()
+    if batch.probe:
+        out.additive[INDEX["probe_tokens"]] = tokens.sum()
+    if batch.lags is not None:
+        _by_lag(out, batch, batch.lags.to(mask.device))
+
+
+def _by_lag(out: MismatchSums, batch: ScoredBatch, lags: torch.Tensor) -> None:
+    """Add tokens and k3 of all sequences by how far their weights lag, in place."""
+    assert batch.stale is not None
+    mask = batch.mask | batch.stale
+    delta = batch.trainer_logprobs.double() - batch.rollout_logprobs.double()
+    valid = mask & torch.isfinite(delta)
+    delta = torch.where(valid, delta, 0.0)
+    k3 = torch.expm1(delta.clamp(max=_EXP_CLAMP)) - delta
+    by_sequence = torch.stack([valid.double(), k3], dim=-1).sum(1)  # (B, 2)
+    bucket = torch.bucketize(lags, _lag_edges(lags.device))
+    sums = by_sequence.new_zeros(len(LAG_BUCKETS), 2).index_add_(0, bucket, by_sequence)
+    out.additive[INDEX[f"lag_tokens/{LAG_BUCKETS[0]}"] :][: sums.numel()] += sums.flatten()
+    in_flight = torch.full_like(lags, -1) if batch.in_flight is None else batch.in_flight.to(lags.device)
+    stale, tokens = batch.stale, mask.sum(-1)
+    counts = _stacked(
+        stale.sum(), (stale & ~valid).sum(), (tokens * (in_flight >= 0)).sum(), (tokens * (in_flight == 1)).sum()
+    )
+    out.additive[INDEX["stale_compared"] :][:4] += counts
+    out.additive[INDEX["lag"]] += lags.sum()
+    out.additive[INDEX["lags"]] += len(lags)
+
+
+def _weights_of(count: int, first: int, samples: int, device: torch.device) -> torch.Tensor:
+    """(count, R) resampling weights of sequences numbered from ``first``."""
+    pool, start = _resample_weights(samples, device), first % _POOL
+    if start + count <= _POOL:
+        return pool[start : start + count]
+    return pool[(torch.arange(count, device=device) + start) % _POOL]
+
+
+@lru_cache(maxsize=4)
+def _lag_edges(device: torch.device) -> torch.Tensor:
+    return torch.tensor(_LAG_EDGES, device=device)  # waits for the device: once
+
+
+@lru_cache(maxsize=4)
+def _resample_weights(samples: int, device: torch.device) -> torch.Tensor:
+    """(_POOL, R) int8 draws from Poisson(1): how often each resample holds each sequence. Made once, from one seed.
+
+    Drawing them anew for every batch would cost more than all its sums. The global random state is not touched.
+    """
+    generator = torch.Generator().manual_seed(0)
+    return torch.poisson(torch.ones(_POOL, samples, dtype=torch.float64), generator).to(device, torch.int8)
+
+
+def _stacked(*tensors: torch.Tensor) -> torch.Tensor:
+    return torch.stack([x.double() for x in tensors])
+
+
+@torch.no_grad()
+def measure_policy_drift(out: MismatchSums, new: torch.Tensor, old: torch.Tensor, mask: torch.Tensor) -> None:
+    """Add k3 of the training policy against the policy that generated, in place. All (B, C); Δ = new - old."""
+    delta = new.double() - old.double()
+    valid = (delta.abs() < math.inf) & mask.bool()
+    delta = torch.where(valid, delta, 0.0)
+    sums = _stacked(valid, torch.expm1(delta) - delta).sum((1, 2))
+    out.add_from("drift_tokens", sums)
+
+
+def compute(sums: MismatchSums) -> MismatchStats:
+    """All scalars from (reduced) sums. What was not measured is ``None``. One device sync on accelerators."""
+    sums = sums.cpu()
+    s, maxima = sums.totals(), sums.peaks()
+    histogram, bootstrap = sums.histogram.numpy(), sums.bootstrap.numpy()
+    n, seqs = s["tokens"], s["sequences"]
+    values: dict[str, float | None] = dict.fromkeys(SCALARS)
+
+    def put(name: str, total: float, count: float) -> None:
+        if count > 0:
+            values[name] = total / count
+
+    put("nonfinite_rate", s["compared"] - n, s["compared"])
+    put("own_head/kl_k3", s["own_k3"], s["own_tokens"])
+    put("own_head/logp_abs_diff/mean", s["own_abs_delta"], s["own_tokens"])
+    put("truncation/kept_mass", s["kept_mass"], s["trunc_tokens"])
+    put("truncation/log_bias", s["log_kept"], s["trunc_tokens"])
+    put("truncation/out_of_support", s["out_of_support"], s["trunc_tokens"])
+    put("policy_drift/kl_k3", s["drift_k3"], s["drift_tokens"])
+    put("lag", s["lag"], s["lags"])
+    put("lag/nonfinite_rate", s["stale_nonfinite"], s["stale_compared"])
+    put("lag/in_flight_share", s["in_flight_tokens"], s["flight_tokens"])
+    by_lag = {name: s[f"lag_tokens/{name}"] for name in LAG_BUCKETS}
+    if s["probe_tokens"] or s["stale_compared"] or any(by_lag.values()):
+        values |= {f"lag/{name}/tokens": count for name, count in by_lag.items()}
+        values["lag/probe_tokens"] = s["probe_tokens"]
+    for name, count in by_lag.items():
+        put(f"lag/{name}/kl_k3", s[f"lag_k3/{name}"], count)
+    put("cost/seconds", s["cost_seconds"], s["batches"])
+    put("cost/share", s["cost_seconds"], s["wall_seconds"])
+    put("temperature/engine", s["temperature_engine"], s["requests"])
+    put("temperature/trainer", s["temperature_trainer"], s["requests"])
+    put("reward/mean", s["reward_sum"], s["rewards"])
+    put("engine/prefix_cache_hit_rate", s["cached_tokens"], s["looked_up_tokens"])
+    if math.isfinite(maxima["kv_cache_usage"]):
+        values["engine/kv_cache_usage"] = maxima["kv_cache_usage"]
+    if s["requests"]:
+        values["temperature/gap"] = maxima["temperature_gap"]
+    if n > 0:
+        p01, p50, p99 = map(_exp, _quantiles(histogram, (0.01, 0.50, 0.99), maxima))
+        values |= {
+            "kl_k1": -s["delta"] / n,
+            "kl_k3": s["k3"] / n,
+            "logp_abs_diff/mean": s["abs_delta"] / n,
+            "logp_abs_diff/p99": _quantiles_abs(histogram, (0.99,), maxima)[0],
+            "logp_abs_diff/max": maxima["abs_delta"],
+            "ratio/mean": s["w"] / n,
+            "ratio/p01": p01,
+            "ratio/p50": p50,
+            "ratio/p99": p99,
+            "ratio/max": _exp(maxima["delta"]),
+            "ratio/out_of_band": s["out_of_band"] / n,
+            "ess": s["w"] ** 2 / (n * s["w2"]) if s["w2"] > 0 else 0.0,
+            "chi2": s["w2"] / n - 1.0,
+            "seq/log_ratio_mean": s["delta"] / seqs,
+            "seq/log_ratio_max": maxima["seq_abs_delta"],
+            "seq/ess": s["seq_w"] ** 2 / (seqs * s["seq_w2"]) if s["seq_w2"] > 0 else 0.0,
+            "entropy/rollout": -s["rollout_logprob"] / n,
+            "honesty": s["w"] / n,
+            "confident_disagreement": s["confident"] / n,
+        }
+        has_entropy = s["entropy_tokens"] == n
+        if has_entropy:
+            values["entropy/trainer"] = s["entropy"] / n
+            put("kl_over_entropy", s["k3"], s["entropy"])
+            values["entropy/drift"] = (s["law_entropy"] + s["rollout_logprob"]) / n
+        resampled = bootstrap[bootstrap[:, -1] > 0]
+        if seqs >= MIN_BOOTSTRAP_SEQUENCES and len(resampled):
+            means = np.sort(resampled[:, :-1] / resampled[:, -1:], axis=0)
+            values |= _interval("honesty", means[:, 0], 1.0)
+            if has_entropy:
+                values |= _interval("entropy/drift", means[:, 1], 0.0)
+        values |= trimmed(histogram, s)
+    return MismatchStats(int(n), int(seqs), int(s["batches"]), int(s["errors"]), values)
+
+
+def _interval(name: str, ordered: np.ndarray, expected: float) -> dict[str, float | None]:
+    """The 99 % interval of bootstrap means, ascending, and its distance from what is expected."""
+    cut = int(0.005 * len(ordered))
+    low, high = float(ordered[cut]), float(ordered[-1 - cut])
+    return {f"{name}_low": low, f"{name}_high": high, f"{name}_gap": max(0.0, low - expected, expected - high)}
+
+
+def trimmed(histogram: np.ndarray, s: dict[str, float]) -> dict[str, float | None]:
+    """``trimmed/*``: statistics without the worst tokens, so that a single one, of any size, can't move a verdict.
+
+    From the histogram, without the ``max(1, n // TRIM)`` tokens of largest |Δ|: off by a bin's width (3.7 %) at most
+    per token, and far less in the mean. Rates are exact, without the left-out tokens (or one of them).
+    """
+    values: dict[str, float | None] = {}
+    n = int(s["tokens"])
+    left = n - max(1, n // TRIM)
+    if s["compared"] > 1:
+        values["trimmed/nonfinite_rate"] = max(0.0, s["compared"] - n - 1) / s["compared"]
+    if left <= 0:
+        return values
+    # both signs side by side, |Δ| ascending, cut off after `left` tokens
+    totals = histogram.sum(0)
+    cumulative = totals.cumsum()
+    cut = int(cumulative.searchsorted(left))
+    counts = histogram[:, : cut + 1].copy()
+    counts[:, cut] *= (left - cumulative[cut] + totals[cut]) / totals[cut]
+
+    def total(values: np.ndarray) -> float:
+        return float(np.vdot(counts, values[:, : cut + 1]))
+
+    sum_w, sum_w2 = total(_W), total(_W2)
+    return values | {
+        "trimmed/kl_k3": total(_K3) / left,
+        "trimmed/logp_abs_diff/mean": total(_ABS) / left,
+        "trimmed/logp_abs_diff/p99": float(_CENTERS[cumulative.searchsorted(max(1.0, math.ceil(0.99 * left)) - 1e-6)]),
+        "trimmed/ratio/out_of_band": max(0.0, s["out_of_band"] - (n - left)) / left,
+        "trimmed/ess": sum_w**2 / (left * sum_w2) if sum_w2 > 0 else 0.0,
+        "trimmed/confident_disagreement": max(0.0, s["confident"] - 1) / n,
+    }
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 709.0 else math.inf
+
+
+# |Δ| at the middle of each bin on the log scale, 0 for the first; and Δ over all signed bins in ascending order
+_CENTERS = np.where(np.arange(BINS) == 0, 0.0, 10.0 ** (DECADES[0] + (np.arange(BINS) - 0.5) / PER_DECADE))
+
+_SIGNED_CENTERS = np.concatenate([-_CENTERS[::-1], _CENTERS])
+
+# (2, bins), as the histogram: what a token in the middle of its bin adds
+_DELTA = np.stack([-_CENTERS, _CENTERS])
+
+_ABS, _W = np.abs(_DELTA), np.exp(_DELTA.clip(max=_EXP_CLAMP))
+
+_W2, _K3 = _W * _W, np.expm1(_DELTA.clip(max=_EXP_CLAMP)) - _DELTA
+
+
+def _quantiles_abs(histogram: np.ndarray, qs: Sequence[float], maxima: dict[str, float]) -> list[float]:
+    return _pick(histogram.sum(0), _CENTERS, qs, 0.0, maxima["abs_delta"])
+
+
+def _quantiles(histogram: np.ndarray, qs: Sequence[float], maxima: dict[str, float]) -> list[float]:
+    counts = np.concatenate([histogram[0][::-1], histogram[1]])
+    return _pick(counts, _SIGNED_CENTERS, qs, -maxima["neg_delta"], maxima["delta"])
+
+
+def _pick(counts: np.ndarray, values: np.ndarray, qs: Sequence[float], low: float, high: float) -> list[float]:
+    """The values at ranks ceil(q n), kept inside the observed range."""
+    cumulative = counts.cumsum()
+    ranks = [max(1.0, math.ceil(q * cumulative[-1])) for q in qs]
+    return [min(max(x, low), high) for x in values[cumulative.searchsorted(ranks)].tolist()]
+
+
+def log_ratio_histogram(sums: MismatchSums, bins: int = 64) -> tuple[np.ndarray, np.ndarray] | None:
+    """Counts and edges of Δ on a linear scale, over the range that holds all but the outermost 0.1 % at each end.
+
+    Rebinned from the log histogram for trackers; tails are counted in the end bins. ``None`` without tokens.
+    """
+    sums = sums.cpu()
+    histogram = sums.histogram.numpy()
+    if histogram.sum() == 0:
+        return None
+    low, high = _quantiles(histogram, (0.001, 0.999), sums.peaks())
+    if high - low < 1e-8:
+        low, high = low - 1e-8, high + 1e-8
+    values = _SIGNED_CENTERS.clip(low, high)
+    counts = np.concatenate([histogram[0][::-1], histogram[1]])
+    return np.histogram(values, bins=bins, range=(low, high), weights=counts)

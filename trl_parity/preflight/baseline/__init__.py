@@ -1,0 +1,1 @@
+"""A reference data set on disk: made, read, refused."""

@@ -1,0 +1,91 @@
+"""What is tried on the reference's side: its own noise, and the engine's cache, config and weights in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ...engine.weight_readback import HeldTensor, read_back
+from . import trials
+from .equivalence import Counterfactuals, Drift, drift_of, dtype_name
+from .subject import Subject
+from .trials import Gaps
+
+__all__ = ["held_tensors", "measure_floors", "what_if"]
+
+_FP8 = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
+
+
+def measure_floors(subject: Subject) -> dict[str, Any]:
+    """JSON of ``Floors``, on a few trials."""
+    engine, reference = subject.engine, subject.reference
+    trainer, mine = reference.dtype, engine.dtype
+    coarser = mine if torch.finfo(mine).eps > torch.finfo(trainer).eps else trainer
+    rounded = {}
+    if coarser != trainer:
+        rounded = {name: t.to(coarser).float() for name, t in reference.named_tensors()}
+    heads = {"trainer": trainer, "engine": engine.head_dtype}
+    out = {"trainer": Gaps(), "engine": Gaps()}
+    for number, answered in enumerate(subject.answered):
+        plain = trials.score(answered, reference)
+        for side, dtype in (("trainer", trainer), ("engine", coarser)):
+            with reference.holding(rounded if side == "engine" else {}), reference.rounded(
+                dtype, heads[side], seed=subject.settings.seed + number
+            ):  # fmt: skip
+                noisy = trials.score(answered, reference)
+            out[side] += trials.against_itself(answered, noisy, plain, subject.settings.limits)
+    return {side: gaps.to_json() for side, gaps in out.items()} | {
+        "trainer_dtype": dtype_name(trainer),
+        "engine_dtype": dtype_name(coarser),
+    }
+
+
+def held_tensors(subject: Subject) -> tuple[list[HeldTensor] | None, str]:
+    """The engine's side of each of the reference's tensors; None, and why, where it can't be read."""
+    engine = subject.engine
+    if engine.tensor_parallel > 1 or engine.settings()["quantization"] is not None:
+        return None, "the engine's weights are quantized or spread over ranks: they can't be read back"
+    named = {name: t.to(subject.reference.dtype) for name, t in subject.reference.named_tensors()}
+    try:
+        held = read_back(engine.model.load_weights, engine.model, named.items())
+        # an engine of more digits than the trainer has: alike once rounded, and delivered so by the first sync
+        return [
+            replace(t, differing=0) if t.values is not None and torch.equal(t.values, named[t.name]) else t
+            for t in held
+        ], ""
+    except Exception as e:
+        return None, f"the engine's load_weights does not take the trainer's tensors: {type(e).__name__}: {e}"
+
+
+def what_if(
+    subject: Subject, drift: Drift, differs: Mapping[str, Any], held: Sequence[HeldTensor] | None
+) -> Counterfactuals:
+    """The drift of a few trials with one thing undone at a time."""
+    if not drift.excessive:
+        return Counterfactuals(0.0, 0.0, {})
+    reference, undone = subject.reference, {}
+
+    def left() -> float:
+        gaps = sum((trials.compare(a, reference, subject.settings.limits) for a in subject.answered), Gaps())
+        return drift_of(gaps)
+
+    base = left()
+    told = _FP8.get(str(subject.engine.settings()["kv_cache_dtype"]))
+    for name, truncated in (("float8_e4m3fn", False), ("float8_e5m2", False), ("float8_e5m2", True)):
+        if told in (None, name):  # told nothing, the engine may still do it
+            with reference.cached_in(getattr(torch, name), truncated):
+                undone[f"kv:{name}{', towards zero' if truncated else ''}"] = left()
+    if differs:
+        try:
+            with reference.built_from(subject.engine.hf_config):
+                undone["config"] = left()
+        except Exception:  # a config this class of model can't be built from: the row says what differs
+            pass
+    values = {t.name: t.values for t in held or () if t.differing and t.values is not None}
+    if values:
+        with reference.holding(values):
+            undone["weights"] = left()
+    return Counterfactuals(base, drift_of(drift.floors.engine), undone)

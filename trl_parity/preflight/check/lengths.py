@@ -1,0 +1,131 @@
+"""Long contexts: past the target length, and around each length at which an implementation changes what it does."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...engine.offline import BenchEngine
+from ...records import SamplingSettings
+from ...report.messages import number
+from .reference import Reference
+from .rows import Limits, Row, Verdict, not_run, within_floor
+from .statistics import Sums, exact_kl
+
+__all__ = ["Point", "length_rows", "points"]
+
+_SHARES = (1.25, 1.5, 2.0)
+
+_WIDTH = 24  # tokens on either side of a point
+
+_SEQUENCES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A length to be looked at."""
+
+    id: str
+    title: str
+    length: int
+    needed: bool
+
+
+def points(config: Any, target: int, longest: int, *, asked_for: bool) -> list[Point]:
+    """125, 150 and 200 % of the target, and the config's own thresholds that an engine's context can reach.
+
+    ``config``: the text config of the model. ``asked_for``: the target is the user's own, so what is out of the
+    engine's reach leaves the check open.
+    """
+    out = [
+        Point(f"length_{share:.0%}".rstrip("%"), f"{share:.0%} of {target:,} tokens", round(share * target), asked_for)
+        for share in _SHARES
+    ]
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    layered = [r for r in rope.values() if isinstance(r, dict)] or [rope]
+    thresholds = {
+        "original maximum of positions": [r.get("original_max_position_embeddings") for r in layered],
+        "maximum of positions": [getattr(config, "max_position_embeddings", None)],
+        "sliding window": [_window(config)],
+        "attention chunk": [getattr(config, "attention_chunk_size", None)],
+    }
+    for name, lengths in thresholds.items():
+        for length in sorted({n for n in lengths if isinstance(n, int) and 1 < n < longest}):
+            out.append(Point(f"length_{name.replace(' ', '_')}", f"{name}, {length:,} tokens", length, True))
+    return out
+
+
+def _window(config: Any) -> int | None:
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and not any("sliding" in kind for kind in kinds):
+        return None
+    return None if getattr(config, "use_sliding_window", True) is False else getattr(config, "sliding_window", None)
+
+
+def length_rows(
+    engine: BenchEngine,
+    reference: Reference,
+    looked_at: Sequence[Point],
+    vocabulary: Sequence[int],
+    limits: Limits,
+    *,
+    seed: int,
+    positional: bool,
+    usual: float,
+) -> Iterator[Row]:
+    """One row a point. ``positional``: the drift of the trials spares first tokens; ``usual``: how much there is.
+
+    Drift that is there at any length is no fault of a length: it must be positional, or four times the usual.
+    """
+    reach = [p for p in looked_at if p.length + 1 < engine.max_model_len or p.length == engine.max_model_len]
+    for point in looked_at:
+        if point not in reach:
+            why = f"the engine takes {engine.max_model_len:,} tokens (max_model_len)"
+            yield not_run(point.id, "lengths", point.title, why, needed=point.needed)
+    if not reach:
+        return
+    longest = min(engine.max_model_len - 1, max(p.length for p in reach) + _WIDTH)
+    sequences = _repeating(vocabulary, longest, seed)
+    plain, theirs = reference.score(sequences), engine.rescore(sequences)
+    with reference.rounded(engine.dtype, engine.head_dtype, seed):
+        noisy = reference.score(sequences)
+    for point in reach:
+        low, high = max(1, min(point.length, longest) - _WIDTH), min(longest, point.length + _WIDTH) - 1
+        span = slice(low - 1, high)
+        halves, noise = (
+            Sums.of(torch.cat([(a[span] - b.logprobs[span]).square() / 2 for a, b in zip(x, plain, strict=True)]))
+            for x in ([t.double() for t in theirs], [n.logprobs for n in noisy])
+        )
+        kl = _exact(engine, reference, sequences[0], min(point.length, longest))
+        over = not (within_floor(halves.mean, noise.mean, limits))
+        fails = over and (positional or halves.mean > 4.0 * usual)
+        words = f"tokens {low:,} to {high:,} of {len(sequences)} sequences; exact KL at {point.length:,}: {number(kl)}"
+        if over and not fails:
+            words += "; as everywhere, so no fault of the length"
+        yield Row(
+            id=point.id, group="lengths", title=point.title, statistic="mean Δ²/2, nats", value=halves.mean,
+            limit=max(limits.least_kl, limits.k * noise.mean), floor=noise.mean, worst=halves.maximum,
+            tokens=halves.count, trials=len(sequences), verdict=Verdict.FAIL if fails else Verdict.PASS,
+            evidence=words, details={"exact_kl": kl},
+            fix="the same rope_parameters, windows and maximum of positions on both sides" if fails else "",
+        )  # fmt: skip
+
+
+def _repeating(vocabulary: Sequence[int], length: int, seed: int) -> list[list[int]]:
+    """Random tokens that come again after a third: what attends far back has something to find there."""
+    rng = random.Random(f"{seed}:lengths")
+    unit = max(1, length // 3)
+    return [(rng.choices(vocabulary, k=unit) * 4)[:length] for _ in range(_SEQUENCES)]
+
+
+def _exact(engine: BenchEngine, reference: Reference, ids: Sequence[int], length: int) -> float:
+    context = list(ids[:length])
+    law = engine.sample([context], SamplingSettings(), max_tokens=1, seeds=[0], whole=True)[0].laws
+    scored = reference.score([context], [torch.tensor([len(context) - 1])])[0].laws
+    assert law is not None
+    assert scored is not None
+    return float(exact_kl(law, scored)[0])

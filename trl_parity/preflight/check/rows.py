@@ -1,0 +1,110 @@
+"""Rows of a check: what was compared, how it came out, and what all of them together say. Plain numbers, no torch."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+__all__ = ["EXIT_CODES", "Limits", "Outcome", "Row", "Verdict", "outcome", "within_floor"]
+
+
+class Verdict(enum.StrEnum):
+    """What a row amounts to."""
+
+    PASS = "pass"
+    FAIL = "fail"
+    OUT_OF_REACH = "out of reach"  # over the limit, but so is the dtype's own noise: no engine could meet it
+    UNCLEAR = "unclear"  # the interval holds the limit: more trials would tell
+    NOT_RUN = "not run"  # never a pass
+
+
+class Outcome(enum.StrEnum):
+    """What a check amounts to."""
+
+    FIT = "fit"
+    UNFIT = "unfit"
+    UNKNOWN = "could not tell"
+
+
+EXIT_CODES = {Outcome.FIT: 0, Outcome.UNFIT: 1, Outcome.UNKNOWN: 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What is asked for. KL in nats, exact, of the engine's law from the reference's."""
+
+    mean_kl: float = 1e-3  # mean over all tokens of all trials
+    max_kl: float = 3e-3  # mean over the tokens of the worst trial; and what a single token must keep to pass
+    pass_rate: float = 0.995  # share of tokens that pass
+    k: float = 9.0  # noise: KL over k times the floor is no noise any more (3 times it in log-probs)
+    least_kl: float = 1e-9  # and KL below this is never looked at: log-probs alike to 4e-5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One line of the report. Numbers may be None: not measured, or none is meant."""
+
+    id: str
+    group: str  # limits, mechanisms, invariances, baseline
+    title: str
+    verdict: Verdict
+    statistic: str = ""  # what value is
+    value: float | None = None
+    limit: float | None = None
+    at_least: bool = False  # the value must be over the limit, not under it
+    floor: float | None = None  # the same statistic of the dtype's own noise
+    interval: tuple[float, float] | None = None  # 95 %
+    worst: float | None = None
+    tokens: int = 0
+    trials: int = 0
+    evidence: str = ""
+    fix: str = ""
+    needed: bool = True  # not run leaves the outcome open
+    reproduce: str = ""  # command
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; numbers that JSON has no word for as strings."""
+        return {k: _plain(v) for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Row:
+        """Back from ``to_json``."""
+        known = dict(value)
+        known["verdict"] = Verdict(known["verdict"])
+        for name in ("value", "limit", "floor", "worst"):
+            known[name] = None if known[name] is None else float(known[name])
+        if known["interval"] is not None:
+            known["interval"] = tuple(float(x) for x in known["interval"])
+        return cls(**known)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return str(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def not_run(id: str, group: str, title: str, why: str, *, needed: bool) -> Row:
+    """A row of what was left out, and why."""
+    return Row(id=id, group=group, title=title, verdict=Verdict.NOT_RUN, evidence=why, needed=needed)
+
+
+def within_floor(kl: float, floor: float, limits: Limits) -> bool:
+    """Whether a mean KL is no more than the dtype's own noise makes. False for what is not a number."""
+    return kl <= max(limits.least_kl, limits.k * floor)
+
+
+def outcome(rows: Sequence[Row]) -> Outcome:
+    """One failure is unfit; else whatever is open and needed leaves the answer open; else fit."""
+    if any(row.verdict is Verdict.FAIL for row in rows):
+        return Outcome.UNFIT
+    undecided = any(row.verdict is Verdict.UNCLEAR or (row.verdict is Verdict.NOT_RUN and row.needed) for row in rows)
+    return Outcome.UNKNOWN if undecided or not any(row.verdict is Verdict.PASS for row in rows) else Outcome.FIT

@@ -1,0 +1,237 @@
+"""What is checked, built when it is first needed: the engine, the reference, and what they are asked."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...engine.offline import BenchEngine, Sampled, build_engine
+from ...errors import ConfigError
+from ..prompts.cases import Case, Prompt, Vocabulary, read_jsonl
+from . import invariances, trials
+from .invariances import Ask
+from .reference import Reference
+from .settings import CheckSettings
+from .trials import Batch
+
+__all__ = ["Subject", "stamp"]
+
+_PROBES = 4  # trials that are answered again, to try what explains the drift
+
+Progress = Callable[[str, int, int], None]  # what, done, of
+
+
+class Subject:
+    """One engine and one reference of one model. Engines of a process share a process group: one at a time."""
+
+    def __init__(self, settings: CheckSettings, progress: Progress):
+        self.settings, self._progress = settings, progress
+        self._engine: BenchEngine | None = None
+
+    def build(self, **over: Any) -> BenchEngine:
+        """A new engine with other arguments laid over."""
+        return build_engine(self.settings.model, {**self.settings.engine_args, **over})
+
+    def replace(self, **over: Any) -> None:
+        """From now on the engine is another one; what it was asked before is forgotten where it depends on it."""
+        self.close()
+        self._engine = self.build(**over)
+        self.__dict__.pop("cached", None)
+
+    def close(self) -> None:
+        """Free the engine; it is built again when it is needed."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    @property
+    def engine(self) -> BenchEngine:
+        """The engine of these settings, unless ``replace`` was called."""
+        if self._engine is None:
+            self._progress("starting the engine", 0, 0)
+            self._engine = self.build()
+        return self._engine
+
+    @cached_property
+    def reference(self) -> Reference:
+        """The model in fp32, on weights in the trainer's dtype."""
+        self._progress("loading the reference", 0, 0)
+        found = Reference(self.settings.model, getattr(torch, self.settings.trainer_dtype), self.settings.device)
+        if found.vocab_size != self.engine.vocab_size:
+            raise ConfigError(
+                f"the engine's laws have {self.engine.vocab_size:,} entries, the reference's {found.vocab_size:,}. "
+                "Expected one vocabulary on both sides."
+            )
+        return found
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's own."""
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.settings.model)
+        except (OSError, ValueError, KeyError) as e:
+            raise ConfigError(f"transformers can't load the tokenizer of {self.settings.model!r}: {e}") from e
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """What prompts are made of."""
+        return Vocabulary.of(self.tokenizer, self.engine.vocab_size)
+
+    @cached_property
+    def room(self) -> int:
+        """Longest prompt of a trial."""
+        room = self.engine.max_model_len - self.settings.max_tokens - 1  # one more is asked for to score the whole
+        if room < 1:
+            raise ConfigError(
+                f"max_model_len is {self.engine.max_model_len} and {self.settings.max_tokens} tokens are sampled. "
+                "Expected room for a prompt: --max-tokens."
+            )
+        return min(room, self.settings.max_length)
+
+    @cached_property
+    def strategy(self) -> Any:
+        """Of drawn batches, for hypothesis."""
+        from ..prompts.prompts import batches
+
+        bounds = {self.engine.block_size, self.engine.chunk_size, 16}
+        return batches(
+            self.vocabulary, self.room, sorted(b for b in bounds if b <= self.room), self.settings.max_batch
+        )
+
+    @cached_property
+    def batches(self) -> list[tuple[Prompt, ...]]:
+        """The prompts of each trial."""
+        settings = self.settings
+        if settings.case is not None:
+            found = [Case.from_text(settings.case).batch]
+        elif settings.prompts is not None:
+            room = self.engine.max_model_len - settings.max_tokens - 1
+            found = list(_grouped(read_jsonl(settings.prompts, self.tokenizer, room), settings))
+            if not found:
+                raise ConfigError(f"{settings.prompts} holds no prompt. Expected a JSONL file of them.")
+        else:
+            from ..prompts.prompts import draw
+
+            found = draw(self.strategy, settings.trials, settings.seed)
+        for batch in found:
+            for prompt in batch:
+                if len(prompt.ids) + settings.max_tokens >= self.engine.max_model_len:
+                    raise ConfigError(
+                        f"a prompt has {len(prompt.ids)} tokens, and {settings.max_tokens} are sampled after it; the "
+                        f"engine takes {self.engine.max_model_len}. Expected shorter ones, or fewer --max-tokens."
+                    )
+        return found
+
+    def batch(self, prompts: Sequence[Prompt], index: int) -> Batch:
+        """A trial's request. Seeds depend on its place alone; a case is always the first."""
+        return Batch(
+            prompts=tuple(p.ids for p in prompts),
+            seed=self.settings.seed * 1_000_003 + index * 64,
+            max_tokens=self.settings.max_tokens,
+            temperature=self.settings.temperature,
+        )
+
+    @cached_property
+    def contexts(self) -> list[tuple[int, ...]]:
+        """Contexts for the engine alone: short and middling ones, random."""
+        rng = random.Random(f"{self.settings.seed}:contexts")
+        ids = self.vocabulary.ordinary
+        return [tuple(rng.choices(ids, k=min(self.room, n))) for n in (4, 9, 16, 23, 7, 30, 12, 19, 27, 5, 14, 32)]
+
+    @cached_property
+    def ask(self) -> Ask:
+        """Contexts that the engine is asked for again and again."""
+        rng = random.Random(f"{self.settings.seed}:ask")
+        room = min(self.room, 200)
+        wanted = sorted({min(room, n) for n in (1, 3, 15, 16, 17, 40, room // 2, room)})
+        contexts = tuple(tuple(rng.choices(self.vocabulary.ordinary, k=n)) for n in wanted)
+        return Ask(contexts, tuple(range(len(contexts))), self.settings.max_tokens)
+
+    @cached_property
+    def base(self) -> list[Sampled]:
+        """The engine's answers to them, cold and in one batch."""
+        return invariances.asked(self.engine, self.ask)
+
+    @cached_property
+    def shape(self) -> dict[str, int]:
+        """What other engines are built to differ in."""
+        engine = self.engine
+        return {"eager": engine.eager, "block_size": engine.block_size, "chunk_size": engine.chunk_size}
+
+    @cached_property
+    def cached(self) -> Ask | None:
+        """Contexts that fill a block of the prefix cache; None where none fits, or there is no cache."""
+        engine, settings = self.engine, self.settings
+        if not engine.caches_prefixes:
+            return None
+        ids = self.vocabulary.ordinary
+        return invariances.cacheable(engine, ids, settings.seed, engine.max_model_len - 1, min(4, settings.max_tokens))
+
+    @cached_property
+    def answered(self) -> list[trials.Answered]:
+        """A few trials answered again: the same requests."""
+        spread = len(self.batches) // min(_PROBES, len(self.batches))
+        picked = list(range(0, len(self.batches), spread))[:_PROBES]
+        return [trials.answer(self.engine, self.batch(self.batches[i], i), turn=i) for i in picked]
+
+    def facts(self) -> dict[str, Any]:
+        """The engine's own settings, versions, speed: JSON."""
+        import platform
+
+        import transformers
+        import vllm
+
+        return {
+            "engine": self.engine.everything(),
+            "vocabulary": self.engine.vocab_size,
+            "parameters": sum(t.numel() for _, t in self.reference.named_tensors()),
+            "versions": {
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "vllm": vllm.__version__,
+                "python": platform.python_version(),
+            },
+            "threads": torch.get_num_threads(),
+            "no_block_fits": self.engine.caches_prefixes and self.cached is None,
+            "speed": self._speed(),
+        }
+
+    def _speed(self) -> dict[str, float]:
+        """Scored tokens a second: of the trials, and of the engine alone on the prompts of some of them."""
+        tokens, alone, ours = 0, 0.0, 0.0
+        for i in range(min(8, len(self.batches))):
+            batch = self.batch(self.batches[i], i)
+            start = time.perf_counter()
+            tokens += trials.engine_alone(self.engine, batch)
+            between = time.perf_counter()
+            trials.run_trial(i, batch, self.engine, self.reference, self.settings.limits)
+            alone += between - start
+            ours += time.perf_counter() - between
+        return {"tokens_per_second": tokens / ours, "engine_alone": tokens / alone, "share": alone / ours}
+
+
+def _grouped(prompts: Iterable[Prompt], settings: CheckSettings) -> Iterator[tuple[Prompt, ...]]:
+    """A file's prompts in batches of the largest size, as many as there are trials."""
+    prompts = iter(prompts)
+    for _ in range(settings.trials):
+        batch = tuple(islice(prompts, settings.max_batch))
+        if not batch:
+            return
+        yield batch
+
+
+def stamp(model: str) -> list[list[Any]] | str:
+    """Sizes and times of the model's files, so that a check does not go on with another model of the same name."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return model
+    return sorted([f.name, f.stat().st_size, int(f.stat().st_mtime)] for f in folder.iterdir() if f.is_file())

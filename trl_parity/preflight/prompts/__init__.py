@@ -1,0 +1,1 @@
+"""Prompts to try an engine with, and how a case is written down."""

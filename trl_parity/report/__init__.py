@@ -1,0 +1,1 @@
+"""Files to people: Markdown, HTML, pictures, the terminal."""

@@ -1,0 +1,100 @@
+"""The folder a halt leaves: ``incident.json``, ``tokens.parquet``, ``report.md`` and pictures, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..files import plain
+from ..results.incident import _KINDS, Incident, incident_folder
+from ..results.redaction import TEXT_COLUMNS, bare
+from .markdown import report_markdown
+
+__all__ = ["write_incident"]
+
+logger = logging.getLogger(__name__)
+
+_COLUMNS = {
+    "sequence": "int64", "position": "int64", "token_id": "int64", "token": "string", "prompt": "string",
+    "rollout_logprob": "float64", "trainer_logprob": "float64", "log_ratio": "float64", "entropy": "float64",
+    "compared": "bool_",
+}  # fmt: skip
+
+
+def write_incident(parity_dir: Path, incident: Incident, rows: list[dict[str, Any]]) -> Path:
+    """Write the folder whole or not at all, and return it. Raises ConfigError where that can't be done.
+
+    A folder of the same step is left as it is; this one is called ``step-<n>-2`` then, ``-3`` and so on. A picture
+    that can't be drawn is left out, and the report says so. When redacted, columns and details that hold ids or text
+    are dropped whatever is given; sentences are not looked into.
+    """
+    incident, rows = bare(incident, rows)
+    home = Path(parity_dir) / "incidents"
+    temporary = home / f".step-{incident.step}.{uuid.uuid4().hex[:12]}.tmp"
+    content = json.dumps(plain({name: getattr(incident, name) for name in _KINDS}), indent=2, allow_nan=False)
+    drawn, note = _draw(incident, rows)
+    try:
+        temporary.mkdir(parents=True)
+        for name, png in drawn.items():
+            (temporary / name).write_bytes(png)
+        (temporary / "incident.json").write_text(content + "\n", encoding="utf-8")
+        _write_tokens(temporary / "tokens.parquet", rows, incident.redacted)
+        report = report_markdown(incident, rows, list(drawn), note=note)
+        (temporary / "report.md").write_text(report, encoding="utf-8", newline="\n")
+        return _rename(temporary, Path(parity_dir), incident.step)
+    except OSError as e:
+        raise ConfigError(
+            f"cannot write {home / f'step-{incident.step}'}: {e.strerror or e}. Expected a writable directory with "
+            "room; set parity_dir or output_dir."
+        ) from e
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _draw(incident: Incident, rows: list[dict[str, Any]]) -> tuple[dict[str, bytes], str]:
+    """PNGs by file name, and what to say of those that are missing."""
+    from . import pictures
+
+    drawn: dict[str, bytes] = {}
+    notes: list[str] = []
+    for name, draw in pictures.PICTURES.items():
+        try:
+            if (png := draw(incident, rows)) is not None:
+                drawn[name] = png
+        except ImportError as e:
+            return {}, f"No pictures: matplotlib can't be imported ({e}). Run: pip install 'trl-parity[report]'."
+        except Exception as e:  # a picture must not cost the report
+            logger.warning("%s of the incident at step %d: %s: %s", name, incident.step, type(e).__name__, e)
+            notes.append(f"{name} could not be drawn ({type(e).__name__}: {e}).")
+    return drawn, " ".join(notes)
+
+
+def _write_tokens(path: Path, rows: list[dict[str, Any]], redacted: bool) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = {name: kind for name, kind in _COLUMNS.items() if not (redacted and name in TEXT_COLUMNS)}
+    schema = pyarrow.schema([(name, getattr(pyarrow, kind)()) for name, kind in columns.items()])
+    parquet.write_table(pyarrow.Table.from_pylist([_encodable(row) for row in rows], schema=schema), path)
+
+
+def _encodable(row: dict[str, Any]) -> dict[str, Any]:
+    """Lone surrogates, which UTF-8 lacks, as escapes."""
+    return {k: v.encode("utf-8", "backslashreplace").decode() if isinstance(v, str) else v for k, v in row.items()}
+
+
+def _rename(temporary: Path, parity_dir: Path, step: int) -> Path:
+    while True:
+        final = incident_folder(parity_dir, step)
+        try:
+            os.rename(temporary, final)
+            return final
+        except OSError:
+            if not os.path.lexists(final):  # else: another process was faster
+                raise

@@ -1,0 +1,140 @@
+"""Words for people: the halt, told like a health check, and alerts."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ..causes import CAUSES
+from ..config.parity import ParityConfig
+from ..judging.breaker import read
+from ..records import Diagnosis
+from ..verdict import Status, Verdict
+
+__all__ = ["alert_text", "halt_text"]
+
+_CONSEQUENCE = {
+    "log": "Training goes on (action=log): it learns from batches another policy produced.",
+    "skip_update": "This batch's gradient is dropped (action=skip_update); training goes on.",
+    "stop": "This batch's gradient is dropped, a checkpoint is saved and training ends (action=stop).",
+    "raise": "Training ends here with ParityHalt (action=raise); this batch was not learned from.",
+}
+
+_SHOWN = ("kl_k3", "logp_abs_diff/mean", "logp_abs_diff/max", "ratio/out_of_band", "ess", "honesty", "entropy/trainer")
+
+
+def number(value: float | None) -> str:
+    """A figure for people; '-' for not measured."""
+    return "-" if value is None else f"{value:.4g}" if math.isfinite(value) else str(value)
+
+
+def halt_text(
+    verdict: Verdict,
+    config: ParityConfig,
+    verdicts: Sequence[Verdict],
+    path: Path,
+    diagnosis: Diagnosis | None = None,
+) -> str:
+    """What was seen with counts, what it does, the cause with its evidence, what mends it, how to go on anyway."""
+    stats = verdict.stats
+    streak = [v for v in verdicts if v.status in (Status.BREACH, Status.HALT, Status.ERROR)][-verdict.streak :]
+    rules = {rule.stat: rule for rule in config.resolved_rules()}
+    lines = [
+        "",
+        f"trl-parity: HALT at step {verdict.step}. The engine that samples is not the policy that learns.",
+        "",
+        f"  Seen     {verdict.streak} window(s) in a row over the limit"
+        + (f", steps {streak[0].step} to {verdict.step}:" if streak and streak[0].step != verdict.step else ":"),
+    ]
+    for name in verdict.breaches:
+        readings = [None if v.stats is None else read(rules[name], v.stats) for v in streak[-5:]]
+        trail = " → ".join(number(None if r is None else r.value) for r in readings)
+        if (last := readings[-1]) is not None:
+            sign = ">=" if last.rule.below else "<="
+            lines.append(f"             {last.seen:<26} {trail}   (limit {sign} {number(last.limit)})")
+    if stats is not None:
+        lines += [
+            f"           in {stats.num_tokens:,} tokens of {stats.num_sequences:,} sequences of the last window:",
+            *_wrap("", ", ".join(f"{name}\xa0{number(stats.get(name))}" for name in _SHOWN)),
+        ]
+    lines += ["", *_wrap("Means", _CONSEQUENCE[config.action])]
+    if diagnosis is None or diagnosis.cause == "unknown":
+        for finding in findings(verdict):
+            lines += _wrap("", finding)
+    else:
+        lines += _wrap("", CAUSES[diagnosis.cause].harm)
+    if diagnosis is not None:
+        lines += ["", *_cause(diagnosis)]
+    lines += [
+        "",
+        f"  Look     {path}",
+        *_wrap(
+            "Go on",
+            "anyway: ParityConfig(action='log'), or other rules if this drift is expected: rules={"
+            + ", ".join(f"'{name}': ..." for name in verdict.breaches)
+            + "}; trl-parity replay shows what they would have done.",
+        ),
+        "",
+    ]
+    return "\n".join(lines).replace("\xa0", " ")
+
+
+def _cause(diagnosis: Diagnosis) -> Iterator[str]:
+    """The named cause (or none), its evidence, and the line to change."""
+    if diagnosis.cause == "unknown":
+        yield from _wrap("Cause", f"unknown. {diagnosis.summary}")
+        return
+    first, *rest = diagnosis.causes
+    also = "".join(f", then {c.cause} {c.explained:.0%}" for c in rest)
+    yield from _wrap(
+        "Cause",
+        f"{first.cause}: explains {first.explained:.0%} of the drift above the noise floor"
+        f" (confidence {first.confidence:.0%}; found at step {diagnosis.step}{also}).",
+    )
+    yield from _wrap("", f"{CAUSES[first.cause].what} Seen: {first.finding}.")
+    for cause in rest:
+        yield from _wrap("", f"{cause.cause}: {cause.finding}.")
+    yield from _wrap("Fix", first.fix)
+    for cause in rest:
+        yield from _wrap("", cause.fix)
+
+
+def alert_text(verdict: Verdict) -> str:
+    """A few words for a WARN-level alert."""
+    told = f"trl-parity: {verdict.status} at step {verdict.step}: {verdict.reason}. Training goes on."
+    return " ".join([told, *findings(verdict)]) if verdict.breaches or "entropy/relative" in verdict.warnings else told
+
+
+def _wrap(label: str, text: str) -> list[str]:
+    return textwrap.wrap(text, 108, initial_indent=f"  {label:<9}", subsequent_indent=" " * 11)
+
+
+def findings(verdict: Verdict) -> Iterator[str]:
+    """What the numbers say about the kind of drift; measured facts only, no cause is guessed."""
+    stats = verdict.stats
+    if stats is None:
+        return
+    low, high, own, fp32 = (stats.get(k) for k in ("honesty_low", "honesty_high", "own_head/kl_k3", "kl_k3"))
+    if low is not None and high is not None:
+        if low > 1.0 or high < 1.0:
+            yield (
+                f"The reported log-probs are not those of the law that was sampled: mean ratio in [{low:.4f}, "
+                f"{high:.4f}], expected to hold 1 (raw log-probs, truncation or misaligned tokens do this)."
+            )
+        else:
+            yield (
+                f"The reported log-probs fit the law that was sampled (mean ratio in [{low:.4f}, {high:.4f}] holds "
+                "1), so the two sides seem to hold different models (stale or partial weights, precision, cache)."
+            )
+    if own and fp32 is not None and own > 2 * fp32:
+        yield f"The trainer's own head drifts more ({own:.3g}) than an fp32 head ({fp32:.3g})."
+    rate, left = stats.get("nonfinite_rate"), stats.get("entropy/relative")
+    if rate:
+        yield f"{rate:.2%} of the tokens have no finite log-prob."
+    if left is not None and left < 0.1:
+        yield (
+            f"The policy's entropy is down to {left:.1%} of its beginning: so certain a policy hides every drift, and "
+            "log-probs that are not finite come next."
+        )

@@ -1,0 +1,1 @@
+"""The files a run leaves: one home for each format's writer, reader and version."""

@@ -1,0 +1,107 @@
+"""``metrics.jsonl`` and ``tokens.jsonl``: one JSON object a window, written whole; goes on after a resume."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..verdict import Verdict
+
+__all__ = ["SCHEMA_VERSION", "JsonlSink"]
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 2
+
+TOKENS_SCHEMA_VERSION = 1
+
+_encode = json.JSONEncoder(allow_nan=False).encode  # json.dumps would make an encoder for each line
+
+
+class JsonlSink:
+    """``<name>.jsonl``: one JSON object per window, each written whole in one call: a kill tears one at most.
+
+    ``resume_step=0`` starts a new file and keeps an old one as ``<name>-<n>.jsonl``. ``resume_step > 0`` goes on
+    after the windows up to that step; later ones, which the resumed run measures again, and a torn last line move
+    to ``<name>.superseded.jsonl``.
+    """
+
+    def __init__(self, directory: str | Path, resume_step: int = 0, name: str = "metrics"):
+        self.path = Path(directory) / f"{name}.jsonl"
+        self._failed = False
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists() and self.path.stat().st_size:
+                self._take_over(resume_step)
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - open for the whole run
+        except OSError as e:
+            raise ConfigError(
+                f"cannot write {self.path}: {e.strerror}. Expected a writable directory; set parity_dir or output_dir."
+            ) from e
+
+    def _take_over(self, resume_step: int) -> None:
+        if resume_step == 0:
+            n = 1
+            while (kept := self.path.with_name(f"{self.path.stem}-{n}.jsonl")).exists():
+                n += 1
+            os.replace(self.path, kept)
+            logger.info("an earlier run's %s is kept as %s", self.path, kept.name)
+            return
+        keep: list[bytes] = []
+        drop: list[bytes] = []
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            (keep if _step_of(line) <= resume_step else drop).append(line)
+        if not drop:
+            return
+        with open(self.path.with_name(f"{self.path.stem}.superseded.jsonl"), "ab") as superseded:
+            superseded.writelines(line if line.endswith(b"\n") else line + b"\n" for line in drop)
+        temporary = self.path.with_name(f"{self.path.name}.tmp")
+        temporary.write_bytes(b"".join(keep))
+        os.replace(temporary, self.path)
+
+    def write(self, verdict: Verdict) -> None:
+        """Append one window."""
+        self.append({"schema_version": SCHEMA_VERSION, **verdict.to_dict()})
+
+    def write_tokens(self, verdict: Verdict, sample: Sequence[Mapping[str, Any]]) -> None:
+        """Append a window's sample of tokens, as columns of five significant digits."""
+        columns = {
+            name: [float(f"{x:.5g}") if (x := row[name]) is not None and math.isfinite(x) else None for row in sample]
+            for name in ("position", "rollout_logprob", "trainer_logprob", "entropy")
+        }
+        self.append(
+            {"schema_version": TOKENS_SCHEMA_VERSION, "step": verdict.step, "status": str(verdict.status), **columns}
+        )
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Append one object. A failure (disk full, say) warns once; later ones are still tried."""
+        line = _encode(record).encode() + b"\n"
+        try:
+            # after a failure a torn line may stand at the end: begin on a fresh one
+            line = b"\n" + line if self._failed else line
+            if self._file.write(line) != len(line):
+                raise OSError("short write")
+        except OSError as e:
+            if not self._failed:
+                logger.warning("cannot write %s: %s. Training goes on; windows may be missing there.", self.path, e)
+            self._failed = True
+        else:
+            self._failed = False
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a whole line; infinity for a torn or foreign one."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith(b"\n") else float("inf")
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

@@ -1,0 +1,304 @@
+"""What a run left behind, read a line at a time: ``metrics.jsonl``, ``tokens.jsonl`` and what lies beside them.
+
+A file may be huge, torn, or not ours at all: memory is bounded whatever its size, a line that is no window is passed
+over, and values that are no numbers count as not measured. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import sys
+from array import array
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config.parity import ParityConfig
+from ..errors import ConfigError, DataError
+from ..metrics.scalars import SCALARS
+from .paths import CONFIG_NAME, RUN_NAME, TOKENS_NAME, metrics_path
+
+__all__ = ["Columns", "Sample", "iter_windows", "recorded_config", "run_facts", "samples", "window_of"]
+
+READABLE = (1, 2)  # schema versions of metrics.jsonl
+
+TOKENS_READABLE = (1,)
+
+MAX_LINE = 1 << 22  # bytes; a window takes about 4 KB
+
+MAX_FILE = 1 << 26  # bytes of a file that is read whole
+
+_LOUD = 1 << 26  # bytes from which on reading shows its progress
+
+_SEVERITY = ("NO_DATA", "CALIBRATING", "OK", "WARN", "ERROR", "BREACH", "HALT")
+
+
+def iter_windows(path: str | Path, *, quiet: bool = False) -> Iterator[dict[str, Any]]:
+    """The windows of a ``metrics.jsonl`` (or of the run folder that holds it), oldest first, one at a time.
+
+    What is no whole window is passed over. Raises DataError for a missing file, one without any window, and a schema
+    version of another trl-parity. A file that takes long shows its progress on a terminal's stderr.
+    """
+    path = metrics_path(path)
+    found = False
+    for line in _lines(path, quiet):
+        if (row := window_of(line)) is None:
+            continue
+        version = row.get("schema_version")
+        if version not in READABLE or isinstance(version, bool):
+            newer = isinstance(version, int) and version > max(READABLE)
+            raise DataError(
+                f"{path} has schema_version {version!r}. Expected one of {READABLE}: read it with the trl-parity that "
+                "wrote it" + (", or update this one." if newer else ".")
+            )
+        found = True
+        yield row
+    if not found:
+        raise DataError(f"{path} holds no window. Expected one JSON object a line, as ParityCallback writes them.")
+
+
+def _lines(path: Path, quiet: bool) -> Iterator[bytes]:
+    """Lines without their ends; of one longer than MAX_LINE, nothing."""
+    if path.is_dir():
+        raise DataError(f"{path} holds no metrics.jsonl. Expected the folder of a run, or the file itself.")
+    try:
+        with open(path, "rb") as file, _progress(path, quiet) as advance:
+            while line := file.readline(MAX_LINE):
+                advance(len(line))
+                if line.endswith(b"\n"):
+                    yield line[:-1]
+                elif len(line) < MAX_LINE:
+                    yield line  # the last one; it may be torn
+                else:
+                    while (rest := file.readline(MAX_LINE)) and not rest.endswith(b"\n"):
+                        advance(len(rest))
+    except OSError as e:
+        raise DataError(f"cannot read {path}: {e.strerror}. Expected a run's metrics.jsonl or its folder.") from e
+
+
+class _progress:
+    """A bar on stderr for a long file, where somebody may look at it."""
+
+    def __init__(self, path: Path, quiet: bool):
+        self._size = 0 if quiet or not sys.stderr.isatty() else path.stat().st_size
+        self._name = path.name
+
+    def __enter__(self) -> Any:
+        if self._size < _LOUD:
+            return lambda _: None
+        from rich.console import Console
+        from rich.progress import Progress
+
+        self._bar = Progress(console=Console(stderr=True), transient=True)
+        self._bar.start()
+        task = self._bar.add_task(f"reading {self._name}", total=self._size)
+        return lambda n: self._bar.advance(task, n)
+
+    def __exit__(self, *_: object) -> None:
+        if self._size >= _LOUD:
+            self._bar.stop()
+
+
+def window_of(line: bytes) -> dict[str, Any] | None:
+    """The window in a line of ``metrics.jsonl``, its scalars as numbers or None; None for a torn or foreign line."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("status"), str):
+        return None
+    step = row.get("step")
+    if isinstance(step, bool) or not isinstance(step, int | float) or not math.isfinite(step):
+        return None
+    row["step"] = int(step)
+    for name, value in row.items():
+        if type(value) is not float and value is not None and name in SCALARS:
+            row[name] = number(value)
+    row["streak"] = int(number(row.get("streak")) or 0) if math.isfinite(number(row.get("streak")) or 0) else 0
+    for name in ("breaches", "warnings"):
+        given = row.get(name)
+        row[name] = [str(x) for x in given[:64]] if isinstance(given, list) else []
+    row["reason"] = str(row.get("reason") or "")
+    return row
+
+
+def number(value: Any) -> float | None:
+    """A figure as files hold it ("inf" is a string there); None for what is none."""
+    if value is None or isinstance(value, bool | list | dict):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+@dataclass
+class Columns:
+    """A run's windows as columns; memory is bounded: beyond ``limit`` rows, neighbours are merged two by two.
+
+    A row holds the mean of each statistic over its windows, the worst status, and the last step. ``width``: windows
+    in a row.
+    """
+
+    stats: tuple[str, ...]
+    limit: int = 1 << 15
+    count: int = 0
+    width: int = 1
+    onset: int | None = None  # step of the first window of the streak that halted the run, else of the first breach
+    statuses: Counter[str] = field(default_factory=Counter)
+    events: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=12))  # the last that were not healthy
+    last: dict[str, Any] = field(default_factory=dict)
+    first_halt: int | None = None
+
+    def __post_init__(self) -> None:
+        self.steps = array("d")
+        self.status: list[str] = []
+        self.values = {name: array("d") for name in self.stats}
+        self._open: list[dict[str, Any]] = []
+        self._streak_from: int | None = None
+
+    @classmethod
+    def of(cls, rows: Iterable[dict[str, Any]], stats: Iterable[str], **kwargs: Any) -> Columns:
+        """From windows, oldest first."""
+        columns = cls(tuple(dict.fromkeys(stats)), **kwargs)
+        for row in rows:
+            columns.add(row)
+        columns.finish()
+        return columns
+
+    def add(self, row: dict[str, Any]) -> None:
+        """One window."""
+        self.count += 1
+        status = row["status"] if row["status"] in _SEVERITY else "ERROR"
+        self.statuses[status] += 1
+        if status in ("BREACH", "HALT", "ERROR"):
+            if self._streak_from is None:
+                self._streak_from = row["step"]
+            if status == "HALT" and self.first_halt is None:
+                self.first_halt, self.onset = row["step"], self._streak_from
+            elif status == "BREACH" and self.onset is None:
+                self.onset = self._streak_from
+        elif not row["streak"]:
+            self._streak_from = None
+        if status not in ("OK", "CALIBRATING"):
+            self.events.append(row)
+        self.last = row
+        self._open.append({name: row.get(name) for name in ("step", "status", *self.stats)})
+        if len(self._open) == self.width:
+            self.finish()
+            if len(self.steps) >= self.limit:
+                self._halve()
+
+    def finish(self) -> None:
+        """Close the row that is being filled."""
+        if not self._open:
+            return
+        self.steps.append(self._open[-1]["step"])
+        self.status.append(max((r["status"] for r in self._open), key=_rank))
+        for name, column in self.values.items():
+            column.append(_mean([r.get(name) for r in self._open]))
+        self._open = []
+
+    def _halve(self) -> None:
+        pairs = range(0, len(self.steps) - 1, 2)
+        self.steps = array("d", (self.steps[i + 1] for i in pairs))
+        self.status = [max(self.status[i : i + 2], key=_rank) for i in pairs]
+        self.values = {k: array("d", (_mean(list(v[i : i + 2])) for i in pairs)) for k, v in self.values.items()}
+        self.width *= 2
+
+
+def _rank(status: str) -> int:
+    return _SEVERITY.index(status) if status in _SEVERITY else _SEVERITY.index("ERROR")
+
+
+def _mean(values: list[float | None]) -> float:
+    known = [v for v in values if v is not None and v == v]
+    return sum(known) / len(known) if known else math.nan
+
+
+@dataclass
+class Sample:
+    """Uniformly drawn tokens of some windows, as columns; ``entropy`` is NaN where it is not known."""
+
+    position: array = field(default_factory=lambda: array("d"))
+    rollout_logprob: array = field(default_factory=lambda: array("d"))
+    trainer_logprob: array = field(default_factory=lambda: array("d"))
+    entropy: array = field(default_factory=lambda: array("d"))
+    windows: int = 0
+
+    def __len__(self) -> int:
+        return len(self.position)
+
+
+_MOST_SAMPLES, _MOST_TOKENS = 32, 4096  # windows that are kept, and tokens of each
+
+
+def samples(path: str | Path, onset: int | None) -> tuple[Sample, Sample]:
+    """The last samples before the onset, and the last from it on (without an onset: all of them before)."""
+    file = metrics_path(path).with_name(f"{TOKENS_NAME}.jsonl")
+    before: deque[dict[str, Any]] = deque(maxlen=_MOST_SAMPLES)
+    after: deque[dict[str, Any]] = deque(maxlen=_MOST_SAMPLES)
+    if file.is_file():
+        for line in _lines(file, quiet=True):
+            row = window_of(line)
+            if row is None:
+                continue
+            if row.get("schema_version") not in TOKENS_READABLE:
+                raise DataError(
+                    f"{file} has schema_version {row.get('schema_version')!r}. Expected one of {TOKENS_READABLE}: "
+                    "read it with the trl-parity that wrote it, or update this one."
+                )
+            (after if onset is not None and row["step"] >= onset else before).append(row)
+    return _sample(before), _sample(after)
+
+
+def _sample(rows: Iterable[dict[str, Any]]) -> Sample:
+    out = Sample()
+    names = ("position", "rollout_logprob", "trainer_logprob", "entropy")
+    for row in rows:
+        columns = [row.get(name) for name in names]
+        if not all(isinstance(column, list) for column in columns):
+            continue
+        out.windows += 1
+        for values in itertools.islice(zip(*columns, strict=False), _MOST_TOKENS):
+            position, rollout, trainer, entropy = map(number, values)
+            if any(x is None or not math.isfinite(x) for x in (position, rollout, trainer)):
+                continue
+            for name, value in zip(names, (position, rollout, trainer, entropy), strict=True):
+                getattr(out, name).append(math.nan if value is None else value)
+    return out
+
+
+def recorded_config(path: str | Path) -> ParityConfig | None:
+    """The settings the run was made with, kept beside its windows; None where they are not."""
+    file = metrics_path(path).with_name(CONFIG_NAME)
+    if not file.exists():
+        return None
+    return ParityConfig.from_mapping(_json(file, "Give the settings with --config."), where=str(file))
+
+
+def run_facts(path: str | Path) -> dict[str, Any]:
+    """``run.json``: trainer, model, engine settings and versions; empty where there is none."""
+    file = metrics_path(path).with_name(RUN_NAME)
+    facts = _json(file, "Take another copy, or remove it.") if file.exists() else {}
+    if facts and facts.get("schema_version") != 1:
+        raise DataError(f"{file} has schema_version {facts.get('schema_version')!r}. Expected 1: update trl-parity.")
+    return {k: v for k, v in facts.items() if k != "schema_version"}
+
+
+def _json(file: Path, remedy: str) -> dict[str, Any]:
+    try:
+        if file.stat().st_size > MAX_FILE:
+            raise ConfigError(f"{file} has {file.stat().st_size:,} bytes. Expected a few KB. {remedy}")
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ConfigError(f"cannot read {file}: {e.strerror}. {remedy}") from e
+    except (ValueError, RecursionError) as e:
+        raise ConfigError(f"{file} is not valid JSON: {e}. {remedy}") from e
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} holds a {type(values).__name__}. Expected a mapping. {remedy}")
+    return values

@@ -1,0 +1,91 @@
+"""Judge a finished run again, with other rules and the very same breaker. Needs no torch, no model and no GPU."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..config.parity import ParityConfig
+from ..errors import ConfigError
+from ..judging.breaker import Breaker
+from ..metrics.scalars import SCALARS
+from ..verdict import MismatchStats, Status, Verdict
+from .reader import iter_windows, number
+
+__all__ = ["Judgement", "changed_config", "has_floor", "read_windows", "replay"]
+
+
+class Judgement(NamedTuple):
+    """One window, as it was judged and as it is judged now."""
+
+    row: Mapping[str, Any]
+    verdict: Verdict
+
+
+def read_windows(path: str | Path) -> list[dict[str, Any]]:
+    """All windows of a run in memory; see ``iter_windows``."""
+    return list(iter_windows(path))
+
+
+def changed_config(config: ParityConfig, assignments: Sequence[str]) -> ParityConfig:
+    """``config`` with ``name=value`` laid over it, e.g. ``consecutive=2`` or ``rules.kl_k3.k=8``; values are YAML."""
+    import yaml
+
+    values = config.to_dict()
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        keys = name.strip().split(".")
+        if not equals or not all(keys):
+            raise ConfigError(f"--set {assignment!r}. Expected name=value, e.g. consecutive=2 or rules.kl_k3.k=8.")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as e:
+            raise ConfigError(f"--set {assignment!r}: the value is not valid YAML ({e}).") from e
+        # "1e-3" is a number to people, and text to YAML
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                value = float(value)
+        target = values
+        for key in keys[:-1]:
+            inner = target.get(key)
+            if inner is not None and not isinstance(inner, dict):
+                inner = {"limit": inner}  # a rule given as a bare limit
+            target[key] = dict(inner or {})
+            target = target[key]
+        target[keys[-1]] = value
+    return ParityConfig.from_mapping(values, where="--set")
+
+
+def has_floor(rows: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether any window was judged over a noise floor; usually the first one tells."""
+    return any(row.get("floor/kl_k3") is not None for row in rows)
+
+
+def replay(
+    rows: Iterable[Mapping[str, Any]], config: ParityConfig, *, floored: bool | None = None
+) -> Iterator[Judgement]:
+    """Judge every window in order. ``floored``: ``has_floor``, where ``rows`` can be read only once."""
+    breaker = Breaker.from_config(config)
+    if floored is None:
+        rows = list(rows)
+        floored = has_floor(rows)
+    # a run that never had a noise floor was judged by absolute limits, and is again
+    breaker.expects_floor &= floored
+    for row in rows:
+        verdict = breaker.judge(int(row["step"]), _stats(row), error="as recorded")
+        yield Judgement(row, verdict)
+
+
+def _stats(row: Mapping[str, Any]) -> MismatchStats:
+    def count(name: str, usual: int = 0) -> int:
+        return int(number(row.get(name)) or 0) if name in row else usual
+
+    return MismatchStats(
+        count("num_tokens"),
+        count("num_sequences"),
+        count("num_batches"),
+        count("num_errors", int(row["status"] == Status.ERROR)),
+        {name: number(row.get(name)) for name in SCALARS},
+    )

@@ -1,0 +1,285 @@
+"""The trainer's side of the comparison: hidden states of a forward that runs anyway → fp32-head scores.
+
+TRL runs a no-grad forward over each rollout batch, mini-batch by mini-batch. ``CompletionScorer`` hooks the
+backbone during that pass and recomputes only the head, only on completion tokens, so no backbone forward is added
+and no hidden states outlive their mini-batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+
+from ..records import SamplingSettings
+from .head import logits_chunk, score_tokens
+from .head_spec import Head, HeadScores
+from .sampling import ReplayScores, candidates, replay, replay_top
+
+__all__ = ["CompletionScorer", "CompletionScores", "Located", "causal_lm", "materialized_head"]
+
+
+class CompletionScores(NamedTuple):
+    """Scores of completion tokens, all (B, C); zero where the attention mask is zero."""
+
+    logprobs: torch.Tensor  # fp32 head, engine's processing replayed when asked
+    entropy: torch.Tensor  # of the plain fp32-head law, nats
+    law_entropy: torch.Tensor  # of the law that logprobs belongs to: after replayed processing, else the same
+    log_kept: torch.Tensor | None
+    out_of_support: torch.Tensor | None
+
+
+class Located(NamedTuple):
+    """Where a forward has the tokens to score: N in B rows of P prompt and C completion columns."""
+
+    states: torch.Tensor  # (N, H): those that predict them
+    ids: torch.Tensor  # (B, P + C)
+    attention_mask: torch.Tensor  # (B, P + C)
+    rows: torch.Tensor  # (N,) int64, in [0, B), ascending
+    columns: torch.Tensor  # (N,) int64, in [0, C)
+    keep: int  # C
+
+
+def causal_lm(model: Any) -> Any:
+    """The model that owns backbone and head, without PEFT around it (its adapters stay active inside)."""
+    # asked of the class: a module that lacks an attribute is slow to say so
+    return model.get_base_model() if hasattr(type(model), "get_base_model") else model
+
+
+def _logit_scale(config: Any) -> float:
+    """What the architecture multiplies logits by, before any soft cap (transformers' config names)."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies
+    return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
+
+
+_constants: WeakKeyDictionary[Any, tuple[float, float | None, int]] = WeakKeyDictionary()
+
+
+def _logit_constants(lm: Any) -> tuple[float, float | None, int]:
+    """Logit scale, soft cap, vocabulary size; read once a model (a config's attribute look-ups are slow)."""
+    if lm not in _constants:
+        config = lm.config.get_text_config()
+        softcap = getattr(config, "final_logit_softcapping", None)
+        _constants[lm] = (_logit_scale(config), None if softcap is None else float(softcap), int(config.vocab_size))
+    return _constants[lm]
+
+
+@contextmanager
+def materialized_head(
+    model: torch.nn.Module, temperature: float, logits_dtype: torch.dtype | None = None
+) -> Iterator[Head]:
+    """The head of ``model`` with whole weights, for the duration of the block.
+
+    Sharded weights are gathered: FSDP2 DTensors and DeepSpeed ZeRO-3 parameters. A collective there: every rank must
+    enter. LoRA on the head is added as a low-rank term with the active adapters' scaling.
+    """
+    lm = causal_lm(model)
+    scale, softcap, vocab_size = _logit_constants(lm)
+    module = lm.get_output_embeddings()
+    if module is None:
+        raise ValueError(
+            f"{type(lm).__name__} has no output embeddings. Expected a causal language model with an lm_head."
+        )
+    low_rank = []
+    if hasattr(module, "lora_A") and not module.disable_adapters and not module.merged:
+        for name in module.active_adapters:
+            if name in module.lora_A:
+                low_rank.append((module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]))
+    params = [p for p in (module.weight, getattr(module, "bias", None)) if p is not None]
+    params += [p for a, b, _ in low_rank for p in (a, b)]
+    with _zero3_gathered(params):
+
+        def whole(p: Any) -> Any:
+            return p.full_tensor() if hasattr(p, "full_tensor") else p
+
+        bias = getattr(module, "bias", None)
+        weight = whole(module.weight)
+        yield Head(
+            weight=weight,
+            bias=None if bias is None else whole(bias),
+            temperature=temperature,
+            logit_scale=scale,
+            softcap=softcap,
+            vocab_size=min(vocab_size, weight.shape[0]),
+            low_rank=tuple((whole(a), whole(b), float(s)) for a, b, s in low_rank),
+            logits_dtype=logits_dtype,
+        )
+
+
+def _zero3_gathered(params: list[Any]) -> AbstractContextManager[Any]:
+    sharded = {id(p): p for p in params if hasattr(p, "ds_status") and p.ds_status.name != "AVAILABLE"}
+    if not sharded:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(sharded.values()))
+
+
+def _joined(parts: list[ReplayScores]) -> ReplayScores:
+    return parts[0] if len(parts) == 1 else ReplayScores(*(torch.cat(x) for x in zip(*parts, strict=True)))
+
+
+class CompletionScorer:
+    """Context manager: while open, every forward of the model's backbone is scored through the fp32 head.
+
+    ``logits_to_keep`` (C): completion columns at the right of each row. With ``replay_sampling``, the engine's
+    truncation and penalties are applied to the trainer's logits; ``logits_dtype`` rounds them as a head of that dtype
+    would. A failure inside never reaches the forward: it is kept in ``error``, and ``scores()`` re-raises it.
+
+    ``locate`` finds the tokens in a forward, from its hidden states and the backbone's arguments.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        logits_to_keep: int,
+        *,
+        temperature: float,
+        sampling: SamplingSettings,
+        replay_sampling: bool,
+        chunk_bytes: int,
+        backend: str = "auto",
+        logits_dtype: torch.dtype | None = None,
+    ):
+        self._model = model
+        self._keep = logits_to_keep
+        self._temperature = temperature
+        self._sampling = sampling
+        self._replay = replay_sampling and (sampling.truncates or sampling.penalizes)
+        self._chunk_bytes = chunk_bytes
+        self._backend = backend
+        self._logits_dtype = logits_dtype
+        self._parts: list[CompletionScores] = []
+        self.locate: Callable[[torch.Tensor, Mapping[str, Any]], Located] = self._right_columns
+        self.error: Exception | None = None
+        self.seconds = 0.0
+
+    def __enter__(self) -> CompletionScorer:
+        self._handle = causal_lm(self._model).base_model.register_forward_hook(self._hook, with_kwargs=True)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._handle.remove()
+
+    def _hook(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        start = time.perf_counter()
+        try:
+            # Gathering a sharded head is a collective: first, and even after a failure on this rank, or others hang.
+            with torch.no_grad(), materialized_head(self._model, self._temperature, self._logits_dtype) as head:
+                if self.error is None:
+                    given = kwargs if "input_ids" in kwargs else {**kwargs, "input_ids": args[0]}
+                    hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
+                    self._parts.append(self._score(head, self.locate(hidden.detach(), given)))
+        except Exception as e:
+            self.error = e
+        self.seconds += time.perf_counter() - start
+
+    def _right_columns(self, hidden: torch.Tensor, given: Mapping[str, Any]) -> Located:
+        attention_mask, keep = given["attention_mask"], self._keep
+        rows, columns = attention_mask[:, -keep:].bool().nonzero(as_tuple=True)  # on an accelerator: one sync a pass
+        before = rows * hidden.shape[1] + columns + (hidden.shape[1] - keep - 1)  # t - 1 predicts token t
+        states = hidden.flatten(0, 1).index_select(0, before)  # copies rows; hidden[rows, columns] copies numbers
+        return Located(states, given["input_ids"], attention_mask, rows, columns, keep)
+
+    def _score(self, head: Head, located: Located) -> CompletionScores:
+        ids, keep, device = located.ids, located.keep, head.weight.device
+        states = located.states.to(device)
+        targets = ids[:, ids.shape[1] - keep :][located.rows, located.columns].to(device)
+        if self._replay:
+            located = located._replace(states=states, rows=located.rows.to(device), columns=located.columns.to(device))
+            plain, replayed = self._replay_tokens(targets, head, located, candidates(self._sampling, head.vocab_used))
+            entropy = (plain or self._plain(states, targets, head)).entropy
+            found = [replayed.logprobs, entropy, replayed.entropy, replayed.log_kept, replayed.out_of_support.float()]
+        else:
+            found = list(self._plain(states, targets, head))
+        placed = torch.zeros(len(found), len(ids), keep, dtype=torch.float32, device=device)
+        placed[:, located.rows.to(device), located.columns.to(device)] = torch.stack(found)
+        if not self._replay:
+            return CompletionScores(placed[0], placed[1], placed[1], None, None)
+        return CompletionScores(placed[0], placed[1], placed[2], placed[3], placed[4].bool())
+
+    def _plain(
+        self, states: torch.Tensor, targets: torch.Tensor, head: Head, top: torch.Tensor | None = None
+    ) -> HeadScores:
+        return score_tokens(states, targets, head, chunk_bytes=self._chunk_bytes, backend=self._backend, top=top)
+
+    def _replay_tokens(
+        self, targets: torch.Tensor, head: Head, located: Located, wide: tuple[int, ...]
+    ) -> tuple[HeadScores | None, ReplayScores]:
+        """From the ``wide[0]`` most likely tokens where they suffice, which also gives the scores before any replay;
+        else from the next more of them, at last from whole rows of logits."""
+        if not wide:
+            return None, self._replay_rows(targets, head, located)
+        top = torch.empty(len(targets), wide[0], dtype=torch.float32, device=targets.device)
+        plain = self._plain(located.states, targets, head, top)
+        parts = [
+            replay_top(top[part], plain.logprobs[part], self._sampling, head.vocab_used)
+            for part in self._parts_of(len(targets), wide[0])
+        ]
+        scores = _joined([scores for scores, _ in parts])
+        rest = torch.cat([~known for _, known in parts]).nonzero()[:, 0]  # on an accelerator: one more sync
+        for part in self._parts_of(len(rest), *wide[1:2]) if len(rest) else ():
+            at = rest[part]
+            some = located._replace(states=located.states[at], rows=located.rows[at], columns=located.columns[at])
+            for of_all, of_some in zip(scores, self._replay_tokens(targets[at], head, some, wide[1:])[1], strict=True):
+                of_all[at] = of_some
+        return plain, scores
+
+    def _parts_of(self, tokens: int, wide: int = 1) -> list[slice]:
+        """As many tokens at once as about ten fp64 rows of ``wide`` numbers each may take."""
+        step = max(1, self._chunk_bytes // (wide * 8 * 10))
+        return [slice(i, i + step) for i in range(0, max(1, tokens), step)]
+
+    def _replay_rows(self, targets: torch.Tensor, head: Head, located: Located) -> ReplayScores:
+        # a row of logits, its sort with int64 indices, and masks and copies: about 12 fp32 rows a token. As much again
+        # for the logits of 12 times as many: each time the whole weight is read
+        step = max(1, self._chunk_bytes // (head.vocab_used * 4 * 24))
+        parts = []
+        for i in range(0, max(1, len(targets)), 12 * step):
+            logits = logits_chunk(located.states[i : i + 12 * step], head)
+            for j in range(0, max(1, len(logits)), step):
+                part = slice(i + j, i + j + step)
+                context = self._context(located, part, head.vocab_used) if self._sampling.penalizes else (None, None)
+                few = logits[j : j + step]
+                parts.append(replay(few, targets[part], self._sampling, self._temperature, *context))
+        return _joined(parts)
+
+    @staticmethod
+    def _context(located: Located, part: slice, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What penalties look at, (n, V): the tokens in prompt or completion before each target, and how often each
+        stands in the completion."""
+        rows, columns, width = located.rows[part], located.columns[part], located.ids.shape[1]
+        ids, real = located.ids[rows], located.attention_mask[rows].bool()
+        position = torch.arange(width, device=ids.device)
+        before = real & (position < width - located.keep + columns.unsqueeze(-1))
+        output = before & (position >= width - located.keep)
+        # padding goes to an extra column that is cut off
+        zeros = torch.zeros(len(ids), vocab + 1, dtype=torch.float32, device=ids.device)
+        seen = zeros.scatter(1, ids.masked_fill(~before, vocab), 1.0)[:, :vocab] > 0
+        ones = torch.ones_like(zeros[:, :1]).expand_as(ids)
+        return seen, zeros.scatter_add_(1, ids.masked_fill(~output, vocab), ones)[:, :vocab]
+
+    def scores(self) -> CompletionScores:
+        """Scores of all rows seen, in order. Raises what went wrong inside, or ``RuntimeError`` if nothing ran."""
+        if self.error is not None:
+            raise self.error
+        if not self._parts:
+            raise RuntimeError(
+                "the backbone's forward hook never ran. Expected one call per mini-batch of the trainer's no-grad "
+                "pass. Check that the model's forward goes through model.base_model."
+            )
+        if len(self._parts) == 1:
+            return self._parts[0]
+        return CompletionScores(
+            *(None if t[0] is None else torch.cat(t) for t in zip(*self._parts, strict=True))  # type: ignore[arg-type]
+        )

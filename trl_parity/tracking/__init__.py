@@ -1,0 +1,1 @@
+"""W&B and trackio: scalars, alerts, tables, the workspace."""
