@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from ..engine.colocated import ColocatedEngine
-from ..engine.server import ServerEngine
+from ..engine.base import Engine, in_process
 from ..records import RolloutBatch, SamplingSettings, ScoredBatch
 from ..scoring.head import logits_chunk, score_tokens
 from ..scoring.head_spec import Head
@@ -68,7 +67,7 @@ class Scene:
         capture: Capture,
         rollout: RolloutBatch,
         scored: ScoredBatch,
-        engine: ColocatedEngine | ServerEngine | None,
+        engine: Engine | None,
         *,
         token_budget: int,
         replayed: bool,
@@ -310,7 +309,7 @@ class Scene:
     def _rebuilt(self) -> torch.nn.Module:
         """The trainer's class on the engine's config, sharing the trainer's parameters; buffers are new."""
         engine = self.engine
-        if not isinstance(engine, ColocatedEngine) or self.sharded or hasattr(self.model, "peft_config"):
+        if not in_process(engine) or self.sharded or hasattr(self.model, "peft_config"):
             raise ValueError("the model can be rebuilt only beside a colocated engine, unsharded and without adapters")
         return rebuilt(causal_lm(self.model), engine.hf_config)
 

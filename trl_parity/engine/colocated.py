@@ -13,14 +13,13 @@ from typing import Any
 import torch
 
 from ..scoring.perturb import own_random_numbers
+from .base import Capability
 
 __all__ = ["ColocatedEngine", "engine_of"]
 
 
 class ColocatedEngine:
     """The ``vllm.LLM`` inside this process."""
-
-    in_process = True
 
     def __init__(self, llm: Any, tensor_parallel_size: int = 1, sleeps: bool = False):
         self.llm = llm
@@ -64,9 +63,16 @@ class ColocatedEngine:
         """Longest sequence the engine takes."""
         return self._config.model_config.max_model_len
 
-    def can_rescore(self) -> bool:
-        """Whether this rank can ask the engine alone: with tensor parallelism all its ranks would have to."""
-        return self._tensor_parallel_size == 1 and not self._sleeps
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """No rescoring with tensor parallelism, where all its ranks would have to ask, nor while it may be asleep."""
+        alone = self._tensor_parallel_size == 1 and not self._sleeps
+        return frozenset(Capability) if alone else frozenset(Capability) - {Capability.RESCORE}
+
+    @property
+    def instance(self) -> str:
+        """One for the life of this process."""
+        return str(id(self.llm))
 
     @property
     def model(self) -> Any:

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .argument_schema import arguments
-from .colocated import ColocatedEngine
-from .server import ServerEngine
+from .base import Engine
 
 __all__ = ["differences"]
 
@@ -18,7 +17,7 @@ _ABSENT = object()
 _ALIASES = {"half": "float16", "float": "float32"}
 
 
-def differences(asked: Mapping[str, Any], engine: ColocatedEngine | ServerEngine) -> Iterator[tuple[str, Any, Any]]:
+def differences(asked: Mapping[str, Any], engine: Engine) -> Iterator[tuple[str, Any, Any]]:
     """Each argument that the engine runs with otherwise: its name, what was asked, what it is.
 
     Not compared: what was left to vLLM (``auto``, None, a length of -1), and what an engine does not tell.
@@ -38,7 +37,7 @@ def differences(asked: Mapping[str, Any], engine: ColocatedEngine | ServerEngine
             yield name, value, live
 
 
-def _overrides(asked: Any, engine: ColocatedEngine | ServerEngine) -> Iterator[tuple[str, Any, Any]]:
+def _overrides(asked: Any, engine: Engine) -> Iterator[tuple[str, Any, Any]]:
     if not isinstance(asked, Mapping):  # a callable
         return
     for key, value in asked.items():

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from .colocated import ColocatedEngine, engine_of
+from .base import Capability, Engine
+from .colocated import engine_of
 
 __all__ = ["ServerEngine", "SettingsWatch", "reachable", "server_of"]
 
@@ -42,7 +43,7 @@ class ServerEngine:
         RuntimeError: (everything that asks) it refused, with its own words.
     """
 
-    in_process = False
+    capabilities = frozenset({Capability.RESCORE})  # it schedules by itself; weights and counts it keeps
 
     def __init__(self, client: Any, timeout: float = TIMEOUT):
         import requests
@@ -117,10 +118,6 @@ class ServerEngine:
         """Another one when the server was restarted."""
         return str(self._info.get("instance_id"))
 
-    def can_rescore(self) -> bool:
-        """Always: the server schedules by itself."""
-        return True
-
     def rescore(self, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """As ``ColocatedEngine.rescore``."""
         answers = self._ask({"prompt": [list(ids) for ids in sequences], "temperature": 0.0, "prompt_logprobs": 0})
@@ -190,7 +187,7 @@ def server_of(generation: Any, timeout: float = TIMEOUT) -> ServerEngine | None:
     return None if client is None else ServerEngine(client, timeout)
 
 
-def reachable(generation: Any, timeout: float = TIMEOUT) -> ColocatedEngine | ServerEngine | None:
+def reachable(generation: Any, timeout: float = TIMEOUT) -> Engine | None:
     """The engine that can be asked from here; None on ranks that talk to no server, or where it does not tell."""
     if generation is None or generation.mode == "colocate":
         return engine_of(generation)

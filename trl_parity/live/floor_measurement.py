@@ -21,8 +21,7 @@ import torch
 
 from ..collectives import gather_rows
 from ..config.parity import ParityConfig
-from ..engine.colocated import ColocatedEngine
-from ..engine.server import ServerEngine, reachable
+from ..engine.server import reachable
 from ..metrics.statistics import measure
 from ..metrics.sums import MismatchSums
 from ..records import RolloutBatch, ScoredBatch
@@ -31,6 +30,8 @@ from ..scoring.scorer import causal_lm
 
 if TYPE_CHECKING:
     from ..trainers.capture import Capture
+
+from ..engine.base import Capability, Engine
 
 __all__ = ["measure_floor", "noise_dtype"]
 
@@ -72,7 +73,7 @@ def measure_floor(capture: Capture, config: ParityConfig) -> dict[str, MismatchS
         "rounding": _against_itself(rounded, plain, mask),
         "batch_shape": _against_itself(single, plain[: len(few)], mask[: len(few)]),
     }
-    if engine is not None and engine.can_rescore():
+    if engine is not None and Capability.RESCORE in engine.capabilities:
         try:
             sources["engine"] = _engine_against_itself(engine, rollout, rows[:_ENGINE_SEQUENCES])
         except Exception as e:  # the trainer's sources stand without it
@@ -80,9 +81,7 @@ def measure_floor(capture: Capture, config: ParityConfig) -> dict[str, MismatchS
     return sources
 
 
-def _engine_dtypes(
-    engine: ColocatedEngine | ServerEngine | None, capture: Capture, config: ParityConfig
-) -> tuple[torch.dtype, torch.dtype]:
+def _engine_dtypes(engine: Engine | None, capture: Capture, config: ParityConfig) -> tuple[torch.dtype, torch.dtype]:
     """Of the engine's activations and of its logits, the same on every rank. Collective where a server serves many."""
     told: list[str] | None = None
     try:
@@ -107,9 +106,7 @@ def _against_itself(one: torch.Tensor, other: torch.Tensor, mask: torch.Tensor) 
     return measure(scored, bootstrap_samples=2)
 
 
-def _engine_against_itself(
-    engine: ColocatedEngine | ServerEngine, rollout: RolloutBatch, rows: torch.Tensor
-) -> MismatchSums:
+def _engine_against_itself(engine: Engine, rollout: RolloutBatch, rows: torch.Tensor) -> MismatchSums:
     sequences, lengths = [], []
     for row in rows.tolist():
         prompt = rollout.prompt_ids[row][rollout.prompt_mask[row].bool()].tolist()

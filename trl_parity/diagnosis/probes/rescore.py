@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ...engine.colocated import ColocatedEngine
-from ...engine.server import ServerEngine
+from ...engine.base import Capability, Engine, in_process
 from ...records import SamplingSettings
 from ..counterfactual import Scene, World
 from ..distribution import Law, huber
@@ -41,11 +40,11 @@ class _Again:
     tokens_read: int  # from the cache
 
 
-def _askable(scene: Scene) -> ColocatedEngine | ServerEngine:
+def _askable(scene: Scene) -> Engine:
     require_engine(scene)
     if scene.engine is None:
         raise NotPossible("no engine to ask: the server does not answer /server_info, or another rank talks to it")
-    if not scene.engine.can_rescore():
+    if Capability.RESCORE not in scene.engine.capabilities:
         raise NotPossible("with tensor parallelism or sleep mode one rank can't ask the engine alone")
     return scene.engine
 
@@ -270,7 +269,7 @@ def prefill(scene: Scene, world: World) -> Candidate | None:
     elif scene.began_healthy:
         cause = "stale_weights"
         why = f"{_parameters(engine)}, and the run began healthy: it serves an older copy of them"
-    elif engine.in_process:
+    elif in_process(engine):
         cause, why = "model_definition", f"{_parameters(engine)}: it computes another function of them"
     else:
         cause, why = "model_definition", f"{_parameters(engine)}: other ones, or another function of them"
@@ -279,8 +278,8 @@ def prefill(scene: Scene, world: World) -> Candidate | None:
     )
 
 
-def _parameters(engine: ColocatedEngine | ServerEngine) -> str:
-    return "its parameters are the trainer's" if engine.in_process else "a server's parameters can't be read"
+def _parameters(engine: Engine) -> str:
+    return "its parameters are the trainer's" if in_process(engine) else "a server's parameters can't be read"
 
 
 LADDER: tuple[Probe, ...] = (

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from ...engine.colocated import ColocatedEngine
+from ...engine.base import in_process
 from ...scoring.perturb import config_differences, largest_dropout
 from ..counterfactual import FEW, Scene, World
 from .base import Candidate, NotPossible, Probe, mean, number, probe, redone, require_engine, with_variant
@@ -53,7 +53,7 @@ def _few(scene: Scene, world: World, batch: str, words: str) -> Candidate:
 def engine_config(scene: Scene, world: World) -> Candidate | None:
     """The trainer's weights in a model built anew from the engine's config."""
     require_engine(scene)
-    if not isinstance(scene.engine, ColocatedEngine):
+    if not in_process(scene.engine):
         raise NotPossible("a server does not tell the config of the model it built")
     if scene.sharded or hasattr(scene.model, "peft_config"):
         raise NotPossible("the policy is sharded or has adapters: no second model is built on its weights")

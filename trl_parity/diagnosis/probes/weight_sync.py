@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from ...engine.colocated import ColocatedEngine
+from ...engine.base import in_process
 from ...engine.weight_readback import PolicyTensor, policy_tensors, read_back
 from ..counterfactual import Scene, World
 from .base import Candidate, NotPossible, Probe, dtype_name, probe, require_engine, with_variant
@@ -21,7 +21,7 @@ _ARRIVED = 20  # elements that would differ, had a tensor not arrived, from whic
 def engine_weights(scene: Scene, world: World) -> Candidate | None:
     """The trainer scores with the weights the engine holds, read tensor by tensor."""
     require_engine(scene)
-    if not isinstance(scene.engine, ColocatedEngine):
+    if not in_process(scene.engine):
         raise NotPossible("a server does not hand out its weights")
     named = list(policy_tensors(scene.model))
     model = scene.engine.model
