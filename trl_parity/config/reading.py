@@ -42,7 +42,7 @@ _Loader.add_implicit_resolver(  # after whole numbers, which are tried first
 def from_yaml(text: str, where: str) -> Any:
     """What a YAML text says. Raises ConfigError."""
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 - it is a SafeLoader
+        return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError) as e:  # ValueError: a date that is none, say
         raise ConfigError(f"{where} is not valid YAML: {e}") from e
 

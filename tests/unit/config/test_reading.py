@@ -48,8 +48,12 @@ def test_nan_is_a_number():
 
 
 @pytest.mark.parametrize(
-    "text", ["1", "-7", "0x1e5", "010", "1_000", "e5", "1e", "1e-", ".", ".e3", "1e3x", "1.2.3", "v1e3", "inf", "nan", "'1e3'"]
-    + ["on", "off", "yes", "no", "true", "null", "~", "2024-01-01", "{a: 1, b: [2]}", "", "bfloat16", "12:30"],
+    "text",
+    [
+        "1", "-7", "0x1e5", "010", "1_000", "e5", "1e", "1e-", ".", ".e3", "1e3x", "1.2.3", "v1e3", "inf", "nan",
+        "'1e3'", "on", "off", "yes", "no", "true", "null", "~", "2024-01-01", "{a: 1, b: [2]}", "", "bfloat16",
+        "12:30",
+    ],
 )  # fmt: skip
 def test_everything_else_is_what_pyyaml_makes_of_it(text):
     found, theirs = from_yaml(text, "here"), yaml.safe_load(text)
