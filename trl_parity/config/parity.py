@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from .reading import read_mapping
 from .rules import Rule, as_mapping, nearest, refuse_unknown, rules_over_defaults
 
 __all__ = ["ParityConfig"]
@@ -340,21 +341,7 @@ class ParityConfig:
     @classmethod
     def from_yaml(cls, path: str | Path) -> ParityConfig:
         """Read a YAML mapping of field names. Unknown keys, wrong values and broken YAML raise ``ConfigError``."""
-        import yaml
-
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as e:
-            raise ConfigError(f"cannot read {path}: {e.strerror}. Expected a YAML file of settings.") from e
-        except (yaml.YAMLError, UnicodeDecodeError) as e:
-            raise ConfigError(f"{path} is not valid YAML: {e}") from e
-        if values is None:
-            values = {}
-        if not isinstance(values, Mapping):
-            raise ConfigError(
-                f"{path} holds a {type(values).__name__}. Expected a mapping such as 'every_n_steps: 1'."
-            )
-        return cls.from_mapping(values, where=str(path))
+        return cls.from_mapping(read_mapping(path, "every_n_steps: 1"), where=str(path))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values of all fields, as JSON and YAML take them."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..config.reading import from_json
 from ..records import UNREPLAYED, SamplingSettings
 from ..scoring.perturb import _name, largest_dropout
 from .rules import Facts, Finding, lint
@@ -153,7 +153,7 @@ def _served(serve: str | None, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         parser.add_argument(flag, default=default)
     parser.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True)
     found, _ = parser.parse_known_args(shlex.split(serve))
-    args = vars(found) | {"hf_overrides": json.loads(found.hf_overrides)}
+    args = vars(found) | {"hf_overrides": from_json(found.hf_overrides, "--hf-overrides")}
     defaults = checkpoint.get("defaults", ()) if found.generation_config != "vllm" else ()
     return engine_facts(args, checkpoint) | {"engine_defaults": defaults}
 
