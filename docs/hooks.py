@@ -3,8 +3,8 @@
 - ``<!-- table: NAME -->`` becomes a table of what the package itself runs on, so that none can be stale (``TABLES``).
 - The files of ``OUTSIDE``, which lie beside the code they are about, are pages too.
 - A link to a file that is no page goes to that file on the repository's address.
-- A path or a test named in code style that is not there is a warning, as is a scalar that no table shows: with
-  ``--strict`` they end the build.
+- A path, a test, a module or an import named in code style that is not there is a warning, as is a scalar that no table
+  shows: with ``--strict`` they end the build.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"`([^`\n]+)`")
 _PATH = re.compile(r"((?:trl_parity|tests|benchmarks|recipes|configs|docs)/[\w./-]*\w\.\w+|test_\w+\.py)?(?:::(test_\w+).*)?")
 _DOTTED = re.compile(r"trl_parity(?:\.\w+)+")
+_IMPORT = re.compile(r"^\s*from (trl_parity[\w.]*) import ([\w, ]+)", re.MULTILINE)
 
 _shown: set[str] = set()  # scalars
 
@@ -63,7 +64,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     """Put tables where they belong, and turn links that leave the site."""
     source = _PAGE_OF.get(f"docs/{page.file.src_uri}", f"docs/{page.file.src_uri}")
     if source != "CHANGELOG.md":  # which names what was
-        _check_names(_FENCE.sub("", markdown), source)
+        _check_names(markdown, source)
 
     def link(match: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(posixpath.dirname(source), match[1]))
@@ -88,16 +89,17 @@ def on_post_build(config: Any) -> None:
 
 def _check_names(text: str, source: str) -> None:
     """Warn of paths, tests and modules in code style that do not exist."""
-    last = ""
-    for code in _CODE.findall(text):
+    last, prose = "", _FENCE.sub("", text)
+    imports = [f"{module}.{name.strip()}" for module, names in _IMPORT.findall(text) for name in names.split(",")]
+    for dotted in imports + [name for code in _CODE.findall(prose) for name in _DOTTED.findall(code)]:
+        if not _resolves(dotted):
+            logger.warning("%s names %s, which is not there", source, dotted)
+    for code in _CODE.findall(prose):
         if (match := _PATH.fullmatch(code)) and any(match.groups()):
             last, test = match[1] or last, match[2]
             found = [ROOT / last] if "/" in last else list((ROOT / "tests").rglob(last))
             if not any(file.exists() and (not test or f"def {test}" in _read(file)) for file in found):
                 logger.warning("%s names %s, which is not there", source, code)
-        for dotted in _DOTTED.findall(code):
-            if not _resolves(dotted):
-                logger.warning("%s names %s, which is not there", source, dotted)
 
 
 @functools.cache
@@ -168,7 +170,7 @@ def _code(text: str) -> str:
 
 
 def _api() -> str:
-    names = [name for name in trl_parity.__all__ if not name.startswith("_")]
+    names = sorted((n for n in trl_parity.__all__ if not n.startswith("_")), key=lambda n: not n.startswith("Parity"))
     return "\n\n".join(f"::: {name}" for name in [*(f"trl_parity.{name}" for name in names), "trl_parity.ppo.use_vllm"])
 
 
