@@ -3,8 +3,8 @@
 - ``<!-- table: NAME -->`` becomes a table of what the package itself runs on, so that none can be stale (``TABLES``).
 - The files of ``OUTSIDE``, which lie beside the code they are about, are pages too.
 - A link to a file that is no page goes to that file on the repository's address.
-- A path, a test, a module or an import named in code style that is not there is a warning, as is a scalar that no table
-  shows: with ``--strict`` they end the build.
+- A path, a test, a module or an import named in code style that is not there is a warning, as is a scalar that no
+  table shows: with ``--strict`` they end the build.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ _TABLE = re.compile(r"<!-- table: (\w+) ?(.*?) -->")
 _LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"`([^`\n]+)`")
-_PATH = re.compile(r"((?:trl_parity|tests|benchmarks|recipes|configs|docs)/[\w./-]*\w\.\w+|test_\w+\.py)?(?:::(test_\w+).*)?")
+_PATH = re.compile(
+    r"((?:trl_parity|tests|benchmarks|recipes|configs|docs)/[\w./-]*\w\.\w+|test_\w+\.py)?(?:::(test_\w+).*)?"
+)
 _DOTTED = re.compile(r"trl_parity(?:\.\w+)+")
 _IMPORT = re.compile(r"^\s*from (trl_parity[\w.]*) import ([\w, ]+)", re.MULTILINE)
 
@@ -130,7 +132,7 @@ def _scalars(*wanted: str) -> str:
         if any(name == w or name.startswith((w,) if w.endswith("/") else (f"{w}/", f"{w}_")) for w in wanted)
     ]
     _shown.update(found)
-    return _rows(["scalar", "formula"], [[f"`{name}`", SCALARS[name]] for name in found])
+    return _rows(["scalar", "formula"], [[f"`{name}`", _literal(SCALARS[name])] for name in found])
 
 
 def _settings() -> str:
@@ -139,7 +141,7 @@ def _settings() -> str:
         choices = ", ".join(f"`{choice}`" for choice in field.metadata.get("choices", ()))
         name = f'<span id="{field.name}"></span>`{field.name}`'
         default = "" if field.default is MISSING else f"`{field.default!r}`"
-        rows.append([name, default, str(field.metadata["help"]) + (f" One of: {choices}." if choices else "")])
+        rows.append([name, default, _literal(field.metadata["help"]) + (f" One of: {choices}." if choices else "")])
     return _rows(["setting", "default", "what it does"], rows)
 
 
@@ -158,20 +160,23 @@ def _set(rule: Rule, field: Any) -> bool:
 
 
 def _causes() -> str:
-    return "\n\n".join(
-        f"## `{name}` {{ #{name} }}\n\n{cause.what}\n\n**Harm:** {cause.harm}\n\n**Fix:** {_code(cause.fix)}"
-        for name, cause in CAUSES.items()
-    )
+    texts = []
+    for name, cause in CAUSES.items():
+        what, harm, fix = (_literal(text) for text in (cause.what, cause.harm, cause.fix))
+        texts.append(f"## `{name}` {{ #{name} }}\n\n{what}\n\n**Harm:** {harm}\n\n**Fix:** {fix}")
+    return "\n\n".join(texts)
 
 
-def _code(text: str) -> str:
+def _literal(text: str) -> str:
     """A sentence of the terminal in Markdown: what it must not read as markup."""
     return re.sub(r"([*_<>])", r"\\\1", text)
 
 
 def _api() -> str:
     names = sorted((n for n in trl_parity.__all__ if not n.startswith("_")), key=lambda n: not n.startswith("Parity"))
-    return "\n\n".join(f"::: {name}" for name in [*(f"trl_parity.{name}" for name in names), "trl_parity.ppo.use_vllm"])
+    return "\n\n".join(
+        f"::: {name}" for name in [*(f"trl_parity.{name}" for name in names), "trl_parity.ppo.use_vllm"]
+    )
 
 
 def _commands() -> str:
