@@ -49,7 +49,7 @@ lint: setup
 
 # strict: a link, picture, heading or name that is not there fails
 docs: $(DOCS)/.installed
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build -q --strict
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
 # the pages need the sources alone, neither torch nor vLLM
 $(DOCS)/.installed: requirements-docs.lock

@@ -3,8 +3,9 @@
 - ``<!-- table: NAME -->`` becomes a table of what the package itself runs on, so that none can be stale (``TABLES``).
 - The files of ``OUTSIDE``, which lie beside the code they are about, are pages too.
 - A link to a file that is no page goes to that file on the repository's address.
-- A path, a test, a module or an import named in code style that is not there is a warning, as is a scalar that no
-  table shows: with ``--strict`` they end the build.
+- ``<!-- quoted from PATH -->`` before a block of code: the block stands in that file, ``...`` for what is left out.
+- A path, a test, a module or an import named in code style that is not there is a warning, as are a quotation that is
+  none and a scalar that no table shows: with ``--strict`` they end the build.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ _PAGE_OF = {f"docs/{page}": file for file, page in OUTSIDE.items()}  # where a p
 _TABLE = re.compile(r"<!-- table: (\w+) ?(.*?) -->")
 _LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+_QUOTE = re.compile(r"^<!-- quoted from (\S+) -->\n```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"`([^`\n]+)`")
 _PATH = re.compile(
     r"((?:trl_parity|tests|benchmarks|recipes|configs|docs)/[\w./-]*\w\.\w+|test_\w+\.py)?(?:::(test_\w+).*)?"
@@ -67,6 +69,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     source = _PAGE_OF.get(f"docs/{page.file.src_uri}", f"docs/{page.file.src_uri}")
     if source != "CHANGELOG.md":  # which names what was
         _check_names(markdown, source)
+        _check_quotations(markdown, source)
 
     def link(match: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(posixpath.dirname(source), match[1]))
@@ -87,6 +90,14 @@ def on_post_build(config: Any) -> None:
     """Miss no scalar."""
     if missing := [name for name in SCALARS if name not in _shown]:
         logger.warning("no table in docs/scalars.md shows %s", ", ".join(missing))
+
+
+def _check_quotations(text: str, source: str) -> None:
+    """Warn of quoted code that its file no longer has."""
+    for path, block in _QUOTE.findall(text):
+        for part in re.split(r"^ *\.\.\.\n", block, flags=re.MULTILINE):
+            if not (ROOT / path).exists() or part not in _read(ROOT / path):
+                logger.warning("%s quotes what %s does not have: %s", source, path, part.strip().partition("\n")[0])
 
 
 def _check_names(text: str, source: str) -> None:
