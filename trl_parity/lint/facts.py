@@ -20,12 +20,10 @@ __all__ = ["configured_facts", "engine_facts", "facts", "rl_traps", "tell_traps"
 logger = logging.getLogger(__name__)
 
 
-def facts(capture: Capture, replayed: bool, server_timeout: float = 60.0) -> Facts:
-    """The facts of a run, from its first batch's capture. ``server_timeout``: seconds for a server to answer."""
-    from ..engine.server import reachable
-
+def facts(capture: Capture, replayed: bool) -> Facts:
+    """The facts of a run, from its first batch's capture."""
     args = capture.trainer.args  # a trainer without the correction, or a head of its own, has no such argument
-    engine = reachable(capture.generation, server_timeout)
+    engine = capture.engine
     weights = next(p.dtype for p in capture.policy.parameters() if p.is_floating_point())
     corrects = getattr(args, "vllm_importance_sampling_correction", False)
     mode = args.vllm_importance_sampling_mode if corrects else None
@@ -43,10 +41,10 @@ def facts(capture: Capture, replayed: bool, server_timeout: float = 60.0) -> Fac
     )
 
 
-def tell_traps(capture: Capture, replayed: bool, timeout: float) -> None:
+def tell_traps(capture: Capture, replayed: bool) -> None:
     """Log what is found in the settings of the live engine and trainer."""
     try:
-        for finding in lint(facts(capture, replayed, timeout)):
+        for finding in lint(facts(capture, replayed)):
             logger.log(logging.INFO if finding.severity == "note" else logging.WARNING, "%s", finding)
     except Exception as e:  # no measurement: a server of another vLLM, say; the run goes on
         logger.warning("the settings could not be checked: %s: %s", type(e).__name__, e)
