@@ -65,7 +65,7 @@ class BatchMeter:
     def _watch(self, capture: Capture, sums: MismatchSums) -> None:
         """Temperature and rewards of a batch; a failure there is a warning and no measurement, nothing else."""
         try:
-            self._add_load(capture, sums)
+            self._add_cache_use(capture, sums)
             self._check_temperature(capture, sums)
             if capture.training:
                 self._monitor.add_rewards(sums, capture.rewards())
@@ -74,12 +74,12 @@ class BatchMeter:
                 self._told.add("watch")
                 logger.warning("temperature or rewards cannot be watched: %s: %s", type(e).__name__, e)
 
-    def _add_load(self, capture: Capture, sums: MismatchSums) -> None:
+    def _add_cache_use(self, capture: Capture, sums: MismatchSums) -> None:
         """What the batch's requests did to the engine's caches."""
-        for load in capture.loads:
-            sums.bump(cached_tokens=load.cached, looked_up_tokens=load.looked_up)
-            if load.kv_usage is not None:
-                sums.raise_to(kv_cache_usage=load.kv_usage)
+        for use in capture.cache_uses:
+            sums.bump(cached_tokens=use.cached, looked_up_tokens=use.looked_up)
+            if use.kv_usage is not None:
+                sums.raise_to(kv_cache_usage=use.kv_usage)
 
     def _check_temperature(self, capture: Capture, sums: MismatchSums) -> None:
         """What the engine was really asked for, against the trainer and the phase's setting."""

@@ -18,6 +18,7 @@ from transformers.trainer_callback import ExportableState
 from ..collectives import drop_gradient, fail_together
 from ..config.parity import ParityConfig
 from ..engine.cpu import prepare_cpu_engine
+from ..engine.handle import EngineHandle
 from ..errors import ConfigError, InterceptionError, ParityHalt
 from ..judging.noise_floor import SOURCES
 from ..lint.facts import tell_traps
@@ -25,12 +26,11 @@ from ..metrics.reduction import reduce_many, reduce_sums
 from ..metrics.statistics import compute, measure_policy_drift
 from ..metrics.sums import MismatchSums
 from ..metrics.tokens import tokens_of_all
-from ..records import Diagnosis, SamplingSettings
+from ..records import Diagnosis
 from ..report.messages import alert_text, halt_text
 from ..results.incident import incident_folder
-from ..scoring.scorer import CompletionScorer
 from ..tracking.sinks import RichLog, WandbSink
-from ..trainers.capture import Capture
+from ..trainers.capture import Capture, MeasurementSettings
 from ..trainers.engine_args import TRLEngineArguments
 from ..trainers.instrumentation import Observer, instrument
 from ..trainers.server_client import sync_without_cuda
@@ -77,6 +77,13 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         self.monitor = ParityMonitor(self.config, opened=False)
         self._meter = BatchMeter(self.config, self.monitor)
         self._investigator = Investigator(self.config)
+        self.measurement = MeasurementSettings(
+            replay_sampling=self.config.truncation == "replay",
+            chunk_bytes=self.config.chunk_mib << 20,
+            head_backend=self.config.head_backend,
+            probe_tokens=self.config.lag_probe_tokens,
+            evaluation=self.config.eval_batches == "separate",
+        )
         self._reset()
         if prepare_cpu_engine():  # before the trainer builds its engine
             sync_without_cuda()
@@ -96,6 +103,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
 
     def _reset(self) -> None:
         self.monitor.reset()
+        self.engine_handle = EngineHandle(self.config.server_timeout)
         self._window = OpenWindow(self.config.bootstrap_samples)
         self._unlogged = UnloggedWindows()
         self._updates: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
@@ -115,35 +123,6 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         self._spent_on_floor = 0.0
 
     # ---- rollouts in (called by taps) -------------------------------------------------------------------------
-
-    @property
-    def probe_tokens(self) -> int:
-        """Tokens wanted of an asynchronous engine right after each weight sync."""
-        return self.config.lag_probe_tokens
-
-    def observes(self, training: bool) -> bool:
-        """Whether this kind of rollout is measured."""
-        return training or self.config.eval_batches == "separate"
-
-    def scorer(
-        self,
-        model: Any,
-        logits_to_keep: int,
-        temperature: float,
-        sampling: SamplingSettings,
-        logits_dtype: torch.dtype | None = None,
-    ) -> CompletionScorer:
-        """A scorer for one pass over the policy."""
-        return CompletionScorer(
-            model,
-            logits_to_keep,
-            temperature=temperature,
-            sampling=sampling,
-            replay_sampling=self.config.truncation == "replay",
-            chunk_bytes=self.config.chunk_mib << 20,
-            backend=self.config.head_backend,
-            logits_dtype=logits_dtype,
-        )
 
     def on_generation(self, capture: Capture) -> None:
         """Measure one generation batch; close and judge the window when it is due."""
@@ -196,13 +175,13 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         self._require_engine_args(capture)
         if trainer.accelerator.is_main_process:
             self.monitor.write_run(self._investigator.surroundings(capture))
-            tell_traps(capture, self.config.truncation == "replay", self.config.server_timeout)
+            tell_traps(capture, self.measurement.replay_sampling)
 
     def _require_engine_args(self, capture: Capture) -> None:
         """Refuse an engine that does not run with what was asked. Collective: the server tells one rank alone."""
         if self.engine_request is None:
             return
-        error = self.engine_request.disagreement(capture.generation, self.config.server_timeout)
+        error = self.engine_request.disagreement(capture.generation, capture.engine)
         fail_together(error, capture.trainer.args.world_size)
 
     def _on_eval_batch(self, capture: Capture, sums: MismatchSums) -> None:
@@ -221,7 +200,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
             self._measure_floor()
         start = time.perf_counter()  # the floor has an account of its own
         if self._capture is not None:
-            self._investigator.watch(self._capture)
+            self._investigator.check_settings(self._capture)
         sums.bump(cost_seconds=self._spent, floor_seconds=self._spent_on_floor, wall_seconds=start - self._clock)
         self._clock, self._spent, self._spent_on_floor = start, 0.0, 0.0
         sums = reduce_sums(sums, trainer.accelerator).cpu()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config.parity import ParityConfig
 from ..errors import ConfigError
-from ..files import plain, write_whole
+from ..files import jsonable, write_atomic
 from ..judging.breaker import Breaker
 from ..judging.noise_floor import NoiseFloor
 from ..metrics.reduction import reduce_sums
@@ -113,7 +113,7 @@ class ParityMonitor:
             (Path(directory) / REWARDS_NAME).unlink(missing_ok=True)  # an earlier run's
             if self.config.rich_every_n_windows and self.config.sample_tokens:
                 self._tokens = JsonlSink(directory, resume_step, TOKENS_NAME)
-            write_whole(Path(directory) / CONFIG_NAME, json.dumps(self.config.to_dict(), indent=1))
+            write_atomic(Path(directory) / CONFIG_NAME, json.dumps(self.config.to_dict(), indent=1))
 
     def close(self) -> None:
         """Close the file, and leave the run's last rewards beside it. Later windows are not written.
@@ -278,8 +278,8 @@ class ParityMonitor:
         if self._jsonl is None:
             return
         try:
-            content = json.dumps(plain({"schema_version": 1, **about}), indent=1, allow_nan=False)
-            write_whole(self._jsonl.path.with_name(RUN_NAME), content)
+            content = json.dumps(jsonable({"schema_version": 1, **about}), indent=1, allow_nan=False)
+            write_atomic(self._jsonl.path.with_name(RUN_NAME), content)
         except (ConfigError, ValueError) as e:
             logger.warning("%s was not written: %s", RUN_NAME, e)
 

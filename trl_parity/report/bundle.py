@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..files import plain
+from ..files import jsonable
 from ..results.incident import _KINDS, Incident, incident_folder
 from ..results.redaction import TEXT_COLUMNS, bare
 from .markdown import report_markdown
@@ -37,7 +37,7 @@ def write_incident(parity_dir: Path, incident: Incident, rows: list[dict[str, An
     incident, rows = bare(incident, rows)
     home = Path(parity_dir) / "incidents"
     temporary = home / f".step-{incident.step}.{uuid.uuid4().hex[:12]}.tmp"
-    content = json.dumps(plain({name: getattr(incident, name) for name in _KINDS}), indent=2, allow_nan=False)
+    content = json.dumps(jsonable({name: getattr(incident, name) for name in _KINDS}), indent=2, allow_nan=False)
     drawn, note = _draw(incident, rows)
     try:
         temporary.mkdir(parents=True)

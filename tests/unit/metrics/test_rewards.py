@@ -233,7 +233,7 @@ GOOD = {"schema_version": 1, "name": "", "count": 20, "rewards": [1.0] * 20}
     [
         ("{", "is not valid JSON .*Expected a reward baseline; write it again"),
         ("[]", "holds a list. Expected a mapping"),
-        (json.dumps(GOOD | {"schema_version": 2}), "has schema_version 2. Expected 1; write it again"),
+        (json.dumps(GOOD | {"schema_version": 2}), "has schema_version 2. Expected 1: read it with"),
         ("{}", "has schema_version None. Expected 1"),
         (json.dumps(GOOD | {"rewards": [1.0] * 19 + [math.nan]}), "has 1 non-finite values among 20. Expected finite"),
         (json.dumps(GOOD).replace("[1.0,", "[1e999,"), "has 1 non-finite values among 20. Expected finite"),

@@ -207,13 +207,13 @@ def test_what_is_corrupt_is_refused_by_name(copy):
     shard.unlink()
     refused(DataError, r"shard-00001\.parquet is missing")
     manifest.write_text(said[:-20])
-    refused(DataError, r"manifest\.json is corrupt: not valid JSON")
+    refused(DataError, r"manifest\.json is not valid JSON")
     manifest.write_text("[]")
-    refused(DataError, "has no schema_version")
+    refused(DataError, "holds a list")
     manifest.write_text(json.dumps({"schema_version": 1, "complete": True}))
-    refused(DataError, "is corrupt: no proper settings, versions, shards, num_rows")
+    refused(DataError, "has no settings")
     manifest.write_text(json.dumps(json.loads(said) | {"shards": [{"file": "x"}]}))
-    refused(DataError, "is corrupt: a shard without")
+    refused(DataError, "has a shard without")
 
 
 def test_what_is_foreign_is_refused_by_name(copy, model_dir, tmp_path):
@@ -230,7 +230,7 @@ def test_what_is_foreign_is_refused_by_name(copy, model_dir, tmp_path):
     path = copy / "manifest.json"
     said = json.loads(path.read_text())
     path.write_text(json.dumps(said | {"schema_version": 2}))
-    with pytest.raises(ConfigError, match="schema_version 2; this trl-parity reads up to 1"):
+    with pytest.raises(ConfigError, match=r"schema_version 2\. Expected 1: .*, or update this one"):
         open_baseline(copy)
     path.write_text(json.dumps(said | {"versions": said["versions"] | {"transformers": "4.57.1"}}))
     with pytest.raises(ConfigError, match=r"made with transformers 4\.57\.1, here is"):

@@ -93,7 +93,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, capsys, content, message)
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("consecutive", "Expected name=value"),
+        ("consecutive", "Expected NAME=VALUE"),
         ("consecutiv=2", "did you mean 'consecutive'"),
         ("rules.kl_k4.k=2", "did you mean 'kl_k3'"),
         ("consecutive=[1", "not valid YAML"),
