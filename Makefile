@@ -40,7 +40,7 @@ test: setup
 
 # the engine-free tests show that this stack, too, is one trl-parity works with
 test-ppo: setup-ppo
-	$(PPO)/bin/python -m pytest tests/ppo $(addprefix tests/test_,metrics.py breaker.py processors.py)
+	$(PPO)/bin/python -m pytest tests/ppo $(addprefix tests/unit/,metrics/test_statistics.py judging/test_breaker.py scoring/test_sampling.py)
 
 lint: setup
 	$(BIN)/ruff check .
