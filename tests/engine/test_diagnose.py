@@ -296,7 +296,7 @@ def test_the_prefix_cache_is_left_as_valid_as_it_was(make_trainer, tmp_path):
     from trl_parity.engine.colocated import engine_of
 
     engine = engine_of(trainer.vllm_generation)
-    rollout, _ = callback._meter.last
+    rollout, _ = callback._run.batches.last
     contexts = [rollout.prompt_ids[i][rollout.prompt_mask[i].bool()].tolist() for i in range(4)]
     targets = rollout.completion_ids[:4, 0].tolist()
     before = engine.next_token(contexts, targets, 0.7, cached=True)
@@ -397,7 +397,7 @@ def test_heal_delivers_the_weights(make_trainer, tmp_path):
     assert callback.diagnose(heal=True).cause == "stale_weights"
     ours = trainer.model.model.layers[0].mlp.down_proj.weight.detach()
     assert torch.equal(engine_model(trainer).model.layers[0].mlp.down_proj.weight, ours.to(before.dtype))
-    assert callback._investigator.heal(callback._capture) == []
+    assert callback._run.investigator.heal(callback._run.capture) == []
 
 
 def test_redacted_incidents_name_no_ids(make_trainer, tmp_path):

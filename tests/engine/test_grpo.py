@@ -708,13 +708,13 @@ def test_our_own_failure_is_an_error_window_and_training_goes_on(make_trainer, t
 def test_contradicting_shapes_are_an_error_window(make_trainer, tmp_path):
     callback = ParityCallback()
     trainer = make_trainer(tmp_path, callback, max_steps=1)
-    measure = callback._meter.measure
+    measure = callback._run.batches.of
 
     def cut(capture):
         capture.output["sampling_per_token_logps"] = capture.output["sampling_per_token_logps"][:, :-2]
         return measure(capture)
 
-    callback._meter.measure = cut
+    callback._run.batches.of = cut
     trainer.train()
     assert statuses(callback) == ["ERROR"]
     assert "Check that both come from the same rollout" in callback.verdicts[0].reason

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,10 +135,13 @@ class Investigator:
         verdict: Verdict,
         verdicts: Sequence[Verdict],
         last: tuple[RolloutBatch, ScoredBatch] | None,
-        text: str,
+        text: Callable[[Path], str],
         capture: Capture,
     ) -> Path | None:
-        """The incident bundle of the main process: its folder. None on other ranks, and where it can't be written."""
+        """The incident bundle of the main process: its folder. None on other ranks, and where it can't be written.
+
+        ``text``: what is printed at the halt, given the folder.
+        """
         trainer = capture.trainer
         if not trainer.accelerator.is_main_process:
             return None
@@ -159,10 +162,10 @@ class Investigator:
                 versions=versions(),
                 config=self.config.to_dict(),
                 windows=windows_in_short(verdicts),
-                text=text,
+                text="",  # filled in by who knows the folder
                 redacted=redact,
             )
-            return write_incident(directory, incident, rows)
+            return write_incident(directory, incident, rows, text)
         except Exception as e:  # a full disk must not change how the run ends
             logger.warning("the incident of step %d could not be kept: %s: %s", verdict.step, type(e).__name__, e)
             return None

@@ -46,7 +46,7 @@ def _around_train(original: Any, trainer: Any) -> None:
         original(trainer)
         return
     try:
-        with _Run(trainer, observer, rollouts).intercepted():
+        with _Interception(trainer, observer, rollouts).intercepted():
             original(trainer)
     except _Stopped:  # what the loop does at its end
         state, args = trainer.state, trainer.args
@@ -57,7 +57,7 @@ def _around_train(original: Any, trainer: Any) -> None:
             trainer.control = trainer.callback_handler.on_save(args, state, trainer.control)
 
 
-class _Run:
+class _Interception:
     """One ``train()``: what its loop calls, with somebody looking on."""
 
     def __init__(self, trainer: Any, observer: Any, rollouts: VLLMRollouts | None):
