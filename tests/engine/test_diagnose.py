@@ -312,7 +312,7 @@ def test_a_probe_that_fails_is_an_entry_and_the_others_go_on(make_trainer, tmp_p
     import trl_parity.diagnosis.diagnose as module
     from trl_parity.diagnosis.probes import PROBES
 
-    def broken(scene, world):
+    def broken(batch, current, findings):
         raise torch.OutOfMemoryError("no memory left")
 
     spoiled = tuple(
@@ -334,7 +334,7 @@ def test_a_probe_that_fails_is_an_entry_and_the_others_go_on(make_trainer, tmp_p
 def test_a_diagnosis_that_fails_leaves_the_verdict(make_trainer, tmp_path, monkeypatch, caplog):
     import trl_parity.diagnosis.diagnose as module
 
-    monkeypatch.setattr(module, "_try_all", lambda *a: 1 / 0)
+    monkeypatch.setattr(module._ProbeRunner, "run", lambda *a: 1 / 0)
     callback = ParityCallback()
     trainer = make_trainer(tmp_path, callback)
     with requests_get(top_p=0.7)(trainer):

@@ -73,14 +73,14 @@ class Investigator:
         began_healthy: bool | None,
     ) -> Diagnosis:
         """Name the cause of the batch's drift. A collective."""
-        from ..diagnosis.counterfactual import Scene
+        from ..diagnosis.counterfactual import DiagnosedBatch
         from ..diagnosis.diagnose import diagnose
 
         trainer = capture.trainer
         ranks = trainer.accelerator.num_processes
         mine = {"seconds": capture.batch_seconds}
         seconds = max(row["seconds"] for row in (gather_rows([mine]) if ranks > 1 else [mine]))
-        scene = Scene(
+        batch = DiagnosedBatch.of(
             capture,
             rollout,
             scored,
@@ -91,7 +91,7 @@ class Investigator:
             began_healthy=began_healthy,
             redacted=self.config.redact_text,
         )
-        self.diagnosis = diagnose(scene, step, budget=self.config.diagnose_budget * seconds, ranks=ranks)
+        self.diagnosis = diagnose(batch, step, budget=self.config.diagnose_budget * seconds, ranks=ranks)
         self._asked, self.wanted = True, False
         self._named = self.diagnosis.cause != "unknown"
         return self.diagnosis

@@ -9,7 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_parity.diagnosis.distribution import Law, Tokens, describe, huber, improves, law_details, log_probs
+from trl_parity.diagnosis.distribution import (
+    Distribution,
+    Tokens,
+    describe,
+    distribution_details,
+    huber,
+    improves,
+    log_probs,
+)
 from trl_parity.diagnosis.fitting import (
     fit_penalty,
     fit_shift,
@@ -23,7 +31,7 @@ from trl_parity.records import SamplingSettings
 from trl_parity.scoring.sampling import kept_mask
 
 FITS = (fit_temperature, fit_soft_cap, fit_truncation, fit_penalty, fit_bias)
-PLAIN = Law(sampling=SamplingSettings())
+PLAIN = Distribution(sampling=SamplingSettings())
 
 
 def oracle(tokens, law):
@@ -78,7 +86,7 @@ def make(law, seed=0, n=200, vocab=60, noise=0.02, corrupted=0.0, length=12, rep
 
 
 def of(**sampling):
-    return Law(sampling=SamplingSettings(**sampling))
+    return Distribution(sampling=SamplingSettings(**sampling))
 
 
 def residual(tokens, law):
@@ -120,7 +128,7 @@ def test_a_single_token_is_no_improvement():
 )
 @settings(max_examples=60, deadline=None)
 def test_log_probs_are_the_oracles(seed, vocab, sampling, bias, dtype, report):
-    law = Law(sampling=SamplingSettings(**sampling), bias=bias, logits_dtype=dtype, report=report)
+    law = Distribution(sampling=SamplingSettings(**sampling), bias=bias, logits_dtype=dtype, report=report)
     tokens = make(PLAIN, seed, n=8, vocab=vocab)
     g = torch.Generator().manual_seed(seed)
     tokens.targets = torch.randint(0, vocab, (8,), generator=g)
@@ -411,7 +419,7 @@ def test_no_standard_error_without_a_maximum_or_sequences():
 
 def test_laws_in_words_and_json():
     base = of(temperature=0.7)
-    law = Law(
+    law = Distribution(
         sampling=SamplingSettings(temperature=1.05, top_p=0.8, repetition_penalty=1.1),
         bias=((3, -math.inf), (17, -math.inf), (20, -2.0)),
         allowed=frozenset(range(12)),
@@ -426,7 +434,7 @@ def test_laws_in_words_and_json():
     )
     assert describe(of(top_p=1.0), of(top_p=0.9)) == "no top_p (configured 0.90)"
     assert describe(of(top_k=5), of(top_k=20)) == "top_k 5 (configured 20)"
-    details = json.loads(json.dumps(law_details(law), allow_nan=False))
+    details = json.loads(json.dumps(distribution_details(law), allow_nan=False))
     assert details["bias"] == [[3, "-inf"], [17, "-inf"], [20, -2.0]]
     assert details["allowed"] == list(range(12))
     assert (details["temperature"], details["logits_dtype"]) == (1.05, "bfloat16")
