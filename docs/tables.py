@@ -10,7 +10,7 @@ import importlib
 import os
 import re
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import Any, get_type_hints
 
 import trl_parity
 from trl_parity.causes import CAUSES
@@ -43,12 +43,19 @@ def _scalars(*wanted: str) -> str:
 
 
 def _settings() -> str:
-    rows = []
+    rows, types = [], get_type_hints(ParityConfig, include_extras=True)
     for field in fields(ParityConfig):
+        bounds = [f" Expected: {b.expected}." for b in getattr(types[field.name], "__metadata__", ())]
         choices = ", ".join(f"`{choice}`" for choice in field.metadata.get("choices", ()))
         name = f'<span id="{field.name}"></span>`{field.name}`'
         default = "" if field.default is MISSING else f"`{field.default!r}`"
-        rows.append([name, default, _literal(field.metadata["help"]) + (f" One of: {choices}." if choices else "")])
+        rows.append(
+            [
+                name,
+                default,
+                _literal(field.metadata["help"] + "".join(bounds)) + (f" One of: {choices}." if choices else ""),
+            ]
+        )
     return _rows(["setting", "default", "what it does"], rows)
 
 
