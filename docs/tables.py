@@ -45,17 +45,12 @@ def _scalars(*wanted: str) -> str:
 def _settings() -> str:
     rows, types = [], get_type_hints(ParityConfig, include_extras=True)
     for field in fields(ParityConfig):
-        bounds = [f" Expected: {b.expected}." for b in getattr(types[field.name], "__metadata__", ())]
-        choices = ", ".join(f"`{choice}`" for choice in field.metadata.get("choices", ()))
-        name = f'<span id="{field.name}"></span>`{field.name}`'
-        default = "" if field.default is MISSING else f"`{field.default!r}`"
-        rows.append(
-            [
-                name,
-                default,
-                _literal(field.metadata["help"] + "".join(bounds)) + (f" One of: {choices}." if choices else ""),
-            ]
-        )
+        text = _literal(field.metadata["help"])
+        for bound in getattr(types[field.name], "__metadata__", ()):
+            text += f" Expected: {bound.expected}."
+        if choices := field.metadata.get("choices"):
+            text += f" One of: {', '.join(f'`{choice}`' for choice in choices)}."
+        rows.append([f'<span id="{field.name}"></span>`{field.name}`', f"`{field.default!r}`", text])
     return _rows(["setting", "default", "what it does"], rows)
 
 
