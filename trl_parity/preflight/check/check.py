@@ -19,13 +19,13 @@ from ...scoring.perturb import config_differences, own_random_numbers
 from ..baseline.baseline import Baseline, open_baseline
 from ..prompts.cases import Case, Prompt
 from . import invariances, lengths, sampling, trials
-from .engines import TITLES, variant_rows
+from .engines import variant_rows
 from .equivalence import Counterfactuals, Drift, Floors, limit_rows, mechanism_rows, sampled_kl
 from .explain import held_tensors, measure_floors, what_if
 from .invariances import Noise
 from .journal import Journal
 from .rows import Row, Verdict, not_run
-from .settings import STAGES, CheckSettings, Result
+from .settings import STAGES, TITLES, CheckSettings, Result
 from .statistics import scale_curve
 from .subject import Progress, Subject, stamp
 from .trials import Batch, Gaps, Trial

@@ -13,14 +13,9 @@ from ...engine.offline import BenchEngine, Sampled
 from ...errors import ParityError
 from .invariances import Ask, Noise, asked, gap_row
 from .rows import Row, Verdict, not_run
+from .settings import TITLES
 
-__all__ = ["TITLES", "variant_rows"]
-
-TITLES = {
-    "compiled": "compiled and eager",
-    "chunked_prefill": "prompts in chunks and whole",
-    "block_size": "block size of the cache",
-}
+__all__ = ["variant_rows"]
 
 _FIXES = {
     "compiled": "enforce_eager: true",

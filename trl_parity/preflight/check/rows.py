@@ -34,11 +34,21 @@ EXIT_CODES = {Outcome.FIT: 0, Outcome.UNFIT: 1, Outcome.UNKNOWN: 2}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What is asked for. KL in nats, exact, of the engine's law from the reference's."""
+    """What is asked for. KL in nats, exact, of the engine's law from the reference's.
 
-    mean_kl: float = 1e-3  # mean over all tokens of all trials
-    max_kl: float = 3e-3  # mean over the tokens of the worst trial; and what a single token must keep to pass
-    pass_rate: float = 0.995  # share of tokens that pass
+    Means are over all tokens of all trials, or of the worst one. Fields with a help text are arguments of the command.
+    """
+
+    mean_kl: float = field(
+        default=1e-3, metadata={"help": "limit of the mean KL", "flag": "--max-mean-kl", "metavar": "X"}
+    )
+    max_kl: float = field(  # what a single token must keep to pass
+        default=3e-3,
+        metadata={"help": "limit of a trial's mean KL, and of a token's", "flag": "--max-trial-kl", "metavar": "X"},
+    )
+    pass_rate: float = field(
+        default=0.995, metadata={"help": "share of tokens within it", "flag": "--min-pass-rate", "metavar": "X"}
+    )
     k: float = 9.0  # noise: KL over k times the floor is no noise any more (3 times it in log-probs)
     least_kl: float = 1e-9  # and KL below this is never looked at: log-probs alike to 4e-5
 
