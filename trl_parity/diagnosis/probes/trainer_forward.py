@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from ...engine.base import in_process
-from ...scoring.perturb import config_differences, largest_dropout
+from ...scoring.perturb import FP8_CACHES, config_differences, largest_dropout
 from ..counterfactual import FEW, Scene, World
 from .base import Candidate, NotPossible, Probe, mean, number, probe, redone, require_engine, with_variant
 
@@ -74,8 +74,7 @@ def kv_cache(scene: Scene, world: World) -> Candidate | None:
     if scene.engine is None:
         raise NotPossible("the engine's settings are not at hand on this rank, or the server does not tell them")
     name = scene.engine.settings()["kv_cache_dtype"]
-    dtypes = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2", "bfloat16": "bfloat16",
-              "float16": "float16"}  # fmt: skip
+    dtypes = FP8_CACHES | {"bfloat16": "bfloat16", "float16": "float16"}
     if name not in dtypes:
         return None
     dtype = getattr(torch, dtypes[name])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from ...config.fields import at_least, check_fields, number
 from ...config.rules import nearest
 from ...errors import ConfigError
-from .rows import Limits, Outcome, Row, outcome
+from .rows import CheckOutcome, Limits, Row, outcome
 
 if TYPE_CHECKING:
     from .trials import Trial
@@ -122,6 +122,6 @@ class Result:
     resumed: int = 0  # findings of an earlier run that was killed
 
     @property
-    def outcome(self) -> Outcome:
+    def outcome(self) -> CheckOutcome:
         """Fit, unfit, could not tell."""
         return outcome(self.rows)
