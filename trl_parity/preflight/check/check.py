@@ -226,7 +226,7 @@ class _Check:
                 return not self._trial(0, self.subject.batch(prompts, 0)).mean_kl <= most
 
             seconds = min(20.0, max(1.0, self._left() / 4))
-            batch = shrink(self.subject.strategy, fails, self.settings.seed, seconds, batch)
+            batch = shrink(self.subject.drawing, fails, self.settings.seed, seconds, batch)
         return Case(batch).to_text()
 
     def _sampling_rows(self, noise: Noise) -> Iterator[Row]:
