@@ -6,7 +6,8 @@ import random
 import pytest
 import torch
 
-from trl_parity.preflight.check.equivalence import Counterfactuals, Drift, Floors, limit_rows, mechanism_rows
+from trl_parity.preflight.check.drift import Counterfactuals, Drift, Floors, Gaps, bucket, bucket_name
+from trl_parity.preflight.check.equivalence import limit_rows, mechanism_rows
 from trl_parity.preflight.check.journal import Journal
 from trl_parity.preflight.check.rows import CheckOutcome, Limits, Row, RowVerdict, outcome, within_floor
 from trl_parity.preflight.check.statistics import (
@@ -22,7 +23,6 @@ from trl_parity.preflight.check.statistics import (
     total_variation,
     wilson,
 )
-from trl_parity.preflight.check.trials import Gaps, bucket, bucket_name
 
 
 def laws(n=6, vocab=11, seed=0, spread=2.0):

@@ -19,8 +19,9 @@ from ...scoring.perturb import config_differences, own_random_numbers
 from ..baseline.baseline import Baseline, open_baseline
 from ..prompts.cases import Case, Prompt
 from . import invariances, lengths, sampling, trials
+from .drift import Counterfactuals, Drift, Floors, Gaps, sampled_kl
 from .engines import variant_rows
-from .equivalence import Counterfactuals, Drift, Floors, limit_rows, mechanism_rows, sampled_kl
+from .equivalence import limit_rows, mechanism_rows
 from .explain import held_tensors, measure_floors, what_if
 from .invariances import Noise
 from .journal import Journal
@@ -28,7 +29,7 @@ from .rows import Row, RowVerdict, not_run
 from .settings import STAGES, TITLES, CheckSettings, Result
 from .statistics import scale_curve
 from .subject import Progress, Subject, stamp
-from .trials import Batch, Gaps, Trial
+from .trials import Batch, Trial
 
 __all__ = ["run_check"]
 

@@ -16,17 +16,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
-import torch
-
 from ...report.messages import number
+from .drift import Counterfactuals, Drift, bucket_name, drift_of, sampled_kl
 from .rows import Limits, Row, RowVerdict, within_floor
 from .statistics import fitted_scale, wilson
-from .trials import Gaps, bucket_name
 
-__all__ = ["EXPLAINED", "Drift", "Floors", "drift_of", "limit_rows", "mechanism_rows"]
+__all__ = ["EXPLAINED", "limit_rows", "mechanism_rows"]
 
 EXPLAINED = 0.5  # a mechanism is to blame when undoing it takes away this share of the drift above the floor
 
@@ -41,71 +39,6 @@ _EPS = {
     "float8_e4m3fn": 2.0**-3,
     "float8_e5m2": 2.0**-2,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Floors:
-    """A noisy reference against the plain one, on tokens of some trials."""
-
-    trainer: Gaps  # in the trainer's dtype
-    engine: Gaps  # in the engine's; where that is the coarser one, on weights rounded to it
-    trainer_dtype: str
-    engine_dtype: str
-
-    @property
-    def same(self) -> bool:
-        """Whether both sides compute in one dtype."""
-        return self.trainer_dtype == self.engine_dtype
-
-
-def drift_of(gaps: Gaps) -> float:
-    """One number for how far apart: KL of what was sampled, or half the mean squared gap by prefill, the larger."""
-    return max(x for x in (sampled_kl(gaps), gaps.half_square, 0.0) if not math.isnan(x))
-
-
-def sampled_kl(gaps: Gaps) -> float:
-    """Mean exact KL; k3 of the sampled tokens where the engine gave no whole law."""
-    return gaps.kl.mean if gaps.kl.count + gaps.kl.bad else gaps.k3.mean
-
-
-@dataclass(frozen=True, slots=True)
-class Drift:
-    """What is known of an engine's drift once the trials are over."""
-
-    gaps: Gaps
-    floors: Floors
-    limits: Limits
-
-    @property
-    def size(self) -> float:
-        """See ``drift_of``."""
-        return drift_of(self.gaps)
-
-    @property
-    def noise(self) -> float:
-        """The same of the engine's dtype."""
-        return drift_of(self.floors.engine)
-
-    @property
-    def excessive(self) -> bool:
-        """More than the engine's dtype explains."""
-        return not (
-            within_floor(sampled_kl(self.gaps), sampled_kl(self.floors.engine), self.limits)
-            and within_floor(self.gaps.half_square, self.floors.engine.half_square, self.limits)
-        )
-
-    @property
-    def before_sampling(self) -> bool:
-        """More than the engine's dtype explains by prefill already, at T = 1, with nothing done to the law."""
-        return not within_floor(self.gaps.half_square, self.floors.engine.half_square, self.limits)
-
-    @property
-    def coarser(self) -> bool:
-        """More than the trainer's dtype explains."""
-        return not (
-            within_floor(sampled_kl(self.gaps), sampled_kl(self.floors.trainer), self.limits)
-            and within_floor(self.gaps.half_square, self.floors.trainer.half_square, self.limits)
-        )
 
 
 # ---- limits ------------------------------------------------------------------------------------------------------
@@ -197,8 +130,6 @@ def _pass_rate(drift: Drift) -> Row:
 def _explained(row: Row, drift: Drift) -> Row:
     if row.verdict is not RowVerdict.OUT_OF_REACH:
         return row
-    from dataclasses import replace
-
     return replace(
         row,
         evidence=f"{row.evidence}. {drift.floors.engine_dtype} noise alone makes {number(row.floor)} of this model",
@@ -207,22 +138,6 @@ def _explained(row: Row, drift: Drift) -> Row:
 
 
 # ---- mechanisms --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Counterfactuals:
-    """The drift on a few trials, as it is and with one thing undone; None: not tried."""
-
-    base: float
-    noise: float
-    undone: Mapping[str, float]  # name: drift that is left
-
-    def explained(self, name: str) -> float:
-        """Share of the drift above the noise that disappears; 0 where not tried, or nothing is there to explain."""
-        over = self.base - self.noise
-        if name not in self.undone or not over > 0:
-            return 0.0
-        return min(1.0, (self.base - self.undone[name]) / over)
 
 
 def mechanism_rows(
@@ -401,8 +316,3 @@ def _model(drift: Drift, blamed: Sequence[str]) -> Row:
         fix="compare the two implementations module by module: norms, activation, biases, attention scale"
         if fails else "", **_common(drift),
     )  # fmt: skip
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """As settings spell it."""
-    return str(dtype).removeprefix("torch.")

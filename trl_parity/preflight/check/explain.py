@@ -11,9 +11,8 @@ import torch
 from ...engine.weight_readback import HeldTensor, read_back
 from ...scoring.perturb import FP8_CACHES
 from . import trials
-from .equivalence import Counterfactuals, Drift, drift_of, dtype_name
+from .drift import Counterfactuals, Drift, Gaps, drift_of, dtype_name
 from .subject import Subject
-from .trials import Gaps
 
 __all__ = ["held_tensors", "measure_floors", "what_if"]
 
