@@ -16,7 +16,7 @@ from ..errors import ConfigError, DataError
 from ..judging.breaker import read
 from ..results.incident import Incident, read_incident
 from ..results.paths import is_run, metrics_path
-from ..results.reader import Columns, Sample, iter_windows, number, recorded_config, run_facts, samples
+from ..results.reader import Columns, Sample, as_number, iter_windows, recorded_config, run_facts, samples
 from ..results.redaction import bare
 from .escape import code, fenced, prose
 from .markdown import incident_parts, settings_markdown
@@ -172,7 +172,7 @@ def _tokens(path: Path) -> list[dict[str, Any]]:
     kept = []
     for row in rows.to_pylist():
         for name in ("log_ratio", "rollout_logprob", "trainer_logprob", "entropy"):
-            row[name] = number(row.get(name))
+            row[name] = as_number(row.get(name))
         for name in ("token", "prompt"):
             if row.get(name) is not None:
                 row[name] = str(row[name])[:_MOST_ROWS]
@@ -243,7 +243,7 @@ def statistics_table(case: Case) -> list[tuple[str, ...]]:
         reading = read(rules[stat], last) if stat in rules else None
         share = "-" if reading is None or not reading.limit else f"{max(0.0, reading.value / reading.limit):.0%}"
         worst = known[0] if stat in ("ess", "entropy/trainer", "reward/mean") else known[-1]
-        out.append((stat, *map(figure, (number(last.get(stat)), number(last.get(f"floor/{stat}")))), share,
+        out.append((stat, *map(figure, (as_number(last.get(stat)), as_number(last.get(f"floor/{stat}")))), share,
                     figure(known[len(known) // 2]), figure(worst)))  # fmt: skip
     return out
 

@@ -14,7 +14,7 @@ from ..config.parity import ParityConfig
 from ..errors import ParityError
 from ..judging.breaker import read
 from ..results.paths import metrics_path
-from ..results.reader import MAX_LINE, number, recorded_config, window_of
+from ..results.reader import MAX_LINE, as_number, recorded_config, window_of
 from .escape import visible
 
 if TYPE_CHECKING:
@@ -171,14 +171,14 @@ def render(
         table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     rules = {rule.stat: rule for rule in config.resolved_rules()}
     for stat in _JUDGED + _PLAIN:
-        values = [number(row.get(stat)) for row in rows]
+        values = [as_number(row.get(stat)) for row in rows]
         known = [value for value in values if value is not None]
         if not known:
             continue
-        reading = read(rules[stat], {k: number(v) for k, v in last.items()}) if stat in rules else None
+        reading = read(rules[stat], {k: as_number(v) for k, v in last.items()}) if stat in rules else None
         share = None if reading is None or not reading.limit else max(0.0, reading.value / reading.limit)
         table.add_row(
-            stat, _figure(values[-1]), _figure(number(last.get(f"floor/{stat}"))),
+            stat, _figure(values[-1]), _figure(as_number(last.get(f"floor/{stat}"))),
             Text("-") if share is None else Text(f"{share:.0%}", style=_share_style(share)),
             _figure(min(known) if stat == "ess" else max(known)), sparkline(values[-spark:]),
         )  # fmt: skip
@@ -227,7 +227,7 @@ def _share_style(share: float) -> str:
 
 
 def _figure(value: Any) -> str:
-    known = number(value)
+    known = as_number(value)
     return "-" if known is None else f"{known:.3g}"
 
 
@@ -269,7 +269,7 @@ def _print_evidence(diagnosis: Mapping[str, Any] | None, console: Console) -> No
     from rich.text import Text
 
     evidence = [] if diagnosis is None else [e for e in diagnosis["evidence"] if not e["error"]]
-    shares = [(number(e["explained"]), e) for e in evidence]
+    shares = [(as_number(e["explained"]), e) for e in evidence]
     ranked = sorted(((s, e) for s, e in shares if s is not None), key=lambda pair: -pair[0])[:8]
     if not ranked:
         return
