@@ -21,7 +21,7 @@ from trl_parity.report import pictures
 from trl_parity.report.bundle import write_incident
 from trl_parity.report.escape import code, fenced, prose, visible
 from trl_parity.report.markdown import report_markdown
-from trl_parity.results import incident as incident_module
+from trl_parity.report import bundle
 from trl_parity.results.incident import read_incident, sequence_rows, versions, windows_in_short
 from trl_parity.verdict import Status, Verdict
 
@@ -100,7 +100,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, failing):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(incident_module, failing, full)
+    monkeypatch.setattr(bundle, failing, full)
     with pytest.raises(ConfigError, match=r"cannot write .*step-7: No space left on device\. Expected"):
         write_incident(tmp_path, make(), [])
     assert list((tmp_path / "incidents").iterdir()) == []
@@ -491,7 +491,8 @@ def test_reading_and_telling_need_no_torch(tmp_path):
     script = (
         "import sys\n"
         "for name in ('torch', 'vllm', 'transformers', 'matplotlib'): sys.modules[name] = None\n"
-        "from trl_parity.incident import read_incident, report_markdown, versions\n"
+        "from trl_parity.report.markdown import report_markdown\n"
+        "from trl_parity.results.incident import read_incident, versions\n"
         "incident = read_incident(sys.argv[1])\n"
         "assert 'stale_weights' in report_markdown(incident, [], [])\n"
         "assert versions()['torch']\n"
