@@ -17,11 +17,10 @@ from support.incidents import HOSTILE, batch, decode, diagnosis, hostile_rows, m
 
 from trl_parity.config.parity import ParityConfig
 from trl_parity.errors import ConfigError
-from trl_parity.report import pictures
+from trl_parity.report import bundle, pictures
 from trl_parity.report.bundle import write_incident
 from trl_parity.report.escape import code, fenced, prose, visible
 from trl_parity.report.markdown import report_markdown
-from trl_parity.report import bundle
 from trl_parity.results.incident import read_incident, sequence_rows, versions, windows_in_short
 from trl_parity.verdict import Status, Verdict
 
