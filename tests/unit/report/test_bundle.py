@@ -17,8 +17,7 @@ from support.incidents import HOSTILE, batch, decode, diagnosis, hostile_rows, m
 
 from trl_parity.config.parity import ParityConfig
 from trl_parity.errors import ConfigError
-from trl_parity.report import bundle as incident_module
-from trl_parity.report import pictures
+from trl_parity.report import bundle, pictures
 from trl_parity.report.bundle import write_incident
 from trl_parity.report.escape import code, fenced, prose, visible
 from trl_parity.report.markdown import report_markdown
@@ -100,7 +99,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, failing):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(incident_module, failing, full)
+    monkeypatch.setattr(bundle, failing, full)
     with pytest.raises(ConfigError, match=r"cannot write .*step-7: No space left on device\. Expected"):
         write_incident(tmp_path, make(), [])
     assert list((tmp_path / "incidents").iterdir()) == []
