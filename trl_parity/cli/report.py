@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
 
         print_case(case, Console(highlight=False))
         return 0
-    from ..files import write_whole
+    from ..files import write_atomic
     from ..report.summary import headline, markdown_parts
 
     if options.markdown == "-" and not options.html:
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
         head, _, tail = markdown_parts(case, list(pictures), note)
         sequences = [] if case.incident is None else [tokens_html(case.tokens, case.incident.redacted)]
         page = render_page(f"trl-parity: {headline(case)[0]}, {case.path}", [head, *sequences, tail], pictures)
-        write_whole(Path(options.html), page)
+        write_atomic(Path(options.html), page)
         told(Path(options.html), note)
     if options.markdown:
         write_markdown(Path(options.markdown), markdown_parts(case, list(pictures), note), pictures)
@@ -65,14 +65,14 @@ def run(options: argparse.Namespace) -> int:
 
 def write_markdown(file: Path, parts: tuple[str, ...], pictures: dict[str, bytes]) -> None:
     """The Markdown, and its pictures in a folder ``<name>-pictures`` beside it."""
-    from ..files import write_whole
+    from ..files import write_atomic
 
     folder = file.with_name(f"{file.stem}-pictures")
     text = "\n".join(parts)
     for name, png in pictures.items():
-        write_whole(folder / name, png)
+        write_atomic(folder / name, png)
         text = text.replace(f"]({name})", f"]({folder.name.replace(' ', '%20')}/{name})")
-    write_whole(file, text)
+    write_atomic(file, text)
 
 
 def told(file: Path, note: str) -> None:

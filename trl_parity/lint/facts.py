@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..config.reading import from_json
 from ..records import UNREPLAYED, SamplingSettings
 from ..scoring.dtypes import dtype_name
 from ..scoring.perturb import largest_dropout
@@ -21,12 +21,10 @@ __all__ = ["configured_facts", "engine_facts", "facts", "rl_traps", "tell_traps"
 logger = logging.getLogger(__name__)
 
 
-def facts(capture: Capture, replayed: bool, server_timeout: float = 60.0) -> Facts:
-    """The facts of a run, from its first batch's capture. ``server_timeout``: seconds for a server to answer."""
-    from ..engine.server import reachable
-
+def facts(capture: Capture, replayed: bool) -> Facts:
+    """The facts of a run, from its first batch's capture."""
     args = capture.trainer.args  # a trainer without the correction, or a head of its own, has no such argument
-    engine = reachable(capture.generation, server_timeout)
+    engine = capture.engine
     weights = next(p.dtype for p in capture.policy.parameters() if p.is_floating_point())
     corrects = getattr(args, "vllm_importance_sampling_correction", False)
     mode = args.vllm_importance_sampling_mode if corrects else None
@@ -44,10 +42,10 @@ def facts(capture: Capture, replayed: bool, server_timeout: float = 60.0) -> Fac
     )
 
 
-def tell_traps(capture: Capture, replayed: bool, timeout: float) -> None:
+def tell_traps(capture: Capture, replayed: bool) -> None:
     """Log what is found in the settings of the live engine and trainer."""
     try:
-        for finding in lint(facts(capture, replayed, timeout)):
+        for finding in lint(facts(capture, replayed)):
             logger.log(logging.INFO if finding.severity == "note" else logging.WARNING, "%s", finding)
     except Exception as e:  # no measurement: a server of another vLLM, say; the run goes on
         logger.warning("the settings could not be checked: %s: %s", type(e).__name__, e)
@@ -154,7 +152,7 @@ def _served(serve: str | None, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         parser.add_argument(flag, default=default)
     parser.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True)
     found, _ = parser.parse_known_args(shlex.split(serve))
-    args = vars(found) | {"hf_overrides": json.loads(found.hf_overrides)}
+    args = vars(found) | {"hf_overrides": from_json(found.hf_overrides, "--hf-overrides")}
     defaults = checkpoint.get("defaults", ()) if found.generation_config != "vllm" else ()
     return engine_facts(args, checkpoint) | {"engine_defaults": defaults}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import ConfigError
-from ..files import write_whole
+from ..files import write_atomic
 from ..metrics.rewards import (
     BASELINE_COLOUR,
     GAP_COLOUR,
@@ -82,4 +82,4 @@ def plot_rewards(baseline: RewardBaseline, rewards: Iterable[float], path: str |
     figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     png = io.BytesIO()
     canvas.print_png(png)
-    write_whole(Path(path), png.getvalue())
+    write_atomic(Path(path), png.getvalue())

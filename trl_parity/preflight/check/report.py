@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..._version import __version__
-from ...files import write_whole
+from ...files import write_atomic
 from ...report.escape import code, prose, visible
 from ...report.messages import number
 from .journal import SCHEMA_VERSION
@@ -191,7 +191,7 @@ def write(result: Result, directory: Path) -> list[Path]:
         "check.json": as_json(result),
     }
     for name, content in files.items():
-        write_whole(directory / name, content)
+        write_atomic(directory / name, content)
         written.append(directory / name)
     return written
 
