@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ...report.messages import number
+from ...report.format import number
 from .rows import Limits, Row, Verdict, within_floor
 from .statistics import fitted_scale, wilson
 from .trials import Gaps, bucket_name
