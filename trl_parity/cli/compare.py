@@ -121,8 +121,8 @@ def _rows(names: Sequence[str], found: Sequence[Any], alpha: float) -> list[tupl
         spread = "" if math.isnan(c.low) else f" ± {(c.high - c.low) / 2:.2g}"
         windows = f"{c.windows} ({c.worth:.0f}){'' if c.paired else ' unpaired'}"
         floor = number(c.margin) if c.floored else "not known: 0"
-        out.append((names[c.run], c.stat, number(c.mean_a), number(c.mean_b), f"{c.mean_b - c.mean_a:+.3g}{spread}",
-                    floor, windows, p, c.verdict(alpha)))  # fmt: skip
+        means = (number(c.mean_a), number(c.mean_b), f"{c.mean_b - c.mean_a:+.3g}{spread}")
+        out.append((names[c.run], c.stat, *means, floor, windows, p, c.verdict(alpha)))
     return out
 
 

@@ -55,8 +55,7 @@ def draw_timeline(summary: Summary) -> bytes | None:
     shown = shown[np.isfinite(shown) & (shown > 0)]
     if not (drift > 0).any() or not shown.size:
         return None
-    sizes = [(column(c, name), *look) for name, *look in _SIZES]
-    sizes = [size for size in sizes if (size[0] > 0).any()]
+    sizes = [size for size in _SIZES if (column(c, size[0]) > 0).any()]
     figure, axes = canvas(6.4, rows=2, heights=(3, 2)) if sizes else canvas(4.8)
     above, below = axes if sizes else (axes, None)
     above.set_yscale("log")
@@ -67,8 +66,8 @@ def draw_timeline(summary: Summary) -> bytes | None:
     _marks(above, steps, drift, c.status)
     above.set_ylabel("k3, nats per token")
     if below is not None:
-        for values, colour, style, label in sizes:
-            _curve(below, steps, values, colour, style, label)
+        for name, colour, style, label in sizes:
+            _curve(below, steps, column(c, name), colour, style, label)
         below.set_yscale("log")
         below.set_ylabel("nats")
         above.tick_params(labelbottom=False)
@@ -82,10 +81,11 @@ def _timeline_title(summary: Summary, drift: np.ndarray) -> str:
     c = summary.columns
     status = max(c.statuses, key=list(_MARKS).index) if set(c.statuses) <= set(_MARKS) else ""
     ended = f"worst status {one_line(status)}"
-    if c.first_halt is not None:
-        verdict = {} if summary.incident is None else summary.incident.verdict
-        breached = ", ".join(one_line(b) for b in verdict.get("breaches") or ())
-        ended = f"halted at step {c.first_halt}" + (f" on {breached}" if breached else "")
+    if (incident := summary.incident) is not None:
+        breached = ", ".join(one_line(b) for b in incident.verdict.get("breaches") or ())
+        ended = f"halted at step {incident.step}" + (f" on {breached}" if breached else "")
+    elif c.first_halt is not None:
+        ended = f"halted at step {c.first_halt}"
     notes = []
     if np.isposinf(drift).any():
         notes.append("infinite: on the upper edge")
@@ -121,11 +121,9 @@ def _marks(axes: Any, steps: np.ndarray, drift: np.ndarray, statuses: Sequence[s
         if not of.any() or (name == "OK" and len(steps) > _MARKED):
             continue
         halt = name == "HALT"
-        axes.scatter(
-            steps[of], at[of], s=size, marker=marker, facecolors=colour if filled else "white", linewidths=1,
-            edgecolors="white" if halt else colour, label=f"{name} ({of.sum()})", zorder=4 if halt else 3,
-            clip_on=False,
-        )  # fmt: skip
+        face, edge = colour if filled else "white", "white" if halt else colour
+        look = {"marker": marker, "facecolors": face, "edgecolors": edge, "zorder": 4 if halt else 3}
+        axes.scatter(steps[of], at[of], s=size, linewidths=1, clip_on=False, label=f"{name} ({of.sum()})", **look)
 
 
 def draw_evidence(summary: Summary) -> bytes | None:
@@ -224,12 +222,9 @@ def _compared(panel: Any, stat: str, runs: Sequence[Columns], names: Sequence[st
         values, floor = column(c, stat), column(c, f"floor/{stat}")
         colour = colours[i % len(colours)]
         positive &= bool((values[np.isfinite(values)] > 0).all())
-        few = "o" if len(c.steps) < 3 else None
         name = None if names is None else cut(one_line(names[i]), 40)
-        panel.plot(
-            np.array(c.steps), values, color=colour, linestyle=dashes[i % len(dashes)], linewidth=1.6, marker=few,
-            markersize=4, label=name,
-        )  # fmt: skip
+        look = {"linestyle": dashes[i % len(dashes)], "marker": "o" if len(c.steps) < 3 else None, "markersize": 4}
+        panel.plot(np.array(c.steps), values, color=colour, linewidth=1.6, label=name, **look)
         if np.isfinite(floor).any():
             said = "noise floor, in its run's colour" if names is not None and i == 0 else None
             panel.plot(np.array(c.steps), floor, color=colour, linestyle=":", linewidth=1.1, alpha=0.8, label=said)

@@ -59,14 +59,11 @@ def markdown_parts(summary: Summary, pictures: Sequence[str], note: str = "") ->
     """Markdown up to the worst sequences, of them, and after them. ``pictures``: names of those there are."""
     incident = summary.incident
     status, sentence = headline(summary)
-    known = (
-        _settings(
-            summary.facts.get("engine") or {}, summary.facts.get("versions") or {},
-            None if summary.config is None else summary.config.to_dict(),
-        )
-        if incident is None
-        else _of_incident(incident, summary.tokens)
-    )  # fmt: skip
+    if incident is None:
+        config = None if summary.config is None else summary.config.to_dict()
+        known = _settings(summary.facts.get("engine") or {}, summary.facts.get("versions") or {}, config)
+    else:
+        known = _of_incident(incident, summary.tokens)
     columns = summary.columns
     return sections(
         "report.md.j2",

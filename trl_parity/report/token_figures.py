@@ -34,15 +34,13 @@ def draw_histogram(summary: Summary) -> bytes | None:
     for (label, _, _), delta, (colour, alpha, hatch) in zip(parts, deltas, styles, strict=True):
         counts = np.histogram(np.clip(delta, -reach, reach), edges)[0] / len(delta)
         said = f"{label}: {len(delta):,} tokens, mean {delta.mean():+.3g}"
-        axes.stairs(
-            counts, edges, fill=bool(alpha), color=colour, alpha=alpha or None, hatch=hatch or None, linewidth=1.4,
-            label=said,
-        )  # fmt: skip
+        look = {"fill": bool(alpha), "color": colour, "alpha": alpha or None, "hatch": hatch or None}
+        axes.stairs(counts, edges, linewidth=1.4, label=said, **look)
         if alpha:
             axes.stairs(counts, edges, color=colour, linewidth=1.2)
     if reach > _BAND:
-        for x, said in ((-_BAND, None), (_BAND, "ratio 1/1.1 and 1.1")):
-            axes.axvline(x, color=GREY, linestyle="--", linewidth=1.1, label=said)
+        for x, label in ((-_BAND, ""), (_BAND, "ratio 1/1.1 and 1.1")):
+            axes.axvline(x, color=GREY, linestyle="--", linewidth=1.1, label=label or None)
     _shares(axes)
     beyond = int((size > reach).sum())
     notes = [f"{beyond:,} beyond the axis, in the end bins"] if beyond else []
@@ -75,10 +73,8 @@ def draw_scatter(summary: Summary) -> bytes | None:
     for label, sample, (colour, marker) in parts:
         x, y = np.array(sample.rollout_logprob), np.array(sample.trainer_logprob)
         keep = rng.permutation(len(x))[:_DOTS]
-        axes.scatter(
-            x[keep], y[keep], s=14, marker=marker, facecolors="none", edgecolors=colour, linewidths=0.8, alpha=0.7,
-            label=label,
-        )  # fmt: skip
+        look = {"marker": marker, "facecolors": "none", "edgecolors": colour, "linewidths": 0.8, "alpha": 0.7}
+        axes.scatter(x[keep], y[keep], s=14, label=label, **look)
     every = np.concatenate([np.minimum(s.rollout_logprob, s.trainer_logprob) for _, s, _ in parts])
     low = 1.05 * min(float(np.quantile(every, 0.002)), -0.1)  # one far token must not squeeze the rest
     beyond = int((every < low).sum())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..._version import __version__
-from ...files import write_whole
+from ...files import plain, write_whole
 from ...report.drawing import BLUE, GREY, PURPLE, SKY, VERMILION, canvas, legend, png
 from ...report.escape import visible
 from ...report.format import number
@@ -26,9 +26,14 @@ if TYPE_CHECKING:
 __all__ = ["as_json", "markdown", "print_table", "with_commands", "write"]
 
 _STYLES = {
-    Verdict.PASS: "green", Verdict.FAIL: "bold red", Verdict.OUT_OF_REACH: "yellow", Verdict.UNCLEAR: "magenta",
+    Verdict.PASS: "green",
+    Verdict.FAIL: "bold red",
+    Verdict.OUT_OF_REACH: "yellow",
+    Verdict.UNCLEAR: "magenta",
     Verdict.NOT_RUN: "dim",
-}  # fmt: skip
+}
+
+_OF_A_TRIAL = ("index", "mean_kl", "sequences", "tokens", "seconds")
 
 _ORDER = ("limits", "mechanisms", "lengths", "invariances", "baseline")
 
@@ -132,11 +137,8 @@ def as_json(result: Result) -> str:
         "rows": [row.to_json() for row in result.rows],
         "settings": result.settings.to_json(),
         "facts": result.facts,
-        "trials": [
-            {"index": t.index, "mean_kl": t.mean_kl if math.isfinite(t.mean_kl) else str(t.mean_kl),
-             "sequences": t.sequences, "tokens": t.tokens, "seconds": t.seconds} for t in result.trials
-        ],
-    }  # fmt: skip
+        "trials": [plain({name: getattr(t, name) for name in _OF_A_TRIAL}) for t in result.trials],
+    }
     return json.dumps(value, indent=1, allow_nan=False, default=str) + "\n"
 
 
