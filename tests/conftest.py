@@ -1,19 +1,20 @@
-"""Environment first: vLLM, the hub and TRL read it when they are imported."""
+"""Environment first: importing ``support`` sets what vLLM, the hub and TRL read when they are imported."""
 
 import os
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-import support
+import pytest
+
+pytest.register_assert_rewrite("support")
+
+from support.processes import free_port  # noqa: E402
 
 # of this process alone: two that start at once would both find TRL's first choice free
-os.environ["MASTER_PORT"] = str(support.free_port())
+os.environ["MASTER_PORT"] = str(free_port())
 
 # the longest first, so that two processes come to an end together
 LONG = (
-    "test_engine.py", "test_server.py", "test_check.py", "test_diagnose.py", "test_async.py", "test_trainers.py",
-    "test_grpo.py", "test_engine_config.py", "test_pilot.py", "test_baseline.py", "test_report.py",
+    "test_processes.py", "test_server.py", "test_check.py", "test_diagnose.py", "test_async.py", "test_trainers.py",
+    "test_grpo.py", "test_engine_args.py", "test_pilot_run.py", "test_baseline.py", "test_report.py",
 )  # fmt: skip
 
 

@@ -202,7 +202,7 @@ def _print_json(options: Any, names: Any, runs: Any, found: Any, code: int) -> N
     import json
     from dataclasses import asdict
 
-    from ..files import plain
+    from ..files import jsonable
 
     result = {
         "reference": names[0],
@@ -214,7 +214,7 @@ def _print_json(options: Any, names: Any, runs: Any, found: Any, code: int) -> N
         "answer": sentence(code, found, names, runs, options.alpha),
         "exit_code": code,
     }
-    print(json.dumps(plain(result), indent=1, allow_nan=False))
+    print(json.dumps(jsonable(result), indent=1, allow_nan=False))
 
 
 def _write(options: Any, names: Any, runs: Any, found: Any, code: int) -> None:
@@ -224,7 +224,7 @@ def _write(options: Any, names: Any, runs: Any, found: Any, code: int) -> None:
     import sys
 
     from ..errors import ConfigError
-    from ..files import write_whole
+    from ..files import write_atomic
     from ..report.figures import draw_comparison
     from ..report.rendering import render_markdown
     from ..results.compare import SHOWN
@@ -250,7 +250,7 @@ def _write(options: Any, names: Any, runs: Any, found: Any, code: int) -> None:
         from ..report.html import render_page
 
         page = render_page("trl-parity: runs compared", [markdown(picture=bool(png))], pictures)
-        write_whole(Path(options.html), page)
+        write_atomic(Path(options.html), page)
     if options.markdown == "-":
         print(markdown(picture=False))
     elif options.markdown:
@@ -258,7 +258,7 @@ def _write(options: Any, names: Any, runs: Any, found: Any, code: int) -> None:
 
         write_markdown(Path(options.markdown), markdown(picture=bool(png)), pictures)
     if options.picture and png is not None:
-        write_whole(Path(options.picture), png)
+        write_atomic(Path(options.picture), png)
     for file in (options.html, options.markdown, options.picture):
         if file and file != "-" and not options.json:
             print(f"wrote {file}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from ..config.reading import settings
+from ..config.reading import read_mapping, settings
 from ..errors import ConfigError
 
 SHORT = "find known traps in a run's settings"
@@ -33,21 +33,10 @@ def run(options: argparse.Namespace) -> int:
     """Run the command."""
     from dataclasses import asdict
 
-    import yaml
-
     from ..lint.facts import configured_facts
     from ..lint.rules import lint
 
-    try:
-        with open(options.config, encoding="utf-8") as f:
-            values = yaml.safe_load(f) or {}
-        if not isinstance(values, dict):
-            raise ConfigError(f"{options.config} holds a {type(values).__name__}. Expected a mapping of settings.")
-    except OSError as e:
-        raise ConfigError(f"cannot read {options.config}: {e.strerror}. Expected a YAML file of settings.") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{options.config} is not valid YAML: {e}") from e
-    values |= settings(options.set, "top_p=0.9")
+    values = read_mapping(options.config, "temperature: 0.7") | settings(options.set, "top_p=0.9")
     try:
         found = list(lint(configured_facts(values, serve=options.serve, trainer=options.trainer)))
     except (TypeError, ValueError, SystemExit) as e:

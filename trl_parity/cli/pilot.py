@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
-    from ..files import write_whole
+    from ..files import write_atomic
     from ..metrics.rewards import RewardBaseline
     from ..preflight.pilot import Outcome, judge_pilot
 
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
         else:
             print(f"trl-parity: {options.save_baseline} was not written: no rewards of a sound run", file=sys.stderr)
     if output.is_dir():
-        write_whole(output / "pilot.json", json.dumps(result, indent=1) + "\n")
+        write_atomic(output / "pilot.json", json.dumps(result, indent=1) + "\n")
     if options.json:
         print(json.dumps(result, indent=1))
     else:

@@ -51,14 +51,14 @@ def run(options: argparse.Namespace) -> int:
     pictures, note = draw(REPORT_PICTURES, summary)
     parts = markdown_parts(summary, list(pictures), note)
     if options.html:
-        from ..files import write_whole
+        from ..files import write_atomic
         from ..report.html import render_page, tokens_html
         from ..report.summary import headline
 
         head, _, tail = parts
         sequences = [] if summary.incident is None else [tokens_html(summary.tokens, summary.incident.redacted)]
         title = f"trl-parity: {headline(summary)[0]}, {summary.path}"
-        write_whole(Path(options.html), render_page(title, [head, *sequences, tail], pictures))
+        write_atomic(Path(options.html), render_page(title, [head, *sequences, tail], pictures))
         told(Path(options.html), note)
     if options.markdown:
         write_markdown(Path(options.markdown), "".join(parts), pictures)
@@ -68,13 +68,13 @@ def run(options: argparse.Namespace) -> int:
 
 def write_markdown(file: Path, text: str, pictures: dict[str, bytes]) -> None:
     """The Markdown, and its pictures in a folder ``<name>-pictures`` beside it."""
-    from ..files import write_whole
+    from ..files import write_atomic
 
     folder = file.with_name(f"{file.stem}-pictures")
     for name, png in pictures.items():
-        write_whole(folder / name, png)
+        write_atomic(folder / name, png)
         text = text.replace(f"]({name})", f"]({folder.name.replace(' ', '%20')}/{name})")
-    write_whole(file, text)
+    write_atomic(file, text)
 
 
 def told(file: Path, note: str) -> None:

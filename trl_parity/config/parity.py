@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from .reading import read_mapping
 from .rules import Rule, as_mapping, nearest, refuse_unknown, rules_over_defaults
 
 __all__ = ["ParityConfig"]
@@ -172,7 +173,8 @@ class ParityConfig:
         default=60.0,
         metadata={
             "help": "Seconds a vLLM server may take to answer one request of trl-parity's own (its settings, scoring "
-            "tokens again). After one that it does not answer, a diagnosis goes on without the server."
+            "tokens again). After one that it does not answer, nothing more is asked before the next window; a server "
+            "that does not even answer with its settings is not asked again in the run."
         },
     )
     eval_batches: str = field(
@@ -340,21 +342,7 @@ class ParityConfig:
     @classmethod
     def from_yaml(cls, path: str | Path) -> ParityConfig:
         """Read a YAML mapping of field names. Unknown keys, wrong values and broken YAML raise ``ConfigError``."""
-        import yaml
-
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as e:
-            raise ConfigError(f"cannot read {path}: {e.strerror}. Expected a YAML file of settings.") from e
-        except (yaml.YAMLError, UnicodeDecodeError) as e:
-            raise ConfigError(f"{path} is not valid YAML: {e}") from e
-        if values is None:
-            values = {}
-        if not isinstance(values, Mapping):
-            raise ConfigError(
-                f"{path} holds a {type(values).__name__}. Expected a mapping such as 'every_n_steps: 1'."
-            )
-        return cls.from_mapping(values, where=str(path))
+        return cls.from_mapping(read_mapping(path, "every_n_steps: 1"), where=str(path))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values of all fields, as JSON and YAML take them."""

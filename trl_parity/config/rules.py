@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..errors import ConfigError
+from .reading import from_json
 
 __all__ = ["DEFAULT_RULES", "Rule", "as_mapping", "nearest", "refuse_unknown", "rules_over_defaults"]
 
@@ -131,10 +131,7 @@ def rules_over_defaults(rules: Any, consecutive: int) -> tuple[Rule, ...]:
 def as_mapping(rules: Any, name: str) -> dict[str, Any]:
     """A setting that is a mapping, given as one, as JSON, or (``rules``) as Rule objects; None is empty."""
     if isinstance(rules, str):
-        try:
-            rules = json.loads(rules)
-        except json.JSONDecodeError as e:
-            raise ConfigError(f"{name} is not valid JSON ({e}): {rules!r}.") from e
+        rules = from_json(rules, name)
     if rules is None:
         return {}
     if isinstance(rules, Mapping):

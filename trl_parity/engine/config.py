@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..config.reading import from_yaml, read_text
 from ..config.rules import nearest
 from ..errors import ConfigError
 from .conflicts import conflicts
@@ -93,22 +94,13 @@ def read_engine_config(source: str | Path | Mapping[str, Any]) -> EngineConfig:
     """Read a preset (by name), a YAML file (by path) or a mapping of the same form. Raises ConfigError."""
     if isinstance(source, Mapping):
         return _config("engine_args", dict(source), {})
-    import yaml
-
     where = str(source)
-    try:
-        if where in PRESETS:
-            text = importlib.resources.files(__package__).joinpath("presets", PRESETS[where]).read_text("utf-8")
-        else:
-            text = Path(source).read_text(encoding="utf-8")
-        values = yaml.safe_load(text)
-    except OSError as e:
-        raise ConfigError(
-            f"cannot read {where}: {e.strerror}{nearest(where, PRESETS)}. Expected a YAML file of vLLM's engine "
-            f"arguments, or a preset: {', '.join(PRESETS)}."
-        ) from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{where} is not valid YAML: {e}") from e
+    if where in PRESETS:
+        text = importlib.resources.files(__package__).joinpath("presets", PRESETS[where]).read_text("utf-8")
+    else:
+        expected = f"a YAML file of vLLM's engine arguments, or a preset: {', '.join(PRESETS)}"
+        text = read_text(source, expected, nearest(where, PRESETS))
+    values = from_yaml(text, where)
     return _config(where, {} if values is None else values, _reasons(text))
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 from .sums import MismatchSums
 
 if TYPE_CHECKING:
@@ -29,6 +27,8 @@ def reduce_many(many: Sequence[MismatchSums], accelerator: Accelerator) -> list[
     """Several sums of one size in the same two collectives. Every rank must call it with as many."""
     if accelerator.num_processes == 1:
         return list(many)
+    import torch
+
     stacked = MismatchSums(
         torch.stack([sums.additive.to(accelerator.device) for sums in many]),
         torch.stack([sums.maxima.to(accelerator.device) for sums in many]),

@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, DataError
-from ..files import write_whole
+from ..files import read_versioned, write_atomic
 
 __all__ = ["MIN_REWARDS", "REWARDS_NAME", "RewardBaseline", "RewardComparison", "RewardWindow"]
 
@@ -113,30 +113,18 @@ class RewardBaseline:
             "count": self.rewards.size,
             "rewards": self.rewards.tolist(),
         }
-        write_whole(Path(path), json.dumps(content, allow_nan=False).encode() + b"\n")
+        write_atomic(Path(path), json.dumps(content, allow_nan=False).encode() + b"\n")
 
     @classmethod
     def load(cls, path: str | Path) -> RewardBaseline:
         """Read what ``save`` wrote. Anything else raises ``ConfigError``."""
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as e:
-            raise ConfigError(
-                f"cannot read {path}: {e.strerror}. Expected a reward baseline; write one with RewardBaseline.save."
-            ) from e
-        except ValueError as e:  # broken JSON or UTF-8
-            raise ConfigError(
-                f"{path} is not valid JSON ({e}). Expected a reward baseline; write it again with RewardBaseline.save."
-            ) from e
-        if not isinstance(content, Mapping):
-            raise ConfigError(
-                f"{path} holds a {type(content).__name__}. Expected a mapping as RewardBaseline.save writes it."
-            )
-        if (version := content.get("schema_version")) != SCHEMA_VERSION:
-            raise ConfigError(
-                f"{path} has schema_version {version!r}. Expected {SCHEMA_VERSION}; write it again with "
-                "this version's RewardBaseline.save."
-            )
+        content = read_versioned(
+            Path(path),
+            (SCHEMA_VERSION,),
+            {},
+            expected="a reward baseline",
+            remedy="write it again with RewardBaseline.save",
+        )
         rewards, name = content.get("rewards"), content.get("name", "")
         if not isinstance(rewards, list) or not all(type(value) in (int, float) for value in rewards):
             raise ConfigError(f"{path}: rewards is not a list of numbers. Expected one as RewardBaseline.save writes.")

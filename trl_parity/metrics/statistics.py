@@ -10,14 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import chain
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from ..records import ScoredBatch
 from ..verdict import MismatchStats
 from .scalars import LAG_BUCKETS, SCALARS
-from .sums import BINS, DECADES, INDEX, PER_DECADE, SUMS, TOKEN_SUMS, MismatchSums
+from .sums import BINS, DECADES, INDEX, PER_DECADE, SUMS, MismatchSums
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["compute", "log_ratio_histogram", "measure", "measure_policy_drift"]
 
@@ -37,17 +41,19 @@ _POOL = 4096  # sequences until their resampling weights repeat
 _LAG_EDGES = (0, 1, 2, 4)  # the last lag of each bucket but the open one
 
 
-@torch.no_grad()
 def measure(batch: ScoredBatch, *, bootstrap_samples: int = 200, first_sequence: int = 0) -> MismatchSums:
     """The sums of one scored batch, on its device, without a device sync.
 
     ``first_sequence``: the running number of the batch's first sequence, over batches and ranks. Sequences are
     resampled by their number, so different ones need different numbers.
     """
+    import torch
+
     mask = batch.mask
     out = MismatchSums.zeros(mask.device, bootstrap_samples)
     if mask.numel():
-        _add_tokens(out, batch, first_sequence)
+        with torch.no_grad():
+            _add_tokens(out, batch, first_sequence)
     out.bump(batches=1)
     if batch.lags is None and not batch.probe:
         out.bump(lag=batch.lag, lags=1)
@@ -56,6 +62,8 @@ def measure(batch: ScoredBatch, *, bootstrap_samples: int = 200, first_sequence:
 
 def _add_tokens(out: MismatchSums, batch: ScoredBatch, first_sequence: int) -> None:
     """Add what a batch's tokens say, in place."""
+    import torch
+
     # few kernels, few kinds of kernels, on stacked tensors: on small batches the launches are what costs
     mask = batch.mask
     entropy = torch.zeros_like(batch.trainer_logprobs) if batch.entropy is None else batch.entropy
@@ -73,16 +81,25 @@ def _add_tokens(out: MismatchSums, batch: ScoredBatch, first_sequence: int) -> N
     known = torch.zeros_like(valid) if batch.entropy is None else valid
     confident = (values[0] >= _HALF) & (delta < -2.0)
     flags = torch.stack([valid, valids[1], less_1[0].abs() > BAND, confident, mask, known]).double()
-    by_sequence = torch.cat([deltas, less_1 - deltas, magnitudes, w, w * w, values, flags]).sum(-1)
+    named = {
+        ("delta", "own_delta"): deltas,
+        ("k3", "own_k3"): less_1 - deltas,
+        ("abs_delta", "own_abs_delta"): magnitudes,
+        ("w",): w,
+        ("w2",): w * w,
+        ("rollout_logprob", "entropy", "law_entropy"): values,
+        ("tokens", "own_tokens", "out_of_band", "confident", "compared", "entropy_tokens"): flags,
+    }
+    by_sequence = torch.cat([*named.values()]).sum(-1)  # the first of SUMS: INDEX holds for it
     seq_delta, tokens = by_sequence[0], by_sequence[INDEX["tokens"]]
     has_tokens = tokens.clamp(max=1.0)
     seq_w = seq_delta.clamp(max=_EXP_CLAMP).exp() * has_tokens
     sums = torch.cat([by_sequence, torch.stack([has_tokens, seq_w, seq_w * seq_w])])
-    out.additive[:TOKEN_SUMS] = sums.sum(-1)
+    out.span(*chain(*named), "sequences", "seq_w", "seq_w2").copy_(sums.sum(-1))
     if batch.log_kept is not None and batch.out_of_support is not None:
         log_kept = torch.where(valid, batch.log_kept.double(), 0.0)
         truncation = _stacked(valid, log_kept.exp() * valid, log_kept, valid & batch.out_of_support)
-        out.additive[INDEX["trunc_tokens"] :][:4] = truncation.sum((1, 2))
+        out.span("trunc_tokens", "kept_mass", "log_kept", "out_of_support").copy_(truncation.sum((1, 2)))
 
     # scatter, not bincount: bincount syncs with the device to learn its size. log10(0) = -inf ends in bin 0
     bins = magnitudes[0].log10().mul_(PER_DECADE).add_(1 - DECADES[0] * PER_DECADE).clamp_(0, BINS - 1).long()
@@ -93,16 +110,19 @@ def _add_tokens(out: MismatchSums, batch: ScoredBatch, first_sequence: int) -> N
     weights = _weights_of(len(tokens), first_sequence, out.bootstrap_samples, mask.device)
     torch.mm(weights.t().double(), torch.stack([by_sequence[INDEX["w"]], drift, tokens], dim=-1), out=out.bootstrap)
 
-    out.maxima[:2] = torch.where(valid, torch.stack([delta, -delta]), -math.inf).amax((1, 2))
-    out.maxima[2] = seq_delta.abs().amax()
+    largest = torch.where(valid, torch.stack([delta, -delta]), -math.inf).amax((1, 2))
+    out.peak_span("delta", "neg_delta").copy_(largest)
+    out.peak_span("seq_abs_delta").copy_(seq_delta.abs().amax())
     if batch.probe:
-        out.additive[INDEX["probe_tokens"]] = tokens.sum()
+        out.span("probe_tokens").copy_(tokens.sum())
     if batch.lags is not None:
         _by_lag(out, batch, batch.lags.to(mask.device))
 
 
 def _by_lag(out: MismatchSums, batch: ScoredBatch, lags: torch.Tensor) -> None:
     """Add tokens and k3 of all sequences by how far their weights lag, in place."""
+    import torch
+
     assert batch.stale is not None
     mask = batch.mask | batch.stale
     delta = batch.trainer_logprobs.double() - batch.rollout_logprobs.double()
@@ -112,15 +132,16 @@ def _by_lag(out: MismatchSums, batch: ScoredBatch, lags: torch.Tensor) -> None:
     by_sequence = torch.stack([valid.double(), k3], dim=-1).sum(1)  # (B, 2)
     bucket = torch.bucketize(lags, _lag_edges(lags.device))
     sums = by_sequence.new_zeros(len(LAG_BUCKETS), 2).index_add_(0, bucket, by_sequence)
-    out.additive[INDEX[f"lag_tokens/{LAG_BUCKETS[0]}"] :][: sums.numel()] += sums.flatten()
+    names = (f"{what}/{name}" for name in LAG_BUCKETS for what in ("lag_tokens", "lag_k3"))
+    out.span(*names).add_(sums.flatten())
     in_flight = torch.full_like(lags, -1) if batch.in_flight is None else batch.in_flight.to(lags.device)
     stale, tokens = batch.stale, mask.sum(-1)
     counts = _stacked(
         stale.sum(), (stale & ~valid).sum(), (tokens * (in_flight >= 0)).sum(), (tokens * (in_flight == 1)).sum()
     )
-    out.additive[INDEX["stale_compared"] :][:4] += counts
-    out.additive[INDEX["lag"]] += lags.sum()
-    out.additive[INDEX["lags"]] += len(lags)
+    out.span("stale_compared", "stale_nonfinite", "flight_tokens", "in_flight_tokens").add_(counts)
+    out.span("lag").add_(lags.sum())
+    out.span("lags").add_(len(lags))
 
 
 def _weights_of(count: int, first: int, samples: int, device: torch.device) -> torch.Tensor:
@@ -128,11 +149,15 @@ def _weights_of(count: int, first: int, samples: int, device: torch.device) -> t
     pool, start = _resample_weights(samples, device), first % _POOL
     if start + count <= _POOL:
         return pool[start : start + count]
+    import torch
+
     return pool[(torch.arange(count, device=device) + start) % _POOL]
 
 
 @lru_cache(maxsize=4)
 def _lag_edges(device: torch.device) -> torch.Tensor:
+    import torch
+
     return torch.tensor(_LAG_EDGES, device=device)  # waits for the device: once
 
 
@@ -142,98 +167,121 @@ def _resample_weights(samples: int, device: torch.device) -> torch.Tensor:
 
     Drawing them anew for every batch would cost more than all its sums. The global random state is not touched.
     """
+    import torch
+
     generator = torch.Generator().manual_seed(0)
     return torch.poisson(torch.ones(_POOL, samples, dtype=torch.float64), generator).to(device, torch.int8)
 
 
 def _stacked(*tensors: torch.Tensor) -> torch.Tensor:
+    import torch
+
     return torch.stack([x.double() for x in tensors])
 
 
-@torch.no_grad()
 def measure_policy_drift(out: MismatchSums, new: torch.Tensor, old: torch.Tensor, mask: torch.Tensor) -> None:
     """Add k3 of the training policy against the policy that generated, in place. All (B, C); Δ = new - old."""
-    delta = new.double() - old.double()
-    valid = (delta.abs() < math.inf) & mask.bool()
-    delta = torch.where(valid, delta, 0.0)
-    sums = _stacked(valid, torch.expm1(delta) - delta).sum((1, 2))
-    out.add_from("drift_tokens", sums)
+    import torch
+
+    with torch.no_grad():
+        delta = new.double() - old.double()
+        valid = (delta.abs() < math.inf) & mask.bool()
+        delta = torch.where(valid, delta, 0.0)
+        sums = _stacked(valid, torch.expm1(delta) - delta).sum((1, 2))
+        drift = out.span("drift_tokens", "drift_k3")
+        drift += sums.to(drift.device)
+
+
+# scalars that are one sum over another
+_SHARES = {
+    "nonfinite_rate": ("nonfinite", "compared"),
+    "own_head/kl_k3": ("own_k3", "own_tokens"),
+    "own_head/logp_abs_diff/mean": ("own_abs_delta", "own_tokens"),
+    "kl_k3": ("k3", "tokens"),
+    "logp_abs_diff/mean": ("abs_delta", "tokens"),
+    "ratio/mean": ("w", "tokens"),
+    "ratio/out_of_band": ("out_of_band", "tokens"),
+    "honesty": ("w", "tokens"),
+    "confident_disagreement": ("confident", "tokens"),
+    "seq/log_ratio_mean": ("delta", "sequences"),
+    "truncation/kept_mass": ("kept_mass", "trunc_tokens"),
+    "truncation/log_bias": ("log_kept", "trunc_tokens"),
+    "truncation/out_of_support": ("out_of_support", "trunc_tokens"),
+    "policy_drift/kl_k3": ("drift_k3", "drift_tokens"),
+    "lag": ("lag", "lags"),
+    "lag/nonfinite_rate": ("stale_nonfinite", "stale_compared"),
+    "lag/in_flight_share": ("in_flight_tokens", "flight_tokens"),
+    **{f"lag/{name}/kl_k3": (f"lag_k3/{name}", f"lag_tokens/{name}") for name in LAG_BUCKETS},
+    "cost/seconds": ("cost_seconds", "batches"),
+    "cost/share": ("cost_seconds", "wall_seconds"),
+    "temperature/engine": ("temperature_engine", "requests"),
+    "temperature/trainer": ("temperature_trainer", "requests"),
+    "reward/mean": ("reward_sum", "rewards"),
+    "engine/prefix_cache_hit_rate": ("cached_tokens", "looked_up_tokens"),
+}
 
 
 def compute(sums: MismatchSums) -> MismatchStats:
     """All scalars from (reduced) sums. What was not measured is ``None``. One device sync on accelerators."""
     sums = sums.cpu()
     s, maxima = sums.totals(), sums.peaks()
-    histogram, bootstrap = sums.histogram.numpy(), sums.bootstrap.numpy()
-    n, seqs = s["tokens"], s["sequences"]
+    s["nonfinite"] = s["compared"] - s["tokens"]
     values: dict[str, float | None] = dict.fromkeys(SCALARS)
-
-    def put(name: str, total: float, count: float) -> None:
-        if count > 0:
-            values[name] = total / count
-
-    put("nonfinite_rate", s["compared"] - n, s["compared"])
-    put("own_head/kl_k3", s["own_k3"], s["own_tokens"])
-    put("own_head/logp_abs_diff/mean", s["own_abs_delta"], s["own_tokens"])
-    put("truncation/kept_mass", s["kept_mass"], s["trunc_tokens"])
-    put("truncation/log_bias", s["log_kept"], s["trunc_tokens"])
-    put("truncation/out_of_support", s["out_of_support"], s["trunc_tokens"])
-    put("policy_drift/kl_k3", s["drift_k3"], s["drift_tokens"])
-    put("lag", s["lag"], s["lags"])
-    put("lag/nonfinite_rate", s["stale_nonfinite"], s["stale_compared"])
-    put("lag/in_flight_share", s["in_flight_tokens"], s["flight_tokens"])
-    by_lag = {name: s[f"lag_tokens/{name}"] for name in LAG_BUCKETS}
+    values |= {name: s[part] / s[whole] for name, (part, whole) in _SHARES.items() if s[whole] > 0}
+    by_lag = {f"lag/{name}/tokens": s[f"lag_tokens/{name}"] for name in LAG_BUCKETS}
     if s["probe_tokens"] or s["stale_compared"] or any(by_lag.values()):
-        values |= {f"lag/{name}/tokens": count for name, count in by_lag.items()}
-        values["lag/probe_tokens"] = s["probe_tokens"]
-    for name, count in by_lag.items():
-        put(f"lag/{name}/kl_k3", s[f"lag_k3/{name}"], count)
-    put("cost/seconds", s["cost_seconds"], s["batches"])
-    put("cost/share", s["cost_seconds"], s["wall_seconds"])
-    put("temperature/engine", s["temperature_engine"], s["requests"])
-    put("temperature/trainer", s["temperature_trainer"], s["requests"])
-    put("reward/mean", s["reward_sum"], s["rewards"])
-    put("engine/prefix_cache_hit_rate", s["cached_tokens"], s["looked_up_tokens"])
+        values |= by_lag | {"lag/probe_tokens": s["probe_tokens"]}
     if math.isfinite(maxima["kv_cache_usage"]):
         values["engine/kv_cache_usage"] = maxima["kv_cache_usage"]
     if s["requests"]:
         values["temperature/gap"] = maxima["temperature_gap"]
-    if n > 0:
-        p01, p50, p99 = map(_exp, _quantiles(histogram, (0.01, 0.50, 0.99), maxima))
-        values |= {
-            "kl_k1": -s["delta"] / n,
-            "kl_k3": s["k3"] / n,
-            "logp_abs_diff/mean": s["abs_delta"] / n,
-            "logp_abs_diff/p99": _quantiles_abs(histogram, (0.99,), maxima)[0],
-            "logp_abs_diff/max": maxima["abs_delta"],
-            "ratio/mean": s["w"] / n,
-            "ratio/p01": p01,
-            "ratio/p50": p50,
-            "ratio/p99": p99,
-            "ratio/max": _exp(maxima["delta"]),
-            "ratio/out_of_band": s["out_of_band"] / n,
-            "ess": s["w"] ** 2 / (n * s["w2"]) if s["w2"] > 0 else 0.0,
-            "chi2": s["w2"] / n - 1.0,
-            "seq/log_ratio_mean": s["delta"] / seqs,
-            "seq/log_ratio_max": maxima["seq_abs_delta"],
-            "seq/ess": s["seq_w"] ** 2 / (seqs * s["seq_w2"]) if s["seq_w2"] > 0 else 0.0,
-            "entropy/rollout": -s["rollout_logprob"] / n,
-            "honesty": s["w"] / n,
-            "confident_disagreement": s["confident"] / n,
-        }
-        has_entropy = s["entropy_tokens"] == n
-        if has_entropy:
-            values["entropy/trainer"] = s["entropy"] / n
-            put("kl_over_entropy", s["k3"], s["entropy"])
-            values["entropy/drift"] = (s["law_entropy"] + s["rollout_logprob"]) / n
-        resampled = bootstrap[bootstrap[:, -1] > 0]
-        if seqs >= MIN_BOOTSTRAP_SEQUENCES and len(resampled):
-            means = np.sort(resampled[:, :-1] / resampled[:, -1:], axis=0)
-            values |= _interval("honesty", means[:, 0], 1.0)
-            if has_entropy:
-                values |= _interval("entropy/drift", means[:, 1], 0.0)
-        values |= trimmed(histogram, s)
-    return MismatchStats(int(n), int(seqs), int(s["batches"]), int(s["errors"]), values)
+    if s["tokens"] > 0:
+        histogram = sums.histogram.numpy()
+        values |= _ratios(s, maxima, histogram) | _entropies(s)
+        values |= _intervals(s, sums.bootstrap.numpy()) | trimmed(histogram, s)
+    return MismatchStats(int(s["tokens"]), int(s["sequences"]), int(s["batches"]), int(s["errors"]), values)
+
+
+def _ratios(s: dict[str, float], maxima: dict[str, float], histogram: np.ndarray) -> dict[str, float | None]:
+    """Of Δ and w beyond plain means; there is a token."""
+    n, seqs = s["tokens"], s["sequences"]
+    p01, p50, p99 = map(_exp, _quantiles(histogram, (0.01, 0.50, 0.99), maxima))
+    return {
+        "kl_k1": -s["delta"] / n,
+        "logp_abs_diff/p99": _quantiles_abs(histogram, (0.99,), maxima)[0],
+        "logp_abs_diff/max": maxima["abs_delta"],
+        "ratio/p01": p01,
+        "ratio/p50": p50,
+        "ratio/p99": p99,
+        "ratio/max": _exp(maxima["delta"]),
+        "ess": s["w"] ** 2 / (n * s["w2"]) if s["w2"] > 0 else 0.0,
+        "chi2": s["w2"] / n - 1.0,
+        "seq/log_ratio_max": maxima["seq_abs_delta"],
+        "seq/ess": s["seq_w"] ** 2 / (seqs * s["seq_w2"]) if s["seq_w2"] > 0 else 0.0,
+    }
+
+
+def _entropies(s: dict[str, float]) -> dict[str, float | None]:
+    n = s["tokens"]
+    found: dict[str, float | None] = {"entropy/rollout": -s["rollout_logprob"] / n}
+    if s["entropy_tokens"] == n:
+        found["entropy/trainer"] = s["entropy"] / n
+        found["entropy/drift"] = (s["law_entropy"] + s["rollout_logprob"]) / n
+        if s["entropy"] > 0:
+            found["kl_over_entropy"] = s["k3"] / s["entropy"]
+    return found
+
+
+def _intervals(s: dict[str, float], bootstrap: np.ndarray) -> dict[str, float | None]:
+    """Of honesty and of the entropies' drift, from enough sequences."""
+    resampled = bootstrap[bootstrap[:, -1] > 0]
+    if s["sequences"] < MIN_BOOTSTRAP_SEQUENCES or not len(resampled):
+        return {}
+    means = np.sort(resampled[:, :-1] / resampled[:, -1:], axis=0)
+    found = _interval("honesty", means[:, 0], 1.0)
+    if s["entropy_tokens"] == s["tokens"]:
+        found |= _interval("entropy/drift", means[:, 1], 0.0)
+    return found
 
 
 def _interval(name: str, ordered: np.ndarray, expected: float) -> dict[str, float | None]:

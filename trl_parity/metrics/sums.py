@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from .scalars import LAG_BUCKETS
 
-__all__ = ["BINS", "DECADES", "INDEX", "PER_DECADE", "SUMS", "TOKEN_SUMS", "MismatchSums"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["BINS", "DECADES", "INDEX", "PER_DECADE", "SUMS", "MismatchSums"]
 
 # Histogram of Δ: by sign, |Δ| on a log scale. A quantile read from it is off by half a bin at most, 1.8 %.
 DECADES = (-9, 3)  # |Δ| from 1e-9 (below: zero) to 1e3 nats (above: the last bin)
@@ -51,8 +52,6 @@ SUMS = (
 
 INDEX = {name: i for i, name in enumerate(SUMS)}
 
-TOKEN_SUMS = INDEX["seq_w2"] + 1  # the first ones, in the order _add_tokens makes them
-
 MAXIMA = ("delta", "neg_delta", "seq_abs_delta", "temperature_gap", "kv_cache_usage")
 
 
@@ -75,6 +74,8 @@ class MismatchSums:
     def additive(self) -> torch.Tensor:
         """Everything that adds."""
         if self._bumps:
+            import torch
+
             bumps, self._bumps = self._bumps, {}
             amounts = torch.tensor([bumps.get(name, 0.0) for name in SUMS], dtype=torch.float64)
             self._additive[: len(SUMS)] += amounts.to(self._additive.device, non_blocking=True)
@@ -84,6 +85,8 @@ class MismatchSums:
     def maxima(self) -> torch.Tensor:
         """Everything that takes the maximum."""
         if self._raises:
+            import torch
+
             raises, self._raises = self._raises, {}
             values = torch.tensor([raises.get(name, -math.inf) for name in MAXIMA], dtype=torch.float64)
             values = values.to(self._maxima.device, non_blocking=True)
@@ -94,12 +97,16 @@ class MismatchSums:
         """On the host: itself, where it is there. One device sync on accelerators."""
         if self._additive.device.type == "cpu":
             return self
+        import torch
+
         both = torch.cat([self.additive, self.maxima]).cpu()
         return MismatchSums(both[: -len(MAXIMA)], both[-len(MAXIMA) :], self.bootstrap_samples)
 
     @classmethod
     def zeros(cls, device: torch.device | str = "cpu", bootstrap_samples: int = 200) -> MismatchSums:
         """The sums of no tokens."""
+        import torch
+
         size = len(SUMS) + 2 * BINS + _BOOT * bootstrap_samples
         return cls(
             torch.zeros(size, dtype=torch.float64, device=device),
@@ -114,6 +121,8 @@ class MismatchSums:
                 f"cannot merge sums with {other.bootstrap_samples} and {self.bootstrap_samples} bootstrap samples. "
                 "Use one bootstrap_samples on every rank."
             )
+        import torch
+
         self.additive.add_(other.additive.to(self._additive.device))
         torch.maximum(self.maxima, other.maxima.to(self.maxima.device), out=self.maxima)
 
@@ -130,6 +139,8 @@ class MismatchSums:
     @classmethod
     def from_sparse(cls, saved: Mapping[str, Any]) -> MismatchSums:
         """Back from ``to_sparse``."""
+        import torch
+
         out = cls.zeros(bootstrap_samples=int(saved["bootstrap_samples"]))
         for i, x in saved["additive"].items():
             out.additive[int(i)] = float(x)
@@ -138,15 +149,25 @@ class MismatchSums:
 
     def bump(self, **amounts: float) -> None:
         """Add plain numbers to named sums."""
+        assert amounts.keys() <= INDEX.keys(), amounts
         for name, amount in amounts.items():
             self._bumps[name] = self._bumps.get(name, 0.0) + amount
 
-    def add_from(self, first: str, amounts: torch.Tensor) -> None:
-        """Add a vector to the sums from the one named ``first`` on."""
-        self._additive[INDEX[first] :][: len(amounts)] += amounts.to(self._additive.device)
+    def span(self, *names: str) -> torch.Tensor:
+        """A view of sums that stand side by side, to be filled as one vector in this order."""
+        first = INDEX[names[0]]
+        assert SUMS[first : first + len(names)] == names, f"{names} do not stand side by side in SUMS"
+        return self._additive[first : first + len(names)]
+
+    def peak_span(self, *names: str) -> torch.Tensor:
+        """The same of maxima."""
+        first = MAXIMA.index(names[0])
+        assert MAXIMA[first : first + len(names)] == names, f"{names} do not stand side by side in MAXIMA"
+        return self._maxima[first : first + len(names)]
 
     def raise_to(self, **values: float) -> None:
         """Raise named maxima to plain numbers."""
+        assert values.keys() <= set(MAXIMA), values
         for name, value in values.items():
             self._raises[name] = max(value, self._raises.get(name, -math.inf))
 

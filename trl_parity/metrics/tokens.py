@@ -6,12 +6,11 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..collectives import gather_rows
 from ..records import RolloutBatch, ScoredBatch
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
 
 __all__ = ["sample_tokens", "tokens_of_all", "worst_tokens"]
@@ -28,6 +27,8 @@ def worst_tokens(
 
     ``sequence`` is the row of the rollout batch, also where only a sample of its rows was scored.
     """
+    import torch
+
     delta = scored.trainer_logprobs - scored.rollout_logprobs
     size = torch.where(scored.mask & torch.isfinite(delta), delta.abs(), -1.0).flatten()
     picked = size.topk(min(count, size.numel()))
@@ -49,6 +50,8 @@ def sample_tokens(scored: ScoredBatch, count: int, seed: int) -> Rows:
 
     The global random state is not touched.
     """
+    import torch
+
     delta = scored.trainer_logprobs - scored.rollout_logprobs
     found = (scored.mask & torch.isfinite(delta)).flatten().nonzero().flatten().cpu()
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:count]
@@ -90,6 +93,8 @@ def scored_rows(scored: ScoredBatch) -> list[int]:
 
 def _numbers(scored: ScoredBatch, flat: torch.Tensor, *, entropy: bool = False) -> Rows:
     """Log-probs and log-ratio of the tokens at these places of the flattened batch, in one transfer."""
+    import torch
+
     rollout, trainer = scored.rollout_logprobs, scored.trainer_logprobs
     columns = {"rollout_logprob": rollout, "trainer_logprob": trainer, "log_ratio": trainer - rollout}
     if entropy and scored.entropy is not None:

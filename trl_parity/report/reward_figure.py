@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError
-from ..files import write_whole
+from ..files import write_atomic
 from ..metrics.rewards import (
     BASELINE_COLOUR,
     GAP_COLOUR,
@@ -62,7 +62,7 @@ def plot_rewards(baseline: RewardBaseline, rewards: Iterable[float], path: str |
     axes.set_ylim(-0.02, 1.02)
     axes.grid(alpha=0.3)
     legend(figure, 2)
-    write_whole(Path(path), png(figure))
+    write_atomic(Path(path), png(figure))
 
 
 def _mark_gap(axes: Any, x: np.ndarray, y: np.ndarray, pooled: np.ndarray) -> None:

@@ -16,7 +16,7 @@ from ..errors import ConfigError, DataError
 from ..judging.breaker import read
 from ..results.incident import Incident, read_incident
 from ..results.paths import is_run, metrics_path
-from ..results.reader import Columns, Sample, iter_windows, number, recorded_config, run_facts, samples
+from ..results.reader import Columns, Sample, as_number, iter_windows, recorded_config, run_facts, samples
 from ..results.redaction import bare
 
 __all__ = ["SHOWN", "Statistic", "Summary", "headline", "statistics", "summarize", "summary_of"]
@@ -180,7 +180,7 @@ def _tokens(path: Path) -> list[dict[str, Any]]:
     kept = []
     for row in rows.to_pylist():
         for name in ("log_ratio", *_SAMPLED[1:]):
-            row[name] = number(row.get(name))
+            row[name] = as_number(row.get(name))
         for name in ("token", "prompt"):
             if row.get(name) is not None:
                 row[name] = str(row[name])[:_MOST_ROWS]
@@ -193,7 +193,7 @@ def _sample_worst(summary: Summary) -> None:
     """Where no sample was kept: the tokens of the worst sequences."""
     out = Sample(windows=1)
     for row in summary.tokens:
-        delta, *values = (number(row.get(name)) for name in ("log_ratio", *_SAMPLED))
+        delta, *values = (as_number(row.get(name)) for name in ("log_ratio", *_SAMPLED))
         entropy = values.pop()
         if not row["compared"] or any(v is None or not math.isfinite(v) for v in (delta, *values)):
             continue
@@ -268,6 +268,6 @@ def statistics(
         reading = read(rules[name], last) if name in rules else None
         share = None if reading is None or not reading.limit else max(0.0, reading.value / reading.limit)
         worst = known[0] if name in _WORST_IS_LOW else known[-1]
-        now, floor = (number(last.get(key)) for key in (name, f"floor/{name}"))
+        now, floor = (as_number(last.get(key)) for key in (name, f"floor/{name}"))
         out.append(Statistic(name, values, now, floor, share, known[len(known) // 2], worst))
     return out

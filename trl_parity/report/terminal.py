@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config.parity import ParityConfig
 from ..results.paths import metrics_path
-from ..results.reader import number as parsed
+from ..results.reader import as_number
 from .escape import visible
 from .format import number
 from .sequences import color_scale, shade, worst_sequences
@@ -84,7 +84,7 @@ def _statistics_table(rows: Sequence[dict[str, Any]], config: ParityConfig, widt
     for name in ("statistic", "now", "floor", "of its limit", "worst", f"last {spark} windows"):
         left = name == "statistic" or name.startswith("last")
         table.add_column(name, justify="left" if left else "right", no_wrap=True)
-    series = {name: [parsed(row.get(name)) for row in rows] for name in _SHOWN}
+    series = {name: [as_number(row.get(name)) for row in rows] for name in _SHOWN}
     for s in statistics(_SHOWN, series, rows[-1], config):
         figures = [number(value, ".3g") for value in (s.last, s.floor, s.worst)]
         share = Text("-") if s.share is None else Text(f"{s.share:.0%}", style=_share_style(s.share))
@@ -169,7 +169,7 @@ def _print_evidence(diagnosis: Mapping[str, Any] | None, console: Console) -> No
     from rich.text import Text
 
     evidence = [] if diagnosis is None else [e for e in diagnosis["evidence"] if not e["error"]]
-    shares = [(parsed(e["explained"]), e) for e in evidence]
+    shares = [(as_number(e["explained"]), e) for e in evidence]
     ranked = sorted(((s, e) for s, e in shares if s is not None), key=lambda pair: -pair[0])[:_PROBES]
     if not ranked:
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import logging
 import os
 import platform
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
-from ..errors import ConfigError
+from ..files import read_versioned
 from ..metrics.scalars import FLOORED
 
 if TYPE_CHECKING:
@@ -116,29 +115,13 @@ def read_incident(path: str | Path) -> Incident:
     """Read ``incident.json``, given itself or its folder. Anything else raises ``ConfigError``."""
     path = Path(path)
     path = path / "incident.json" if path.is_dir() else path
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise ConfigError(
-            f"cannot read {path}: {e.strerror}. Expected an incident.json or its folder, as in "
-            "<output_dir>/parity/incidents."
-        ) from e
-    except ValueError as e:  # broken JSON or UTF-8
-        raise ConfigError(
-            f"{path} is not valid JSON ({e}). Expected an incident.json; it was cut or edited, take another copy."
-        ) from e
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds a {type(content).__name__}. Expected a mapping as a halt writes it.")
-    if (version := content.get("schema_version")) != SCHEMA_VERSION or isinstance(version, bool):
-        raise ConfigError(
-            f"{path} has schema_version {version!r}. Expected {SCHEMA_VERSION}: read it with the trl-parity that "
-            "wrote it" + (", or update this one." if isinstance(version, int) and version > SCHEMA_VERSION else ".")
-        )
-    for name, kind in _KINDS.items():
-        value = content.get(name)
-        if name not in content or not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            seen = f"{name} as {type(value).__name__}" if name in content else f"no {name}"
-            raise ConfigError(f"{path} has {seen}. Expected it as a halt writes it; take another copy.")
+    content = read_versioned(
+        path,
+        (SCHEMA_VERSION,),
+        _KINDS,
+        expected="an incident.json or its folder, as a halt writes it to <output_dir>/parity/incidents",
+        remedy="it was cut or edited, take another copy",
+    )
     return Incident(**{name: content[name] for name in _KINDS})
 
 

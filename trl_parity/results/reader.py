@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config.parity import ParityConfig
-from ..errors import ConfigError, DataError
+from ..errors import DataError
+from ..files import check_version, read_versioned
 from ..metrics.scalars import SCALARS
 from .paths import CONFIG_NAME, RUN_NAME, TOKENS_NAME, metrics_path
 
@@ -48,13 +49,7 @@ def iter_windows(path: str | Path, *, quiet: bool = False) -> Iterator[dict[str,
     for line in _lines(path, quiet):
         if (row := window_of(line)) is None:
             continue
-        version = row.get("schema_version")
-        if version not in READABLE or isinstance(version, bool):
-            newer = isinstance(version, int) and version > max(READABLE)
-            raise DataError(
-                f"{path} has schema_version {version!r}. Expected one of {READABLE}: read it with the trl-parity that "
-                "wrote it" + (", or update this one." if newer else ".")
-            )
+        check_version(path, row.get("schema_version"), READABLE, DataError)
         found = True
         yield row
     if not found:
@@ -117,8 +112,8 @@ def window_of(line: bytes) -> dict[str, Any] | None:
     row["step"] = int(step)
     for name, value in row.items():
         if type(value) is not float and value is not None and name in SCALARS:
-            row[name] = number(value)
-    row["streak"] = int(number(row.get("streak")) or 0) if math.isfinite(number(row.get("streak")) or 0) else 0
+            row[name] = as_number(value)
+    row["streak"] = int(as_number(row.get("streak")) or 0) if math.isfinite(as_number(row.get("streak")) or 0) else 0
     for name in ("breaches", "warnings"):
         given = row.get(name)
         row[name] = [str(x) for x in given[:64]] if isinstance(given, list) else []
@@ -126,7 +121,7 @@ def window_of(line: bytes) -> dict[str, Any] | None:
     return row
 
 
-def number(value: Any) -> float | None:
+def as_number(value: Any) -> float | None:
     """A figure as files hold it ("inf" is a string there); None for what is none."""
     if value is None or isinstance(value, bool | list | dict):
         return None
@@ -247,11 +242,7 @@ def samples(path: str | Path, onset: int | None) -> tuple[Sample, Sample]:
             row = window_of(line)
             if row is None:
                 continue
-            if row.get("schema_version") not in TOKENS_READABLE:
-                raise DataError(
-                    f"{file} has schema_version {row.get('schema_version')!r}. Expected one of {TOKENS_READABLE}: "
-                    "read it with the trl-parity that wrote it, or update this one."
-                )
+            check_version(file, row.get("schema_version"), TOKENS_READABLE, DataError)
             (after if onset is not None and row["step"] >= onset else before).append(row)
     return _sample(before), _sample(after)
 
@@ -265,7 +256,7 @@ def _sample(rows: Iterable[dict[str, Any]]) -> Sample:
             continue
         out.windows += 1
         for values in itertools.islice(zip(*columns, strict=False), _MOST_TOKENS):
-            position, rollout, trainer, entropy = map(number, values)
+            position, rollout, trainer, entropy = map(as_number, values)
             if any(x is None or not math.isfinite(x) for x in (position, rollout, trainer)):
                 continue
             for name, value in zip(names, (position, rollout, trainer, entropy), strict=True):
@@ -278,27 +269,23 @@ def recorded_config(path: str | Path) -> ParityConfig | None:
     file = metrics_path(path).with_name(CONFIG_NAME)
     if not file.exists():
         return None
-    return ParityConfig.from_mapping(_json(file, "Give the settings with --config."), where=str(file))
+    values = read_versioned(
+        file, (), {}, expected="the settings of a run", remedy="give them with --config", largest=MAX_FILE
+    )
+    return ParityConfig.from_mapping(values, where=str(file))
 
 
 def run_facts(path: str | Path) -> dict[str, Any]:
     """``run.json``: trainer, model, engine settings and versions; empty where there is none."""
     file = metrics_path(path).with_name(RUN_NAME)
-    facts = _json(file, "Take another copy, or remove it.") if file.exists() else {}
-    if facts and facts.get("schema_version") != 1:
-        raise DataError(f"{file} has schema_version {facts.get('schema_version')!r}. Expected 1: update trl-parity.")
+    if not file.exists():
+        return {}
+    facts = read_versioned(
+        file,
+        (1,),
+        {},
+        expected="what a run says of itself",
+        remedy="take another copy, or remove it",
+        largest=MAX_FILE,
+    )
     return {k: v for k, v in facts.items() if k != "schema_version"}
-
-
-def _json(file: Path, remedy: str) -> dict[str, Any]:
-    try:
-        if file.stat().st_size > MAX_FILE:
-            raise ConfigError(f"{file} has {file.stat().st_size:,} bytes. Expected a few KB. {remedy}")
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise ConfigError(f"cannot read {file}: {e.strerror}. {remedy}") from e
-    except (ValueError, RecursionError) as e:
-        raise ConfigError(f"{file} is not valid JSON: {e}. {remedy}") from e
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file} holds a {type(values).__name__}. Expected a mapping. {remedy}")
-    return values

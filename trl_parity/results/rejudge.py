@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config.parity import ParityConfig
-from ..errors import ConfigError
+from ..config.reading import assignments
 from ..judging.breaker import Breaker
 from ..metrics.scalars import SCALARS
 from ..verdict import MismatchStats, Status, Verdict
-from .reader import iter_windows, number
+from .reader import as_number, iter_windows
 
 __all__ = ["Judgement", "changed_config", "has_floor", "read_windows", "replay"]
 
@@ -29,24 +28,11 @@ def read_windows(path: str | Path) -> list[dict[str, Any]]:
     return list(iter_windows(path))
 
 
-def changed_config(config: ParityConfig, assignments: Sequence[str]) -> ParityConfig:
+def changed_config(config: ParityConfig, given: Sequence[str]) -> ParityConfig:
     """``config`` with ``name=value`` laid over it, e.g. ``consecutive=2`` or ``rules.kl_k3.k=8``; values are YAML."""
-    import yaml
-
     values = config.to_dict()
-    for assignment in assignments:
-        name, equals, text = assignment.partition("=")
-        keys = name.strip().split(".")
-        if not equals or not all(keys):
-            raise ConfigError(f"--set {assignment!r}. Expected name=value, e.g. consecutive=2 or rules.kl_k3.k=8.")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as e:
-            raise ConfigError(f"--set {assignment!r}: the value is not valid YAML ({e}).") from e
-        # "1e-3" is a number to people, and text to YAML
-        if isinstance(value, str):
-            with contextlib.suppress(ValueError):
-                value = float(value)
+    for name, value in assignments(given, "consecutive=2 or rules.kl_k3.k=8"):
+        keys = name.split(".")
         target = values
         for key in keys[:-1]:
             inner = target.get(key)
@@ -80,12 +66,12 @@ def replay(
 
 def _stats(row: Mapping[str, Any]) -> MismatchStats:
     def count(name: str, usual: int = 0) -> int:
-        return int(number(row.get(name)) or 0) if name in row else usual
+        return int(as_number(row.get(name)) or 0) if name in row else usual
 
     return MismatchStats(
         count("num_tokens"),
         count("num_sequences"),
         count("num_batches"),
         count("num_errors", int(row["status"] == Status.ERROR)),
-        {name: number(row.get(name)) for name in SCALARS},
+        {name: as_number(row.get(name)) for name in SCALARS},
     )

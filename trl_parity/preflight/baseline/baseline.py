@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError, DataError
+from ...files import read_versioned
 
 __all__ = ["Baseline", "model_sha256", "open_baseline", "tokenizer_sha256"]
 
@@ -28,6 +29,8 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 
 _MAKE = "Make it with trl-parity baseline"
+
+_REMEDY = "make it again with trl-parity baseline, or copy the whole folder anew"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,28 +102,19 @@ def open_baseline(directory: str | Path, model: str | Path | None = None, tokeni
 def read_manifest(directory: Path) -> dict[str, Any] | None:
     """``manifest.json`` with the keys this version knows; None where there is none."""
     path = directory / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except OSError as e:
-        raise ConfigError(f"cannot read {path}: {e.strerror}. Expected a reference baseline. {_MAKE}.") from e
-    except ValueError as e:
-        raise DataError(f"{path} is corrupt: not valid JSON ({e}). {_MAKE} again, or copy the whole folder.") from e
-    version = manifest.get("schema_version") if isinstance(manifest, dict) else None
-    if not isinstance(version, int):
-        raise DataError(f"{path} has no schema_version. Expected the manifest of a reference baseline. {_MAKE} again.")
-    if version > SCHEMA_VERSION:
-        raise ConfigError(
-            f"{path} has schema_version {version}; this trl-parity reads up to {SCHEMA_VERSION}. Update "
-            "trl-parity, or make the baseline again with this one."
-        )
-    needed = {"complete": bool, "settings": dict, "versions": dict, "shards": list, "num_rows": int}
-    if wrong := [name for name, kind in needed.items() if not isinstance(manifest.get(name), kind)]:
-        raise DataError(f"{path} is corrupt: no proper {', '.join(wrong)}. {_MAKE} again, or copy the whole folder.")
+    manifest = read_versioned(
+        path,
+        (SCHEMA_VERSION,),
+        {"complete": bool, "settings": dict, "versions": dict, "shards": list, "num_rows": int},
+        expected="the manifest of a reference baseline",
+        remedy=_REMEDY,
+        damaged=DataError,
+    )
     keys = {"file", "sha256", "rows", "bytes"}
     if any(not isinstance(shard, dict) or keys - shard.keys() for shard in manifest["shards"]):
-        raise DataError(f"{path} is corrupt: a shard without {', '.join(sorted(keys))}. {_MAKE} again.")
+        raise DataError(f"{path} has a shard without {', '.join(sorted(keys))}. {_MAKE} again.")
     return manifest
 
 

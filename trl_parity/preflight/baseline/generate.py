@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...errors import ConfigError, DataError
-from ...files import write_whole
+from ...files import write_atomic
 from ...scoring.head import logits_chunk
 from ...scoring.scorer import causal_lm, materialized_head
 from ..prompts.cases import Prompt
@@ -105,7 +105,7 @@ def make_baseline(
     before = _earlier(directory, manifest)
     if rank == 0:
         if before is None:
-            write_whole(directory / MANIFEST, _dumped(manifest))
+            write_atomic(directory / MANIFEST, _dumped(manifest))
         for left in directory.glob(".shard-*.tmp"):  # by a kill
             left.unlink()
     known = {shard["file"]: shard["sha256"] for shard in (before or manifest)["shards"]}
@@ -141,7 +141,7 @@ def make_baseline(
         entry = {"file": path.name, "sha256": file_sha256(path), "bytes": path.stat().st_size, "rows": _num_rows(path)}
         manifest["shards"].append(entry)
     manifest |= {"num_rows": sum(shard["rows"] for shard in manifest["shards"]), "complete": True}
-    write_whole(directory / MANIFEST, _dumped(manifest))
+    write_atomic(directory / MANIFEST, _dumped(manifest))
     return open_baseline(directory)
 
 
@@ -233,7 +233,7 @@ def _write_shard(path: Path, rows: Sequence[dict[str, Any]], fingerprint: str) -
     table = pa.Table.from_pylist(list(rows), schema=_schema(fingerprint))
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
-    write_whole(path, buffer.getvalue().to_pybytes())
+    write_atomic(path, buffer.getvalue().to_pybytes())
 
 
 # ---- answers --------------------------------------------------------------------------------------------------------

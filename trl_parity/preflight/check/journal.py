@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
+from ...files import check_version
 
 __all__ = ["SCHEMA_VERSION", "Journal"]
 
@@ -56,11 +57,11 @@ class Journal:
             raise ConfigError(f"{self.path}, line {number}: {e}. Remove the file to start over.") from e
 
     def _same(self, seen: Mapping[str, Any], head: Mapping[str, Any]) -> None:
-        if seen.get("schema_version") != SCHEMA_VERSION or not isinstance(seen.get("settings"), dict):
-            raise ConfigError(
-                f"{self.path} was written by another version (schema {seen.get('schema_version')}, expected "
-                f"{SCHEMA_VERSION}). Give another --output, or remove the file."
-            )
+        assert self.path is not None
+        remedy = "give another --output, or remove the file"
+        check_version(self.path, seen.get("schema_version"), (SCHEMA_VERSION,), remedy=remedy)
+        if not isinstance(seen.get("settings"), dict):
+            raise ConfigError(f"{self.path} has no settings in its first line. Expected those of a check; {remedy}.")
         before, now = seen["settings"], head["settings"]
         changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
         if changed:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..._version import __version__
-from ...files import plain, write_whole
+from ...files import jsonable, write_atomic
 from ...report.drawing import BLUE, GREY, PURPLE, SKY, VERMILION, canvas, legend, png
 from ...report.escape import visible
 from ...report.format import number
@@ -137,7 +137,7 @@ def as_json(result: Result) -> str:
         "rows": [row.to_json() for row in result.rows],
         "settings": result.settings.to_json(),
         "facts": result.facts,
-        "trials": [plain({name: getattr(t, name) for name in _OF_A_TRIAL}) for t in result.trials],
+        "trials": [jsonable({name: getattr(t, name) for name in _OF_A_TRIAL}) for t in result.trials],
     }
     return json.dumps(value, indent=1, allow_nan=False, default=str) + "\n"
 
@@ -177,7 +177,7 @@ def write(result: Result, directory: Path) -> list[Path]:
         "check.json": as_json(result),
     }
     for name, content in files.items():
-        write_whole(directory / name, content)
+        write_atomic(directory / name, content)
     return [directory / name for name in files]
 
 

@@ -188,7 +188,8 @@ class Subject:
         import platform
 
         import transformers
-        import vllm
+
+        from ...engine.argument_schema import installed
 
         return {
             "engine": self.engine.everything(),
@@ -197,7 +198,7 @@ class Subject:
             "versions": {
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
-                "vllm": vllm.__version__,
+                "vllm": installed(),
                 "python": platform.python_version(),
             },
             "threads": torch.get_num_threads(),
