@@ -21,6 +21,7 @@ from ..config.parity import ParityConfig
 from ..errors import DataError
 from ..files import check_version, read_versioned
 from ..metrics.scalars import SCALARS
+from ..verdict import SEVERITY, Status
 from .paths import CONFIG_NAME, RUN_NAME, TOKENS_NAME, metrics_path
 
 __all__ = ["Columns", "Sample", "iter_windows", "recorded_config", "run_facts", "samples", "window_of"]
@@ -34,8 +35,6 @@ MAX_LINE = 1 << 22  # bytes; a window takes about 4 KB
 MAX_FILE = 1 << 26  # bytes of a file that is read whole
 
 _LOUD = 1 << 26  # bytes from which on reading shows its progress
-
-_SEVERITY = ("NO_DATA", "CALIBRATING", "OK", "WARN", "ERROR", "BREACH", "HALT")
 
 
 def iter_windows(path: str | Path, *, quiet: bool = False) -> Iterator[dict[str, Any]]:
@@ -112,8 +111,8 @@ def window_of(line: bytes) -> dict[str, Any] | None:
     row["step"] = int(step)
     for name, value in row.items():
         if type(value) is not float and value is not None and name in SCALARS:
-            row[name] = number(value)
-    row["streak"] = int(number(row.get("streak")) or 0) if math.isfinite(number(row.get("streak")) or 0) else 0
+            row[name] = as_number(value)
+    row["streak"] = int(as_number(row.get("streak")) or 0) if math.isfinite(as_number(row.get("streak")) or 0) else 0
     for name in ("breaches", "warnings"):
         given = row.get(name)
         row[name] = [str(x) for x in given[:64]] if isinstance(given, list) else []
@@ -121,7 +120,7 @@ def window_of(line: bytes) -> dict[str, Any] | None:
     return row
 
 
-def number(value: Any) -> float | None:
+def as_number(value: Any) -> float | None:
     """A figure as files hold it ("inf" is a string there); None for what is none."""
     if value is None or isinstance(value, bool | list | dict):
         return None
@@ -168,7 +167,7 @@ class Columns:
     def add(self, row: dict[str, Any]) -> None:
         """One window."""
         self.count += 1
-        status = row["status"] if row["status"] in _SEVERITY else "ERROR"
+        status = row["status"] if row["status"] in SEVERITY else "ERROR"
         self.statuses[status] += 1
         if status in ("BREACH", "HALT", "ERROR"):
             if self._streak_from is None:
@@ -207,7 +206,7 @@ class Columns:
 
 
 def _rank(status: str) -> int:
-    return _SEVERITY.index(status) if status in _SEVERITY else _SEVERITY.index("ERROR")
+    return SEVERITY.index(Status(status) if status in SEVERITY else Status.ERROR)
 
 
 def _mean(values: list[float | None]) -> float:
@@ -256,7 +255,7 @@ def _sample(rows: Iterable[dict[str, Any]]) -> Sample:
             continue
         out.windows += 1
         for values in itertools.islice(zip(*columns, strict=False), _MOST_TOKENS):
-            position, rollout, trainer, entropy = map(number, values)
+            position, rollout, trainer, entropy = map(as_number, values)
             if any(x is None or not math.isfinite(x) for x in (position, rollout, trainer)):
                 continue
             for name, value in zip(names, (position, rollout, trainer, entropy), strict=True):
