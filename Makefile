@@ -4,9 +4,14 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 PPO    := .venv-ppo
+DOCS   := .venv-docs
+CLEAN  := build/clean
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup setup-ppo demo test test-ppo lint clean
+# what the commands need to say anything; torch, TRL and vLLM are for what they run
+LIGHT  := jinja2 markdown-it-py markupsafe mdurl pygments pyyaml rich
+
+.PHONY: setup setup-ppo demo test test-ppo lint docs dist clean
 
 setup: $(VENV)/.installed
 setup-ppo: $(PPO)/.installed
@@ -35,7 +40,7 @@ test: setup
 
 # the engine-free tests show that this stack, too, is one trl-parity works with
 test-ppo: setup-ppo
-	$(PPO)/bin/python -m pytest tests/ppo $(addprefix tests/test_,metrics.py breaker.py processors.py)
+	$(PPO)/bin/python -m pytest tests/ppo $(addprefix tests/unit/,metrics/test_statistics.py judging/test_breaker.py scoring/test_sampling.py)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -44,5 +49,26 @@ lint: setup
 	$(BIN)/lint-imports
 	$(BIN)/deptry .
 
+# strict: a link, picture, heading or name that is not there fails
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
+# the pages need the sources alone, neither torch nor vLLM
+$(DOCS)/.installed: requirements-docs.lock
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or set PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install -q --no-compile --no-deps -r requirements-docs.lock
+	@touch $@
+
+# the wheel is built from the sdist, and installed without the heavy stack
+dist: setup
+	rm -rf dist $(CLEAN)
+	$(BIN)/uv build -q
+	$(BIN)/uv venv -q -p $(BIN)/python $(CLEAN)
+	$(BIN)/uv pip install -q --python $(CLEAN)/bin/python --no-deps dist/*.whl \
+	  $$(grep -iE "^($$(echo $(LIGHT) | tr ' ' '|'))==" requirements-cpu.lock)
+	cd $(CLEAN) && unset PYTHONPATH && bin/trl-parity --version && bin/trl-parity --help \
+	  && bin/python -P $(CURDIR)/.ci/check_dist.py $(CURDIR)
+
 clean:
-	rm -rf $(VENV) $(PPO) runs .cache build *.egg-info
+	rm -rf $(VENV) $(PPO) $(DOCS) runs .cache build dist site *.egg-info

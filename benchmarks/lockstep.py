@@ -28,12 +28,16 @@ WORKER = Path(__file__).resolve().parent / "paced_training.py"
 class Training:
     """One training that waits before each step until it is told to go on."""
 
-    def __init__(self, python: str, arm: str, model: Path, folder: Path):
+    def __init__(
+        self, python: str, arm: str, model: Path, folder: Path, *, runs: str | None = None, checkout: Path = ROOT
+    ):
+        # ``runs``: what is added to it, by the names of paced_training.ARMS, where that is not ``arm``;
+        # ``checkout``: whose trl_parity
         name = arm.replace("/", "-")
         self.arm, self.log = arm, folder / f"{name}.log"
         settings = yaml.safe_load(CONFIG.read_text())
         settings |= {"output_dir": str(folder / name), "model_name_or_path": str(model)}
-        order = {"arm": arm, "settings": settings, "engine": yaml.safe_load(ENGINE.read_text())}
+        order = {"arm": runs or arm, "settings": settings, "engine": yaml.safe_load(ENGINE.read_text())}
         (folder / f"{name}.json").write_text(json.dumps(order))
         environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         environment |= {
@@ -42,7 +46,7 @@ class Training:
         }  # TRL's own choice is the same twice
         inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         if python == sys.executable:  # this environment: this trl-parity. Another one has its own packages
-            inherited["PYTHONPATH"] = str(ROOT)
+            inherited["PYTHONPATH"] = str(checkout)
         environment |= {name: str(value) for name, value in settings["env"].items()}
         ours, theirs = os.pipe()
         with open(self.log, "w") as log:

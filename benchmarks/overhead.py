@@ -3,6 +3,7 @@
     python benchmarks/overhead.py                          # about 3 minutes on two cores
     python benchmarks/overhead.py --minutes 10 --pairs 3 --null --json overhead.json
     python benchmarks/overhead.py --windows-of-ten --martingale /path/to/its/bin/python
+    git worktree add ../before v0.6.0; python benchmarks/overhead.py --before ../before
 
 Both trainings run at the same time, each in a process of its own, and take turns: one does its next optimizer step
 while the other sleeps, AB, BA, AB, ... (``lockstep.py``, ``paced_training.py``). So the two steps of a pair lie next
@@ -12,7 +13,8 @@ configs/grpo_tiny_cpu.yaml, without tracker and checkpoints. Seeds are the same 
 the steps of a pair sample the same completions and learn the same; a pair where they did not is not counted.
 
 ``--null`` adds the training against itself: what this machine can tell apart. ``--windows-of-ten`` adds the callback
-with every_n_steps=10. ``--martingale`` adds martingale 0.2.0, which wants TRL 1.13 and vLLM 0.28: its arms, with and
+with every_n_steps=10. ``--before`` adds the callback of this checkout beside that of another one, which stands for
+"without" there. ``--martingale`` adds martingale 0.2.0, which wants TRL 1.13 and vLLM 0.28: its arms, with and
 without, both run in that environment. How to make it:
 
     python3.11 -m venv martingale && martingale/bin/pip install uv
@@ -47,6 +49,7 @@ ASKED = {
     "trl-parity": "every rollout batch compared, judged and logged, the noise floor included, as the recipe has it",
     "trl-parity/10": "every rollout batch compared, ten steps judged and logged together (every_n_steps=10)",
     "null": "nothing: the same training twice",
+    "before": "the callback of this checkout; what stands for without is the callback of another",
     "martingale": "every token kept in SQLite, all weights digested at each step, its live alarms; its defaults",
 }
 SHARES = (5, 25, 50, 75, 95, 100)
@@ -55,11 +58,19 @@ SHARES = (5, 25, 50, 75, 95, 100)
 # ---- running -----------------------------------------------------------------------------------------------------
 
 
-def race(contender: str, python: str, model: Path, minutes: float) -> dict[str, Any]:
+def race(contender: str, python: str, model: Path, minutes: float, before: Path | None) -> dict[str, Any]:
     """A training with the contender beside one without, in fresh processes."""
     deadline = time.monotonic() + 60 * minutes
     with tempfile.TemporaryDirectory() as directory:
-        trainings = [Training(python, arm, model, Path(directory)) for arm in (BASE, contender)]
+        folder = Path(directory)
+        if contender == "before":
+            assert before is not None
+            trainings = [
+                Training(python, BASE, model, folder, runs="trl-parity", checkout=before.resolve()),
+                Training(python, contender, model, folder, runs="trl-parity"),
+            ]
+        else:
+            trainings = [Training(python, arm, model, folder) for arm in (BASE, contender)]
         try:
             ready, *steps = pairs(*trainings, deadline, least=WARM_UP + LEAST)
         except RuntimeError as e:
@@ -181,6 +192,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=1, help="pairs of trainings, each in fresh processes")
     parser.add_argument("--windows-of-ten", action="store_true", help="also with every_n_steps=10")
     parser.add_argument("--null", action="store_true", help="also the training against itself")
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="also against the callback of this checkout")
     parser.add_argument("--martingale", metavar="PYTHON", help="also martingale, in the environment of this Python")
     parser.add_argument("--model", type=Path, help="folder of the recipe's tiny model (default: built once)")
     parser.add_argument("--json", type=Path, help="keep the figures here, every step's")
@@ -193,12 +205,13 @@ def main() -> None:
     contenders = {"trl-parity": sys.executable}
     contenders |= {"trl-parity/10": sys.executable} if options.windows_of_ten else {}
     contenders |= {"null": sys.executable} if options.null else {}
+    contenders |= {"before": sys.executable} if options.before else {}
     contenders |= {"martingale": options.martingale} if options.martingale else {}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
     for number in range(options.pairs):
         for contender, python in contenders.items():
             print(f"{contender}, run {number + 1} of {options.pairs} ...", flush=True)
-            runs[contender].append(race(contender, python, model, options.minutes))
+            runs[contender].append(race(contender, python, model, options.minutes, options.before))
     summary = [summarize(name, runs[name]) for name in contenders]
     about, rates = describe(packages=()), limits()
     console = Console(width=100, highlight=False)

@@ -162,7 +162,7 @@ def window_curves(device: str, repeats: int, rates: dict[str, float]) -> list[Cu
         def gathered(n: int) -> MismatchSums:
             window = OpenWindow(bootstrap)
             for _ in range(n):
-                window.add(monitor.measure(batch, 0), "")
+                window.add(monitor.sums_of(batch, 0), "")
             return window.sums(device)
 
         def end(sums: MismatchSums) -> None:

@@ -31,8 +31,8 @@ def main() -> int:
                 "-m",
                 "pytest",
                 "-q",
-                "tests/test_grpo.py",
-                "tests/test_trainers.py",
+                "tests/engine/test_grpo.py",
+                "tests/engine/test_trainers.py",
                 "-k",
                 TESTS,
             ]

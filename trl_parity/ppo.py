@@ -7,7 +7,7 @@ from typing import Any
 from .engine.cpu import prepare_cpu_engine, require_live_weights
 from .errors import ConfigError
 from .trainers.instrumentation import instrument
-from .trainers.ppo import VLLMRollouts, require_ppo_trainer
+from .trainers.ppo_rollouts import VLLMRollouts, require_ppo_trainer
 from .trainers.server_client import sync_without_cuda
 
 __all__ = ["use_vllm"]

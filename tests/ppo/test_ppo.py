@@ -7,15 +7,15 @@ import copy
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from ppo_support import ppo_trainer
-from support import digit_reward, environment, grpo_args, prompts, save_tiny_model, shared_engine
-from test_grpo import jsonl, statuses
+from support import ROOT, TESTS
+from support.callbacks import jsonl, statuses
+from support.models import save_tiny_model
+from support.ppo import ppo_trainer
+from support.processes import environment
+from support.trainers import digit_reward, grpo_args, prompts, shared_engine
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl.experimental.ppo import PPOTrainer
 from trl.experimental.ppo import ppo_trainer as loop
@@ -261,7 +261,7 @@ def test_a_failed_measurement_is_an_error_window_and_training_goes_on(make, monk
 RANKS = """
 import json, sys
 from pathlib import Path
-from ppo_support import ppo_trainer
+from support.ppo import ppo_trainer
 from trl_parity import ParityCallback
 
 model, out = map(Path, sys.argv[1:])
@@ -281,8 +281,7 @@ rank = trainer.accelerator.process_index
 def test_two_ranks_stop_together_with_a_checkpoint(model_dir, tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
-    here = Path(__file__).parent
-    env = environment(PYTHONPATH=f"{here}:{here.parent}", ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
+    env = environment(PYTHONPATH=f"{TESTS}:{ROOT}", ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, str(script), str(model_dir), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)

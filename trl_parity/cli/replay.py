@@ -125,10 +125,8 @@ class Told:
             return Text(visible(f"{status} {streak}" if streak else status) + mark, style=styles.get(status, ""))
 
         table = Table(box=None, pad_edge=False)
-        for column, kwargs in (
-            ("step", {"justify": "right"}), ("recorded", {}), ("replayed", {}), ("why, replayed", {})
-        ):  # fmt: skip
-            table.add_column(column, **kwargs)  # type: ignore[arg-type]
+        for column in ("step", "recorded", "replayed", "why, replayed"):
+            table.add_column(column, justify="right" if column == "step" else "left")
         for step, before, streak, after, streak_after, reason in self._lines:
             mark = "" if before == after else " *"
             table.add_row(f"{step}", shown(before, streak), shown(after, streak_after, mark), Text(visible(reason)))

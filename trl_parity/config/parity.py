@@ -169,7 +169,8 @@ class ParityConfig:
         default=60.0,
         metadata={
             "help": "Seconds a vLLM server may take to answer one request of trl-parity's own (its settings, scoring "
-            "tokens again). After one that it does not answer, a diagnosis goes on without the server."
+            "tokens again). After one that it does not answer, nothing more is asked before the next window; a server "
+            "that does not even answer with its settings is not asked again in the run."
         },
     )
     eval_batches: str = field(

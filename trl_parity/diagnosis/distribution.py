@@ -1,8 +1,8 @@
-"""Sampling laws: what an engine may do to logits before it samples and reports, scored and fitted from its reports.
+"""The distribution an engine samples from: what it may do to logits before it samples and reports.
 
-Given the trainer's logits z of a few tokens and the log-probs the engine reported for them, which law makes one the
-other? Goodness of a law: mean Huber(Δ), Δ = the law's log-prob - the reported one, nats. A fit changes one thing of a
-law. Robust against a minority of tokens that are off for other reasons, and honest about noise: see ``improves``.
+Given the trainer's logits z of a few tokens and the log-probs the engine reported for them, which distribution makes
+one the other? Goodness: mean Huber(Δ), Δ = the distribution's log-prob - the reported one, nats. Robust against a
+minority of tokens that are off for other reasons, and honest about noise: see ``improves``.
 """
 
 from __future__ import annotations
@@ -17,9 +17,20 @@ import torch
 from torch import Tensor
 
 from ..records import SamplingSettings
+from ..scoring.dtypes import dtype_name
 from ..scoring.sampling import cut, penalize, settings_of
 
-__all__ = ["MIN_GAIN", "Law", "LawScores", "Tokens", "describe", "huber", "improves", "law_details", "log_probs"]
+__all__ = [
+    "MIN_GAIN",
+    "Distribution",
+    "DistributionScores",
+    "Tokens",
+    "describe",
+    "distribution_details",
+    "huber",
+    "improves",
+    "log_probs",
+]
 
 MIN_GAIN = 0.1  # a fit lowers the objective by this share, or there is none
 
@@ -33,7 +44,7 @@ HEAD, _GROUPS = 1024, 1024  # of a sketch: tokens kept one by one, groups the ot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Law:
+class Distribution:
     """What an engine does to logits z before it samples and reports: rounding, soft cap, bias, bans, ``sampling``."""
 
     sampling: SamplingSettings
@@ -61,7 +72,7 @@ class Tokens:
         return Tokens(*(getattr(self, f.name)[start:stop] for f in fields(self)))
 
 
-class LawScores(NamedTuple):
+class DistributionScores(NamedTuple):
     """Per token, (n,)."""
 
     logprobs: Tensor  # fp64: what the engine would report for the target
@@ -80,23 +91,23 @@ def improves(before: Tensor, after: Tensor) -> bool:
     return bool(after[rest].sum() <= (1.0 - MIN_GAIN) * before[rest].sum() - 1e-9 * len(rest))
 
 
-def log_probs(tokens: Tokens, law: Law) -> LawScores:
-    """What the engine would report for the targets under ``law``; -inf for a banned target.
+def log_probs(tokens: Tokens, distribution: Distribution) -> DistributionScores:
+    """What the engine would report for the targets under ``distribution``; -inf for a banned target.
 
     A target outside the truncated support is added to it, as ``replay`` does.
     """
     values, outside = [], []
     for part in chunks(tokens):
-        scaled, support = supported(part, law)
-        z = _modelled(part, law) if law.report.startswith("raw") else scaled
+        scaled, support = supported(part, distribution)
+        z = _modelled(part, distribution) if distribution.report.startswith("raw") else scaled
         value = target_values(z, part).double()
-        if law.report == PROCESSED:
+        if distribution.report == PROCESSED:
             value = value - support.log_sum
-        elif law.report == "raw_logprobs":
+        elif distribution.report == "raw_logprobs":
             value = value - logsumexp(z)
         values.append(value)
         outside.append(support.outside)
-    return LawScores(torch.cat(values), torch.cat(outside))
+    return DistributionScores(torch.cat(values), torch.cat(outside))
 
 
 # --- scoring ---------------------------------------------------------------------------------------------------------
@@ -139,20 +150,22 @@ def curved(z: Tensor, curvature: float) -> Tensor:
     return torch.where(torch.isinf(z), z, x / abs(curvature))
 
 
-def _modelled(tokens: Tokens, law: Law) -> Tensor:
-    z = tokens.logits if law.logits_dtype is None else tokens.logits.to(law.logits_dtype).to(tokens.logits.dtype)
-    return curved(z, law.curvature)
+def _modelled(tokens: Tokens, distribution: Distribution) -> Tensor:
+    z = tokens.logits
+    if distribution.logits_dtype is not None:
+        z = z.to(distribution.logits_dtype).to(z.dtype)
+    return curved(z, distribution.curvature)
 
 
-def biased(tokens: Tokens, law: Law) -> Tensor:
+def biased(tokens: Tokens, distribution: Distribution) -> Tensor:
     """A copy of the logits, rounded and capped, with bias and bans."""
-    z = _modelled(tokens, law).clone()
-    if law.allowed is not None:
+    z = _modelled(tokens, distribution).clone()
+    if distribution.allowed is not None:
         banned = torch.ones(z.shape[-1], dtype=torch.bool, device=z.device)
-        banned[sorted(law.allowed)] = False
+        banned[sorted(distribution.allowed)] = False
         z.masked_fill_(banned, -torch.inf)
-    if law.bias:
-        ids, values = zip(*law.bias, strict=True)
+    if distribution.bias:
+        ids, values = zip(*distribution.bias, strict=True)
         z[:, list(ids)] += torch.tensor(values, dtype=z.dtype, device=z.device)
     return z
 
@@ -167,13 +180,13 @@ def seen_tokens(tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
     return distinct // vocab, distinct % vocab, counts
 
 
-def scaled_logits(tokens: Tokens, law: Law) -> Tensor:
+def scaled_logits(tokens: Tokens, distribution: Distribution) -> Tensor:
     """Logits (n, V) after bias, penalties and temperature, before truncation. A copy."""
-    z = biased(tokens, law)
-    if law.sampling.penalizes:
+    z = biased(tokens, distribution)
+    if distribution.sampling.penalizes:
         row, token, counts = seen_tokens(tokens)
-        z[row, token] = penalize(z[row, token], torch.ones_like(row, dtype=torch.bool), counts, law.sampling)
-    return z.div_(law.sampling.temperature)
+        z[row, token] = penalize(z[row, token], torch.ones_like(row, dtype=torch.bool), counts, distribution.sampling)
+    return z.div_(distribution.sampling.temperature)
 
 
 def ascending(values: Tensor) -> Tensor:
@@ -181,16 +194,16 @@ def ascending(values: Tensor) -> Tensor:
     return torch.from_numpy(np.sort(values.numpy())) if values.device.type == "cpu" else values.sort(-1).values
 
 
-def supported(tokens: Tokens, law: Law) -> tuple[Tensor, Support]:
+def supported(tokens: Tokens, distribution: Distribution) -> tuple[Tensor, Support]:
     """Scaled logits of a chunk, and what of them survives."""
-    scaled = scaled_logits(tokens, law)
-    if not law.sampling.truncates:
+    scaled = scaled_logits(tokens, distribution)
+    if not distribution.sampling.truncates:
         whole = torch.full_like(scaled[:, 0], torch.inf)
         return scaled, Support(scaled.amax(-1), whole, logsumexp(scaled), torch.zeros_like(whole, dtype=torch.bool))
     top = scaled.amax(-1, keepdim=True)
     gaps = ascending(top - scaled)
     mass = gaps.neg().exp_().cumsum(-1, dtype=torch.float64)
-    last = cut(gaps, mass, settings_of(law.sampling, gaps)) - 1
+    last = cut(gaps, mass, settings_of(distribution.sampling, gaps)) - 1
     limit, kept = gaps.gather(-1, last).squeeze(-1), mass.gather(-1, last).squeeze(-1)
     top = top.squeeze(-1)
     gap = top - target_values(scaled, tokens)
@@ -200,7 +213,7 @@ def supported(tokens: Tokens, law: Law) -> tuple[Tensor, Support]:
 
 
 class Sketch(NamedTuple):
-    """Laws in a few thousand numbers a row: the likeliest tokens one by one, the others in groups of neighbours."""
+    """A distribution in a few thousand numbers a row: the likeliest tokens singly, others in groups of neighbours."""
 
     gaps: Tensor  # (n, K) fp64 ascending, nats below the most likely token; of a group: of its mean probability
     size: int  # tokens in a group
@@ -226,13 +239,13 @@ class Sketch(NamedTuple):
         return -target - (mass.gather(-1, last) + outside * target.neg().exp()).log(), outside
 
 
-def sketch_of(tokens: Tokens, law: Law) -> Sketch:
+def sketch_of(tokens: Tokens, distribution: Distribution) -> Sketch:
     """Group values are exact at τ = 1 and off by (var of the group's logits) |1/τ - 1| / 2τ elsewhere."""
     vocab = tokens.logits.shape[-1]
     size = max(1, math.ceil((vocab - HEAD) / _GROUPS))
     parts, targets, tops = [], [], []
     for part in chunks(tokens):
-        scaled = scaled_logits(part, law)
+        scaled = scaled_logits(part, distribution)
         top = scaled.amax(-1, keepdim=True)
         gaps = top - scaled
         tops.append(top.squeeze(-1).double())
@@ -268,39 +281,39 @@ _REPORTS = {
 }
 
 
-def describe(law: Law, base: Law, *, ids: bool = True) -> str:
-    """What of ``law`` differs from ``base``, in words and numbers; empty where nothing does. Not ``ids``: no ids."""
+def describe(distribution: Distribution, base: Distribution, *, ids: bool = True) -> str:
+    """What of ``distribution`` is not as in ``base``, in words and numbers; empty: nothing. Not ``ids``: no ids."""
     words, none = [], SamplingSettings()
     for name, form in _FORMATS.items():
-        value, configured = getattr(law.sampling, name), getattr(base.sampling, name)
+        value, configured = getattr(distribution.sampling, name), getattr(base.sampling, name)
         if value != configured:
             new = f"no {name}" if value == getattr(none, name) and name != "temperature" else name + form.format(value)
             was = configured != getattr(none, name) or name == "temperature"
             words.append(new + f" (configured{form.format(configured)})" * was)
     before = dict(base.bias)
-    changed = {i: b - before.get(i, 0.0) for i, b in law.bias if b != before.get(i, 0.0)}
+    changed = {i: b - before.get(i, 0.0) for i, b in distribution.bias if b != before.get(i, 0.0)}
     words += [f"bias {b:+.2f} on " + (f"token {i}" if ids else "a token") for i, b in changed.items() if b > -math.inf]
     if banned := [str(i) for i, b in changed.items() if b == -math.inf]:
         which = f"token{'s' * (len(banned) > 1)} {', '.join(banned)}" if ids else f"{len(banned)} token id(s)"
         words.append(f"{which} never drawn")
-    if law.allowed is not None and law.allowed != base.allowed:
-        words.append(f"only {len(law.allowed)} token id{'s' * (len(law.allowed) > 1)} allowed")
-    if law.logits_dtype is not None and law.logits_dtype != base.logits_dtype:
-        words.append(f"logits rounded to {str(law.logits_dtype).removeprefix('torch.')}")
-    if law.curvature != base.curvature:
-        cap = f"a soft cap of {1 / abs(law.curvature - base.curvature):.3g} on the logits"
-        words.append(cap if law.curvature > base.curvature else f"without {cap}")
-    if law.report != base.report:
-        words.append(_REPORTS[law.report])
+    if distribution.allowed is not None and distribution.allowed != base.allowed:
+        words.append(f"only {len(distribution.allowed)} token id{'s' * (len(distribution.allowed) > 1)} allowed")
+    if distribution.logits_dtype is not None and distribution.logits_dtype != base.logits_dtype:
+        words.append(f"logits rounded to {dtype_name(distribution.logits_dtype)}")
+    if distribution.curvature != base.curvature:
+        cap = f"a soft cap of {1 / abs(distribution.curvature - base.curvature):.3g} on the logits"
+        words.append(cap if distribution.curvature > base.curvature else f"without {cap}")
+    if distribution.report != base.report:
+        words.append(_REPORTS[distribution.report])
     return ", ".join(words)
 
 
-def law_details(law: Law) -> dict[str, Any]:
-    """The law as JSON; a ban is ``"-inf"``."""
-    return {name: getattr(law.sampling, name) for name in _FORMATS} | {
-        "bias": [[i, b if math.isfinite(b) else str(b)] for i, b in law.bias],
-        "allowed": None if law.allowed is None else sorted(law.allowed),
-        "report": law.report,
-        "logits_dtype": None if law.logits_dtype is None else str(law.logits_dtype).removeprefix("torch."),
-        "curvature": law.curvature,
+def distribution_details(distribution: Distribution) -> dict[str, Any]:
+    """The distribution as JSON; a ban is ``"-inf"``."""
+    return {name: getattr(distribution.sampling, name) for name in _FORMATS} | {
+        "bias": [[i, b if math.isfinite(b) else str(b)] for i, b in distribution.bias],
+        "allowed": None if distribution.allowed is None else sorted(distribution.allowed),
+        "report": distribution.report,
+        "logits_dtype": None if distribution.logits_dtype is None else dtype_name(distribution.logits_dtype),
+        "curvature": distribution.curvature,
     }

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..scoring.sampling import penalize
 from .distribution import (
     PROCESSED,
-    Law,
+    Distribution,
     Support,
     Tokens,
     biased,
@@ -22,7 +22,7 @@ from .distribution import (
     supported,
     target_values,
 )
-from .fitting import _TIE, _grid, _if_better, _minimize
+from .fitting import TIE, evenly, if_better, minimize
 
 __all__ = ["fit_bias"]
 
@@ -39,77 +39,81 @@ _WORTH = 0.99  # an id is allowed back if that leaves less than this of the obje
 _BIASES = (-12.0, -8.0, -5.0, -3.0, -2.0, -1.2, -0.6, -0.3, 0.0, 0.3, 0.6, 1.2, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0)
 
 
-def fit_bias(tokens: Tokens, law: Law) -> Law | None:
-    """The bias on one to eight ids, the allow-list or the ban-list, added to the law's own, that fits best.
+def fit_bias(tokens: Tokens, distribution: Distribution) -> Distribution | None:
+    """The bias on one to eight ids, the allow-list or the ban-list, added to the distribution's own, that fits best.
 
     One id v: e^Δ' = e^Δ / (1 + p(v)(e^b - 1)), times e^b where v is the target; b in [-12, 20], or -inf if v never is.
     Ids join while each is an improvement. Allow-list: the distinct targets, if 4 n times fewer, and ids that
     improve the fit. Ban-list: ids never drawn but expected 5 times, less those that spoil it. The kept set of a
-    truncated law is taken to stay as it is. None: no gain.
+    truncated distribution is taken to stay as it is. None: no gain.
     """
-    if law.report != PROCESSED:
+    if distribution.report != PROCESSED:
         return None
     mass = tokens.logits.new_zeros(tokens.logits.shape[-1])
     supports, scores = [], []
     for part in chunks(tokens):
-        scaled, support = supported(part, law)
+        scaled, support = supported(part, distribution)
         supports.append(support)
         scores.append(target_values(scaled, part).double() - support.log_sum)
         cut = support.top.unsqueeze(-1) - scaled > support.limit.unsqueeze(-1)
         mass += scaled.sub_(support.log_sum.to(scaled.dtype).unsqueeze(-1)).exp_().masked_fill_(cut, 0.0).sum(0)
     now = torch.cat(scores)
     ids = torch.cat([tokens.targets, mass.topk(min(_MASS_IDS, len(mass))).indices]).unique()
-    columns = _columns(tokens, law, ids, Support(*map(torch.cat, zip(*supports, strict=True))))
-    found = [fit(columns, law, now, tokens.reported) for fit in (_allow_list, _ban_list, _biases)]  # the last mutates
+    columns = _columns(tokens, distribution, ids, Support(*map(torch.cat, zip(*supports, strict=True))))
+    found = [
+        fit(columns, distribution, now, tokens.reported) for fit in (_allow_list, _ban_list, _biases)
+    ]  # the last mutates
     best = min((x for x in found if x is not None), key=lambda x: x[0], default=None)
-    return None if best is None else _if_better(tokens, now, best[1])
+    return None if best is None else if_better(tokens, now, best[1])
 
 
 @dataclass(slots=True)
 class _Columns:
-    """A law on C ids of n tokens, (n, C) each."""
+    """A distribution on C ids of n tokens, (n, C) each."""
 
     ids: Tensor  # (C,)
     z: Tensor  # fp64, before penalties
     seen: Tensor  # bool
     counts: Tensor
-    probs: Tensor  # fp64, of the kept set's law
+    probs: Tensor  # fp64, of the kept set's distribution
     target: Tensor  # bool: the token's target
 
-    def moved(self, b: float | Tensor, at: slice, law: Law) -> tuple[Tensor, Tensor, Tensor]:
+    def moved(self, b: float | Tensor, at: slice, distribution: Distribution) -> tuple[Tensor, Tensor, Tensor]:
         """With b added to an id's logit: how the target's log-prob, log Σ and the id's scaled logit move, (n, C)."""
-        z, seen, counts, sampling = self.z[:, at], self.seen[:, at], self.counts[:, at], law.sampling
+        z, seen, counts, sampling = self.z[:, at], self.seen[:, at], self.counts[:, at], distribution.sampling
         shift = (penalize(z + b, seen, counts, sampling) - penalize(z, seen, counts, sampling)) / sampling.temperature
         total = (self.probs[:, at] * shift.expm1()).clamp(min=1e-9 - 1.0).log1p()
         return torch.where(self.target[:, at], shift, 0.0) - total, total, shift
 
-    def apply(self, b: float, index: int, law: Law) -> Tensor:
+    def apply(self, b: float, index: int, distribution: Distribution) -> Tensor:
         """Add b for good; how the targets' log-probs move, (n,)."""
         at = slice(index, index + 1)
-        moved, total, shift = self.moved(b, at, law)
+        moved, total, shift = self.moved(b, at, distribution)
         self.probs *= total.neg().exp()
         self.probs[:, at] *= shift.exp()
         self.z[:, at] += b
         return moved.squeeze(-1)
 
 
-def _columns(tokens: Tokens, law: Law, ids: Tensor, support: Support) -> _Columns:
+def _columns(tokens: Tokens, distribution: Distribution, ids: Tensor, support: Support) -> _Columns:
     column = torch.full((tokens.logits.shape[-1],), -1, device=ids.device)
     column[ids] = torch.arange(len(ids), device=ids.device)
     context = column[torch.where(tokens.real, tokens.context, ids[0])]
     known = tokens.real & (context >= 0)
     target = column[tokens.targets].unsqueeze(-1) == torch.arange(len(ids), device=ids.device)
-    z = torch.cat([biased(part, law)[:, ids] for part in chunks(tokens)])
+    z = torch.cat([biased(part, distribution)[:, ids] for part in chunks(tokens)])
     row, at, count = seen_tokens(replace(tokens, logits=z, context=context, real=known))
     seen, counts = torch.zeros_like(target), torch.zeros_like(z)
     seen[row, at], counts[row, at] = True, count
-    scaled = penalize(z, seen, counts, law.sampling) / law.sampling.temperature
+    scaled = penalize(z, seen, counts, distribution.sampling) / distribution.sampling.temperature
     kept = (support.top.unsqueeze(-1) - scaled <= support.limit.unsqueeze(-1)) | target
     probs = (scaled.double() - support.log_sum.unsqueeze(-1)).exp() * kept
     return _Columns(ids, z.double(), seen, counts, probs, target)
 
 
-def _biases(columns: _Columns, law: Law, now: Tensor, reported: Tensor) -> tuple[float, Law] | None:
+def _biases(
+    columns: _Columns, distribution: Distribution, now: Tensor, reported: Tensor
+) -> tuple[float, Distribution] | None:
     """Biases one by one, then each again given the others."""
     never = ~columns.target.any(0)
     bias: dict[int, float] = {}
@@ -122,56 +126,62 @@ def _biases(columns: _Columns, law: Law, now: Tensor, reported: Tensor) -> tuple
         at = slice(index, index + 1)
 
         def objective(b: Tensor) -> Tensor:
-            return loss(now.unsqueeze(-1) + columns.moved(b.to(now.device), at, law)[0]).cpu()
+            return loss(now.unsqueeze(-1) + columns.moved(b.to(now.device), at, distribution)[0]).cpu()
 
-        b, value = _minimize(objective, start, 7)
-        if never[index] and (banned := float(objective(grid.new_tensor([-math.inf])))) <= _TIE * value:
+        b, value = minimize(objective, start, 7)
+        if never[index] and (banned := float(objective(grid.new_tensor([-math.inf])))) <= TIE * value:
             return banned, -math.inf
         return value, b
 
     while len(bias) < _MAX_BIASES:
-        values = torch.stack([loss(now.unsqueeze(-1) + columns.moved(b, slice(None), law)[0]) for b in _BIASES])
+        values = torch.stack(
+            [loss(now.unsqueeze(-1) + columns.moved(b, slice(None), distribution)[0]) for b in _BIASES]
+        )
         values[:, list(bias)] = torch.inf
         least, best = values.min(0)
         likely = least.topk(min(2, len(least)), largest=False).indices.tolist()
         _, b, index = min((*refined(i, grid[max(int(best[i]) - 1, 0) : int(best[i]) + 2]), i) for i in likely)
-        after = columns.moved(b, slice(index, index + 1), law)[0].squeeze(-1) + now
+        after = columns.moved(b, slice(index, index + 1), distribution)[0].squeeze(-1) + now
         if not improves(huber(now - reported), huber(after - reported)):
             break
-        now = now + columns.apply(b, index, law)
+        now = now + columns.apply(b, index, distribution)
         bias[index] = b
     for index in list(bias) * 3 * (len(bias) > 1):
         if bias[index] > -math.inf:
-            _, b = refined(index, _grid(-1.0, 1.0, 5))
+            _, b = refined(index, evenly(-1.0, 1.0, 5))
             b = -math.inf if never[index] and bias[index] + b < _BAN else b
-            now = now + columns.apply(b, index, law)
+            now = now + columns.apply(b, index, distribution)
             bias[index] += b
-    return (float(huber(now - reported).mean()), _with_bias(law, columns, bias)) if bias else None
+    return (float(huber(now - reported).mean()), _with_bias(distribution, columns, bias)) if bias else None
 
 
-def _with_bias(law: Law, columns: _Columns, bias: dict[int, float]) -> Law:
-    merged = dict(law.bias)
+def _with_bias(distribution: Distribution, columns: _Columns, bias: dict[int, float]) -> Distribution:
+    merged = dict(distribution.bias)
     for index, b in bias.items():
         token = int(columns.ids[index])
         merged[token] = merged.get(token, 0.0) + b
-    return replace(law, bias=tuple(sorted(merged.items())))
+    return replace(distribution, bias=tuple(sorted(merged.items())))
 
 
-def _allow_list(columns: _Columns, law: Law, now: Tensor, reported: Tensor) -> tuple[float, Law] | None:
+def _allow_list(
+    columns: _Columns, distribution: Distribution, now: Tensor, reported: Tensor
+) -> tuple[float, Distribution] | None:
     banned = ~columns.target.any(0)
-    if not 2 <= int((~banned).sum()) <= len(now) // 4:  # one id alone: a law so sharp has simpler reasons
+    if not 2 <= int((~banned).sum()) <= len(now) // 4:  # one id alone: a distribution so sharp has simpler reasons
         return None
     kept = (columns.probs * ~banned).sum(-1, keepdim=True)
     value = _allow_back(columns, banned, kept, now - reported)
-    return value, replace(law, allowed=frozenset(columns.ids[~banned].tolist()))
+    return value, replace(distribution, allowed=frozenset(columns.ids[~banned].tolist()))
 
 
-def _ban_list(columns: _Columns, law: Law, now: Tensor, reported: Tensor) -> tuple[float, Law] | None:
+def _ban_list(
+    columns: _Columns, distribution: Distribution, now: Tensor, reported: Tensor
+) -> tuple[float, Distribution] | None:
     banned = ~columns.target.any(0) & (columns.probs.sum(0) >= _LIKELY)
     kept = 1.0 - (columns.probs * banned).sum(-1, keepdim=True)
     value = _allow_back(columns, banned, kept, now - reported)
     bias = dict.fromkeys(banned.nonzero().squeeze(-1).tolist(), -math.inf)
-    return (value, _with_bias(law, columns, bias)) if bias else None
+    return (value, _with_bias(distribution, columns, bias)) if bias else None
 
 
 def _allow_back(columns: _Columns, banned: Tensor, kept: Tensor, delta: Tensor) -> float:

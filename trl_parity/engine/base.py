@@ -27,6 +27,9 @@ class Engine(Protocol):
     refuses, with its own words.
     """
 
+    def refresh(self) -> None:
+        """Read its settings anew: of a server one short request, of an engine in this process nothing is copied."""
+
     @property
     def capabilities(self) -> frozenset[Capability]:
         """What this one can be asked."""

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
 
-__all__ = ["Counters", "Load", "block_usage", "prefix_hits", "server_counters", "watched_server"]
+from .http import ServerAPI
+
+__all__ = ["CacheUse", "Counters", "block_usage", "prefix_hits", "server_counters", "server_use"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ _untold: WeakSet[Any] = WeakSet()  # clients of servers that did not answer once
 
 
 @dataclass(slots=True)
-class Load:
+class CacheUse:
     """Of some requests. ``cached`` of ``looked_up`` prompt tokens were read from the prefix cache; 0 of 0: it is off.
 
     ``kv_usage``: the largest share of the KV cache's blocks that running requests held, 0 to 1; None: not known.
@@ -46,29 +48,29 @@ def prefix_hits(outputs: Any) -> tuple[int, int]:
 
 
 @contextmanager
-def block_usage(llm: Any) -> Iterator[Load]:
+def block_usage(llm: Any) -> Iterator[CacheUse]:
     """Inside the block ``kv_usage`` is the peak so far, read after each scheduling: some microseconds a step.
 
     An engine core in another process can't be looked at: None.
     """
-    load = Load()
+    use = CacheUse()
     core = getattr(llm.llm_engine.engine_core, "engine_core", None)
     scheduler: Any = getattr(core, "scheduler", None)
     manager: Any = getattr(scheduler, "kv_cache_manager", None)
     if scheduler is None or not hasattr(manager, "usage"):
-        yield load
+        yield use
         return
     schedule, own = scheduler.schedule, scheduler.__dict__.get("schedule")
-    load.kv_usage = 0.0
+    use.kv_usage = 0.0
 
-    def watched(*args: Any, **kwargs: Any) -> Any:
+    def recorded(*args: Any, **kwargs: Any) -> Any:
         out = schedule(*args, **kwargs)
-        load.kv_usage = max(load.kv_usage or 0.0, float(manager.usage))
+        use.kv_usage = max(use.kv_usage or 0.0, float(manager.usage))
         return out
 
-    scheduler.schedule = watched
+    scheduler.schedule = recorded
     try:
-        yield load
+        yield use
     finally:
         if own is None:
             del scheduler.schedule
@@ -84,24 +86,20 @@ class Counters:
     queries: float
     kv_usage: float | None
 
-    def since(self, before: Counters) -> Load:
+    def since(self, before: Counters) -> CacheUse:
         """What happened between two readings. Counters that fell: the server was restarted, and began at 0."""
         if self.queries < before.queries or self.hits < before.hits:
-            return Load(self.hits, self.queries, self.kv_usage)
-        return Load(self.hits - before.hits, self.queries - before.queries, self.kv_usage)
+            return CacheUse(self.hits, self.queries, self.kv_usage)
+        return CacheUse(self.hits - before.hits, self.queries - before.queries, self.kv_usage)
 
 
 def server_counters(client: Any, timeout: float = TIMEOUT) -> Counters | None:
     """The counters of the server behind TRL's client. None where it does not tell: said once, and not asked again."""
-    import requests
-
     if client in _untold:
         return None
     try:
-        answer = requests.get(f"{client.base_url}/metrics", timeout=timeout)
-        answer.raise_for_status()
-        return _parsed(answer.text)
-    except (requests.RequestException, ValueError) as e:
+        return _parsed(ServerAPI(client.base_url, timeout).text("get", "/metrics"))
+    except (ConnectionError, RuntimeError, ValueError) as e:
         _untold.add(client)
         logger.warning("the vLLM server does not tell its counters (parity/engine/*): %s: %s", type(e).__name__, e)
         return None
@@ -121,26 +119,26 @@ def _parsed(text: str) -> Counters:
 
 
 @contextmanager
-def watched_server(client: Any) -> Iterator[Load]:
+def server_use(client: Any) -> Iterator[CacheUse]:
     """After the block: what the server did in it, its KV usage sampled beside the requests."""
-    load, before = Load(), server_counters(client)
+    use, before = CacheUse(), server_counters(client)
     if before is None:
-        yield load
+        yield use
         return
     over = threading.Event()
 
     def look() -> None:
         while not over.wait(_EVERY):
             if (now := server_counters(client)) is not None and now.kv_usage is not None:
-                load.kv_usage = max(load.kv_usage or 0.0, now.kv_usage)
+                use.kv_usage = max(use.kv_usage or 0.0, now.kv_usage)
 
-    thread = threading.Thread(target=look, name="trl-parity-load", daemon=True)
+    thread = threading.Thread(target=look, name="trl-parity-counters", daemon=True)
     thread.start()
     try:
-        yield load
+        yield use
     finally:
         over.set()
         thread.join(TIMEOUT)
         if (now := server_counters(client)) is not None:
             done = now.since(before)
-            load.cached, load.looked_up = done.cached, done.looked_up
+            use.cached, use.looked_up = done.cached, done.looked_up

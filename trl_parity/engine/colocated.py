@@ -27,6 +27,9 @@ class ColocatedEngine:
         self._tensor_parallel_size = tensor_parallel_size
         self._sleeps = sleeps
 
+    def refresh(self) -> None:
+        """Nothing to do: everything is read where it lies."""
+
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of activations and weights."""

@@ -19,7 +19,7 @@ from ..errors import InterceptionError
 
 logger = logging.getLogger(__name__)
 
-BACKEND = "trl_parity"  # of vLLM's --weight-transfer-config: weights come as files, see transfer.py
+BACKEND = "trl_parity"  # of vLLM's --weight-transfer-config: weights come as files, see weight_transfer.py
 
 _MARK = "_trl_parity_live_weights"
 
@@ -70,7 +70,8 @@ def vllm_plugin() -> None:
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     if BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(BACKEND, f"{__package__}.transfer", "FileWeightTransferEngine")
+        module = f"{__package__}.weight_transfer"
+        WeightTransferEngineFactory.register_engine(BACKEND, module, "FileWeightTransferEngine")
 
 
 def packed_layers(model: Any) -> list[str]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from .cache_stats import Load, block_usage, prefix_hits, watched_server
+from .cache_stats import CacheUse, block_usage, prefix_hits, server_use
 
 __all__ = ["Request", "recorded_requests"]
 
@@ -19,7 +19,7 @@ class Request:
     temperature: float | None
     params: Any = None  # vllm.SamplingParams of a colocated engine, the HTTP arguments of a server
     outputs: Any = None  # list of vllm.RequestOutput of a colocated engine, a server's answer for all ranks
-    load: Load | None = None  # what it did to the engine's caches
+    cache_use: CacheUse | None = None  # what it did to the engine's caches
 
 
 @contextmanager
@@ -34,19 +34,19 @@ def recorded_requests(generation: Any) -> Iterator[list[Request]]:
     generate, own = target.generate, target.__dict__.get("generate")
 
     def recording(*args: Any, **kwargs: Any) -> Any:
-        with block_usage(target) if colocated else watched_server(target) as load:
+        with block_usage(target) if colocated else server_use(target) as use:
             out = generate(*args, **kwargs)
         if colocated:
             params = kwargs.get("sampling_params", args[1] if len(args) > 1 else None)
             first: Any = params[0] if isinstance(params, list) and params else params
             temperature = None if first is None else first.temperature
             if target.llm_engine.vllm_config.cache_config.enable_prefix_caching:
-                load.cached, load.looked_up = prefix_hits(out)
-            seen.append(Request(temperature, first, out, load))
+                use.cached, use.looked_up = prefix_hits(out)
+            seen.append(Request(temperature, first, out, use))
         else:
             temperature = (kwargs.get("generation_kwargs") or {}).get("temperature", kwargs.get("temperature"))
             sent = {k: v for k, v in kwargs.items() if k not in ("prompts", "features")}
-            seen.append(Request(None if temperature is None else float(temperature), sent, out, load))
+            seen.append(Request(None if temperature is None else float(temperature), sent, out, use))
         return out
 
     target.generate = recording

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,14 +10,14 @@ from typing import Any
 
 import torch
 
-from .base import Capability, Engine
-from .colocated import engine_of
+from .base import Capability
+from .http import ServerAPI
 
-__all__ = ["ServerEngine", "SettingsWatch", "reachable", "server_of"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["TIMEOUT", "ServerEngine"]
 
 TIMEOUT = 60.0  # seconds, where the config says nothing
+
+_SIGN_OF_LIFE = 5.0  # seconds for the settings of a server that let a request wait in vain
 
 _REQUESTS = 16  # at once
 
@@ -36,7 +35,9 @@ class ServerEngine:
 
     Args:
         client: TRL's.
-        timeout: Seconds for each answer. After one that did not come, nothing more is asked.
+        timeout: Seconds for each answer. After one that did not come, nothing more is asked before ``refresh``.
+
+    ``failure``: the answer that did not come.
 
     Raises:
         ConnectionError: (everything that asks) the server is gone, or silent for longer than ``timeout``.
@@ -46,14 +47,17 @@ class ServerEngine:
     capabilities = frozenset({Capability.RESCORE})  # it schedules by itself; weights and counts it keeps
 
     def __init__(self, client: Any, timeout: float = TIMEOUT):
-        import requests
-        from requests.adapters import HTTPAdapter
+        self._client = client
+        self._api = ServerAPI(client.base_url, timeout)  # the client's own waits without end and tries for a minute
+        self.failure: ConnectionError | None = None
+        self.refresh()
 
-        self._client, self._timeout = client, timeout
-        self._session = requests.Session()  # the client's own waits without end and tries again for a minute
-        self._session.mount(client.base_url, HTTPAdapter(pool_maxsize=_REQUESTS))
-        self._silent = ""
-        self._info: dict[str, Any] = self._send("get", "/server_info?config_format=json")["vllm_config"]
+    def refresh(self) -> None:
+        """Read its settings anew: one short request. After an answer that did not come, a sign of life is awaited."""
+        timeout = None if self.failure is None else min(_SIGN_OF_LIFE, self._api.timeout)
+        self.failure = None
+        told = self._send("get", "/server_info?config_format=json", timeout=timeout)
+        self._info: dict[str, Any] = told["vllm_config"]
 
     def _told(self, part: str, name: str) -> Any:
         return (self._info.get(part) or {}).get(name)
@@ -165,73 +169,11 @@ class ServerEngine:
         answer = self._send("post", "/v1/completions", request)
         return sorted(answer["choices"], key=lambda choice: choice["index"])
 
-    def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        import requests
-
-        if self._silent:
-            raise ConnectionError(self._silent)
-        url = f"{self._client.base_url}{path}"
+    def _send(self, method: str, path: str, body: Any = None, *, timeout: float | None = None) -> Any:
+        if self.failure is not None:
+            raise type(self.failure)(str(self.failure))
         try:
-            answer = self._session.request(method, url, json=body, timeout=self._timeout)
-        except requests.RequestException as e:
-            self._silent = f"no answer from {url} within {self._timeout:g} s ({type(e).__name__})"
-            raise ConnectionError(self._silent) from e
-        if answer.status_code != 200:
-            raise RuntimeError(f"the server answered {answer.status_code}: {answer.text[:300]}")
-        return answer.json()
-
-
-def server_of(generation: Any, timeout: float = TIMEOUT) -> ServerEngine | None:
-    """The server behind TRL's ``VLLMGeneration``; None where it is colocated, or on ranks that do not talk to it."""
-    client = getattr(generation, "vllm_client", None) if generation.mode == "server" else None
-    return None if client is None else ServerEngine(client, timeout)
-
-
-def reachable(generation: Any, timeout: float = TIMEOUT) -> Engine | None:
-    """The engine that can be asked from here; None on ranks that talk to no server, or where it does not tell."""
-    if generation is None or generation.mode == "colocate":
-        return engine_of(generation)
-    try:
-        return server_of(generation, timeout)
-    except Exception as e:  # gone, silent, or without its development endpoints: what asks does without
-        logger.warning("the vLLM server does not tell its settings: %s", e)
-        return None
-
-
-class SettingsWatch:
-    """What a server runs with, against what it ran with at the first look. On ranks that talk to none: nothing."""
-
-    def __init__(self) -> None:
-        self._first: dict[str, Any] | None = None
-        self._instance = ""
-        self._told = ""
-        self.restarts = 0
-        self.changes: dict[str, tuple[Any, Any]] = {}  # setting -> at the first look, now
-
-    def look(self, generation: Any, timeout: float = TIMEOUT) -> None:
-        """Read the settings; say once what is not as it was. One short request, on the main process."""
-        if generation is None or generation.mode == "colocate":
-            return
-        engine = reachable(generation, timeout)
-        if not isinstance(engine, ServerEngine):
-            return
-        now = engine.everything()
-        if self._first is None:
-            self._first, self._instance = now, engine.instance
-        if restarted := engine.instance != self._instance:
-            self._instance, self.restarts = engine.instance, self.restarts + 1
-        self.changes = {name: (was, now[name]) for name, was in self._first.items() if now[name] != was}
-        text = "; ".join(f"{name} was {was}, is {value}" for name, (was, value) in self.changes.items())
-        if restarted:
-            logger.warning(
-                "the vLLM server was restarted: until the next sync it serves the weights it was started with. %s.",
-                f"Its settings changed: {text}" if text else "Its settings are the same",
-            )
-        elif text and text != self._told:
-            logger.warning("the vLLM server's settings are not those the run began with: %s.", text)
-        self._told = text
-
-    def to_dict(self) -> dict[str, Any]:
-        """For an incident's engine settings: JSON. Empty while nothing changed."""
-        out: dict[str, Any] = {f"{name} at the start": was for name, (was, _) in self.changes.items()}
-        return out | ({"restarts": self.restarts} if self.restarts else {})
+            return self._api.json(method, path, body, timeout=timeout)
+        except ConnectionError as e:
+            self.failure = e
+            raise

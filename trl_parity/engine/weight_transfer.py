@@ -34,6 +34,7 @@ from vllm.distributed.weight_transfer.base import (
 
 from ..errors import InterceptionError
 from .cpu import BACKEND, packed_layers
+from .http import ServerAPI
 
 __all__ = ["FileTransfer", "FileWeightTransferEngine"]
 
@@ -95,20 +96,21 @@ class FileTransfer:
 
     Raises:
         RuntimeError: (every method) the server refused a request, with its own words.
-        requests.RequestException: (every method) it can't be reached, or did not answer in time.
+        ConnectionError: (every method) it can't be reached, or did not answer in time.
     """
 
     def __init__(
         self, base_url: str, *, directory: str | None = None, file_bytes: int = 1 << 30, timeout: float = 300.0
     ):
-        self.base_url, self.file_bytes, self.timeout = base_url.rstrip("/"), file_bytes, timeout
+        self.base_url, self.file_bytes = base_url.rstrip("/"), file_bytes
+        self._server = ServerAPI(base_url, timeout)
         self._parent = directory
         self._directory: tempfile.TemporaryDirectory[str] | None = None
         self._names = itertools.count()
 
     def init_weight_transfer(self) -> None:
         """Make the directory; refuse a server that was started with another weight transfer, or none."""
-        info = self._request("get", "server_info?config_format=json").json()["vllm_config"]
+        info = self._server.json("get", "/server_info?config_format=json")["vllm_config"]
         backend = (info["weight_transfer_config"] or {}).get("backend")
         if backend != BACKEND:
             flag = f"--weight-transfer-config '{json.dumps({'backend': BACKEND})}'"
@@ -117,27 +119,27 @@ class FileTransfer:
                 f"CUDA, so weights go through files. Expected a server started with {flag}, in an environment where "
                 "trl-parity is installed."
             )
-        self._request("post", "init_weight_transfer_engine", {"init_info": {}})
+        self._server.text("post", "/init_weight_transfer_engine", {"init_info": {}})
         self._directory = tempfile.TemporaryDirectory(prefix="trl-parity-weights-", dir=self._parent)
 
     def pause(self) -> None:
         """Freeze the server's running requests; they go on after ``resume``."""
-        self._request("post", "pause?mode=keep")
+        self._server.text("post", "/pause?mode=keep")
 
     def resume(self) -> None:
         """Go on generating."""
-        self._request("post", "resume")
+        self._server.text("post", "/resume")
 
     def send_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
         """One update of the server's weights, whole when it returns."""
-        self._request("post", "start_weight_update", {})
+        self._server.text("post", "/start_weight_update", {})
         try:
             self.deliver(named)
         except BaseException:
             with contextlib.suppress(Exception):  # the error at hand says more
-                self._request("post", "finish_weight_update", {})
+                self._server.text("post", "/finish_weight_update", {})
             raise
-        self._request("post", "finish_weight_update", {})
+        self._server.text("post", "/finish_weight_update", {})
 
     def deliver(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Part of an update that is under way: tensors by the trainer's names, in files of about ``file_bytes``."""
@@ -149,7 +151,7 @@ class FileTransfer:
             path = Path(self._directory.name) / f"{next(self._names)}.safetensors"
             try:
                 save_file(tensors, path)
-                self._request("post", "update_weights", {"update_info": {"path": str(path)}})  # read when it answers
+                self._server.text("post", "/update_weights", {"update_info": {"path": str(path)}})  # answers once read
             finally:
                 path.unlink(missing_ok=True)
 
@@ -171,16 +173,3 @@ class FileTransfer:
                 tensors, size = {}, 0
         if tensors:
             yield tensors
-
-    def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        import requests
-
-        answer = requests.request(method, f"{self.base_url}/{path}", json=body, timeout=self.timeout)
-        if answer.status_code == 404:
-            raise RuntimeError(
-                f"the vLLM server at {self.base_url} has no /{path}. Expected its development endpoints: start it "
-                "with VLLM_SERVER_DEV_MODE=1."
-            )
-        if answer.status_code != 200:
-            raise RuntimeError(f"/{path} of the vLLM server answered {answer.status_code}: {answer.text[:500]}")
-        return answer

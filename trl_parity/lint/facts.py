@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..config.reading import from_json
 from ..records import UNREPLAYED, SamplingSettings
-from ..scoring.perturb import _name, largest_dropout
+from ..scoring.dtypes import dtype_name
+from ..scoring.perturb import largest_dropout
 from .rules import Facts, Finding, lint
 
 if TYPE_CHECKING:
@@ -20,12 +21,10 @@ __all__ = ["configured_facts", "engine_facts", "facts", "rl_traps", "tell_traps"
 logger = logging.getLogger(__name__)
 
 
-def facts(capture: Capture, replayed: bool, server_timeout: float = 60.0) -> Facts:
-    """The facts of a run, from its first batch's capture. ``server_timeout``: seconds for a server to answer."""
-    from ..engine.server import reachable
-
+def facts(capture: Capture, replayed: bool) -> Facts:
+    """The facts of a run, from its first batch's capture."""
     args = capture.trainer.args  # a trainer without the correction, or a head of its own, has no such argument
-    engine = reachable(capture.generation, server_timeout)
+    engine = capture.engine
     weights = next(p.dtype for p in capture.policy.parameters() if p.is_floating_point())
     corrects = getattr(args, "vllm_importance_sampling_correction", False)
     mode = args.vllm_importance_sampling_mode if corrects else None
@@ -33,8 +32,8 @@ def facts(capture: Capture, replayed: bool, server_timeout: float = 60.0) -> Fac
         sampling=capture.sampling,
         trainer_temperature=capture.temperature,
         replayed=replayed,
-        trainer_dtype=_name(weights),
-        compute_dtype=_name(capture.compute_dtype),
+        trainer_dtype=dtype_name(weights),
+        compute_dtype=dtype_name(capture.compute_dtype),
         trainer_head_fp32=getattr(args, "cast_lm_head_to_fp32", False),
         dropout=largest_dropout(capture.policy),
         has_logprobs=getattr(capture.generation, "logprobs", 0) is not None,
@@ -43,10 +42,10 @@ def facts(capture: Capture, replayed: bool, server_timeout: float = 60.0) -> Fac
     )
 
 
-def tell_traps(capture: Capture, replayed: bool, timeout: float) -> None:
+def tell_traps(capture: Capture, replayed: bool) -> None:
     """Log what is found in the settings of the live engine and trainer."""
     try:
-        for finding in lint(facts(capture, replayed, timeout)):
+        for finding in lint(facts(capture, replayed)):
             logger.log(logging.INFO if finding.severity == "note" else logging.WARNING, "%s", finding)
     except Exception as e:  # no measurement: a server of another vLLM, say; the run goes on
         logger.warning("the settings could not be checked: %s: %s", type(e).__name__, e)
@@ -99,13 +98,13 @@ def configured_facts(values: Mapping[str, Any], *, serve: str | None = None, tra
 
 def engine_facts(args: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Facts of an engine from its arguments by vLLM's names, and vLLM's defaults for what they leave open."""
-    dtype = _engine_dtype(_name(args.get("dtype") or "auto"), checkpoint)
+    dtype = _engine_dtype(dtype_name(args.get("dtype") or "auto"), checkpoint)
     overrides = args.get("hf_overrides")
     head = overrides.get("head_dtype") if isinstance(overrides, Mapping) else None
     return {
         "logprobs_mode": args.get("logprobs_mode", "raw_logprobs"),
         "engine_dtype": dtype,
-        "engine_head_dtype": dtype if head in (None, "model") else _name(head),
+        "engine_head_dtype": dtype if head in (None, "model") else dtype_name(head),
         "kv_cache_dtype": args.get("kv_cache_dtype", "auto"),
         "quantization": args.get("quantization"),
         "prefix_caching": args.get("enable_prefix_caching", True),
@@ -119,7 +118,7 @@ def _checkpoint(model: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     try:
         config = AutoConfig.from_pretrained(model, local_files_only=True).get_text_config()
-        found["dtype"] = None if config.dtype is None else _name(config.dtype)
+        found["dtype"] = None if config.dtype is None else dtype_name(config.dtype)
         rates = [v for k, v in config.to_dict().items() if k.endswith(("dropout", "pdrop")) and isinstance(v, float)]
         found["dropout"] = max(rates, default=0.0)
         defaults = GenerationConfig.from_pretrained(model, local_files_only=True)

@@ -11,18 +11,18 @@ from ..metrics.sums import MismatchSums
 from ..metrics.trends import expected_temperature
 from ..records import RolloutBatch, ScoredBatch
 from ..trainers.capture import Capture
-from .monitor import ParityMonitor
+from .judge import RunJudge
 
-__all__ = ["BatchMeter"]
+__all__ = ["BatchSums"]
 
 logger = logging.getLogger(__name__)
 
 
-class BatchMeter:
+class BatchSums:
     """Measures rollout batches. ``last``: the batch measured last and its scores; None where that failed."""
 
-    def __init__(self, config: ParityConfig, monitor: ParityMonitor):
-        self._config, self._monitor = config, monitor
+    def __init__(self, config: ParityConfig, judge: RunJudge):
+        self._config, self._judge = config, judge
         self._phases = config.temperature_phases()
         self.reset()
 
@@ -32,7 +32,7 @@ class BatchMeter:
         self._began = False  # a training batch has been looked at
         self._told: set[str] = set()
 
-    def measure(self, capture: Capture) -> tuple[MismatchSums, str]:
+    def of(self, capture: Capture) -> tuple[MismatchSums, str]:
         """The sums of one batch, and in words what failed.
 
         A failure of ours becomes ``errors=1``. Only an InterceptionError before any training batch is raised: then
@@ -40,7 +40,7 @@ class BatchMeter:
         """
         sums, error = self._mismatch(capture)
         self._began |= capture.training
-        self._watch(capture, sums)
+        self._add_readings(capture, sums)
         return sums, error
 
     def _mismatch(self, capture: Capture) -> tuple[MismatchSums, str]:
@@ -49,7 +49,7 @@ class BatchMeter:
         try:
             rollout = capture.rollout()
             scored = capture.score(rollout, self._config.token_budget)
-            sums = self._monitor.measure(scored, accelerator.process_index)
+            sums = self._judge.sums_of(scored, accelerator.process_index)
             self.last = (rollout, scored)
             return sums, ""
         except Exception as e:  # ours: a window of status ERROR, and training goes on
@@ -62,24 +62,24 @@ class BatchMeter:
             sums.bump(batches=1, errors=1)
             return sums, error
 
-    def _watch(self, capture: Capture, sums: MismatchSums) -> None:
-        """Temperature and rewards of a batch; a failure there is a warning and no measurement, nothing else."""
+    def _add_readings(self, capture: Capture, sums: MismatchSums) -> None:
+        """Cache use, temperature and rewards of a batch; a failure there is a warning and no measurement."""
         try:
-            self._add_load(capture, sums)
+            self._add_cache_use(capture, sums)
             self._check_temperature(capture, sums)
             if capture.training:
-                self._monitor.add_rewards(sums, capture.rewards())
+                self._judge.add_rewards(sums, capture.rewards())
         except Exception as e:  # the mismatch is measured without them
-            if "watch" not in self._told:
-                self._told.add("watch")
+            if "readings" not in self._told:
+                self._told.add("readings")
                 logger.warning("temperature or rewards cannot be watched: %s: %s", type(e).__name__, e)
 
-    def _add_load(self, capture: Capture, sums: MismatchSums) -> None:
+    def _add_cache_use(self, capture: Capture, sums: MismatchSums) -> None:
         """What the batch's requests did to the engine's caches."""
-        for load in capture.loads:
-            sums.bump(cached_tokens=load.cached, looked_up_tokens=load.looked_up)
-            if load.kv_usage is not None:
-                sums.raise_to(kv_cache_usage=load.kv_usage)
+        for use in capture.cache_uses:
+            sums.bump(cached_tokens=use.cached, looked_up_tokens=use.looked_up)
+            if use.kv_usage is not None:
+                sums.raise_to(kv_cache_usage=use.kv_usage)
 
     def _check_temperature(self, capture: Capture, sums: MismatchSums) -> None:
         """What the engine was really asked for, against the trainer and the phase's setting."""

@@ -21,7 +21,7 @@ import torch
 
 from ..collectives import gather_rows
 from ..config.parity import ParityConfig
-from ..engine.server import reachable
+from ..engine.base import Capability, Engine
 from ..metrics.statistics import measure
 from ..metrics.sums import MismatchSums
 from ..records import RolloutBatch, ScoredBatch
@@ -30,8 +30,6 @@ from ..scoring.scorer import causal_lm
 
 if TYPE_CHECKING:
     from ..trainers.capture import Capture
-
-from ..engine.base import Capability, Engine
 
 __all__ = ["measure_floor", "noise_dtype"]
 
@@ -54,7 +52,7 @@ def measure_floor(capture: Capture, config: ParityConfig) -> dict[str, MismatchS
     Every rank must call it: the passes over a sharded model are collective, and one rank asks a server for its dtype.
     A source that failed has ``errors=1``.
     """
-    engine = reachable(capture.generation, config.server_timeout)
+    engine = capture.engine
     dtype, head_dtype = _engine_dtypes(engine, capture, config)  # first: nothing that fails on one rank alone
     dtype = noise_dtype(dtype, capture)
     rollout = capture.rollout()
@@ -63,12 +61,12 @@ def measure_floor(capture: Capture, config: ParityConfig) -> dict[str, MismatchS
     backbone = causal_lm(capture.policy).base_model
 
     with eval_mode(capture.policy):
-        plain = capture.forward(rollout, rows).logprobs
+        plain = capture.forward(rollout, rows)[0].logprobs
         with rounding_noise(backbone, dtype, seed=rollout.step):
             logits_dtype = None if head_dtype == torch.float32 else head_dtype
-            rounded = capture.forward(rollout, rows, logits_dtype=logits_dtype).logprobs
+            rounded = capture.forward(rollout, rows, logits_dtype=logits_dtype)[0].logprobs
         few = rows[:_SINGLE_SEQUENCES]
-        single = capture.forward(rollout, few, batch_size=1).logprobs
+        single = capture.forward(rollout, few, batch_size=1)[0].logprobs
     sources = {
         "rounding": _against_itself(rounded, plain, mask),
         "batch_shape": _against_itself(single, plain[: len(few)], mask[: len(few)]),

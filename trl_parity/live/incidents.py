@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..collectives import gather_rows
 from ..config.parity import ParityConfig
-from ..engine.colocated import engine_of
-from ..engine.server import SettingsWatch, reachable
+from ..engine.base import in_process
+from ..engine.handle import SettingsHistory
 from ..engine.weight_readback import policy_tensors
 from ..errors import ConfigError
 from ..records import Diagnosis, RolloutBatch, ScoredBatch
@@ -40,12 +40,12 @@ class Investigator:
         self.diagnosis: Diagnosis | None = None  # the last one
         self._asked = False  # in this episode
         self._named = False
-        self._settings = SettingsWatch()
+        self._settings = SettingsHistory()
 
-    def watch(self, capture: Capture) -> None:
+    def check_settings(self, capture: Capture) -> None:
         """Look whether a server still runs with the settings the run began with; what changed is a warning."""
         try:
-            self._settings.look(capture.generation, self.config.server_timeout)
+            self._settings.compare(capture.refreshed_engine())
         except Exception as e:  # an answer of another shape: what is measured does not depend on it
             logger.warning("the vLLM server's settings can't be compared: %s: %s", type(e).__name__, e)
 
@@ -73,25 +73,25 @@ class Investigator:
         began_healthy: bool | None,
     ) -> Diagnosis:
         """Name the cause of the batch's drift. A collective."""
-        from ..diagnosis.counterfactual import Scene
+        from ..diagnosis.counterfactual import DiagnosedBatch
         from ..diagnosis.diagnose import diagnose
 
         trainer = capture.trainer
         ranks = trainer.accelerator.num_processes
         mine = {"seconds": capture.batch_seconds}
         seconds = max(row["seconds"] for row in (gather_rows([mine]) if ranks > 1 else [mine]))
-        scene = Scene(
+        batch = DiagnosedBatch.of(
             capture,
             rollout,
             scored,
-            reachable(capture.generation, self.config.server_timeout),
+            capture.engine,
             token_budget=self.config.diagnose_tokens,
             replayed=self.config.truncation == "replay",
             floor=floor or 0.0,
             began_healthy=began_healthy,
             redacted=self.config.redact_text,
         )
-        self.diagnosis = diagnose(scene, step, budget=self.config.diagnose_budget * seconds, ranks=ranks)
+        self.diagnosis = diagnose(batch, step, budget=self.config.diagnose_budget * seconds, ranks=ranks)
         self._asked, self.wanted = True, False
         self._named = self.diagnosis.cause != "unknown"
         return self.diagnosis
@@ -100,8 +100,8 @@ class Investigator:
         """Deliver the policy's weights to the colocated engine and empty its prefix cache; names of what moved."""
         from ..engine.weight_readback import read_back
 
-        engine = engine_of(capture.generation)
-        if engine is None:
+        engine = capture.engine
+        if not in_process(engine):
             raise ConfigError("heal=True needs a colocated engine; call trainer.vllm_generation.sync_weights().")
         moved = []
         for name, tensor, *_ in policy_tensors(capture.policy):
@@ -125,7 +125,7 @@ class Investigator:
 
     def _engine(self, capture: Capture) -> dict[str, Any]:
         """Settings of the live engine."""
-        engine = reachable(capture.generation, self.config.server_timeout)
+        engine = capture.engine
         mode = None if capture.generation is None else capture.generation.mode
         return {"mode": mode} | ({} if engine is None else engine.everything()) | self._settings.to_dict()
 
@@ -135,10 +135,13 @@ class Investigator:
         verdict: Verdict,
         verdicts: Sequence[Verdict],
         last: tuple[RolloutBatch, ScoredBatch] | None,
-        text: str,
+        text: Callable[[Path], str],
         capture: Capture,
     ) -> Path | None:
-        """The incident bundle of the main process: its folder. None on other ranks, and where it can't be written."""
+        """The incident bundle of the main process: its folder. None on other ranks, and where it can't be written.
+
+        ``text``: what is printed at the halt, given the folder.
+        """
         trainer = capture.trainer
         if not trainer.accelerator.is_main_process:
             return None
@@ -159,10 +162,10 @@ class Investigator:
                 versions=versions(),
                 config=self.config.to_dict(),
                 windows=windows_in_short(verdicts),
-                text=text,
+                text="",  # filled in by who knows the folder
                 redacted=redact,
             )
-            return write_incident(directory, incident, rows)
+            return write_incident(directory, incident, rows, text)
         except Exception as e:  # a full disk must not change how the run ends
             logger.warning("the incident of step %d could not be kept: %s: %s", verdict.step, type(e).__name__, e)
             return None

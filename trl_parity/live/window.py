@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 from ..metrics.reduction import reduce_sums
-from ..metrics.statistics import compute
+from ..metrics.statistics import compute, measure_policy_drift
 from ..metrics.sums import MismatchSums
 from ..verdict import SEVERITY, MismatchStats, Status, Verdict
-from .monitor import ParityMonitor
+from .judge import RunJudge
 
 __all__ = ["OpenWindow", "UnloggedWindows"]
 
-# mildest first
+_UPDATES = 16  # loss computations whose log-probs are kept before they are measured
 
 
 class OpenWindow:
@@ -27,6 +27,7 @@ class OpenWindow:
     def __init__(self, bootstrap_samples: int, start: int = 0):
         self._bootstrap_samples = bootstrap_samples
         self._saved: MismatchSums | None = None  # over all ranks, as the checkpoint keeps it
+        self._updates: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self.begin(start)
 
     def begin(self, start: int) -> None:
@@ -46,9 +47,22 @@ class OpenWindow:
         self.error = error or self.error
         self._sums = added(self._sums, sums)
 
+    def add_update(self, new: torch.Tensor, old: torch.Tensor, mask: torch.Tensor) -> None:
+        """Keep what the policy drift of one loss computation is measured from; a window's are measured together."""
+        self._updates.append((new, old, mask))
+        if len(self._updates) >= _UPDATES:
+            self.add_updates()
+
+    def add_updates(self) -> None:
+        """Measure the policy drift of the updates that wait for it."""
+        for new, old, mask in self._updates:
+            measure_policy_drift(self.sums(new.device), new, old, mask)
+        self._updates.clear()
+
     def carry(self, accelerator: Any) -> None:
         """Reduce it, so that rank 0's checkpoint holds all of it. Collective."""
         self._saved = None
+        self.add_updates()
         if self._sums is None:
             return
         self._saved = reduce_sums(self._sums, accelerator)
@@ -94,10 +108,10 @@ class UnloggedWindows:
         self._status = max(self._status, verdict.status, key=SEVERITY.index)
         self._streak = max(self._streak, verdict.streak)
 
-    def scalars(self, monitor: ParityMonitor) -> dict[str, float | None]:
+    def scalars(self, judge: RunJudge) -> dict[str, float | None]:
         """Every scalar of them as one window, with the worst status and the longest streak."""
         assert self._sums is not None
-        stats = monitor.scalars(compute(self._sums)) if self._only is None else self._only
+        stats = judge.scalars(compute(self._sums)) if self._only is None else self._only
         return {**stats.values_by_name, "breaker/status": self._status.code, "breaker/streak": self._streak}
 
 

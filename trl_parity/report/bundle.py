@@ -7,6 +7,8 @@ import logging
 import os
 import shutil
 import uuid
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,10 @@ from ..errors import ConfigError
 from ..files import jsonable
 from ..results.incident import _KINDS, Incident, incident_folder
 from ..results.redaction import TEXT_COLUMNS, bare
+from . import figures
+from .drawing import draw
 from .markdown import report_markdown
+from .summary import summary_of
 
 __all__ = ["write_incident"]
 
@@ -27,27 +32,44 @@ _COLUMNS = {
 }  # fmt: skip
 
 
-def write_incident(parity_dir: Path, incident: Incident, rows: list[dict[str, Any]]) -> Path:
+def write_incident(
+    parity_dir: Path,
+    incident: Incident,
+    rows: list[dict[str, Any]],
+    text: Callable[[Path], str] | None = None,
+) -> Path:
     """Write the folder whole or not at all, and return it. Raises ConfigError where that can't be done.
 
     A folder of the same step is left as it is; this one is called ``step-<n>-2`` then, ``-3`` and so on. A picture
     that can't be drawn is left out, and the report says so. When redacted, columns and details that hold ids or text
-    are dropped whatever is given; sentences are not looked into.
+    are dropped whatever is given; sentences are not looked into. ``text``: the incident's, given its folder.
     """
+    while True:
+        folder = incident_folder(Path(parity_dir), incident.step)
+        if text is not None:
+            incident = replace(incident, text=text(folder))
+        if _write_whole(folder, incident, rows):
+            return folder
+
+
+def _write_whole(folder: Path, incident: Incident, rows: list[dict[str, Any]]) -> bool:
+    """Whether the folder was written; not where another process has made it meanwhile."""
     incident, rows = bare(incident, rows)
-    home = Path(parity_dir) / "incidents"
+    home = folder.parent
     temporary = home / f".step-{incident.step}.{uuid.uuid4().hex[:12]}.tmp"
     content = json.dumps(jsonable({name: getattr(incident, name) for name in _KINDS}), indent=2, allow_nan=False)
-    drawn, note = _draw(incident, rows)
     try:
         temporary.mkdir(parents=True)
-        for name, png in drawn.items():
-            (temporary / name).write_bytes(png)
         (temporary / "incident.json").write_text(content + "\n", encoding="utf-8")
         _write_tokens(temporary / "tokens.parquet", rows, incident.redacted)
+        drawn, note = draw(figures.INCIDENT_PICTURES, summary_of(incident, rows))
+        if note:
+            logger.warning("the incident at step %d: %s", incident.step, note)
+        for name, png in drawn.items():
+            (temporary / name).write_bytes(png)
         report = report_markdown(incident, rows, list(drawn), note=note)
         (temporary / "report.md").write_text(report, encoding="utf-8", newline="\n")
-        return _rename(temporary, Path(parity_dir), incident.step)
+        return _rename(temporary, folder)
     except OSError as e:
         raise ConfigError(
             f"cannot write {home / f'step-{incident.step}'}: {e.strerror or e}. Expected a writable directory with "
@@ -55,24 +77,6 @@ def write_incident(parity_dir: Path, incident: Incident, rows: list[dict[str, An
         ) from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _draw(incident: Incident, rows: list[dict[str, Any]]) -> tuple[dict[str, bytes], str]:
-    """PNGs by file name, and what to say of those that are missing."""
-    from . import pictures
-
-    drawn: dict[str, bytes] = {}
-    notes: list[str] = []
-    for name, draw in pictures.PICTURES.items():
-        try:
-            if (png := draw(incident, rows)) is not None:
-                drawn[name] = png
-        except ImportError as e:
-            return {}, f"No pictures: matplotlib can't be imported ({e}). Run: pip install 'trl-parity[report]'."
-        except Exception as e:  # a picture must not cost the report
-            logger.warning("%s of the incident at step %d: %s: %s", name, incident.step, type(e).__name__, e)
-            notes.append(f"{name} could not be drawn ({type(e).__name__}: {e}).")
-    return drawn, " ".join(notes)
 
 
 def _write_tokens(path: Path, rows: list[dict[str, Any]], redacted: bool) -> None:
@@ -89,12 +93,11 @@ def _encodable(row: dict[str, Any]) -> dict[str, Any]:
     return {k: v.encode("utf-8", "backslashreplace").decode() if isinstance(v, str) else v for k, v in row.items()}
 
 
-def _rename(temporary: Path, parity_dir: Path, step: int) -> Path:
-    while True:
-        final = incident_folder(parity_dir, step)
-        try:
-            os.rename(temporary, final)
-            return final
-        except OSError:
-            if not os.path.lexists(final):  # else: another process was faster
-                raise
+def _rename(temporary: Path, folder: Path) -> bool:
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        if not os.path.lexists(folder):
+            raise
+        return False
+    return True

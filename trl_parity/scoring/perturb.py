@@ -23,8 +23,6 @@ __all__ = [
 
 def largest_dropout(model: Any) -> float:
     """The largest dropout of a layer in training mode: modules of torch, and the attention of transformers."""
-    import torch
-
     largest = 0.0
     for module in model.modules():
         if not module.training:
@@ -34,11 +32,6 @@ def largest_dropout(model: Any) -> float:
         elif isinstance(p := getattr(module, "attention_dropout", 0.0), float):
             largest = max(largest, p)
     return largest
-
-
-def _name(dtype: Any) -> str:
-    name = str(dtype).removeprefix("torch.")
-    return {"half": "float16", "float": "float32"}.get(name, name)
 
 
 _NOT_THE_MODEL = {

@@ -20,25 +20,23 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from ..engine.cache_stats import Counters, Load, server_counters
+from ..engine.cache_stats import CacheUse
 from ..engine.requests import Request
 from ..errors import DataError
 from ..records import RolloutBatch
 from ..scoring.perturb import own_random_numbers
 from ..scoring.scorer import Located
-from .async_probe import Answer, Client, Probe, ask, sampling_settings
+from .async_probe import Answer, sampling_settings
+from .async_run import AsyncRun, RememberingQueue
 from .capture import Capture
 from .instrumentation import Observer, Wrapper, observer_of
 from .packed_attention import padded_attention, segments
-
-_RUN = "_trl_parity_run"
 
 _ORIGIN = "parity"  # key of a sample: where it comes from
 
@@ -62,115 +60,18 @@ def wrappers() -> Iterator[Wrapper]:
 # ---- where samples come from ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Origin:
-    """Of one sample. ``step``: optimizer steps of the weights it was begun with; -1: no sync made that version.
-
-    ``in_flight``: 1 when it was queued after the next sync began, so that its later tokens may come from newer
-    weights (an upper bound: scoring takes time too, and the server tells no version with its answers); -1: not known.
-    """
-
-    step: int
-    in_flight: int
-
-
-@dataclass(slots=True)
-class _Run:
-    """What is remembered of a trainer. Versions, samples and the probe itself: on the main process."""
-
-    trainer: Any
-    synced: dict[int, tuple[int, float]] = field(default_factory=dict)  # version: optimizer steps, start of the sync
-    latest: RolloutBatch | None = None  # contexts for the next probe
-    due: bool = False  # a probe was begun and not collected; the same on every rank
-    probe: Probe | None = None
-    clock: float = field(default_factory=time.perf_counter)
-    generation: Any = None  # what stands for TRL's VLLMGeneration
-    counters: Counters | None = None  # of the server, at the last batch
-
-    def __post_init__(self) -> None:
-        main = self.trainer.accelerator.is_main_process
-        self.synced[self.trainer.model_version] = int(self.trainer.state.global_step), 0.0
-        self.generation = SimpleNamespace(
-            mode="server", logprobs=0, vllm_client=Client(self.trainer) if main else None
-        )
-
-    @classmethod
-    def of(cls, trainer: Any) -> _Run:
-        """The trainer's."""
-        if not hasattr(trainer, _RUN):
-            setattr(trainer, _RUN, cls(trainer))
-        run: _Run = getattr(trainer, _RUN)
-        return run
-
-    def origin(self, sample: Any) -> _Origin:
-        """Of a sample off the queue."""
-        if sample.model_version not in self.synced:
-            return _Origin(-1, -1)
-        step, _ = self.synced[sample.model_version]
-        if sample.enqueued_at is None:
-            return _Origin(step, -1)
-        after = self.synced.get(sample.model_version + 1)
-        return _Origin(step, int(after is not None and sample.enqueued_at > after[1]))
-
-    def load(self) -> Load | None:
-        """What the server did since the last call, our probes' part included; None on other ranks than main's."""
-        client = self.generation.vllm_client
-        now = None if client is None else server_counters(client)
-        before, self.counters = self.counters, now
-        return None if now is None or before is None else now.since(before)
-
-    def on_sync(self, probe_tokens: int, began: float) -> None:
-        """Both sides hold the same weights now."""
-        trainer = self.trainer
-        self.due = probe_tokens > 0
-        if trainer.accelerator.is_main_process:
-            self.synced[trainer.model_version] = int(trainer.state.global_step), began
-            self.probe = None
-            if self.due and self.latest is not None:
-                settings, version = sampling_settings(trainer), trainer.model_version
-                client, latest = self.generation.vllm_client, self.latest
-                self.probe = Probe(lambda: ask(client, settings, latest, probe_tokens, version))
-
-    def collect(self) -> Answer | None:
-        """The answer to the probe since the last sync; None without one. A collective: all ranks get the same."""
-        if not self.due:
-            return None
-        self.due = False
-        answers = [None if self.probe is None else self.probe.answer()]
-        if self.trainer.accelerator.num_processes > 1:
-            from accelerate.utils import broadcast_object_list
-
-            broadcast_object_list(answers, from_process=0)
-        return answers[0]
-
-
-class _Queue:
-    """The trainer's queue of samples, which remembers the one handed out last."""
-
-    def __init__(self, queue: Any, run: _Run):
-        self._queue, self.run = queue, run
-        self.last: Any = None
-
-    def get(self, *args: Any, **kwargs: Any) -> Any:
-        self.last = self._queue.get(*args, **kwargs)
-        return self.last
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._queue, name)
-
-
 def _around_dataloader(original: Callable[..., Any], trainer: Any) -> Any:
     loader = original(trainer)
     dataset = trainer._rollout_dataset  # None where it is not the main process
     if observer_of(trainer) is not None and dataset is not None:
-        dataset.queue = _Queue(dataset.queue, _Run.of(trainer))
+        dataset.queue = RememberingQueue(dataset.queue, AsyncRun.of(trainer))
     return loader
 
 
 def _around_samples(original: Callable[..., Any], dataset: Any) -> Iterator[dict[str, Any]]:
     for sample in original(dataset):  # yields what it got last; stale ones are dropped before
         queue = dataset.queue
-        yield sample | {_ORIGIN: queue.run.origin(queue.last)} if isinstance(queue, _Queue) else sample
+        yield sample | {_ORIGIN: queue.run.origin(queue.last)} if isinstance(queue, RememberingQueue) else sample
 
 
 def _around_collation(original: Callable[..., Any], collator: Any, examples: Any) -> Any:
@@ -200,7 +101,7 @@ def _around_sync(original: Callable[..., Any], trainer: Any, began: float) -> An
     marks = original(trainer, began)
     observer = observer_of(trainer)
     if observer is not None:
-        _Run.of(trainer).on_sync(observer.probe_tokens, began)
+        AsyncRun.of(trainer).on_sync(observer, began)
     return marks
 
 
@@ -213,9 +114,9 @@ def _around_loss(
     observer = observer_of(trainer)
     if observer is None or not trainer.model.training or _PREFIX + "ids" not in inputs:
         return original(trainer, model, inputs, *args, **kwargs)
-    run = _Run.of(trainer)
+    run = AsyncRun.of(trainer)
     capture = AsyncGRPOCapture(trainer, observer, inputs)
-    with capture.watched():
+    with capture.scored_loss():
         loss = original(trainer, model, inputs, *args, **kwargs)
     if capture.pass_logprobs is not None:
         old = inputs["old_log_probs"][inputs["token_index"] >= 0][None]
@@ -251,16 +152,16 @@ class AsyncGRPOCapture(Capture):
     @property
     def generation(self) -> Any:
         """The server behind the queue."""
-        return _Run.of(self.trainer).generation
+        return AsyncRun.of(self.trainer).generation
 
     @functools.cached_property
-    def loads(self) -> list[Load]:
+    def cache_uses(self) -> list[CacheUse]:
         """Of the server as a whole: its requests are not those of one batch."""
-        load = _Run.of(self.trainer).load()
-        return [] if load is None else [load]
+        use = AsyncRun.of(self.trainer).cache_use()
+        return [] if use is None else [use]
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
+    def scored_loss(self) -> Iterator[None]:
         """Open during the loss: its pass is scored, and its own log-probs are kept, without their graph."""
         self.scorer = self.new_scorer(0)
         self.scorer.locate = self._locate
@@ -407,7 +308,7 @@ class ProbeCapture(AsyncGRPOCapture):
             self.requests = [Request(float(answer.request["temperature"]), dict(answer.request))]
 
     @functools.cached_property
-    def loads(self) -> list[Load]:
+    def cache_uses(self) -> list[CacheUse]:
         """Left to the batches."""
         return []
 

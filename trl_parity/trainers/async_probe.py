@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..engine.handle import EngineHandle
 from ..engine.server import ServerEngine
 from ..records import RolloutBatch, SamplingSettings
 
-__all__ = ["Answer", "Client", "Probe", "ask", "sampling_settings"]
+__all__ = ["Answer", "Client", "Probe", "sampled_now", "sampling_settings"]
 
 _PROBES = 16  # sequences of a probe: intervals of honesty and entropy drift are over sequences
 
@@ -78,10 +79,15 @@ class Probe:
         return self._answer
 
 
-def ask(client: Client, settings: SamplingSettings, latest: RolloutBatch, tokens: int, version: int) -> Answer | None:
+def sampled_now(
+    handle: EngineHandle, generation: Any, settings: SamplingSettings, latest: RolloutBatch, tokens: int, version: int
+) -> Answer | None:
     """Continuations of recent samples by the server as it is now; None where no context fits it."""
     try:
-        engine = ServerEngine(client)
+        engine = handle.get(generation) or handle.refreshed(generation)
+        if engine is None:
+            raise ConnectionError(handle.absence)
+        assert isinstance(engine, ServerEngine)
         each = max(1, tokens // _PROBES)
         contexts = [ids for ids in _contexts(latest) if len(ids) + each <= engine.max_model_len]
         if not contexts:

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import DistributedType
 
 from ..records import RolloutBatch, SamplingSettings, ScoredBatch
+from ..scoring.scorer import CompletionScorer, CompletionScores
 
 if TYPE_CHECKING:
-    from ..engine.cache_stats import Load
+    from ..engine.base import Engine
+    from ..engine.cache_stats import CacheUse
     from ..engine.requests import Request
-    from ..scoring.scorer import CompletionScorer, CompletionScores
 
-__all__ = ["Capture"]
+__all__ = ["Capture", "MeasurementSettings"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasurementSettings:
+    """What an observer wants measured, and how the trainer's log-probs are computed."""
+
+    replay_sampling: bool = True  # the engine's truncation, on the trainer's logits
+    chunk_bytes: int = 64 << 20  # of logits held at once
+    head_backend: str = "auto"
+    probe_tokens: int = 0  # wanted of an asynchronous engine right after each weight sync
+    evaluation: bool = True  # rollouts of evaluation, too
 
 
 class Capture(ABC):
@@ -64,6 +77,15 @@ class Capture(ABC):
         return self.trainer.vllm_generation
 
     @property
+    def engine(self) -> Engine | None:
+        """The run's handle on the engine behind it; None where there is none to be asked from this rank."""
+        return self._observer.engine_handle.get(self.generation)
+
+    def refreshed_engine(self) -> Engine | None:
+        """As ``engine``, with a server's settings read anew: one short request."""
+        return self._observer.engine_handle.refreshed(self.generation)
+
+    @property
     def policy(self) -> Any:
         """The policy without wrappers of distribution."""
         return self.trainer.accelerator.unwrap_model(self.trainer.model)
@@ -95,13 +117,23 @@ class Capture(ABC):
         return [request.temperature for request in self.requests if request.temperature is not None]
 
     @property
-    def loads(self) -> list[Load]:
+    def cache_uses(self) -> list[CacheUse]:
         """What its requests did to the engine's caches, as far as that is known."""
-        return [request.load for request in self.requests if request.load is not None]
+        return [request.cache_use for request in self.requests if request.cache_use is not None]
 
     def new_scorer(self, logits_to_keep: int, logits_dtype: torch.dtype | None = None) -> CompletionScorer:
         """A scorer of one pass over the policy."""
-        return self._observer.scorer(self.policy, logits_to_keep, self.temperature, self.sampling, logits_dtype)
+        settings = self._observer.measurement
+        return CompletionScorer(
+            self.policy,
+            logits_to_keep,
+            temperature=self.temperature,
+            sampling=self.sampling,
+            replay_sampling=settings.replay_sampling,
+            chunk_bytes=settings.chunk_bytes,
+            backend=settings.head_backend,
+            logits_dtype=logits_dtype,
+        )
 
     def score(self, rollout: RolloutBatch, token_budget: int) -> ScoredBatch:
         """The trainer's scores, from its own pass where it made one, else from a forward over sampled rows."""
@@ -110,8 +142,7 @@ class Capture(ABC):
             scores, own = self.scorer.scores(), rollout.own_logprobs
         else:
             rows = self.rows_within(rollout, token_budget)
-            scores = self.forward(rollout, rows)
-            own = self.own_logprobs
+            scores, own = self.forward(rollout, rows)
         mask, stale = rollout.engine_mask[rows], None
         lags, in_flight = (None if x is None else x[rows] for x in (rollout.lags, rollout.in_flight))
         if lags is not None:  # what older weights generated differs by rights: only the rest is a mismatch
@@ -149,11 +180,11 @@ class Capture(ABC):
         *,
         batch_size: int | None = None,
         logits_dtype: torch.dtype | None = None,
-    ) -> CompletionScores:
-        """Scores of some rows from a no-grad pass of our own, the way the trainer makes its own; ``own_logprobs``."""
+    ) -> tuple[CompletionScores, torch.Tensor]:
+        """Scores of some rows and the own head's log-probs, from a no-grad pass made the way the trainer makes its."""
         ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1)[rows]
         attention = torch.cat([rollout.prompt_mask, rollout.completion_mask], dim=1)[rows]
         keep = rollout.completion_ids.shape[1]
         with self.new_scorer(keep, logits_dtype) as scorer:
-            self.own_logprobs = self.run_policy(ids, attention, keep, batch_size)
-        return scorer.scores()
+            own = self.run_policy(ids, attention, keep, batch_size)
+        return scorer.scores(), own

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from ..engine.base import Engine
 from ..engine.config import checked, read_engine_config, serve_line
 from ..engine.requested_vs_live import differences
-from ..engine.server import reachable
 from ..errors import ConfigError, InterceptionError
 
 __all__ = ["TRLEngineArguments", "laid_under"]
@@ -98,7 +98,7 @@ class TRLEngineArguments:
             if hasattr(trainer_args, name) and getattr(trainer_args, name) != value
         ]
 
-    def disagreement(self, generation: Any, server_timeout: float) -> str:
+    def disagreement(self, generation: Any, engine: Engine | None) -> str:
         """What the live engine behind TRL's ``VLLMGeneration`` does not run with as asked; empty where all is."""
         if generation is None:
             return ""
@@ -108,7 +108,6 @@ class TRLEngineArguments:
                 "the engine was built without engine_args. Create ParityCallback before the trainer and pass it in "
                 "callbacks=[...]; trainer.add_callback() is too late."
             )
-        engine = reachable(generation, server_timeout)
         if engine is None:  # another rank talks to the server, or it does not tell: said by who asked
             return ""
         asked = {name: (self.built or self.args)[name] for name in self.args}

@@ -59,7 +59,7 @@ def wrappers_of(cls: type, capture: type[GRPOCapture]) -> Iterator[Wrapper]:
 def _around_generation(kind: type[GRPOCapture], original: Callable[..., Any], trainer: Any, inputs: Any) -> Any:
     observer = instrumentation.observer_of(trainer)
     training = bool(trainer.model.training)
-    if observer is None or not observer.observes(training):
+    if observer is None or not (training or observer.measurement.evaluation):
         return original(trainer, inputs)
     kind.require_interceptable(trainer)
     capture = kind(trainer, observer, training)
@@ -136,7 +136,7 @@ def sampling_settings(generation: Any) -> SamplingSettings:
 class GRPOCapture(Capture):
     """One generation batch of a GRPOTrainer."""
 
-    def __init__(self, trainer: Any, observer: Any, training: bool):
+    def __init__(self, trainer: Any, observer: instrumentation.Observer, training: bool):
         super().__init__(trainer, observer, training)
         args = trainer.args
         generate_every = args.steps_per_generation * trainer.num_iterations  # micro-batches per generation

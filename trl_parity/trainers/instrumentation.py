@@ -19,11 +19,8 @@ from packaging.version import Version
 from ..errors import InterceptionError
 
 if TYPE_CHECKING:
-    import torch
-
-    from ..records import SamplingSettings
-    from ..scoring.scorer import CompletionScorer
-    from .capture import Capture
+    from ..engine.handle import EngineHandle
+    from .capture import Capture, MeasurementSettings
     from .engine_args import TRLEngineArguments
 
 Wrapper = tuple[type, str, Callable[..., Any]]  # class, method name, wrapper that takes the original first
@@ -44,27 +41,9 @@ _originals: dict[tuple[type, str], Callable[..., Any]] = {}
 class Observer(ABC):
     """Base of callbacks that are handed rollouts."""
 
+    measurement: MeasurementSettings
+    engine_handle: EngineHandle  # of the run
     engine_request: TRLEngineArguments | None = None  # what an engine that TRL builds for the trainer has to get
-
-    @property
-    @abstractmethod
-    def probe_tokens(self) -> int:
-        """Tokens wanted of an asynchronous engine right after each weight sync."""
-
-    @abstractmethod
-    def observes(self, training: bool) -> bool:
-        """Whether training (or evaluation) rollouts are wanted."""
-
-    @abstractmethod
-    def scorer(
-        self,
-        model: Any,
-        logits_to_keep: int,
-        temperature: float,
-        sampling: SamplingSettings,
-        logits_dtype: torch.dtype | None = None,
-    ) -> CompletionScorer:
-        """A scorer for one pass over the policy."""
 
     @abstractmethod
     def on_generation(self, capture: Capture) -> None:

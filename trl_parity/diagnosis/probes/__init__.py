@@ -1,19 +1,19 @@
-"""Counterfactuals: each probe undoes one cause, as if it were the only difference, and says what it saw.
+"""Probes: each undoes one cause, as if it were the only difference, and says what it saw.
 
-A probe takes the scene and the world explained so far, and returns the ``Candidate`` in which its cause is undone
-(or None: looked, found nothing to undo). It knows mechanisms, never the run's history. What it can't ask raises
-``NotPossible``.
+A probe takes the batch, the counterfactual explained so far and what earlier probes found, and returns the
+``Candidate`` in which its cause is undone (or None: looked, found nothing to undo) with what it found for later ones.
+It knows mechanisms, never the run's history. What it can't ask raises ``NotPossible``.
 """
 
 from __future__ import annotations
 
-from .base import COSTS, FREE, Candidate, NotPossible, Probe, redone
-from .handoff import ARRIVED
-from .rescore import LADDER
-from .sampling_params import LAWS
-from .trainer_forward import PASSES
-from .weight_sync import WEIGHTS
+from .base import COSTS, FREE, Candidate, NotPossible, Probe, in_order, recomputed
+from .handoff import HANDOFF
+from .rescore import RESCORE
+from .sampling_params import SAMPLING_PARAMS
+from .trainer_forward import TRAINER_FORWARD
+from .weight_sync import WEIGHT_SYNC
 
-__all__ = ["COSTS", "FREE", "PROBES", "Candidate", "NotPossible", "Probe", "redone"]
+__all__ = ["COSTS", "FREE", "PROBES", "Candidate", "NotPossible", "Probe", "in_order", "recomputed"]
 
-PROBES: tuple[Probe, ...] = (*ARRIVED, *PASSES, *LAWS, *WEIGHTS, *LADDER)
+PROBES = in_order((*HANDOFF, *TRAINER_FORWARD, *SAMPLING_PARAMS, *WEIGHT_SYNC, *RESCORE))

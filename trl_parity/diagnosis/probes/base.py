@@ -1,37 +1,43 @@
-"""What a probe is, and the ways to change one thing in a world."""
+"""What a probe is, and the ways to change one thing in a counterfactual."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from ..counterfactual import Scene, Variant, World
-from ..distribution import Law
+from ..counterfactual import Counterfactual, DiagnosedBatch
+from ..distribution import Distribution
+from ..findings import NAMES, NOTHING, Findings
+from ..forward_passes import ForwardPass
 
-# What a probe needs, in the order they are run: what can be found on the run itself comes before fits to its numbers.
+# What a probe costs, in the order they are run: what can be found on the run itself comes before fits to its numbers.
 COSTS = ("none", "repeat", "head", "weights", "forward", "engine", "fit", "singles", "last")
 
 FREE = ("none", "repeat", "head", "fit", "last")  # run whatever the budget: one recompute, or what was asked already
 
 
 class NotPossible(Exception):
-    """This setup can't be asked; the text says why."""
+    """This setup can't be asked; the text says why. ``found``: for other probes, all the same."""
+
+    def __init__(self, why: str, found: Findings = NOTHING):
+        super().__init__(why)
+        self.found = found
 
 
-def require_engine(scene: Scene) -> None:
+def require_engine(batch: DiagnosedBatch) -> None:
     """Raise NotPossible where there is none, as with a trainer that samples by itself."""
-    if scene.capture.generation is None:
+    if batch.capture.generation is None:
         raise NotPossible("there is no engine: the trainer samples by itself")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """The world with one cause undone. ``over``: tokens (N,) on which it is compared; None: all that are kept."""
+    """A counterfactual with one more cause undone. ``over``: tokens (N,) it is compared on; None: all kept ones."""
 
-    world: World
+    counterfactual: Counterfactual
     finding: str
     cause: str = ""  # where the probe itself tells several apart
     over: torch.Tensor | None = None
@@ -39,58 +45,119 @@ class Candidate:
     details: dict[str, Any] = field(default_factory=dict)
 
 
+# of the batch, what is explained so far, and what earlier probes found: the candidate (None: looked, found nothing to
+# undo) and what was found for later ones
+Run = Callable[[DiagnosedBatch, Counterfactual, Findings], tuple[Candidate | None, Findings]]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """A hypothesis, what it predicts, and the counterfactual that tests it."""
+    """A hypothesis, what it predicts, and the counterfactual that tests it.
+
+    A probe sees the findings it ``needs`` or ``uses`` and no others, and gives those it names and no others. Without
+    one it needs it is not possible; one it uses may be missing.
+    """
 
     name: str
     cause: str
     hypothesis: str
     prediction: str
     cost: str
-    run: Callable[[Scene, World], Candidate | None]
-    exact: bool = False  # a fitted law: the true one leaves next to nothing, one that leaves much is not it
+    run: Run
+    fitted: bool = False  # values fitted to the numbers: the true ones leave next to nothing, others are not it
+    needs: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()
+    gives: tuple[str, ...] = ()
+
+    def look(
+        self, batch: DiagnosedBatch, current: Counterfactual, findings: Findings
+    ) -> tuple[Candidate | None, Findings]:
+        """``run`` under that contract. Raises NotPossible, and what the probe does."""
+        for name in self.needs:
+            if name not in findings.found:
+                raise NotPossible(findings.why_missing.get(name, f"no probe before it gave {name}"))
+        candidate, found = self.run(batch, current, findings.only({*self.needs, *self.uses}))
+        if undeclared := found.found - set(self.gives):
+            raise TypeError(f"{self.name} gives {', '.join(sorted(undeclared))}, which it does not declare")
+        return candidate, found
 
 
-def redone(world: World) -> World:
-    """The world with the trainer's numbers from a forward pass of ours, where they are still as scored."""
-    return world if world.variant is not None else replace(world, variant=Variant())
+def in_order(probes: Iterable[Probe]) -> tuple[Probe, ...]:
+    """Probes as they are run. Raises ValueError where one builds on a finding that none before it gives.
 
-
-def with_law(world: World, law: Law) -> World:
-    """The world with another law."""
-    return replace(redone(world), law=law)
-
-
-def with_variant(world: World, **changes: Any) -> World:
-    """The world with fields of its forward pass changed."""
-    world = redone(world)
-    assert world.variant is not None
-    return replace(world, variant=replace(world.variant, **changes))
-
-
-def mean(scene: Scene, world: World) -> float:
-    """The residual per token of this rank."""
-    sums, _ = scene.residual(world)
-    return float(sums[:, 0].sum() / sums[:, 1].sum().clamp(min=1))
-
-
-FITS = "a fitted value explains the drift, and is not the configured one"
+    What a probe uses it may have given itself, when an earlier cause was looked for.
+    """
+    ordered = tuple(sorted(probes, key=lambda p: COSTS.index(p.cost)))
+    given: set[str] = set()
+    for p in ordered:
+        if unknown := {*p.needs, *p.uses, *p.gives} - NAMES:
+            raise ValueError(f"{p.name} names findings that there are none of: {', '.join(sorted(unknown))}")
+        if early := [name for name in p.needs if name not in given]:
+            raise ValueError(f"{p.name} needs {', '.join(early)}, which no probe before it gives")
+        given |= set(p.gives)
+        if early := [name for name in p.uses if name not in given]:
+            raise ValueError(f"{p.name} uses {', '.join(early)}, which no probe before it gives")
+    return ordered
 
 
 def probe(
-    name: str, cause: str, cost: str, run: Callable[[Scene, World], Candidate | None], hypothesis: str, prediction: str
+    name: str,
+    cause: str,
+    cost: str,
+    run: Run,
+    hypothesis: str,
+    prediction: str,
+    *,
+    needs: tuple[str, ...] = (),
+    uses: tuple[str, ...] = (),
+    gives: tuple[str, ...] = (),
 ) -> Probe:
     """A probe, its fields in reading order."""
-    exact = prediction == FITS
-    return Probe(name=name, cause=cause, cost=cost, run=run, hypothesis=hypothesis, prediction=prediction, exact=exact)
+    return Probe(
+        name=name,
+        cause=cause,
+        cost=cost,
+        run=run,
+        hypothesis=hypothesis,
+        prediction=prediction,
+        needs=needs,
+        uses=uses,
+        gives=gives,
+    )
 
 
-def number(x: torch.Tensor) -> str:
-    """Its mean, for people."""
+def independent(look: Callable[[DiagnosedBatch, Counterfactual], Candidate | None]) -> Run:
+    """A probe that builds on no finding and gives none."""
+
+    def run(batch: DiagnosedBatch, current: Counterfactual, findings: Findings) -> tuple[Candidate | None, Findings]:
+        return look(batch, current), NOTHING
+
+    return run
+
+
+def recomputed(current: Counterfactual) -> Counterfactual:
+    """The trainer's numbers from a forward pass of ours, where they are still as scored."""
+    return current if current.forward is not None else replace(current, forward=ForwardPass())
+
+
+def with_distribution(current: Counterfactual, distribution: Distribution) -> Counterfactual:
+    """With another distribution made of the logits."""
+    return replace(recomputed(current), distribution=distribution)
+
+
+def with_forward(current: Counterfactual, **changes: Any) -> Counterfactual:
+    """With fields of its forward pass changed."""
+    base = recomputed(current)
+    assert base.forward is not None
+    return replace(base, forward=replace(base.forward, **changes))
+
+
+def mean_residual(batch: DiagnosedBatch, current: Counterfactual) -> float:
+    """Per token of this rank."""
+    sums, _ = batch.residual(current)
+    return float(sums[:, 0].sum() / sums[:, 1].sum().clamp(min=1))
+
+
+def mean_in_words(x: torch.Tensor) -> str:
+    """The mean, for people."""
     return f"{float(x.mean()):.3g}" if len(x) else "-"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``bfloat16``, for people."""
-    return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Probes of what arrived at the trainer, against what the engine returned."""
+"""Probes of the hand-off: what arrived at the trainer, against what the engine was given and returned."""
 
 from __future__ import annotations
 
@@ -9,49 +9,49 @@ from typing import Any
 
 import torch
 
-from ..counterfactual import FEW, Scene, World
-from .base import Candidate, NotPossible, Probe, probe, require_engine, with_variant
+from ..counterfactual import Counterfactual, DiagnosedBatch
+from ..findings import EnginePrompts, Findings
+from ..forward_passes import FEW
+from .base import Candidate, NotPossible, Probe, independent, probe, require_engine, with_forward
 
-__all__ = ["ARRIVED"]
+__all__ = ["HANDOFF"]
 
 
-def finite(scene: Scene, world: World) -> Candidate | None:
+def finite(batch: DiagnosedBatch, current: Counterfactual) -> Candidate | None:
     """Leave out tokens without a finite number on either side."""
-    good = torch.isfinite(scene.as_scored) & torch.isfinite(world.reported)
-    bad = int((world.kept & ~good).sum())
+    good = torch.isfinite(batch.as_scored) & torch.isfinite(current.reported)
+    bad = int((current.kept & ~good).sum())
     if not bad:
         return None
-    engine = int((world.kept & ~torch.isfinite(world.reported)).sum())
+    engine = int((current.kept & ~torch.isfinite(current.reported)).sum())
     return Candidate(
-        world=replace(world, kept=world.kept & good),
-        finding=f"{bad} of {int(world.kept.sum())} tokens have no finite log-prob ({engine} of them the engine's)",
+        counterfactual=replace(current, kept=current.kept & good),
+        finding=f"{bad} of {int(current.kept.sum())} tokens have no finite log-prob ({engine} of them the engine's)",
         details={"nonfinite": bad, "engine": engine},
     )
 
 
-def handover(scene: Scene, world: World) -> Candidate | None:
+def handover(batch: DiagnosedBatch, current: Counterfactual) -> Candidate | None:
     """The engine's own numbers and ids, as it returned them, in place of those that arrived."""
-    answers = _answers(scene)
-    reported, kept = world.reported.clone(), world.kept.clone()
+    answers = _answers(batch)
+    reported, kept = current.reported.clone(), current.kept.clone()
     moved, foreign = 0, torch.zeros(max(map(len, answers)), dtype=torch.long)  # the latter by turn
-    for i, at in enumerate(scene.rows.tolist()):
-        if list(answers[at][0].prompt) != _before(scene, at, 0):
-            scene.engine_prompts[at] = list(answers[at][0].prompt)
-        for n in (scene.row == i).nonzero().squeeze(-1).tolist():
-            turn, t = (int(scene.turn[n]), int(scene.offset[n])) if len(answers[at]) > 1 else (0, int(scene.column[n]))
+    for i, at in enumerate(batch.rows.tolist()):
+        for n in (batch.row == i).nonzero().squeeze(-1).tolist():
+            turn, t = (int(batch.turn[n]), int(batch.offset[n])) if len(answers[at]) > 1 else (0, int(batch.column[n]))
             if turn >= len(answers[at]):
                 raise NotPossible(f"row {at} has more turns than the engine made answers for it")
-            ids, token = answers[at][turn].token_ids, int(scene.targets[n])
+            ids, token = answers[at][turn].token_ids, int(batch.targets[n])
             if t >= len(ids) or ids[t] != token:
                 kept[n] = False
                 foreign[turn] += 1
                 continue
             true = answers[at][turn].logprobs[t]
-            moved += abs(true - float(world.reported[n])) > 1e-6 or bool(torch.isnan(world.reported[n]))
+            moved += abs(true - float(current.reported[n])) > 1e-6 or bool(torch.isnan(current.reported[n]))
             reported[n] = true
     if not moved and not foreign.any():
         return None
-    total = int(world.kept.sum())
+    total = int(current.kept.sum())
     words = [f"{moved} of {total} log-probs that arrived are not those the engine returned for their token"] * (
         moved > 0
     )
@@ -59,7 +59,7 @@ def handover(scene: Scene, world: World) -> Candidate | None:
         onset = f", from turn {int(foreign.nonzero()[0]) + 1} of {len(foreign)} on" if len(foreign) > 1 else ""
         words.append(f"{int(foreign.sum())} tokens are not those the engine generated{onset}")
     return Candidate(
-        world=replace(world, reported=reported, kept=kept),
+        counterfactual=replace(current, reported=reported, kept=kept),
         finding="; ".join(words),
         details={
             "moved": moved,
@@ -77,11 +77,11 @@ class _Answer:
     logprobs: Sequence[float]  # of these tokens
 
 
-def _answers(scene: Scene) -> list[list[_Answer]]:
+def _answers(batch: DiagnosedBatch) -> list[list[_Answer]]:
     """What the engine returned, by row of the batch and turn."""
-    require_engine(scene)
-    requests, rows = scene.capture.requests, len(scene.rollout.completion_ids)
-    if not scene.has_answers:
+    require_engine(batch)
+    requests, rows = batch.capture.requests, len(batch.rollout.completion_ids)
+    if not batch.has_answers:
         raise NotPossible(
             "what the engine itself returned is not at hand (another rank asked the server, or a batch gone by)"
         )
@@ -138,46 +138,50 @@ def _continued(chains: list[list[_Answer]], call: list[_Answer]) -> list[int]:
     return found
 
 
-def _before(scene: Scene, at: int, column: int) -> list[int]:
+def _before(batch: DiagnosedBatch, at: int, column: int) -> list[int]:
     """What the trainer has in row ``at`` before a column of the completion."""
-    prompt = scene.rollout.prompt_ids[at][scene.rollout.prompt_mask[at].bool()].tolist()
-    return prompt + scene.rollout.completion_ids[at, :column].tolist()
+    prompt = batch.rollout.prompt_ids[at][batch.rollout.prompt_mask[at].bool()].tolist()
+    return prompt + batch.rollout.completion_ids[at, :column].tolist()
 
 
-def context(scene: Scene, world: World) -> Candidate | None:
+def context(batch: DiagnosedBatch, current: Counterfactual, findings: Findings) -> tuple[Candidate | None, Findings]:
     """The trainer scores the prompts the engine was really given."""
-    answers = _answers(scene)
-    for at in scene.rows.tolist():
-        if list(answers[at][0].prompt) != _before(scene, at, 0):
-            scene.engine_prompts[at] = list(answers[at][0].prompt)
-    if not scene.engine_prompts:
-        return _later_contexts(scene, world, answers)
-    at, theirs = next(iter(scene.engine_prompts.items()))
-    ours = _before(scene, at, 0)
-    some = scene.row < FEW
-    other = with_variant(world, batch="unpadded", contexts="engine", few=True)
-    first = _first_difference(theirs, ours)
-    return Candidate(
-        world=replace(other, kept=world.kept & some),
+    answers = _answers(batch)
+    prompts = findings.engine_prompts or _engine_prompts(batch, answers)
+    found = Findings(engine_prompts=prompts)
+    if not prompts.by_row:
+        return _later_contexts(batch, current, answers), found
+    at, theirs = next(iter(prompts.by_row.items()))
+    ours = _before(batch, at, 0)
+    some = batch.row < FEW
+    other = with_forward(current, layout="unpadded", prompts=prompts, few=True)
+    first, count = _first_difference(theirs, ours), len(prompts.by_row)
+    candidate = Candidate(
+        counterfactual=replace(other, kept=current.kept & some),
         over=some,
-        finding=f"{len(scene.engine_prompts)} of {scene.sequences} prompts are not the ids the engine was given: the "
-        f"first differs from position {first} on ({len(theirs)} tokens at the engine, {len(ours)} here)",
-        details={"prompts": len(scene.engine_prompts), "first_difference": first,
-                 "lengths": [len(theirs), len(ours)]},
-    )  # fmt: skip
+        finding=f"{count} of {batch.sequences} prompts are not the ids the engine was given: the first differs from "
+        f"position {first} on ({len(theirs)} tokens at the engine, {len(ours)} here)",
+        details={"prompts": count, "first_difference": first, "lengths": [len(theirs), len(ours)]},
+    )
+    return candidate, found
 
 
-def _later_contexts(scene: Scene, world: World, answers: list[list[_Answer]]) -> Candidate | None:
+def _engine_prompts(batch: DiagnosedBatch, answers: list[list[_Answer]]) -> EnginePrompts:
+    given = {at: list(answers[at][0].prompt) for at in batch.rows.tolist()}
+    return EnginePrompts({at: ids for at, ids in given.items() if ids != _before(batch, at, 0)})
+
+
+def _later_contexts(batch: DiagnosedBatch, current: Counterfactual, answers: list[list[_Answer]]) -> Candidate | None:
     """Leave out turns that the engine began from other ids than the trainer has before them."""
-    kept, found, words = world.kept.clone(), 0, ""
-    for i, at in enumerate(scene.rows.tolist()):
+    kept, found, words = current.kept.clone(), 0, ""
+    for i, at in enumerate(batch.rows.tolist()):
         for turn, answer in enumerate(answers[at][1:], 1):
-            tokens = (scene.row == i) & (scene.turn == turn)
+            tokens = (batch.row == i) & (batch.turn == turn)
             if not tokens.any():
                 continue
-            ours, theirs = _before(scene, at, int(scene.column[tokens].min())), list(answer.prompt)
+            ours, theirs = _before(batch, at, int(batch.column[tokens].min())), list(answer.prompt)
             if theirs != ours:
-                kept &= ~((scene.row == i) & (scene.turn >= turn))
+                kept &= ~((batch.row == i) & (batch.turn >= turn))
                 found += 1
                 words = words or (
                     f"turn {turn + 1} of row {at}: the ids differ from position {_first_difference(theirs, ours)} on "
@@ -187,8 +191,8 @@ def _later_contexts(scene: Scene, world: World, answers: list[list[_Answer]]) ->
     if not found:
         return None
     return Candidate(
-        world=replace(world, kept=kept),
-        finding=f"{found} of {scene.sequences} sequences have other ids before a turn than the engine had; {words}",
+        counterfactual=replace(current, kept=kept),
+        finding=f"{found} of {batch.sequences} sequences have other ids before a turn than the engine had; {words}",
         details={"sequences": found},
     )
 
@@ -197,11 +201,12 @@ def _first_difference(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-ARRIVED: tuple[Probe, ...] = (
-    probe("finite", "nonfinite_logprobs", "none", finite,
+HANDOFF: tuple[Probe, ...] = (
+    probe("finite", "nonfinite_logprobs", "none", independent(finite),
            "some log-probs are not finite", "without these tokens the drift is gone"),
-    probe("handover", "token_misalignment", "none", handover,
+    probe("handover", "token_misalignment", "none", independent(handover),
            "what arrived is not what the engine returned", "with the engine's own answer the drift is gone"),
     probe("context", "token_misalignment", "head", context,
-           "the engine was given other prompt ids", "on the engine's own ids the trainer agrees"),
+           "the engine was given other prompt ids", "on the engine's own ids the trainer agrees",
+           uses=("engine_prompts",), gives=("engine_prompts",)),
 )  # fmt: skip

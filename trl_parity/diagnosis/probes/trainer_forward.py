@@ -8,59 +8,72 @@ import torch
 
 from ...engine.base import in_process
 from ...scoring.perturb import FP8_CACHES, config_differences, largest_dropout
-from ..counterfactual import FEW, Scene, World
-from .base import Candidate, NotPossible, Probe, mean, number, probe, redone, require_engine, with_variant
+from ..counterfactual import Counterfactual, DiagnosedBatch
+from ..findings import NOTHING, Findings
+from ..forward_passes import FEW
+from .base import (
+    Candidate,
+    NotPossible,
+    Probe,
+    independent,
+    mean_in_words,
+    mean_residual,
+    probe,
+    recomputed,
+    require_engine,
+    with_forward,
+)
 
-__all__ = ["PASSES"]
+__all__ = ["TRAINER_FORWARD"]
 
 
-def repeat(scene: Scene, world: World) -> Candidate | None:
+def repeat(batch: DiagnosedBatch, current: Counterfactual) -> Candidate | None:
     """The trainer again, every layer in eval mode."""
-    if world.variant is not None:
+    if current.forward is not None:
         return None
-    again = redone(world)
-    gap = scene.log_probs(again) - scene.as_scored
+    again = recomputed(current)
+    gap = batch.log_probs(again) - batch.as_scored
     gap = gap[torch.isfinite(gap)].abs()
-    dropped = largest_dropout(scene.model)
+    dropped = largest_dropout(batch.model)
     return Candidate(
-        world=again,
-        finding=f"a second pass in eval mode differs by {number(gap)} nats on average"
+        counterfactual=again,
+        finding=f"a second pass in eval mode differs by {mean_in_words(gap)} nats on average"
         + (f"; dropout {dropped:g} is on while the policy is scored" if dropped else ""),
         details={"dropout": dropped},
     )
 
 
-def alone(scene: Scene, world: World) -> Candidate | None:
+def alone(batch: DiagnosedBatch, current: Counterfactual) -> Candidate | None:
     """One sequence at a time, padded as before."""
-    return _few(scene, world, "single", "in a pass of its own")
+    return _few(batch, current, "single", "in a pass of its own")
 
 
-def unpadded(scene: Scene, world: World) -> Candidate | None:
+def unpadded(batch: DiagnosedBatch, current: Counterfactual) -> Candidate | None:
     """One sequence at a time, without padding."""
-    return _few(scene, world, "unpadded", "alone, its positions from 0, no padding")
+    return _few(batch, current, "unpadded", "alone, its positions from 0, no padding")
 
 
-def _few(scene: Scene, world: World, batch: str, words: str) -> Candidate:
-    some = scene.row < FEW
-    other = with_variant(world, batch=batch, few=True)
+def _few(batch: DiagnosedBatch, current: Counterfactual, layout: str, words: str) -> Candidate:
+    some = batch.row < FEW
+    other = with_forward(current, layout=layout, few=True)
     return Candidate(
-        world=replace(other, kept=world.kept & some),
+        counterfactual=replace(other, kept=current.kept & some),
         over=some,
-        finding=f"{min(FEW, scene.sequences)} sequences, each {words}",
+        finding=f"{min(FEW, batch.sequences)} sequences, each {words}",
     )
 
 
-def engine_config(scene: Scene, world: World) -> Candidate | None:
+def engine_config(batch: DiagnosedBatch, current: Counterfactual) -> Candidate | None:
     """The trainer's weights in a model built anew from the engine's config."""
-    require_engine(scene)
-    if not in_process(scene.engine):
+    require_engine(batch)
+    if not in_process(batch.engine):
         raise NotPossible("a server does not tell the config of the model it built")
-    if scene.sharded or hasattr(scene.model, "peft_config"):
+    if batch.sharded or hasattr(batch.model, "peft_config"):
         raise NotPossible("the policy is sharded or has adapters: no second model is built on its weights")
-    changed = config_differences(scene.model.config, scene.engine.hf_config)
+    changed = config_differences(batch.model.config, batch.engine.hf_config)
     words = ", ".join(f"{k}: trainer {a}, engine {b}" for k, (a, b) in sorted(changed.items()))
     return Candidate(
-        world=with_variant(world, model="engine_config"),
+        counterfactual=with_forward(current, model="engine_config"),
         finding=f"configs differ in {words}"
         if changed
         else "both sides have one config, which the live trainer model does not follow if this explains the drift",
@@ -68,38 +81,40 @@ def engine_config(scene: Scene, world: World) -> Candidate | None:
     )
 
 
-def kv_cache(scene: Scene, world: World) -> Candidate | None:
+def kv_cache(batch: DiagnosedBatch, current: Counterfactual, findings: Findings) -> tuple[Candidate | None, Findings]:
     """The trainer attends to keys and values rounded as in the engine's cache."""
-    require_engine(scene)
-    if scene.engine is None:
+    require_engine(batch)
+    if batch.engine is None:
         raise NotPossible("the engine's settings are not at hand on this rank, or the server does not tell them")
-    name = scene.engine.settings()["kv_cache_dtype"]
+    name = batch.engine.settings()["kv_cache_dtype"]
     dtypes = FP8_CACHES | {"bfloat16": "bfloat16", "float16": "float16"}
     if name not in dtypes:
-        return None
+        return None, NOTHING
     dtype = getattr(torch, dtypes[name])
-    ways = [False, True] if dtype == torch.float8_e5m2 else [False]
-    worlds = [with_variant(world, kv_dtype=dtype, kv_truncated=way) for way in ways]
-    best = min(worlds, key=lambda w: mean(scene, w))
-    moved = float((scene.log_probs(best) - scene.log_probs(redone(world))).abs().mean())
-    scene.notes["cache_moved"] = moved
-    return Candidate(
-        world=best,
+    ways = [with_forward(current, kv_dtype=dtype, kv_truncated=False)]
+    if dtype == torch.float8_e5m2:
+        ways.append(with_forward(current, kv_dtype=dtype, kv_truncated=True))
+    best = min(ways, key=lambda w: mean_residual(batch, w))
+    moved = float((batch.log_probs(best) - batch.log_probs(recomputed(current))).abs().mean())
+    candidate = Candidate(
+        counterfactual=best,
         finding=f"kv_cache_dtype of the live engine is {name}; rounded alike, the trainer moves by {moved:.3g} nats",
         details={"kv_cache_dtype": name, "moved": moved},
     )
+    return candidate, Findings(cache_moved=moved)
 
 
-PASSES: tuple[Probe, ...] = (
-    probe("repeat", "trainer_numerics", "repeat", repeat,
+TRAINER_FORWARD: tuple[Probe, ...] = (
+    probe("repeat", "trainer_numerics", "repeat", independent(repeat),
            "the trainer disagrees with itself", "a second pass, every layer in eval mode, agrees with the engine"),
-    probe("alone", "trainer_numerics", "singles", alone,
+    probe("alone", "trainer_numerics", "singles", independent(alone),
            "the trainer's numbers depend on the batch", "one sequence at a time, it agrees"),
-    probe("unpadded", "model_definition", "singles", unpadded,
+    probe("unpadded", "model_definition", "singles", independent(unpadded),
            "padding or positions differ", "unpadded and alone, the trainer agrees"),
-    probe("engine's config", "model_definition", "forward", engine_config,
+    probe("engine's config", "model_definition", "forward", independent(engine_config),
            "the two sides run different models on one set of weights",
            "a model built from the engine's config on the trainer's weights agrees"),
     probe("cache precision", "kv_cache_precision", "forward", kv_cache,
-           "the engine's KV cache is quantized", "with keys and values rounded alike, the trainer agrees"),
+           "the engine's KV cache is quantized", "with keys and values rounded alike, the trainer agrees",
+           gives=("cache_moved",)),
 )  # fmt: skip

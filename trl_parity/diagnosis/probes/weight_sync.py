@@ -3,28 +3,57 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from ...engine.base import in_process
-from ...engine.weight_readback import PolicyTensor, policy_tensors, read_back
-from ..counterfactual import Scene, World
-from .base import Candidate, NotPossible, Probe, dtype_name, probe, require_engine, with_variant
+from ...engine.weight_readback import HeldTensor, PolicyTensor, policy_tensors, read_back
+from ...scoring.dtypes import dtype_name
+from ..counterfactual import Counterfactual, DiagnosedBatch
+from ..findings import EngineWeights, Findings
+from .base import Candidate, NotPossible, Probe, independent, probe, require_engine, with_forward
 
-__all__ = ["WEIGHTS"]
+__all__ = ["WEIGHT_SYNC"]
 
 _FP8 = 256  # values at most that an 8-bit number has
 
 _ARRIVED = 20  # elements that would differ, had a tensor not arrived, from which on "none does" means it did
 
 
-def engine_weights(scene: Scene, world: World) -> Candidate | None:
+def engine_weights(
+    batch: DiagnosedBatch, current: Counterfactual, findings: Findings
+) -> tuple[Candidate | None, Findings]:
     """The trainer scores with the weights the engine holds, read tensor by tensor."""
-    require_engine(scene)
-    if not in_process(scene.engine):
+    require_engine(batch)
+    if not in_process(batch.engine):
         raise NotPossible("a server does not hand out its weights")
-    named = list(policy_tensors(scene.model))
-    model = scene.engine.model
+    held = findings.engine_weights
+    if held is None or batch.sharded:  # reading shards is a collective: all ranks do it or none
+        held = _read(batch.model, batch.engine.model)
+    found = Findings(engine_weights=held)
+    if not held.differing:
+        return None, found
+    words = _words(held, dtype_name(batch.engine.dtype))
+    if batch.sharded or len(held.values) < len(held.differing):
+        raise NotPossible(f"{words}; the policy's weights can't be swapped here to see what that does", found)
+    candidate = Candidate(
+        counterfactual=with_forward(current, weights=held),
+        cause="kv_cache_precision" if held.coarse else "partial_sync" if held.partial else "stale_weights",
+        finding=words,
+        details={
+            "tensors": {name: dict(sizes) for name, sizes in held.differing.items()},
+            "ignored": list(held.ignored),
+            "arrived": held.arrived,
+        },
+    )
+    return candidate, found
+
+
+def _read(policy: torch.nn.Module, model: Any) -> EngineWeights:
+    """What the engine's module holds of each of the policy's tensors."""
+    named = list(policy_tensors(policy))
     held = read_back(model.load_weights, model, ((t.name, t.tensor) for t in named))
     deaf = {h.name for h in held if not h.written}  # to the loader as it is now; the class's own may know them
     known = read_back(
@@ -33,42 +62,43 @@ def engine_weights(scene: Scene, world: World) -> Candidate | None:
         ((t.name, t.tensor) for t in named if t.name in deaf),
     )
     held = [h for h in held if h.written] + known
-    by_name = {t.name: t for t in named}
-    trained = [h for h in held if by_name[h.name].trained]
+    ours = {t.name: t for t in named}
+    trained = [h for h in held if ours[h.name].trained]
     differing = [h for h in held if h.differing]
-    ignored = [h for h in trained if h.name in deaf]
-    scene.engine_values = {h.name: _swap(by_name[h.name], h.values) for h in differing if h.values is not None}
-    if not differing:
-        if ignored:
-            scene.notes["ignored"] = [h.name for h in ignored]
-        return None
+    ignored = tuple(h.name for h in trained if h.name in deaf)
     wide = [h for h in differing if h.numel >= 1024] or differing
-    rate = sum(h.differing for h in wide) / sum(h.written for h in wide)
-    arrived = [h for h in trained if h.written and not h.differing and 0.25 * rate * h.numel >= _ARRIVED]
-    partial = bool(arrived) or 0 < len(ignored) < len(trained)
-    missing = [*ignored, *(h for h in differing if h.name not in deaf)]
-    words = f"{len(differing)} of {len(held)} tensors are not the trainer's in the engine's {_dtype(scene)}"
-    coarse = all(_is_coarse(h.values, by_name[h.name].tensor) for h in wide)
-    if coarse:
-        words += f" but rounded to {_FP8} values at most"
-    if arrived:
-        words += f", {len(arrived)} arrived"
-    if ignored:
-        words += f", {len(ignored)} are ignored by its load_weights"
-    if partial and not coarse:
-        words += ": " + ", ".join(h.name for h in missing[:8]) + (" …" if len(missing) > 8 else "")
-    if scene.sharded or len(scene.engine_values) < len(differing):
-        raise NotPossible(f"{words}; the policy's weights can't be swapped here to see what that does")
-    return Candidate(
-        world=with_variant(world, weights="engine"),
-        cause="kv_cache_precision" if coarse else "partial_sync" if partial else "stale_weights",
-        finding=words,
-        details={
-            "tensors": {h.name: {"differing": h.differing / max(1, h.written), "gap": h.gap} for h in differing},
-            "ignored": [h.name for h in ignored],
-            "arrived": len(arrived),
-        },
+    arrived = _arrived(trained, wide)
+    return EngineWeights(
+        total=len(held),
+        differing={h.name: {"differing": h.differing / max(1, h.written), "gap": h.gap} for h in differing},
+        ignored=ignored,
+        arrived=arrived,
+        missing=(*ignored, *(h.name for h in differing if h.name not in deaf)),
+        partial=arrived > 0 or 0 < len(ignored) < len(trained),
+        coarse=bool(wide) and all(_is_coarse(h.values, ours[h.name].tensor) for h in wide),
+        values=dict(_swap(ours[h.name], h.values) for h in differing if h.values is not None),
     )
+
+
+def _arrived(trained: Sequence[HeldTensor], differing: Sequence[HeldTensor]) -> int:
+    """How many trained tensors are alike, of those that would hardly be if they were as old as the differing ones."""
+    if not differing:
+        return 0
+    rate = sum(h.differing for h in differing) / sum(h.written for h in differing)
+    return sum(h.written > 0 and not h.differing and 0.25 * rate * h.numel >= _ARRIVED for h in trained)
+
+
+def _words(held: EngineWeights, dtype: str) -> str:
+    words = f"{len(held.differing)} of {held.total} tensors are not the trainer's in the engine's {dtype}"
+    if held.coarse:
+        words += f" but rounded to {_FP8} values at most"
+    if held.arrived:
+        words += f", {held.arrived} arrived"
+    if held.ignored:
+        words += f", {len(held.ignored)} are ignored by its load_weights"
+    if held.partial and not held.coarse:
+        words += ": " + ", ".join(held.missing[:8]) + (" …" if len(held.missing) > 8 else "")
+    return words
 
 
 def _is_coarse(held: torch.Tensor | None, ours: torch.Tensor) -> bool:
@@ -86,17 +116,17 @@ def _swap(ours: PolicyTensor, held: torch.Tensor) -> tuple[torch.nn.Parameter, t
     return ours.parameter, held - (ours.tensor - ours.parameter.detach())
 
 
-def rounded_weights(scene: Scene, world: World) -> Candidate | None:
+def rounded_weights(batch: DiagnosedBatch, current: Counterfactual) -> Candidate | None:
     """The trainer scores with its own weights rounded to the engine's dtype."""
-    require_engine(scene)
-    if scene.sharded:
+    require_engine(batch)
+    if batch.sharded:
         raise NotPossible("the policy is sharded: its weights can't be swapped here")
-    dtype = scene.engine.dtype if scene.engine is not None else torch.bfloat16
-    finer = [p for p in scene.model.parameters() if p.is_floating_point() and _bits(p.dtype) > _bits(dtype)]
+    dtype = batch.engine.dtype if batch.engine is not None else torch.bfloat16
+    finer = [p for p in batch.model.parameters() if p.is_floating_point() and _bits(p.dtype) > _bits(dtype)]
     if not finer:
         return None
     return Candidate(
-        world=with_variant(world, weights="rounded"),
+        counterfactual=with_forward(current, weights="rounded"),
         finding=f"{len(finer)} tensors are {dtype_name(finer[0].dtype)} here and {dtype_name(dtype)} in the engine",
     )
 
@@ -105,13 +135,10 @@ def _bits(dtype: torch.dtype) -> int:
     return torch.finfo(dtype).bits
 
 
-def _dtype(scene: Scene) -> str:
-    return "dtype" if scene.engine is None else dtype_name(scene.engine.dtype)
-
-
-WEIGHTS: tuple[Probe, ...] = (
+WEIGHT_SYNC: tuple[Probe, ...] = (
     probe("engine's weights", "stale_weights", "weights", engine_weights,
-           "the engine holds other weights", "with the weights it holds, the trainer agrees"),
-    probe("rounded weights", "dtype_gap", "weights", rounded_weights,
+           "the engine holds other weights", "with the weights it holds, the trainer agrees",
+           uses=("engine_weights",), gives=("engine_weights",)),
+    probe("rounded weights", "dtype_gap", "weights", independent(rounded_weights),
            "the trainer's weights are finer than the engine's", "rounded to its dtype, they agree"),
 )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ...engine.offline import BenchEngine
-from ...report.messages import number
+from ...report.format import number
 from ..baseline.baseline import Baseline
 from .invariances import Noise
 from .rows import Row, RowVerdict, within_floor

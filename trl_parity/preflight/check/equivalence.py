@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ...report.messages import number
+from ...report.format import number
 from .drift import Counterfactuals, Drift, bucket_name, drift_of, sampled_kl
 from .rows import Limits, Row, RowVerdict, within_floor
 from .statistics import fitted_scale, wilson

@@ -11,7 +11,7 @@ import torch
 
 from ...engine.offline import BenchEngine
 from ...records import SamplingSettings
-from ...report.messages import number
+from ...report.format import number
 from .reference import Reference
 from .rows import Limits, Row, RowVerdict, not_run, within_floor
 from .statistics import Sums, exact_kl

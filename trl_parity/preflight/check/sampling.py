@@ -15,7 +15,7 @@ import torch
 
 from ...engine.offline import BenchEngine
 from ...records import SamplingSettings
-from ...report.messages import number
+from ...report.format import number
 from ...scoring.sampling import kept_mask, penalize
 from .rows import Limits, Row, RowVerdict
 from .statistics import SCALES, fitted_scale, normalized, pit, scale_curve, surprisal, total_variation

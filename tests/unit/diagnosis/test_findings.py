@@ -1,0 +1,269 @@
+"""What probes hand on: frozen, declared, and the only way from one to another.
+
+The trainer's side is a tiny model on the CPU; the engine's is a copy of it with other weights, behind the protocol.
+"""
+
+import copy
+import random
+from dataclasses import FrozenInstanceError, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from trl_parity.diagnosis.counterfactual import DiagnosedBatch
+from trl_parity.diagnosis.diagnose import diagnose
+from trl_parity.diagnosis.findings import NAMES, NOTHING, EnginePrompts, Findings
+from trl_parity.diagnosis.probes import PROBES, in_order
+from trl_parity.diagnosis.probes.base import NotPossible, independent, probe
+from trl_parity.engine.base import Capability
+from trl_parity.records import RolloutBatch, SamplingSettings, ScoredBatch
+from trl_parity.trainers.capture import Capture
+
+B, P, C, VOCAB = 6, 5, 8, 48
+
+
+def logprobs_of(model, ids):
+    """(len, V) of one sequence's next tokens."""
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
+
+
+class Served:
+    """An engine that serves a model of its own; it can be asked to score and to answer, as a server can."""
+
+    capabilities = frozenset({Capability.RESCORE})
+    dtype = head_dtype = torch.float32
+    caches_prefixes = True
+
+    def __init__(self, model, max_model_len=64, kv_cache_dtype="auto"):
+        self.served, self.max_model_len, self.kv_cache_dtype, self.calls = model, max_model_len, kv_cache_dtype, []
+
+    def settings(self):
+        return {
+            "kv_cache_dtype": self.kv_cache_dtype,
+            "logprobs_mode": "processed_logprobs",
+            "quantization": None,
+        }
+
+    def rescore(self, sequences):
+        self.calls.append("rescore")
+        return [logprobs_of(self.served, s)[:-1].gather(1, torch.tensor(s[1:])[:, None])[:, 0] for s in sequences]
+
+    def next_token(self, contexts, targets, temperature, *, cached):
+        self.calls.append("cached" if cached else "anew")
+        answers = [logprobs_of(self.served, c)[-1, t] for c, t in zip(contexts, targets, strict=True)]
+        return torch.stack(answers), torch.full((len(answers),), int(cached))
+
+
+class TinyCapture(Capture):
+    step = 0
+
+    def rollout(self): ...
+    def rewards(self): ...
+    def log(self, values): ...
+
+    def run_policy(self, ids, attention, keep, batch_size=None):
+        with torch.no_grad():
+            for one, mask in zip(
+                ids.split(batch_size or len(ids)), attention.split(batch_size or len(ids)), strict=True
+            ):
+                self.policy(input_ids=one, attention_mask=mask)
+
+
+@pytest.fixture(scope="module")
+def models():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.2, eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    policy = LlamaForCausalLM(config).eval()
+    older = copy.deepcopy(policy)
+    with torch.no_grad():
+        for parameter in older.parameters():
+            parameter += 0.03 * torch.randn_like(parameter)
+    return policy, older
+
+
+@pytest.fixture
+def make_batch(models):
+    policy, older = models
+
+    def make(engine=True, began_healthy=True, **served):
+        generator = torch.Generator().manual_seed(1)
+        prompts = torch.randint(0, VOCAB, (B, P), generator=generator)
+        ids = prompts.tolist()
+        reported = torch.zeros(B, C)
+        for i, sequence in enumerate(ids):
+            for t in range(C):
+                law = logprobs_of(older, sequence)[-1]
+                token = int(law.exp().multinomial(1, generator=generator))
+                reported[i, t] = law[token]
+                sequence.append(token)
+        completions = torch.tensor(ids)[:, P:]
+        trainer = torch.stack(
+            [logprobs_of(policy, s)[P - 1 : -1].gather(1, torch.tensor(s[P:])[:, None])[:, 0] for s in ids]
+        )
+        mask = torch.ones(B, C, dtype=torch.bool)
+        rollout = RolloutBatch(
+            prompt_ids=prompts, prompt_mask=torch.ones(B, P, dtype=torch.bool), completion_ids=completions,
+            completion_mask=mask, engine_mask=mask, rollout_logprobs=reported, own_logprobs=None,
+            sampling=SamplingSettings(), trainer_temperature=1.0, step=0, sync_step=0, training=True,
+            last_in_step=True,
+        )  # fmt: skip
+        scored = ScoredBatch(
+            mask=mask, rollout_logprobs=reported, trainer_logprobs=trainer, own_logprobs=trainer, entropy=None
+        )
+        run = SimpleNamespace(accelerator=Accelerator(cpu=True), model=policy, vllm_generation=object())
+        return DiagnosedBatch.of(
+            TinyCapture(run, None, True), rollout, scored, Served(older, **served) if engine else None,
+            token_budget=10**6, replayed=False, floor=1e-6, began_healthy=began_healthy,
+        )  # fmt: skip
+
+    return make
+
+
+def seen(diagnosis):
+    """The evidence, by probe, without what a clock measured."""
+    return {e.name: replace(e, seconds=0.0).to_dict() for e in diagnosis.evidence}
+
+
+def picked(*names):
+    return [p for p in PROBES if p.name in names]
+
+
+def test_findings_and_the_batch_are_frozen(make_batch):
+    with pytest.raises(FrozenInstanceError):
+        NOTHING.cache_moved = 0.1
+    with pytest.raises(TypeError):
+        NOTHING.lacking(["prefill"], "no engine").why_missing["prefill"] = ""
+    batch = make_batch()
+    for name in ("floor", "notes"):
+        with pytest.raises((FrozenInstanceError, AttributeError, TypeError)):
+            setattr(batch, name, {})
+
+
+def test_newer_findings_count_and_what_is_missing_stays():
+    prompts = EnginePrompts({0: [1, 2]})
+    older = Findings(engine_prompts=prompts, cache_moved=0.1)
+    both = older.plus(Findings(cache_moved=0.0))
+    assert (both.engine_prompts, both.cache_moved) == (prompts, 0.0)
+    assert both.found == {"engine_prompts", "cache_moved"}
+    assert both.only(["cache_moved"]).found == {"cache_moved"}
+    assert older.cache_moved == 0.1
+    assert both.details() == {"cache_moved": 0.0}
+    assert NOTHING.details() == {}
+
+
+def test_each_probe_comes_after_the_givers_of_what_it_builds_on():
+    assert in_order(PROBES) == PROBES
+    given = set()
+    for p in PROBES:
+        assert set(p.needs) <= given, p.name
+        given |= set(p.gives)
+        assert set(p.uses) <= given, p.name
+    assert given == NAMES  # and nothing is found that no probe gives
+
+
+@pytest.mark.parametrize(
+    ("left_out", "words"),
+    [
+        (("prefix cache", "asked again"), "engine's prefill needs asked_again, which no probe before it gives"),
+        (("cache precision",), "engine's prefill uses cache_moved, which no probe before it gives"),
+        (("context",), "prefix cache uses engine_prompts, which no probe before it gives"),
+    ],
+)
+def test_an_order_without_a_giver_is_refused(left_out, words):
+    with pytest.raises(ValueError, match=words):
+        in_order([p for p in PROBES if p.name not in left_out])
+
+
+def test_an_order_with_a_giver_that_comes_later_or_an_unknown_finding_is_refused():
+    late = [replace(p, cost="last") if p.name == "engine's weights" else p for p in PROBES]
+    late.append(late.pop(next(i for i, p in enumerate(late) if p.name == "engine's weights")))
+    with pytest.raises(ValueError, match="uses engine_weights, which no probe before it gives"):
+        in_order(late)
+    with pytest.raises(ValueError, match="names findings that there are none of: phase_of_the_moon"):
+        in_order([replace(PROBES[0], gives=("phase_of_the_moon",))])
+
+
+def test_a_probe_sees_what_it_declares_and_gives_what_it_declares(make_batch):
+    told = []
+
+    def curious(batch, current, findings):
+        told.append(findings.found)
+        return None, Findings(cache_moved=0.5)
+
+    batch, findings = make_batch(engine=False), Findings(cache_moved=0.1, engine_prompts=EnginePrompts({}))
+    one = probe("curious", "unknown", "none", curious, "", "", uses=("cache_moved",), gives=("cache_moved",))
+    assert one.look(batch, batch.start, findings) == (None, Findings(cache_moved=0.5))
+    assert told == [{"cache_moved"}]
+    with pytest.raises(TypeError, match="curious gives cache_moved, which it does not declare"):
+        replace(one, gives=()).look(batch, batch.start, findings)
+    with pytest.raises(NotPossible, match="no probe before it gave prefill"):
+        replace(one, needs=("prefill",)).look(batch, batch.start, findings)
+    assert len(told) == 2
+
+
+def test_without_a_finding_it_needs_a_probe_is_not_possible(make_batch):
+    alone = seen(diagnose(make_batch(), 1, probes=picked("engine's prefill")))
+    assert alone["engine's prefill"]["error"] == "not possible here: no probe before it gave asked_again"
+    too_long = seen(diagnose(make_batch(max_model_len=2), 1))
+    for name in ("prefix cache", "asked again", "engine's prefill"):
+        assert too_long[name]["error"] == "not possible here: no context fits the engine's max_model_len"
+    silent = make_batch()
+    silent.engine.next_token = lambda *args, **kwargs: 1 / 0
+    errors = {name: e["error"] for name, e in seen(diagnose(silent, 1)).items()}
+    assert errors["asked again"] == "ZeroDivisionError: division by zero"
+    assert errors["engine's prefill"] == "not possible here: asked again failed: ZeroDivisionError: division by zero"
+
+
+def test_what_was_found_before_a_refusal_is_handed_on(make_batch):
+    batch = make_batch(began_healthy=None)
+    batch.engine.caches_prefixes = False
+    diagnosis = diagnose(batch, 1)
+    found = seen(diagnosis)
+    assert found["prefix cache"]["error"] == "not possible here: the engine keeps no prefix cache"
+    assert batch.engine.calls == ["anew", "rescore"]  # each once, for three probes
+    assert diagnosis.cause == "model_definition"
+    assert "other ones, or another function of them" in found["engine's prefill"]["finding"]
+
+
+def test_older_weights_of_an_engine_that_hands_out_none_are_named_from_what_probes_found(make_batch):
+    batch, state = make_batch(), torch.random.get_rng_state()
+    before = copy.deepcopy(batch.model.state_dict())
+    diagnosis = diagnose(batch, 7)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(before[name], value) for name, value in batch.model.state_dict().items())
+    assert diagnosis.cause == "stale_weights"
+    assert "a server's parameters can't be read, and the run began healthy" in diagnosis.summary
+    assert diagnosis.details["ladder"]["reproduced"]
+    assert batch.engine.calls == ["cached", "anew", "rescore"]
+
+
+def test_a_cache_as_coarse_as_the_engines_is_handed_on(make_batch):
+    diagnosis = diagnose(make_batch(kv_cache_dtype="fp8_e5m2"), 7)
+    moved = seen(diagnosis)["cache precision"]["details"]["moved"]
+    assert moved > 0
+    assert diagnosis.details["cache_moved"] == moved
+
+
+def test_the_order_of_independent_probes_changes_nothing(make_batch):
+    free = [p for p in PROBES if not (p.needs or p.uses or p.gives)]
+    bound = [p for p in PROBES if p not in free]
+    assert len(free) >= 15
+    random.Random(0).shuffle(free)
+    probes = in_order(sorted(free + bound, key=lambda p: p in bound))
+    assert [p.name for p in probes] != [p.name for p in PROBES]
+    shuffled, usual = (diagnose(make_batch(), 1, probes=order) for order in (probes, PROBES))
+    assert seen(shuffled) == seen(usual)
+    assert shuffled.causes == usual.causes
+
+
+def test_independent_probes_give_nothing(make_batch):
+    batch = make_batch(engine=False)
+    run = independent(lambda batch, current: None)
+    assert run(batch, batch.start, NOTHING) == (None, NOTHING)

@@ -1,0 +1,136 @@
+"""Traps named from plain facts; the facts themselves are read from real engines in test_grpo.py and test_engine.py."""
+
+import json
+
+import pytest
+from support import ROOT
+
+from trl_parity.cli import main
+from trl_parity.lint.facts import configured_facts
+from trl_parity.lint.rules import Facts, lint
+from trl_parity.records import SamplingSettings
+
+
+def found(sampling=None, **kwargs):
+    settings = {"trainer_temperature": 1.0, "replayed": True} | kwargs
+    return {f.cause: f for f in lint(Facts(sampling=SamplingSettings(**(sampling or {})), **settings))}
+
+
+HEALTHY = {
+    "logprobs_mode": "processed_logprobs", "engine_dtype": "bfloat16", "engine_head_dtype": "float32",
+    "kv_cache_dtype": "auto", "trainer_dtype": "bfloat16", "compute_dtype": "bfloat16", "trainer_head_fp32": True,
+}  # fmt: skip
+
+
+def test_healthy_settings_have_no_findings_and_unknown_ones_are_not_guessed():
+    assert found(**HEALTHY) == {}
+    assert found() == {}
+
+
+@pytest.mark.parametrize(
+    ("sampling", "settings", "cause", "severity", "words"),
+    [
+        ({"temperature": 0.7}, {"logprobs_mode": "raw_logprobs", "trainer_temperature": 0.7}, "raw_logprobs", "error",
+         'logprobs_mode="processed_logprobs"'),
+        ({"top_p": 0.9}, {"logprobs_mode": "raw_logits"}, "raw_logprobs", "error", "raw_logits"),
+        ({"temperature": 0.7}, {}, "temperature", "error", "temperature 0.7 but the loss divides logits by 1"),
+        ({"top_p": 0.9}, {}, "truncated_sampling", "warning", "replayed on the trainer's side"),
+        ({"min_p": 0.1}, {"replayed": False}, "truncated_sampling", "warning", "counts as drift"),
+        ({"presence_penalty": 0.5}, {}, "penalties", "warning", "presence_penalty=0.5"),
+        ({"unreplayed": ("bad_words",)}, {}, "constrained_decoding", "warning", "bad_words"),
+        ({}, {"dropout": 0.1}, "trainer_numerics", "error", "disable_dropout=True"),
+        ({}, {"kv_cache_dtype": "fp8_e5m2"}, "kv_cache_precision", "warning", "fp8_e5m2"),
+        ({}, {"quantization": "awq"}, "kv_cache_precision", "warning", "awq"),
+        ({}, {"engine_head_dtype": "bfloat16", "compute_dtype": "bfloat16"}, "head_precision", "note",
+         "cast_lm_head_to_fp32"),
+        ({}, {"trainer_dtype": "float32", "compute_dtype": "float32", "engine_dtype": "bfloat16"}, "dtype_gap", "note",
+         "never reach it"),
+        ({}, {"masks_sequences": "sequence_mask"}, "unknown", "note", "parity/ratio"),
+        ({}, {"has_logprobs": False}, "unknown", "error", "vllm_generation.logprobs = 0"),
+        ({}, {"engine_defaults": ("top_k=20", "top_p=0.8")}, "truncated_sampling", "warning", "top_k=20, top_p=0.8"),
+        ({}, {"prefix_caching": True}, "stale_prefix_cache", "note", "reset_prefix_cache()"),
+        ({}, {"trainer_dtype": "float32", "checkpoint_dtype": "bfloat16"}, "dtype_gap", "note", "TRL's default"),
+    ],
+)  # fmt: skip
+def test_each_trap_is_named_with_what_mends_it(sampling, settings, cause, severity, words):
+    findings = found(sampling, **settings)
+    assert findings[cause].severity == severity
+    assert words in str(findings[cause])
+
+
+def test_raw_logprobs_at_temperature_1_without_processing_are_no_trap():
+    assert "raw_logprobs" not in found(logprobs_mode="raw_logprobs")
+
+
+# ---- before anything runs: trl-parity lint -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A bf16 model on disk whose generation_config truncates, as many instruct models' do."""
+    from transformers import GenerationConfig, GPT2Config
+
+    folder = tmp_path / "model"
+    GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=16, dtype="bfloat16").save_pretrained(folder)
+    GenerationConfig(do_sample=True, top_k=20, top_p=0.8, temperature=0.6).save_pretrained(folder)
+    return str(folder)
+
+
+def test_facts_from_settings_alone(checkpoint):
+    values = {"model_name_or_path": checkpoint, "temperature": 0.7, "generation_kwargs": {"top_k": 5, "min_tokens": 3}}
+    f = configured_facts(values)
+    assert (f.sampling.temperature, f.sampling.top_k, f.trainer_temperature) == (0.7, 5, 0.7)
+    assert f.sampling.unreplayed == ("min_tokens",)
+    assert (f.trainer_dtype, f.compute_dtype, f.checkpoint_dtype) == ("float32", "bfloat16", "bfloat16")
+    assert (f.logprobs_mode, f.engine_dtype, f.prefix_caching) == ("processed_logprobs", "bfloat16", True)
+    assert (f.dropout, f.masks_sequences, f.has_logprobs) == (0.1, "sequence_mask", True)
+    off = {"disable_dropout": True, "dtype": "bfloat16", "bf16": False, "vllm_importance_sampling_correction": False}
+    f = configured_facts(values | off, trainer="rloo")
+    assert (f.dropout, f.trainer_dtype, f.compute_dtype) == (0.0, "bfloat16", "bfloat16")
+    assert (f.masks_sequences, f.has_logprobs) == (None, False)
+
+
+def test_facts_of_a_server_from_the_line_that_starts_it(checkpoint):
+    values = {"model_name_or_path": checkpoint, "vllm_mode": "server"}
+    assert configured_facts(values).logprobs_mode is None  # nothing is guessed
+    f = configured_facts(values, serve=f"vllm serve {checkpoint} --max-model-len 64")
+    assert (f.logprobs_mode, f.engine_dtype, f.kv_cache_dtype) == ("raw_logprobs", "bfloat16", "auto")
+    assert f.engine_defaults == ("temperature=0.6", "top_k=20", "top_p=0.8")
+    line = (
+        "vllm serve x --logprobs-mode processed_logprobs --dtype=float32 --generation-config vllm "
+        '--no-enable-prefix-caching --hf-overrides \'{"head_dtype": "float32"}\' --kv-cache-dtype fp8'
+    )
+    f = configured_facts(values, serve=line)
+    assert (f.logprobs_mode, f.engine_dtype, f.engine_head_dtype) == ("processed_logprobs", "float32", "float32")
+    assert (f.engine_defaults, f.prefix_caching, f.kv_cache_dtype) == ((), False, "fp8")
+
+
+def test_the_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    config = tmp_path / "run.yaml"
+    config.write_text("temperature: 0.7\nuse_vllm: true\n")
+    assert main(["lint", str(config)]) == 0
+    assert main(["lint", str(config), "--set", "generation_kwargs={temperature: 0.9}"]) == 1
+    told = capsys.readouterr().out
+    assert "the engine samples at temperature 0.9 but the loss divides logits by 0.7" in " ".join(told.split())
+    assert main(["lint", str(config), "--serve", "vllm serve x", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert ("error", "raw_logprobs") in {(f["severity"], f["cause"]) for f in found}
+    assert main(["lint", str(tmp_path / "none.yaml")]) == 2
+    config.write_text("- a list\n")
+    assert main(["lint", str(config)]) == 2
+    assert "Expected a mapping" in capsys.readouterr().err
+
+
+def test_the_shipped_configs_have_no_error():
+    for config in ("grpo_gpu.yaml", "grpo_tiny_cpu.yaml"):
+        assert main(["lint", str(ROOT / "configs" / config)]) == 0
+
+
+def test_lint_knows_what_engine_args_ask_for():
+    values = {"model_name_or_path": "no-such-model", "cast_lm_head_to_fp32": True}
+    f = configured_facts(values | {"engine_args": {"preset": "rl", "kv_cache_dtype": "fp8"}})
+    assert (f.engine_dtype, f.engine_head_dtype, f.prefix_caching) == ("bfloat16", "float32", False)
+    assert next((trap.severity, trap.cause) for trap in lint(f)) == ("warning", "kv_cache_precision")
+    f = configured_facts(values)
+    assert (f.engine_head_dtype, f.prefix_caching, f.logprobs_mode) == (None, True, "processed_logprobs")

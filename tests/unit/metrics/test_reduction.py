@@ -1,0 +1,31 @@
+"""Sums over the ranks."""
+
+import torch
+from support.ranks import reduce_on
+
+
+def test_ranks_hold_the_same_sums_after_the_reduction(tmp_path):
+    from trl_parity.metrics.statistics import compute
+    from trl_parity.metrics.sums import MismatchSums
+
+    world = 3
+    torch.multiprocessing.spawn(reduce_on, args=(world, str(tmp_path)), nprocs=world)
+    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(world)]
+    expected = MismatchSums.zeros()
+    for own, _, _ in results:
+        expected.add_(own)
+    for _, reduced, rows in results:
+        torch.testing.assert_close(reduced.additive, expected.additive)
+        assert torch.equal(reduced.additive, results[0][1].additive)  # to the last bit: one verdict everywhere
+        assert torch.equal(reduced.maxima, expected.maxima)
+        assert [row["rank"] for row in rows] == [1, 2, 2]
+    assert compute(results[0][1])["kl_k3"] == compute(results[2][1])["kl_k3"] > 0
+
+
+def test_a_window_costs_less_than_64_kib_of_reduction_whatever_its_tokens():
+    from trl_parity.judging.noise_floor import SOURCES
+    from trl_parity.metrics.sums import MismatchSums
+
+    window, floor = MismatchSums.zeros(), MismatchSums.zeros(bootstrap_samples=2)
+    size = sum(8 * (x.additive.numel() + x.maxima.numel()) for x in (window, *[floor] * len(SOURCES)))
+    assert size <= 64 << 10  # with the noise floor measured in the same window

@@ -1,0 +1,25 @@
+"""The entropy over windows, the temperature of a phase."""
+
+import pytest
+
+from trl_parity import ParityConfig
+from trl_parity.metrics.trends import EntropyWatch, expected_temperature
+
+# ---- entropy, temperature, rewards ------------------------------------------------------------------------------
+
+
+def test_entropy_trend_is_the_slope_and_relative_the_share_of_the_beginning():
+    watch = EntropyWatch()
+    for i in range(30):
+        watch.update(2.0 - 0.05 * i)
+    assert watch.scalars()["entropy/trend"] == pytest.approx(-0.05)
+    assert watch.scalars()["entropy/relative"] == pytest.approx((2.0 - 0.05 * 29) / 1.9)
+    watch.update(None)  # not measured: no zero
+    assert watch.scalars()["entropy/trend"] == pytest.approx(-0.05)
+
+
+def test_the_temperature_meant_for_a_phase():
+    phases = ParityConfig(temperatures={"train": 0.7, "train@10": 1.0, "eval": 0.0}).temperature_phases()
+    assert [expected_temperature(phases, "train", step) for step in (0, 9, 10, 99)] == [0.7, 0.7, 1.0, 1.0]
+    assert expected_temperature(phases, "eval", 5) == 0.0
+    assert expected_temperature({}, "train", 5) is None

@@ -1,0 +1,56 @@
+"""A head whose weight lies in shards."""
+
+import pytest
+import torch
+from support.models import save_tiny_model
+from support.processes import run_on_two_ranks
+from support.ranks import sharded_head_on
+
+
+def test_a_sharded_head_is_scored_right_and_without_a_deadlock(tmp_path):
+    model = save_tiny_model(tmp_path / "model")
+    torch.multiprocessing.spawn(sharded_head_on, args=(2, str(model), 29620), nprocs=2)
+
+
+ZERO3 = """
+import sys
+import deepspeed
+import torch
+from transformers import AutoModelForCausalLM
+from trl_parity.scoring.scorer import CompletionScorer
+from trl_parity.records import SamplingSettings
+
+deepspeed.init_distributed("gloo")
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+ids = torch.randint(2, 40, (3, 12), generator=torch.Generator().manual_seed(torch.distributed.get_rank()))
+
+
+def score(forward):
+    scorer = CompletionScorer(
+        model, 5, temperature=0.7, sampling=SamplingSettings(), replay_sampling=False, chunk_bytes=1 << 20
+    )
+    with torch.no_grad(), scorer:
+        forward(input_ids=ids, attention_mask=torch.ones_like(ids))
+    return scorer.scores()
+
+
+expected = score(model)
+engine, *_ = deepspeed.initialize(
+    model=model,
+    optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+    config={
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    },
+)
+assert model.lm_head.weight.numel() == 0, "the head is not sharded"
+torch.testing.assert_close(score(engine), expected)
+assert model.lm_head.weight.numel() == 0, "the head was left gathered"
+"""
+
+
+def test_a_zero3_head_is_gathered_and_let_go(tmp_path):
+    pytest.importorskip("deepspeed", reason="not in the lock: its CPU build needs a compiler and its own build step")
+    run_on_two_ranks(ZERO3, tmp_path, save_tiny_model(tmp_path / "model"), DS_ACCELERATOR="cpu")

@@ -1,0 +1,167 @@
+"""Forward passes of the policy over a batch, each with something changed: layout, prompts, model, weights, cache.
+
+Nothing of the run is changed: weights are swapped by pointer and put back, and passes draw none of its random numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..engine.base import Engine, in_process
+from ..records import RolloutBatch
+from ..scoring.head_spec import Head
+from ..scoring.perturb import eval_mode, own_random_numbers, rebuilt, rounded_cache, swapped
+from ..scoring.scorer import causal_lm, materialized_head
+from ..trainers.capture import Capture
+from .findings import EnginePrompts, EngineWeights
+
+__all__ = ["FEW", "ForwardPass", "ForwardPasses"]
+
+FEW = 4  # sequences of a pass one by one, which is slow
+
+_REMEMBERED = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardPass:
+    """What is changed in a forward pass of the policy. Every layer is in eval mode, always."""
+
+    layout: str = "padded"  # padded as in training; single: one sequence at a time; unpadded: and without its padding
+    prompts: EnginePrompts | None = None  # those the engine was really given
+    model: str = "live"  # engine_config: built anew from the engine's config, on the trainer's weights
+    weights: EngineWeights | str = "own"  # those the engine holds; rounded: own ones, in the engine's dtype and back
+    kv_dtype: torch.dtype | None = None  # round keys and values to this dtype
+    kv_truncated: bool = False  # towards zero: the upper byte of fp16 is e5m2, and some kernels just take it
+    few: bool = False  # only the first FEW sequences
+
+
+class ForwardPasses:
+    """Hidden states of N tokens, which lie in ``rows`` of the rollout batch, (N,) ``row`` of them and ``column``."""
+
+    def __init__(
+        self,
+        capture: Capture,
+        rollout: RolloutBatch,
+        engine: Engine | None,
+        *,
+        rows: torch.Tensor,
+        row: torch.Tensor,
+        column: torch.Tensor,
+    ):
+        self._capture, self._rollout, self._engine = capture, rollout, engine
+        self._model = capture.policy
+        self._rows, self._row, self._column = rows, row, column
+        self._states: dict[ForwardPass, torch.Tensor] = {}
+        self._whole_head: Head | None = None
+
+    def prepare(self, temperature: float) -> None:
+        """Of a sharded policy: the one pass and the head all readings are made from. A collective there."""
+        if self._capture.sharded:
+            self.states(ForwardPass())
+            with materialized_head(self._model, temperature) as head:
+                bias = None if head.bias is None else head.bias.clone()
+                low = tuple((a.clone(), b.clone(), x) for a, b, x in head.low_rank)
+                self._whole_head = replace(head, weight=head.weight.clone(), bias=bias, low_rank=low)
+
+    def states(self, forward: ForwardPass) -> torch.Tensor:
+        """(N, H) hidden states that predict the tokens, where they were computed. The last few are remembered."""
+        if forward not in self._states:
+            if self._whole_head is not None:
+                raise ValueError("the policy is sharded over ranks: one pass over it is made, and no other")
+            if len(self._states) >= _REMEMBERED:
+                self._states.pop(next(iter(self._states)))
+            with self._applied(forward) as model, torch.no_grad():
+                self._states[forward] = self._pass(model, forward)
+        return self._states[forward]
+
+    @contextmanager
+    def head(self, forward: ForwardPass, temperature: float) -> Iterator[Head]:
+        """How a pass makes logits of its hidden states."""
+        if self._whole_head is not None:
+            yield replace(self._whole_head, temperature=temperature)
+            return
+        with self._applied(forward) as model, materialized_head(model, temperature) as head:
+            yield head
+
+    def _pass(self, model: torch.nn.Module, forward: ForwardPass) -> torch.Tensor:
+        rollout, keep = self._rollout, self._rollout.completion_ids.shape[1]
+        rows = self._rows[:FEW] if forward.few else self._rows
+        known = self._row < len(rows)
+        if forward.layout != "unpadded" and forward.prompts is None:
+            ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1)[rows]
+            attention = torch.cat([rollout.prompt_mask, rollout.completion_mask], dim=1)[rows]
+            hidden = self._hidden(model, ids, attention, keep, 1 if forward.layout == "single" else None)
+            hidden = hidden[self._row[known], self._column[known]]
+        else:
+            hidden = torch.cat([self._unpadded(model, i, forward.prompts) for i in range(len(rows))])
+        out = hidden.new_zeros(len(self._row), hidden.shape[1])
+        out[known.to(out.device)] = hidden
+        return out
+
+    def _unpadded(self, model: torch.nn.Module, i: int, prompts: EnginePrompts | None) -> torch.Tensor:
+        at, columns = int(self._rows[i]), self._column[self._row == i]
+        prompt = self._rollout.prompt_ids[at][self._rollout.prompt_mask[at].bool()]
+        if prompts is not None and at in prompts.by_row:
+            prompt = torch.tensor(prompts.by_row[at], dtype=prompt.dtype, device=prompt.device)
+        length = int(columns.max()) + 1 if len(columns) else 1  # up to the last token looked at
+        ids = torch.cat([prompt, self._rollout.completion_ids[at][:length]])[None]
+        return self._hidden(model, ids, torch.ones_like(ids), length, 1)[0, columns]
+
+    def _hidden(
+        self, model: torch.nn.Module, ids: torch.Tensor, attention: torch.Tensor, keep: int, batch_size: int | None
+    ) -> torch.Tensor:
+        """(B, keep, H): the states that predict the last ``keep`` tokens."""
+        seen: list[torch.Tensor] = []
+
+        def hook(module: Any, args: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
+            seen.append(hidden[:, -(keep + 1) : -1].detach())
+
+        backbone = causal_lm(model).base_model
+        handle = backbone.register_forward_hook(hook)
+        try:
+            if model is self._model:
+                self._capture.run_policy(ids, attention, keep, batch_size)
+            else:
+                size = batch_size or 8
+                with self._capture.trainer.accelerator.autocast():
+                    for some, mask in zip(ids.split(size), attention.split(size), strict=True):
+                        backbone(input_ids=some, attention_mask=mask, use_cache=False)
+        finally:
+            handle.remove()
+        return torch.cat(seen)
+
+    @contextmanager
+    def _applied(self, forward: ForwardPass) -> Iterator[torch.nn.Module]:
+        """The model of a pass, for the duration of the block; everything as it was after it."""
+        model = self._rebuilt if forward.model == "engine_config" else self._model
+        with ExitStack() as stack:
+            stack.enter_context(eval_mode(self._model))
+            stack.enter_context(own_random_numbers())
+            if forward.weights != "own":
+                stack.enter_context(swapped(self._weights(forward.weights)))
+            if forward.kv_dtype is not None:
+                stack.enter_context(rounded_cache(causal_lm(model).base_model, forward.kv_dtype, forward.kv_truncated))
+            yield model
+
+    def _weights(self, weights: EngineWeights | str) -> Mapping[torch.nn.Parameter, torch.Tensor]:
+        return self._rounded if isinstance(weights, str) else weights.values
+
+    @functools.cached_property
+    def _rounded(self) -> dict[torch.nn.Parameter, torch.Tensor]:
+        dtype = self._capture.compute_dtype if self._engine is None else self._engine.dtype
+        return {p: p.detach().to(dtype).to(p.dtype) for p in self._model.parameters() if p.is_floating_point()}
+
+    @functools.cached_property
+    def _rebuilt(self) -> torch.nn.Module:
+        """The trainer's class on the engine's config, sharing the trainer's parameters; buffers are new."""
+        engine = self._engine
+        if not in_process(engine) or self._capture.sharded or hasattr(self._model, "peft_config"):
+            raise ValueError("the model can be rebuilt only beside a colocated engine, unsharded and without adapters")
+        return rebuilt(causal_lm(self._model), engine.hf_config)

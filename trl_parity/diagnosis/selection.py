@@ -1,0 +1,114 @@
+"""Which cause explains most of a drift, and how sure that is: shares of the excess, over resamples of sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..records import Evidence
+from .probes.base import Candidate, Probe
+
+__all__ = [
+    "EXACT",
+    "FIRST",
+    "NAMED",
+    "RESAMPLES",
+    "Result",
+    "best_of",
+    "confidence_in",
+    "mean",
+    "rivals_of",
+    "shares_of",
+]
+
+FIRST = 0.3  # share of the excess that the first cause must explain
+
+NAMED = 0.5  # of all the excess, by all causes together, or the cause is unknown
+
+EXACT = 0.75  # a fitted distribution must explain this much of what remained, or all causes together must
+
+_TIE = 0.04  # shares this close are equal
+
+RESAMPLES = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a probe explains, over all ranks."""
+
+    probe: Probe
+    candidate: Candidate | None  # of this rank
+    cause: str
+    share: float  # of the excess that remained
+    shares: torch.Tensor  # (R,) the same in bootstrap resamples of sequences
+    misfit: float  # what is left, dearer by the number of fitted values
+    evidence: Evidence
+
+
+def mean(sums: torch.Tensor) -> float:
+    """Residual per token of (S, 2) sums and counts."""
+    return float(sums[:, 0].sum() / sums[:, 1].sum().clamp(min=1))
+
+
+def shares_of(before: torch.Tensor, after: torch.Tensor, floor: float) -> tuple[float, torch.Tensor]:
+    """1 - (after - floor)+ / (before - floor), of all sequences and of bootstrap resamples of them."""
+    weights = torch.poisson(torch.ones(RESAMPLES, len(before), dtype=torch.float64), torch.Generator().manual_seed(0))
+    weights = torch.cat([torch.ones(1, len(before), dtype=torch.float64), weights])
+
+    def mean(sums: torch.Tensor) -> torch.Tensor:
+        return (weights @ sums[:, 0]) / (weights @ sums[:, 1]).clamp(min=1)
+
+    b, a = mean(before), mean(after)
+    shares = 1.0 - (a - floor).clamp(min=0) / (b - floor).clamp(min=1e-12)
+    shares = torch.where(b > floor, shares, 0.0).clamp(-1.0, 1.0)
+    return float(shares[0]), shares[1:]
+
+
+def best_of(results: Sequence[Result]) -> Result | None:
+    """The cause that explains most. Of nearly equal ones: found rather than fitted, then the cheapest, or best fit."""
+    good = _worth_naming([r for r in results if r.share > 0])
+    if not good:
+        return None
+    top = max(r.share for r in good)
+    equal = [r for r in good if r.share >= top - _TIE]
+    found = [r for r in equal if not r.probe.fitted]
+    return found[0] if found else min(equal, key=lambda r: r.misfit)
+
+
+def _worth_naming(tried: list[Result]) -> list[Result]:
+    """Those that explain enough for their kind; where none does, all.
+
+    A fitted distribution that leaves much is not the one: it is named only where nothing was found on the run itself.
+    By elimination (cost "last") a cause is named only where nothing else explains half.
+    """
+    good = [r for r in tried if r.probe.cost != "last" and r.share >= (EXACT if r.probe.fitted else FIRST)]
+    if not good or max(r.share for r in good) < NAMED:
+        good += [r for r in tried if r.probe.cost == "last" and r.share >= NAMED]
+    return good or tried
+
+
+def rivals_of(best: Result, results: Sequence[Result]) -> tuple[str, ...]:
+    """Other causes whose fitted distributions explain as much as the fitted one that is named."""
+    equal = [r for r in results if best.probe.fitted and r.probe.fitted and r.share >= best.share - _TIE]
+    return tuple(sorted({r.cause for r in equal} - {best.cause}))
+
+
+def confidence_in(best: Result, results: Sequence[Result]) -> float:
+    """Mean over resamples of 1 / the number of causes that explain as much as the most, where this is one of them.
+
+    Causes found on the run itself count before fitted ones, as in ``best_of``; a resample in which the cause
+    explains too little counts 0.
+    """
+    others = [r for r in results if r.cause != best.cause and (r.probe.cost != "last" or r is best)]
+    if not others:
+        return float((best.shares >= FIRST).double().mean())
+    shares = torch.stack([r.shares for r in others])
+    fitted = torch.tensor([r.probe.fitted for r in others])
+    rivals = shares if best.probe.fitted else torch.where(fitted[:, None], shares - 2 * _TIE, shares)
+    highest = torch.maximum(rivals.amax(0), best.shares)
+    near = rivals >= highest - _TIE
+    causes = torch.stack([near[[r.cause == c for r in others]].any(0) for c in {r.cause for r in others}]).sum(0)
+    good = (best.shares >= FIRST) & (best.shares >= highest - _TIE)
+    return float((good / (1.0 + causes)).mean())

@@ -1,0 +1,208 @@
+"""What judges a run, window by window, whoever measured it, and what is left of it: files, alerts, a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..config.parity import ParityConfig
+from ..errors import ConfigError
+from ..files import jsonable, write_atomic
+from ..judging.breaker import Breaker
+from ..judging.noise_floor import NoiseFloor
+from ..metrics.rewards import MIN_REWARDS, REWARDS_NAME, RewardBaseline, RewardWindow
+from ..metrics.scalars import SCALARS
+from ..metrics.statistics import measure
+from ..metrics.sums import MismatchSums
+from ..metrics.trends import EntropyWatch
+from ..records import ScoredBatch
+from ..report.reward_figure import plot_rewards
+from ..results.jsonl import JsonlSink
+from ..results.paths import CONFIG_NAME, RUN_NAME, TOKENS_NAME
+from ..tracking.sinks import AlertSink, RichLog, alert_sinks
+from ..verdict import MismatchStats, Status, Verdict
+
+__all__ = ["RunJudge"]
+
+logger = logging.getLogger(__name__)
+
+STATE_VERSION = 5
+
+_KEEP_VERDICTS = 1000
+
+_REWARD_ALPHA = 0.001
+
+
+class RunJudge:
+    """Breaker, noise floor, entropy and reward watch, files and alerts of one run."""
+
+    def __init__(self, config: ParityConfig, *, measured_floor: bool):
+        self.config = config
+        self.reset(measured_floor)
+
+    def reset(self, measured_floor: bool = True) -> None:
+        """Forget everything: a new run begins. ``measured_floor``: somebody will measure the noise floor."""
+        config = self.config if measured_floor else replace(self.config, floor_tokens=0)
+        self._sequences = 0
+        self.verdicts: deque[Verdict] = deque(maxlen=_KEEP_VERDICTS)
+        self.breaker = Breaker.from_config(config)
+        self.floor = NoiseFloor(config)
+        self.entropy = EntropyWatch()
+        self.rewards = RewardWindow(self.config.reward_window)
+        path = self.config.reward_baseline
+        self.baseline = RewardBaseline.load(path) if path is not None else None
+        self._jsonl: JsonlSink | None = None
+        self._tokens: JsonlSink | None = None
+        self.sinks: list[AlertSink] = []
+
+    def open(self, output_dir: str | Path | None, report_to: Iterable[str], resume_step: int = 0) -> None:
+        """Open the file and the trackers' alerts (main process only). Raises ConfigError when that can't be done."""
+        self.sinks = alert_sinks(report_to)
+        directory = self.config.parity_dir or (None if output_dir is None else Path(output_dir) / "parity")
+        if directory is not None:
+            self._jsonl = JsonlSink(directory, resume_step)
+            (Path(directory) / REWARDS_NAME).unlink(missing_ok=True)  # an earlier run's
+            if self.config.rich_every_n_windows and self.config.sample_tokens:
+                self._tokens = JsonlSink(directory, resume_step, TOKENS_NAME)
+            write_atomic(Path(directory) / CONFIG_NAME, json.dumps(self.config.to_dict(), indent=1))
+
+    def close(self) -> None:
+        """Close the file, and leave the run's last rewards beside it. Later windows are not written.
+
+        ``rewards.json``, as ``RewardBaseline`` reads it, where there are 20 or more; ``rewards.png``
+        if there is a baseline to compare them with.
+        """
+        if self._jsonl is None:
+            return
+        self._jsonl.close()
+        if len(self.rewards) >= MIN_REWARDS:
+            try:
+                RewardBaseline(self.rewards.rewards).save(self._jsonl.path.with_name(REWARDS_NAME))
+            except ConfigError as e:  # a full disk
+                logger.warning("the rewards are not kept: %s", e)
+        if self._tokens is not None:
+            self._tokens.close()
+            self._tokens = None
+        if self.baseline is not None and len(self.rewards):
+            try:
+                plot_rewards(self.baseline, self.rewards.rewards, self._jsonl.path.with_name("rewards.png"))
+            except ConfigError as e:  # a picture less: no matplotlib, a full disk
+                logger.warning("no picture of the rewards: %s", e)
+        self._jsonl = None
+
+    @property
+    def status(self) -> Status:
+        """The status of the last window; NO_DATA before the first."""
+        return self.verdicts[-1].status if self.verdicts else Status.NO_DATA
+
+    # ---- windows ----------------------------------------------------------------------------------------------
+
+    def sums_of(self, scored: ScoredBatch, rank: int) -> MismatchSums:
+        """The sums of one batch of this rank."""
+        # numbered over batches and ranks; a prime stride keeps the ranks' numbers apart in the resampling pool
+        first = self._sequences + rank * 1009
+        sums = measure(scored, bootstrap_samples=self.config.bootstrap_samples, first_sequence=first)
+        self._sequences += len(scored.mask)
+        return sums
+
+    def add_rewards(self, sums: MismatchSums, rewards: list[float]) -> None:
+        """Take in a batch's rewards (of all ranks, the same on each)."""
+        if finite := self.rewards.extend(rewards):
+            sums.bump(rewards=len(finite), reward_sum=sum(finite))
+
+    def scalars(self, stats: MismatchStats, *, new_window: bool = False) -> MismatchStats:
+        """A window's statistics with noise floor, excess, entropy watch and reward comparison added."""
+        if new_window:
+            self.entropy.update(stats.get("entropy/trainer"))
+        extra = self.floor.scalars(stats.values_by_name) | self.entropy.scalars()
+        for reading in self.breaker.readings(stats.values_by_name | extra):
+            if (name := f"limit/{reading.rule.stat}") in SCALARS and reading.seen.startswith("excess/"):
+                extra[name] = reading.limit
+        if self.baseline is not None:
+            comparison = self.baseline.compare(self.rewards.rewards)
+            if comparison is not None:
+                extra |= {
+                    "reward/effect_size": comparison.effect_size,
+                    "reward/ks": comparison.ks,
+                    "reward/p_value": comparison.p_value,
+                    "reward/parted": float(comparison.parted(self.config.reward_min_effect, _REWARD_ALPHA)),
+                }
+        return stats.updated(extra)
+
+    def doubts_floor(self, stats: MismatchStats) -> bool:
+        """Whether an older floor should be measured anew before this window is judged.
+
+        So before a rule that rests on it breaches (until the run is halted), or begins an episode with a WARN.
+        """
+        if not self.floor.age or self.status is Status.HALT:
+            return False
+        resting = [r for r in self.breaker.readings(stats.values_by_name) if r.rule.k is not None]
+        return any(r.over or (r.warns and not self.breaker.alerted) for r in resting)
+
+    def judge(self, step: int, stats: MismatchStats | None, error: str = "") -> Verdict:
+        """The verdict on a window's (reduced) statistics; kept and written."""
+        verdict = self.breaker.judge(step, stats, error)
+        self.verdicts.append(verdict)
+        self.floor.age += 1
+        if self._jsonl is not None:
+            self._jsonl.write(verdict)
+        return verdict
+
+    def log_rich(self, rich: RichLog) -> None:
+        """Histogram and tables of a window to the trackers; its sample of tokens to ``tokens.jsonl``."""
+        if self._tokens is not None and rich.sample:
+            self._tokens.write_tokens(rich.verdicts[-1], rich.sample)
+        for sink in self.sinks:
+            sink.log_rich(rich)
+
+    def write_run(self, about: Mapping[str, Any]) -> None:
+        """What the run ran on, as ``run.json`` beside the windows. A failure is a warning."""
+        if self._jsonl is None:
+            return
+        try:
+            content = json.dumps(jsonable({"schema_version": 1, **about}), indent=1, allow_nan=False)
+            write_atomic(self._jsonl.path.with_name(RUN_NAME), content)
+        except (ConfigError, ValueError) as e:
+            logger.warning("%s was not written: %s", RUN_NAME, e)
+
+    def alert(self, verdict: Verdict, text: str) -> None:
+        """Tell people through the trackers, if this window is the first of its episode to reach WARN or HALT."""
+        if verdict.alert:
+            for sink in self.sinks:
+                sink.alert(verdict, text)
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: JSON."""
+        return {
+            "state_version": STATE_VERSION,
+            "breaker": self.breaker.state(),
+            "floor": self.floor.state(),
+            "entropy": self.entropy.state(),
+            "rewards": self.rewards.state(),
+            "sequences": self._sequences,
+        }
+
+    def load_state(self, state: Any) -> bool:
+        """Restore ``state``. A state of another version: False and an empty start, or ConfigError, as set."""
+        version = state.get("state_version") if isinstance(state, Mapping) else None
+        if version != STATE_VERSION:
+            if self.config.on_state_mismatch == "error":
+                raise ConfigError(
+                    f"the checkpoint's trl-parity state has version {version!r}; this version reads {STATE_VERSION}. "
+                    "Resume with the trl-parity that wrote it, or set on_state_mismatch='restart' to begin with an "
+                    "empty streak and a new noise floor."
+                )
+            return False
+        self.breaker.load_state(state["breaker"])
+        self.floor.load_state(state["floor"])
+        self.entropy.load_state(state["entropy"])
+        self.rewards.load_state(state["rewards"])
+        self._sequences = int(state["sequences"])
+        return True

@@ -1,0 +1,104 @@
+"""From an open window to what follows from it: noise floor, scalars, verdict, diagnosis, announcement."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from ..judging.noise_floor import SOURCES
+from ..metrics.reduction import reduce_many, reduce_sums
+from ..metrics.statistics import compute
+from ..metrics.sums import MismatchSums
+from ..verdict import Verdict
+from .judge import RunJudge
+from .stopwatch import Stopwatch
+from .window import OpenWindow
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["Pipeline", "Surroundings"]
+
+
+class Surroundings:
+    """What can be had of a run when its window closes. Of a loop of one's own: nothing, only its numbers are known.
+
+    Everything is called on all ranks at the same window.
+    """
+
+    accelerator: Accelerator | None = None  # with several ranks
+    accounts = False  # whether a window holds what measuring it cost
+
+    def check_engine(self) -> None:
+        """Look at the engine's settings before the window is judged."""
+
+    def floor_sums(self) -> Mapping[str, MismatchSums] | None:
+        """This rank's sums of one side against itself, by source; None where there is nothing to measure on."""
+        return None
+
+    def on_verdict(self, verdict: Verdict, sums: MismatchSums) -> None:
+        """A window was judged; its reduced sums."""
+
+    def diagnose(self, verdict: Verdict) -> None:
+        """Look for the cause where it is due."""
+
+    def announce(self, verdict: Verdict) -> str:
+        """The text of an alert, told to who watches this process."""
+        return f"{verdict.status} at step {verdict.step}: {verdict.reason}"
+
+
+class Pipeline:
+    """The open ``window`` of a run, how it is judged and what is done then. No trainer is known here."""
+
+    def __init__(self, judge: RunJudge, surroundings: Surroundings):
+        self._judge, self._surroundings = judge, surroundings
+        self.window = OpenWindow(judge.config.bootstrap_samples)
+        self.stopwatch = Stopwatch()  # "cost", and what is no part of it
+
+    def close_window(self, step: int) -> Verdict:
+        """Judge the open window; another begins at ``step``. Collective: all ranks come here at the same batch."""
+        judge, surroundings = self._judge, self._surroundings
+        with self.stopwatch.account("cost"):
+            surroundings.check_engine()
+            if judge.floor.due:
+                self._measure_floor()
+            sums = self._reduced()
+            stats = judge.scalars(compute(sums), new_window=True)
+            if judge.doubts_floor(stats) and self._measure_floor():
+                stats = judge.scalars(stats)
+            verdict = judge.judge(step, stats, self.window.error)
+            self.window.begin(step)
+            surroundings.on_verdict(verdict, sums)
+            surroundings.diagnose(verdict)
+            if verdict.alert:
+                judge.alert(verdict, surroundings.announce(verdict))
+        return verdict
+
+    def _reduced(self) -> MismatchSums:
+        """The window's sums over all ranks, on the host."""
+        accelerator = self._surroundings.accelerator
+        self.window.add_updates()
+        sums = self.window.sums("cpu" if accelerator is None else accelerator.device)
+        if self._surroundings.accounts:
+            seconds, wall = self.stopwatch.lap()
+            floor = seconds.get("floor", 0.0)
+            sums.bump(cost_seconds=seconds.get("cost", 0.0), floor_seconds=floor, wall_seconds=wall)
+        if accelerator is not None:
+            sums = reduce_sums(sums, accelerator)
+        sums = sums.cpu()
+        totals = sums.totals()
+        self._judge.floor.account(totals["floor_seconds"], totals["wall_seconds"])
+        return sums
+
+    def _measure_floor(self) -> bool:
+        """Measure the noise floor on the batch at hand. Collective; False when there is none, or nothing came out."""
+        if not self._judge.floor.enabled:
+            return False
+        with self.stopwatch.account("floor"):
+            measured = self._surroundings.floor_sums()
+            if measured is None:
+                return False
+            accelerator = self._surroundings.accelerator
+            many = [measured[name] for name in SOURCES]
+            reduced = many if accelerator is None else reduce_many(many, accelerator)
+            return self._judge.floor.update(dict(zip(SOURCES, reduced, strict=True)))

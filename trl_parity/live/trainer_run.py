@@ -1,0 +1,171 @@
+"""One run of a TRL trainer: the batch at hand, and what is made of it when a window closes."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config.parity import ParityConfig
+from ..judging.noise_floor import SOURCES
+from ..metrics.sums import MismatchSums
+from ..metrics.tokens import tokens_of_all
+from ..records import Diagnosis
+from ..report.messages import alert_text, halt_text
+from ..tracking.sinks import RichLog
+from ..trainers.capture import Capture
+from ..verdict import Status, Verdict
+from .batches import BatchSums
+from .floor_measurement import measure_floor
+from .incidents import Investigator
+from .judge import RunJudge
+from .pipeline import Pipeline, Surroundings
+from .window import UnloggedWindows
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["TrainerRun"]
+
+logger = logging.getLogger(__name__)
+
+
+class TrainerRun(Surroundings):
+    """What a trainer's run offers around a window.
+
+    ``trainer``: None before the first training batch. ``capture``: the last training batch. ``moved``: the weights
+    have been updated since. ``unlogged``: windows the trainer has not logged. ``halt_message``, ``incident``: of the
+    last halt.
+    """
+
+    accounts = True
+
+    def __init__(self, config: ParityConfig, judge: RunJudge):
+        self.config, self._judge = config, judge
+        self.batches = BatchSums(config, judge)
+        self.investigator = Investigator(config)
+        self.halt_message: str | None = None
+        self.incident: Path | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Another run begins."""
+        self.batches.reset()
+        self.investigator.reset()
+        self.pipeline = Pipeline(self._judge, self)
+        self.unlogged = UnloggedWindows()
+        self.trainer: Any = None
+        self.capture: Capture | None = None
+        self.moved = False
+        self._at_hand = False
+        self._windows = 0
+
+    @property
+    def accelerator(self) -> Accelerator:  # type: ignore[override]
+        """The trainer's."""
+        return self.trainer.accelerator
+
+    @contextmanager
+    def batch_at_hand(self) -> Iterator[None]:
+        """Inside, the window that closes ends with the batch just captured: it can be measured and diagnosed."""
+        self._at_hand = True
+        try:
+            yield
+        finally:
+            self._at_hand = False
+
+    # ---- when a window closes ---------------------------------------------------------------------------------
+
+    def check_engine(self) -> None:
+        """Whether a server runs with other settings than before."""
+        if self.capture is not None:
+            self.investigator.check_settings(self.capture)
+
+    def floor_sums(self) -> Mapping[str, MismatchSums] | None:
+        """Of the batch at hand. A failure of ours is a warning: without any floor, windows stay CALIBRATING."""
+        if not self._at_hand or self.capture is None:
+            return None
+        empty = MismatchSums.zeros(self.accelerator.device, bootstrap_samples=2)
+        sources = dict.fromkeys(SOURCES, empty)
+        try:
+            sources |= measure_floor(self.capture, self.config)
+        except Exception as e:
+            logger.warning("the noise floor could not be measured: %s: %s", type(e).__name__, e)
+            logger.debug("%s", traceback.format_exc())
+        return sources
+
+    def on_verdict(self, verdict: Verdict, sums: MismatchSums) -> None:
+        """To the trainer's log, and histogram and tables to the trackers where they are due: a collective then."""
+        self.unlogged.add(verdict, sums)
+        every, verdicts = self.config.rich_every_n_windows, self._judge.verdicts
+        before = verdicts[-2].status if len(verdicts) > 1 else Status.OK
+        worse = verdict.status in (Status.BREACH, Status.HALT) and verdict.status is not before
+        due = every and (worse or verdict.alert or self._windows % every == 0)
+        self._windows += 1
+        if not due:
+            return
+        config = self.config
+        decode = None if config.redact_text else self.trainer.processing_class.decode
+        worst, sample = tokens_of_all(
+            self.batches.last, verdict.step, config.worst_tokens, config.sample_tokens, decode, self.accelerator
+        )
+        self._judge.log_rich(RichLog(verdict.step, sums, worst, sample, list(verdicts)))
+
+    def diagnose(self, verdict: Verdict) -> None:
+        """Once an episode, of the batch at hand."""
+        if self._at_hand and self.investigator.due(verdict):
+            self.diagnose_batch(verdict.step)
+
+    def diagnose_batch(self, step: int) -> Diagnosis | None:
+        """Collective. Our own failure is a warning: the verdict stands without a cause."""
+        if self.capture is None or self.batches.last is None:
+            return None
+        verdicts = self._judge.verdicts
+        first = next((v for v in verdicts if v.stats is not None), None)
+        resumed = self._judge.breaker.windows > len(verdicts)
+        # once an episode, and said in its details: no part of the running cost
+        with self.pipeline.stopwatch.account("diagnosis"):
+            try:
+                return self.investigator.diagnose(
+                    self.capture,
+                    *self.batches.last,
+                    step=step,
+                    floor=self._judge.floor.values.get("floor/kl_k3"),
+                    began_healthy=None if first is None or resumed else first.status is Status.OK,
+                )
+            except Exception as e:
+                logger.warning("the drift of step %d could not be diagnosed: %s: %s", step, type(e).__name__, e)
+                logger.debug("%s", traceback.format_exc())
+                return None
+
+    def announce(self, verdict: Verdict) -> str:
+        """A halt is printed by the main process and leaves its incident; anything else is a warning."""
+        text = self._halted(verdict) if verdict.halted else alert_text(verdict)
+        if self.accelerator.is_main_process:
+            if verdict.halted:
+                print(text, file=sys.stderr, flush=True)
+            else:
+                logger.warning("%s", text)
+        return text
+
+    def _halted(self, verdict: Verdict) -> str:
+        assert self.capture is not None
+        verdicts, diagnosis = list(self._judge.verdicts), self.investigator.diagnosis
+
+        def text(look: Path) -> str:
+            return halt_text(verdict, self.config, verdicts, look, diagnosis)
+
+        args = self.trainer.args
+        parity_dir = Path(self.config.parity_dir or Path(args.output_dir) / "parity")
+        last = self.batches.last if self._at_hand else None
+        self.incident = self.investigator.write(
+            parity_dir, verdict, verdicts, last, lambda folder: text(folder / "report.md"), self.capture
+        )
+        # nothing was written: on other ranks, or on a full disk
+        look = parity_dir / "metrics.jsonl" if self.incident is None else self.incident / "report.md"
+        self.halt_message = text(look)
+        return self.halt_message
