@@ -52,7 +52,7 @@ SHARE = number(lambda x: 0 <= x <= 1, "a number from 0 to 1")
 
 def check_fields(settings: Any) -> None:
     """Raise ConfigError for the first field of a dataclass that is none of its choices, or out of its bound."""
-    for name, bound, choices in _checked(type(settings)):
+    for name, bound, choices in _checked(type(settings)):  # type: ignore[arg-type] # a class is hashable
         value = getattr(settings, name)
         if choices and value not in choices:
             raise ConfigError(
