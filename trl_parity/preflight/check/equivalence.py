@@ -19,8 +19,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ...report.messages import number
 from .rows import Limits, Row, Verdict, within_floor
 from .statistics import fitted_scale, wilson
@@ -398,8 +396,3 @@ def _model(drift: Drift, blamed: Sequence[str]) -> Row:
         fix="compare the two implementations module by module: norms, activation, biases, attention scale"
         if fails else "", **_common(drift),
     )  # fmt: skip
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """As settings spell it."""
-    return str(dtype).removeprefix("torch.")

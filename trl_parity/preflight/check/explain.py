@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from ...engine.weight_readback import HeldTensor, read_back
+from ...scoring.dtypes import dtype_name
 from . import trials
-from .equivalence import Counterfactuals, Drift, drift_of, dtype_name
+from .equivalence import Counterfactuals, Drift, drift_of
 from .subject import Subject
 from .trials import Gaps
 
