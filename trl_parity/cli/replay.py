@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     """Run the command."""
     from ..config.parity import ParityConfig
     from ..results.reader import iter_windows, recorded_config
-    from ..results.rejudge import changed_config, has_floor, replay
+    from ..results.rejudge import changed_config, has_floor, rejudge
 
     floored = has_floor(iter_windows(options.path, quiet=True))
     recorded = recorded_config(options.path)
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     if recorded is None and not options.config and not options.json:
         print("note: no config.json beside the windows; replayed with the default settings", file=sys.stderr)
     told = Told(everything=options.all)
-    for judged in replay(iter_windows(options.path), config, floored=floored):
+    for judged in rejudge(iter_windows(options.path), config, floored=floored):
         told.add(*judged)
     if options.json:
         print(json.dumps(told.result(), indent=1))

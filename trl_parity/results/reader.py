@@ -21,6 +21,7 @@ from ..errors import DataError
 from ..files import check_version, read_versioned
 from ..metrics.scalars import SCALARS
 from ..progress import progress_bar
+from ..verdict import SEVERITY, Status
 from .paths import CONFIG_NAME, RUN_NAME, TOKENS_NAME, metrics_path
 
 __all__ = ["Columns", "Sample", "iter_windows", "recorded_config", "run_facts", "samples", "window_of"]
@@ -34,8 +35,6 @@ MAX_LINE = 1 << 22  # bytes; a window takes about 4 KB
 MAX_FILE = 1 << 26  # bytes of a file that is read whole
 
 _LOUD = 1 << 26  # bytes from which on reading shows its progress
-
-_SEVERITY = ("NO_DATA", "CALIBRATING", "OK", "WARN", "ERROR", "BREACH", "HALT")
 
 
 def iter_windows(path: str | Path, *, quiet: bool = False) -> Iterator[dict[str, Any]]:
@@ -148,7 +147,7 @@ class Columns:
     def add(self, row: dict[str, Any]) -> None:
         """One window."""
         self.count += 1
-        status = row["status"] if row["status"] in _SEVERITY else "ERROR"
+        status = row["status"] if row["status"] in SEVERITY else "ERROR"
         self.statuses[status] += 1
         if status in ("BREACH", "HALT", "ERROR"):
             if self._streak_from is None:
@@ -187,7 +186,7 @@ class Columns:
 
 
 def _rank(status: str) -> int:
-    return _SEVERITY.index(status) if status in _SEVERITY else _SEVERITY.index("ERROR")
+    return SEVERITY.index(Status(status) if status in SEVERITY else Status.ERROR)
 
 
 def _mean(values: list[float | None]) -> float:

@@ -13,7 +13,7 @@ from ..metrics.scalars import SCALARS
 from ..verdict import MismatchStats, Status, Verdict
 from .reader import as_number, iter_windows
 
-__all__ = ["Judgement", "changed_config", "has_floor", "read_windows", "replay"]
+__all__ = ["Judgement", "changed_config", "has_floor", "read_windows", "rejudge"]
 
 
 class Judgement(NamedTuple):
@@ -49,7 +49,7 @@ def has_floor(rows: Iterable[Mapping[str, Any]]) -> bool:
     return any(row.get("floor/kl_k3") is not None for row in rows)
 
 
-def replay(
+def rejudge(
     rows: Iterable[Mapping[str, Any]], config: ParityConfig, *, floored: bool | None = None
 ) -> Iterator[Judgement]:
     """Judge every window in order. ``floored``: ``has_floor``, where ``rows`` can be read only once."""

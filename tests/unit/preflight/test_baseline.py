@@ -17,7 +17,8 @@ from support.processes import environment, run_on_two_ranks
 from trl_parity.cli import main
 from trl_parity.errors import ConfigError, DataError
 from trl_parity.preflight.baseline.baseline import model_sha256, open_baseline, tokenizer_sha256
-from trl_parity.preflight.baseline.generate import Generation, make_baseline
+from trl_parity.preflight.baseline.generate import make_baseline
+from trl_parity.preflight.baseline.settings import Generation
 from trl_parity.preflight.baseline.sources import DrawnPrompts
 from trl_parity.preflight.prompts.cases import Vocabulary
 

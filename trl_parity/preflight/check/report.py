@@ -18,7 +18,7 @@ from ...report.escape import visible
 from ...report.format import number
 from ...report.rendering import render_markdown
 from .journal import SCHEMA_VERSION
-from .rows import EXIT_CODES, Outcome, Row, Verdict
+from .rows import EXIT_CODES, CheckOutcome, Row, RowVerdict
 
 if TYPE_CHECKING:
     from .settings import Result
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 __all__ = ["as_json", "markdown", "print_table", "with_commands", "write"]
 
 _STYLES = {
-    Verdict.PASS: "green",
-    Verdict.FAIL: "bold red",
-    Verdict.OUT_OF_REACH: "yellow",
-    Verdict.UNCLEAR: "magenta",
-    Verdict.NOT_RUN: "dim",
+    RowVerdict.PASS: "green",
+    RowVerdict.FAIL: "bold red",
+    RowVerdict.OUT_OF_REACH: "yellow",
+    RowVerdict.UNCLEAR: "magenta",
+    RowVerdict.NOT_RUN: "dim",
 }
 
 _OF_A_TRIAL = ("index", "mean_kl", "sequences", "tokens", "seconds")
@@ -48,13 +48,13 @@ _GROUPS = {
 
 def headline(result: Result) -> str:
     """One sentence: yes, no, or not known, and why."""
-    failed = [r for r in result.rows if r.verdict is Verdict.FAIL]
-    beyond = [r for r in result.rows if r.verdict is Verdict.OUT_OF_REACH]
-    if result.outcome is Outcome.UNFIT:
+    failed = [r for r in result.rows if r.verdict is RowVerdict.FAIL]
+    beyond = [r for r in result.rows if r.verdict is RowVerdict.OUT_OF_REACH]
+    if result.outcome is CheckOutcome.UNFIT:
         cause = next((r for r in failed if r.group == "mechanisms"), failed[0])
         return f"unfit: {len(failed)} of {len(result.rows)} rows fail, first of all {cause.id} ({cause.title})"
-    if result.outcome is Outcome.UNKNOWN:
-        rows = [r for r in result.rows if r.verdict in (Verdict.UNCLEAR, Verdict.NOT_RUN) and r.needed]
+    if result.outcome is CheckOutcome.UNKNOWN:
+        rows = [r for r in result.rows if r.verdict in (RowVerdict.UNCLEAR, RowVerdict.NOT_RUN) and r.needed]
         return "could not tell: " + "; ".join(f"{r.id} {r.verdict}" for r in rows)
     words = "fit: no row fails"
     if beyond:
@@ -67,7 +67,7 @@ def grouped(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
     for group in _ORDER:
         some = [r for r in rows if r.group == group]
         if some:
-            yield _GROUPS[group], sorted(some, key=lambda r: r.verdict is not Verdict.FAIL)
+            yield _GROUPS[group], sorted(some, key=lambda r: r.verdict is not RowVerdict.FAIL)
 
 
 def measured(row: Row) -> str:
@@ -103,8 +103,8 @@ def print_table(result: Result, console: Any) -> None:
             cells = [row.id, verdict, number(row.value), limit(row), number(row.floor)]
             table.add_row(*cells, *([escape(row.title)] if wide else []))
         console.print(table)
-    told = [r for r in result.rows if r.verdict not in (Verdict.PASS, Verdict.NOT_RUN)]
-    told += [r for r in result.rows if r.verdict is Verdict.NOT_RUN]
+    told = [r for r in result.rows if r.verdict not in (RowVerdict.PASS, RowVerdict.NOT_RUN)]
+    told += [r for r in result.rows if r.verdict is RowVerdict.NOT_RUN]
     for row in told:
         console.print(f"\n[{_STYLES[row.verdict]}]{row.verdict}[/] [bold]{row.id}[/]: {escape(visible(row.evidence))}")
         if row.fix:
@@ -112,7 +112,9 @@ def print_table(result: Result, console: Any) -> None:
         if row.reproduce:
             console.print(f"  [bold]Reproduce:[/] {escape(row.reproduce)}", soft_wrap=True)
     console.print(f"\n{escape(speed(result))}")
-    style = {Outcome.FIT: "bold green", Outcome.UNFIT: "bold red", Outcome.UNKNOWN: "bold magenta"}[result.outcome]
+    style = {CheckOutcome.FIT: "bold green", CheckOutcome.UNFIT: "bold red", CheckOutcome.UNKNOWN: "bold magenta"}[
+        result.outcome
+    ]
     console.print(f"[{style}]{escape(headline(result))}[/]")
 
 
