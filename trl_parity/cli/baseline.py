@@ -14,6 +14,7 @@ from typing import Any
 
 from ..config import fields
 from ..errors import ConfigError
+from ..progress import progress_bar
 
 SHORT = "make a reference data set from a transformers model"
 
@@ -134,21 +135,10 @@ def _progress(shown: bool) -> Iterator[Callable[[int, int, int, int], None]]:
 
         yield line
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("shards"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[rate]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("baseline", total=None, rate="")
+    with progress_bar("shards", kept=True) as update:
 
         def draw(done: int, total: int, answers: int, tokens: int) -> None:
             rate = tokens / max(1e-9, time.monotonic() - start)
-            bar.update(task, completed=done, total=total, rate=f"{answers:,} answers here, {rate:,.0f} tokens/s")
+            update(done, total, more=f"{answers:,} answers here, {rate:,.0f} tokens/s")
 
         yield draw

@@ -9,17 +9,16 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import fields
 from ..config.reading import settings
+from ..progress import progress_bar
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ..preflight.check.settings import CheckSettings
 
 SHORT = "is this engine fit for RL, before the first step"
@@ -78,9 +77,8 @@ def _check(options: argparse.Namespace) -> int:
     directory = Path(options.output) if options.output else None
     limits = fields.from_arguments(Limits, options)
     check = fields.from_arguments(CheckSettings, options, engine_args=args, limits=limits)
-    console = Console(stderr=True)
-    with _progress(console) as progress, redirect_stdout(sys.stderr):  # stdout is the report's alone
-        result = run_check(check, directory, progress)
+    with progress_bar("starting") as update, redirect_stdout(sys.stderr):  # stdout is the report's alone
+        result = run_check(check, directory, lambda what, done, of: update(done, of, what))
     if result.resumed:
         print(f"went on with {result.resumed} findings of an earlier run in {directory}", file=sys.stderr)
     result = with_commands(result, _again(options, check))
@@ -110,22 +108,6 @@ def _hushed() -> Iterator[None]:
             yield
     finally:
         ours.setLevel(level)
-
-
-@contextmanager
-def _progress(console: Console) -> Iterator[Callable[[str, int, int], None] | None]:
-    """A line on stderr with what is being done; nothing where that is no terminal."""
-    if not console.is_terminal:
-        yield None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console,
-        transient=True,
-    ) as bars:  # fmt: skip
-        task = bars.add_task("starting", total=None)
-        yield lambda what, done, of: bars.update(task, description=what, completed=done, total=of or None)
 
 
 def _again(options: argparse.Namespace, check: CheckSettings) -> list[str]:

@@ -11,15 +11,12 @@ import numpy as np
 from ..errors import ConfigError
 from ..files import write_atomic
 from ..metrics.rewards import (
-    BASELINE_COLOUR,
-    GAP_COLOUR,
     MIN_REWARDS,
-    RUN_COLOUR,
     RewardBaseline,
     _comparable,
     _finite,
 )
-from .drawing import canvas, legend, png
+from .drawing import BLACK, BLUE, VERMILION, canvas, legend, png
 from .format import cut
 
 __all__ = ["plot_rewards"]
@@ -40,7 +37,7 @@ def plot_rewards(baseline: RewardBaseline, rewards: Iterable[float], path: str |
     left, right = pooled[0] - margin, pooled[-1] + margin
     name = cut(" ".join(baseline.name.split()), 32)  # longer ones leave the picture
     label = f"baseline {name}".rstrip().replace("$", r"\$")
-    for values, colour, style, who in ((y, BASELINE_COLOUR, "--", label), (x, RUN_COLOUR, "-", "this run")):
+    for values, colour, style, who in ((y, BLUE, "--", label), (x, VERMILION, "-", "this run")):
         if n := values.size:
             at = np.concatenate([[left], values, [right]])
             share = np.concatenate([np.arange(n + 1) / n, [1.0]])
@@ -70,4 +67,4 @@ def _mark_gap(axes: Any, x: np.ndarray, y: np.ndarray, pooled: np.ndarray) -> No
     run, baseline = (np.searchsorted(values, pooled, side="right") / values.size for values in (x, y))
     gap = int(np.argmax(np.abs(run - baseline)))
     at = [(pooled[gap] + pooled[gap + 1]) / 2] * 2
-    axes.plot(at, [run[gap], baseline[gap]], color=GAP_COLOUR, linestyle=":", linewidth=2, label="largest gap (KS)")
+    axes.plot(at, [run[gap], baseline[gap]], color=BLACK, linestyle=":", linewidth=2, label="largest gap (KS)")

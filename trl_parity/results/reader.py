@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import sys
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -21,6 +20,7 @@ from ..config.parity import ParityConfig
 from ..errors import DataError
 from ..files import check_version, read_versioned
 from ..metrics.scalars import SCALARS
+from ..progress import progress_bar
 from ..verdict import SEVERITY, Status
 from .paths import CONFIG_NAME, RUN_NAME, TOKENS_NAME, metrics_path
 
@@ -60,41 +60,21 @@ def _lines(path: Path, quiet: bool) -> Iterator[bytes]:
     if path.is_dir():
         raise DataError(f"{path} holds no metrics.jsonl. Expected the folder of a run, or the file itself.")
     try:
-        with open(path, "rb") as file, _progress(path, quiet) as advance:
+        size = path.stat().st_size
+        shown = not quiet and size >= _LOUD
+        with open(path, "rb") as file, progress_bar(f"reading {path.name}", shown=shown, counted=False) as update:
             while line := file.readline(MAX_LINE):
-                advance(len(line))
+                if shown:
+                    update(file.tell(), size)
                 if line.endswith(b"\n"):
                     yield line[:-1]
                 elif len(line) < MAX_LINE:
                     yield line  # the last one; it may be torn
                 else:
                     while (rest := file.readline(MAX_LINE)) and not rest.endswith(b"\n"):
-                        advance(len(rest))
+                        pass
     except OSError as e:
         raise DataError(f"cannot read {path}: {e.strerror}. Expected a run's metrics.jsonl or its folder.") from e
-
-
-class _progress:
-    """A bar on stderr for a long file, where somebody may look at it."""
-
-    def __init__(self, path: Path, quiet: bool):
-        self._size = 0 if quiet or not sys.stderr.isatty() else path.stat().st_size
-        self._name = path.name
-
-    def __enter__(self) -> Any:
-        if self._size < _LOUD:
-            return lambda _: None
-        from rich.console import Console
-        from rich.progress import Progress
-
-        self._bar = Progress(console=Console(stderr=True), transient=True)
-        self._bar.start()
-        task = self._bar.add_task(f"reading {self._name}", total=self._size)
-        return lambda n: self._bar.advance(task, n)
-
-    def __exit__(self, *_: object) -> None:
-        if self._size >= _LOUD:
-            self._bar.stop()
 
 
 def window_of(line: bytes) -> dict[str, Any] | None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import enum
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from ...files import jsonable
 
 __all__ = ["EXIT_CODES", "CheckOutcome", "Limits", "Row", "RowVerdict", "outcome", "within_floor"]
 
@@ -78,7 +79,7 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; numbers that JSON has no word for as strings."""
-        return {k: _plain(v) for k, v in asdict(self).items()}
+        return {k: jsonable(v) for k, v in asdict(self).items()}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Row:
@@ -90,16 +91,6 @@ class Row:
         if known["interval"] is not None:
             known["interval"] = tuple(float(x) for x in known["interval"])
         return cls(**known)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, enum.Enum):
-        return str(value)
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def not_run(id: str, group: str, title: str, why: str, *, needed: bool) -> Row:
