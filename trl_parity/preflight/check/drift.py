@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from .rows import Limits, within_floor
 from .statistics import SCALES, Sums, added
 
@@ -20,7 +18,6 @@ __all__ = [
     "bucket",
     "bucket_name",
     "drift_of",
-    "dtype_name",
     "sampled_kl",
 ]
 
@@ -167,8 +164,3 @@ class Counterfactuals:
         if name not in self.undone or not over > 0:
             return 0.0
         return min(1.0, (self.base - self.undone[name]) / over)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """As settings spell it."""
-    return str(dtype).removeprefix("torch.")

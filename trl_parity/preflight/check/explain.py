@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from ...engine.weight_readback import HeldTensor, read_back
+from ...scoring.dtypes import dtype_name
 from ...scoring.perturb import FP8_CACHES
 from . import trials
-from .drift import Counterfactuals, Drift, Gaps, drift_of, dtype_name
+from .drift import Counterfactuals, Drift, Gaps, drift_of
 from .subject import Subject
 
 __all__ = ["held_tensors", "measure_floors", "what_if"]
