@@ -73,7 +73,7 @@ class Recorder(ParityCallback):
 
     def on_generation(self, capture):
         super().on_generation(capture)
-        self.seen.append((capture, *self._meter.last))
+        self.seen.append((capture, *self._run.batches.last))
 
 
 class Snapshots(TrainerCallback):

@@ -18,7 +18,7 @@ class Recorder(ParityCallback):
 
     def on_generation(self, capture):
         super().on_generation(capture)
-        self.seen.append(self._meter.last)
+        self.seen.append(self._run.batches.last)
 
 
 def statuses(callback):
