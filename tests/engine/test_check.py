@@ -106,6 +106,9 @@ def test_a_bf16_engine_beside_an_fp32_trainer_fails_by_its_dtype_alone(tiny):
     assert "--trainer-dtype bfloat16" in rows["dtype"].fix
 
 
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="vLLM's fp8 cache on a CPU needs AVX-512 or AMX"
+)
 def test_an_fp8_cache_fails_in_the_row_of_the_cache(tiny):
     _, failed, rows = run(tiny, engine_args={"kv_cache_dtype": "fp8_e5m2"}, skip=(*OTHER_ENGINES, "lengths"))
     assert failed - SYMPTOMS == {"kv_cache"}
