@@ -52,12 +52,12 @@ def test_a_resample_holds_w_drift_and_tokens_of_each_sequence_as_often_as_its_we
 def test_ranks_and_batches_of_a_monitor_have_numbers_of_their_own():
     """Every rank with the same weights would make intervals of two ranks as wide as those of one."""
     monitors = [ParityMonitor() for _ in range(3)]
-    found = [monitor.measure(batch(), rank) for rank, monitor in enumerate(monitors)]
+    found = [monitor.sums_of(batch(), rank) for rank, monitor in enumerate(monitors)]
     for rank, sums in enumerate(found):
         assert torch.equal(sums.bootstrap, measure(batch(), first_sequence=1009 * rank).bootstrap)
     assert not torch.equal(found[0].bootstrap, found[1].bootstrap)
     assert not torch.equal(found[1].bootstrap, found[2].bootstrap)
-    second = monitors[1].measure(batch(4, seed=1), 1)
+    second = monitors[1].sums_of(batch(4, seed=1), 1)
     assert torch.equal(second.bootstrap, measure(batch(4, seed=1), first_sequence=1009 + 6).bootstrap)
 
 
