@@ -67,7 +67,8 @@ dist: setup
 	$(BIN)/uv venv -q -p $(BIN)/python $(CLEAN)
 	$(BIN)/uv pip install -q --python $(CLEAN)/bin/python --no-deps dist/*.whl \
 	  $$(grep -iE "^($$(echo $(LIGHT) | tr ' ' '|'))==" requirements-cpu.lock)
-	cd $(CLEAN) && bin/trl-parity --version && bin/trl-parity --help && bin/python -P $(CURDIR)/.ci/check_dist.py $(CURDIR)
+	cd $(CLEAN) && unset PYTHONPATH && bin/trl-parity --version && bin/trl-parity --help \
+	  && bin/python -P $(CURDIR)/.ci/check_dist.py $(CURDIR)
 
 clean:
 	rm -rf $(VENV) $(PPO) $(DOCS) runs .cache build dist site *.egg-info

@@ -1,23 +1,19 @@
 """What MkDocs can't do by itself: tables made of the code, and links that hold both in the repository and on the site.
 
-- ``<!-- table: NAME -->`` becomes a table of what the package itself runs on, so that none can be stale (``TABLES``).
+- ``<!-- table: NAME -->`` becomes a table of what the package itself runs on (``tables.py``).
 - The files of ``OUTSIDE``, which lie beside the code they are about, are pages too.
 - A link to a file that is no page goes to that file on the repository's address.
 - ``<!-- quoted from PATH -->`` before a block of code: the block stands in that file, ``...`` for what is left out.
-- A path, a test, a module or an import named in code style that is not there is a warning, as are a quotation that is
-  none and a scalar that no table shows: with ``--strict`` they end the build.
+- A path, a test, a module or an import named in code style that is not there is a warning, as is a quotation that is
+  none: with ``--strict`` they end the build.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import importlib
-import os
 import posixpath
 import re
 import sys
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +21,9 @@ from mkdocs.plugins import get_plugin_logger
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # the sources, not what may be installed
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]  # the sources, not what may be installed
 
-import trl_parity  # noqa: E402
-from trl_parity.causes import CAUSES  # noqa: E402
-from trl_parity.cli import COMMANDS  # noqa: E402
-from trl_parity.config.parity import ParityConfig  # noqa: E402
-from trl_parity.config.rules import DEFAULT_RULES, Rule  # noqa: E402
-from trl_parity.metrics.scalars import SCALARS  # noqa: E402
+from tables import filled  # noqa: E402
 
 logger = get_plugin_logger("trl-parity")
 
@@ -43,7 +34,6 @@ OUTSIDE = {  # file of the repository: page
 }
 _PAGE_OF = {f"docs/{page}": file for file, page in OUTSIDE.items()}  # where a page would lie: where it does
 
-_TABLE = re.compile(r"<!-- table: (\w+) ?(.*?) -->")
 _LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 _QUOTE = re.compile(r"^<!-- quoted from (\S+) -->\n```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -53,8 +43,6 @@ _PATH = re.compile(
 )
 _DOTTED = re.compile(r"trl_parity(?:\.\w+)+")
 _IMPORT = re.compile(r"^\s*from (trl_parity[\w.]*) import ([\w, ]+)", re.MULTILINE)
-
-_shown: set[str] = set()  # scalars
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -83,13 +71,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
             to = match[1]
         return f"]({to}{match[2] or ''})"
 
-    return _TABLE.sub(lambda match: TABLES[match[1]](*match[2].split()), _LINK.sub(link, markdown))
-
-
-def on_post_build(config: Any) -> None:
-    """Miss no scalar."""
-    if missing := [name for name in SCALARS if name not in _shown]:
-        logger.warning("no table in docs/scalars.md shows %s", ", ".join(missing))
+    return filled(_LINK.sub(link, markdown))
 
 
 def _check_quotations(text: str, source: str) -> None:
@@ -128,89 +110,3 @@ def _resolves(dotted: str) -> bool:
         here /= names.pop(0)
     file = here / "__init__.py" if here.is_dir() else here.with_suffix(".py")
     return not names or re.search(rf"\b{names[0]}\b", _read(file)) is not None
-
-
-def _rows(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def _scalars(*wanted: str) -> str:
-    """Scalars by name, by what their names begin with before a / or _, or (``seq/``) by folder."""
-    found = [
-        name
-        for name in SCALARS
-        if any(name == w or name.startswith((w,) if w.endswith("/") else (f"{w}/", f"{w}_")) for w in wanted)
-    ]
-    _shown.update(found)
-    return _rows(["scalar", "formula"], [[f"`{name}`", _literal(SCALARS[name])] for name in found])
-
-
-def _settings() -> str:
-    rows = []
-    for field in fields(ParityConfig):
-        choices = ", ".join(f"`{choice}`" for choice in field.metadata.get("choices", ()))
-        name = f'<span id="{field.name}"></span>`{field.name}`'
-        default = "" if field.default is MISSING else f"`{field.default!r}`"
-        rows.append([name, default, _literal(field.metadata["help"]) + (f" One of: {choices}." if choices else "")])
-    return _rows(["setting", "default", "what it does"], rows)
-
-
-def _rules() -> str:
-    keys = [f.name for f in fields(Rule) if f.name != "stat" and any(_set(rule, f) for rule in DEFAULT_RULES)]
-    by_name = {f.name: f for f in fields(Rule)}
-    rows = [
-        [f"`{rule.stat}`", *(f"{getattr(rule, k)!r}" if _set(rule, by_name[k]) else "" for k in keys)]
-        for rule in DEFAULT_RULES
-    ]
-    return _rows(["statistic", *(f"`{key}`" for key in keys)], rows)
-
-
-def _set(rule: Rule, field: Any) -> bool:
-    return field.default is MISSING or getattr(rule, field.name) != field.default
-
-
-def _causes() -> str:
-    texts = []
-    for name, cause in CAUSES.items():
-        what, harm, fix = (_literal(text) for text in (cause.what, cause.harm, cause.fix))
-        texts.append(f"## `{name}` {{ #{name} }}\n\n{what}\n\n**Harm:** {harm}\n\n**Fix:** {fix}")
-    return "\n\n".join(texts)
-
-
-def _literal(text: str) -> str:
-    """A sentence of the terminal in Markdown: what it must not read as markup."""
-    return re.sub(r"([*_<>])", r"\\\1", text)
-
-
-def _api() -> str:
-    names = sorted((n for n in trl_parity.__all__ if not n.startswith("_")), key=lambda n: not n.startswith("Parity"))
-    return "\n\n".join(
-        f"::: {name}" for name in [*(f"trl_parity.{name}" for name in names), "trl_parity.ppo.use_vllm"]
-    )
-
-
-def _commands() -> str:
-    os.environ["COLUMNS"] = "100"
-    texts = []
-    for name in COMMANDS:
-        module = importlib.import_module(f"trl_parity.cli.{name}")
-        parser = argparse.ArgumentParser(
-            prog=f"trl-parity {name}",
-            description=module.__doc__,
-            epilog=module.EXAMPLES,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        module.add_arguments(parser)
-        texts.append(f"## trl-parity {name}\n\n```text\n{parser.format_help().rstrip()}\n```")
-    return "\n\n".join(texts)
-
-
-TABLES = {
-    "api": _api,
-    "causes": _causes,
-    "commands": _commands,
-    "rules": _rules,
-    "scalars": _scalars,
-    "settings": _settings,
-}

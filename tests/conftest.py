@@ -6,6 +6,7 @@ import pytest
 
 pytest.register_assert_rewrite("support")
 
+from support.models import save_tiny_model  # noqa: E402
 from support.processes import free_port  # noqa: E402
 
 # of this process alone: two that start at once would both find TRL's first choice free
@@ -20,3 +21,18 @@ LONG = (
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory):
+    """The tiny Qwen3 as saved; nobody writes there."""
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_dir):
+    """The same, loaded in fp32; nobody leaves it changed."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32)

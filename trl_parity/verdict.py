@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["MismatchStats", "Status", "Verdict"]
+__all__ = ["SEVERITY", "MismatchStats", "Status", "Verdict"]
 
 
 class Status(enum.StrEnum):
@@ -26,6 +26,18 @@ class Status(enum.StrEnum):
     def code(self) -> int:
         """The number trackers plot as ``parity/breaker/status``."""
         return {"OK": 0, "WARN": 1, "BREACH": 2, "HALT": 3, "NO_DATA": -1, "ERROR": -2, "CALIBRATING": -3}[self]
+
+
+# mildest first: what several windows amount to together is the last of theirs
+SEVERITY = (
+    Status.NO_DATA,
+    Status.CALIBRATING,
+    Status.OK,
+    Status.WARN,
+    Status.ERROR,
+    Status.BREACH,
+    Status.HALT,
+)
 
 
 @dataclass(frozen=True, slots=True)

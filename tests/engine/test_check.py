@@ -11,7 +11,7 @@ from trl_parity.cli import main
 from trl_parity.preflight.check import subject
 from trl_parity.preflight.check.check import run_check
 from trl_parity.preflight.check.report import headline
-from trl_parity.preflight.check.rows import Outcome, Verdict
+from trl_parity.preflight.check.rows import CheckOutcome, RowVerdict
 from trl_parity.preflight.check.settings import CheckSettings
 
 pytestmark = pytest.mark.engine
@@ -47,7 +47,7 @@ def run(model, skip=(*OTHER_ENGINES, "sampling"), trials=8, directory=None, prog
     args = FP32 | more.pop("engine_args", {})
     settings = CheckSettings(model=model, engine_args=args, trials=trials, skip=tuple(skip), max_batch=6, **more)
     result = run_check(settings, directory, progress)
-    failed = {row.id for row in result.rows if row.verdict is Verdict.FAIL}
+    failed = {row.id for row in result.rows if row.verdict is RowVerdict.FAIL}
     return result, failed, {row.id: row for row in result.rows}
 
 
@@ -82,8 +82,8 @@ def test_fp32_against_fp32_is_fit_and_every_row_ran(tiny, tmp_path, capfd):
 
 def test_soft_caps_windows_and_tied_heads_are_fit(tmp_path):
     result, _, rows = run(str(save_tiny_gemma(tmp_path)), engine_args={"max_model_len": 200}, trials=24)
-    assert result.outcome is Outcome.FIT, headline(result)
-    assert rows["length_sliding_window"].verdict is Verdict.PASS
+    assert result.outcome is CheckOutcome.FIT, headline(result)
+    assert rows["length_sliding_window"].verdict is RowVerdict.PASS
     assert "64" in rows["length_sliding_window"].title
 
 
@@ -91,7 +91,7 @@ def test_bf16_on_both_sides_is_within_its_own_noise(tiny):
     result, _, rows = run(
         tiny, engine_args={"dtype": "bfloat16"}, trainer_dtype="bfloat16", skip=(*OTHER_ENGINES, "lengths"), trials=24
     )
-    assert result.outcome is Outcome.FIT, headline(result)
+    assert result.outcome is CheckOutcome.FIT, headline(result)
     assert rows["kl_mean"].value > 1e-8
     assert rows["kl_mean"].floor > 1e-8
 
@@ -101,7 +101,7 @@ def test_bf16_on_both_sides_is_within_its_own_noise(tiny):
 
 def test_a_bf16_engine_beside_an_fp32_trainer_fails_by_its_dtype_alone(tiny):
     result, failed, rows = run(tiny, engine_args={"dtype": "bfloat16"})
-    assert result.outcome is Outcome.UNFIT
+    assert result.outcome is CheckOutcome.UNFIT
     assert failed == {"dtype"}
     assert "--trainer-dtype bfloat16" in rows["dtype"].fix
 
@@ -119,7 +119,7 @@ def test_raw_log_probs_fail_in_the_row_of_their_meaning(tiny, temperature):
         tiny, engine_args={"logprobs_mode": "raw_logprobs"}, temperature=temperature, skip=skip, trials=12
     )
     assert failed - SYMPTOMS == {"logprob_meaning"}  # tokens are drawn from the law asked for: that row passes
-    assert rows["sampling"].verdict is Verdict.PASS
+    assert rows["sampling"].verdict is RowVerdict.PASS
     assert "raw_logprobs" in rows["logprob_meaning"].evidence
     assert bool(failed & SYMPTOMS) == (temperature != 1.0)
 
@@ -246,7 +246,7 @@ def test_a_stored_baseline_is_a_reference_and_a_corrupt_or_foreign_one_is_refuse
     few = {"baseline": str(stored), "trials": 2, "skip": ("lengths", "sampling", "invariances")}
     _, failed, rows = run(tiny, **few)
     assert not failed
-    assert rows["baseline"].verdict is Verdict.PASS
+    assert rows["baseline"].verdict is RowVerdict.PASS
     assert 12 <= rows["baseline"].trials <= 24
 
     def scaled(engine):
@@ -284,6 +284,6 @@ def test_numbers_of_a_broken_engine_that_are_not_finite_fail(tiny, broken):
 
     broken(nan)
     result, failed, _ = run(tiny, skip=(*OTHER_ENGINES, "lengths", "mechanisms", "update", "update_back"))
-    assert result.outcome is Outcome.UNFIT
+    assert result.outcome is CheckOutcome.UNFIT
     assert failed & SYMPTOMS
     assert torch.isfinite(torch.tensor([row.value or 0.0 for row in result.rows if row.id == "seed"])).all()

@@ -1,12 +1,9 @@
 """Engines of their own process: settings that only an engine's construction decides, and many ranks."""
 
-import subprocess
-import sys
-
 import pytest
-from support import ROOT
+from support import ROOT, warm
 from support.models import save_tiny_model
-from support.processes import environment, python, run_on_two_ranks
+from support.processes import PATH, environment, python, run_on_two_ranks
 
 RAW = """
 import sys
@@ -123,8 +120,7 @@ def test_sixty_clean_batches_from_still_to_sharpening_never_halt(tmp_path):
     import json
 
     script, out = ROOT / "benchmarks" / "false_alarms.py", tmp_path / "figures.json"
-    command = [sys.executable, str(script), "--quick", "--json", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=800)
+    done = warm.run([script, "--quick", "--json", out], env=environment(PYTHONPATH=PATH), timeout=800)
     assert done.returncode == 0, done.stderr[-3000:]
     statuses = [status for row in json.loads(out.read_text())["rows"] for status in row["statuses"].items()]
     counts = {}

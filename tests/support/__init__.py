@@ -10,6 +10,14 @@ ROOT = TESTS.parent
 
 sys.path.insert(0, str(ROOT / "recipes" / "drill"))
 
+# Compiled Python is kept between tests and runs, also where nothing may be written beside the sources: each process
+# that a test starts would else compile torch, transformers, TRL and vLLM anew.
+if sys.dont_write_bytecode:
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = str(ROOT / ".cache" / "pycache")
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # so small a model only waits for a second thread

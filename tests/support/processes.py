@@ -5,13 +5,12 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
-import subprocess
-import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
-from support import ROOT, TESTS
+from support import ROOT, TESTS, warm
 
 
 def free_port() -> int:
@@ -19,6 +18,8 @@ def free_port() -> int:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
 
+
+PATH = os.pathsep.join([str(TESTS), str(ROOT)])
 
 # TRL writes these when it builds a colocated engine; a child process must not join its parent's process group
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE")
@@ -30,25 +31,40 @@ def environment(**more: str) -> dict[str, str]:
     return own | {"MASTER_PORT": str(free_port())} | more
 
 
+def python(code: str, *args: Any, env: dict[str, str] | None = None, timeout: float = 420) -> Any:
+    """Run code in an interpreter of its own with the tests' helpers on its path; as ``subprocess.run``."""
+    return warm.run(["-c", code, *args], env=environment(PYTHONPATH=PATH, **(env or {})), timeout=timeout)
+
+
 def run_on_two_ranks(code: str, directory: Path, *args: Any, **more: str) -> str:
-    """Run a script under torchrun on two gloo ranks; what it wrote to stderr. ``more``: environment variables.
+    """Run a script on two gloo ranks; what they wrote to stderr. ``more``: environment variables."""
+    return run_on_ranks(2, code, directory, *args, **more)
+
+
+def run_on_ranks(world: int, code: str, directory: Path, *args: Any, **more: str) -> str:
+    """The same on any number of ranks, in the environment that torchrun makes.
 
     One such run at a time on this machine: with more ranks than cores they wait for each other for minutes.
     """
     script = directory / "run.py"
     script.write_text(code)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
-    command = [*launcher, str(free_port()), str(script), *map(str, args)]
-    env = environment(PYTHONPATH=os.pathsep.join([str(TESTS), str(ROOT)]), OMP_NUM_THREADS="1")
+    told = [directory / f"rank{rank}.err" for rank in range(world)]
+    env = environment(PYTHONPATH=PATH, OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", WORLD_SIZE=str(world)) | more
     with open(Path(tempfile.gettempdir()) / "trl-parity-ranks.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        done = subprocess.run(command, capture_output=True, text=True, env=env | more, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr
-
-
-def python(code, *args, env=None, timeout=420):
-    """Run code in a fresh interpreter with the tests' helpers on its path."""
-    command = [sys.executable, "-c", code, *map(str, args)]
-    env = environment(PYTHONPATH=str(TESTS), **(env or {}))
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout)
+        ranks = []
+        for rank, err in enumerate(told):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
+            out = directory / f"rank{rank}.out"
+            ranks.append(warm.Child([script, *args], env=env | own, stdout=out, stderr=err))
+        try:
+            end = time.monotonic() + 500
+            while any(rank.poll() is None for rank in ranks) and not any(rank.returncode for rank in ranks):
+                assert time.monotonic() < end, "\n".join(err.read_text()[-2000:] for err in told)
+                time.sleep(0.05)
+        finally:
+            for rank in ranks:  # one that failed leaves the others waiting
+                rank.kill()
+    text = "\n".join(err.read_text(errors="replace") for err in told)
+    assert not any(rank.returncode for rank in ranks), text[-6000:]
+    return text

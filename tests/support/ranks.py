@@ -1,15 +1,13 @@
-"""What runs on each of several ranks."""
+"""What runs on each of several ranks: imported there alone."""
 
 import os
 
 import torch
 
+RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
-def reduce_on(rank, world, directory):
-    os.environ |= {
-        "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29617", "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
+
+def reduce_on(directory, rank=RANK, world=WORLD):
     from accelerate import Accelerator
 
     from support.batches import random_batch
@@ -32,11 +30,7 @@ def reduce_on(rank, world, directory):
     torch.save((sums, reduced, rows), f"{directory}/{rank}.pt")
 
 
-def sharded_head_on(rank, world, directory, port):
-    os.environ |= {
-        "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }  # fmt: skip
+def sharded_head_on(directory, rank=RANK, world=WORLD):
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -3,13 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import requests
 
+from support import warm
 from support.processes import environment, free_port
 
 
@@ -29,27 +28,25 @@ class Server:
 
     def start(self, mode):
         env = environment(VLLM_SERVER_DEV_MODE="1", OMP_NUM_THREADS="1", VLLM_LOGGING_LEVEL="ERROR")
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.model_dir)]
+        command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(self.model_dir)]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--max-model-len", "128", "--block-size", "32"]
         command += ["--dtype", "bfloat16", "--max-num-seqs", "16", "--enforce-eager", "--logprobs-mode", mode]
         command += ["--weight-transfer-config", json.dumps({"backend": "trl_parity"})]
-        with open(self.log, "w") as out:
-            self.process = subprocess.Popen(
-                command, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-            )
+        self.log.write_text("")
+        self.process = warm.Child(command, env=env, stdout=self.log, stderr=self.log)
         self.mode = mode
-        for _ in range(600):
+        for _ in range(1500):
             assert self.process.poll() is None, self.log.read_text()[-3000:]
             try:
                 requests.get(f"{self.url}/health", timeout=5).raise_for_status()
                 return
             except requests.RequestException:  # not up yet
-                time.sleep(0.5)
+                time.sleep(0.2)
         pytest.fail(f"the server did not come up: {self.log.read_text()[-2000:]}")
 
     def stop(self):
         if self.process is not None and self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.kill()
             self.process.wait(60)
         self.mode = None
 

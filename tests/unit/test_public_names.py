@@ -28,10 +28,37 @@ def test_public_names_are_exactly_all():
         trl_parity.Nope  # noqa: B018
 
 
-def test_the_docs_name_every_scalar_with_its_formula():
+@pytest.fixture
+def tables(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import tables
 
+    return tables
+
+
+def test_the_docs_name_every_scalar_with_its_formula(tables):
     from trl_parity.metrics.scalars import SCALARS
 
-    page = (ROOT / "docs" / "scalars.md").read_text()
+    page = tables.filled((ROOT / "docs" / "scalars.md").read_text())
     for name, formula in SCALARS.items():
-        assert f"| `{name}` | {formula.replace('|', chr(92) + '|')} |" in page, name
+        assert page.count(f"| `{name}` | {formula.replace('|', chr(92) + '|')} |") == 1, name
+
+
+def test_the_docs_name_every_setting_rule_cause_and_command(tables):
+    from trl_parity.causes import CAUSES
+    from trl_parity.cli import COMMANDS
+    from trl_parity.config.parity import ParityConfig
+    from trl_parity.config.rules import DEFAULT_RULES
+
+    pages = {
+        name: tables.filled((ROOT / "docs" / f"{name}.md").read_text()) for name in ("settings", "causes", "commands")
+    }
+    for name in ParityConfig.__dataclass_fields__:
+        assert f"`{name}` |" in pages["settings"]
+    for rule in DEFAULT_RULES:
+        assert f"| `{rule.stat}` | {rule.limit!r} |" in pages["settings"]
+    for name, cause in CAUSES.items():
+        assert f"## `{name}`" in pages["causes"]
+        assert cause.what in pages["causes"]
+    for name in COMMANDS:
+        assert f"usage: trl-parity {name} " in pages["commands"]

@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..config import fields
 from ..errors import ConfigError
+from ..progress import progress_bar
 
 SHORT = "make a reference data set from a transformers model"
 
@@ -28,6 +30,8 @@ exit codes: 0 made, or already there; 2 it can't be made, as where the directory
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
+    from ..preflight.baseline.settings import Generation
+
     add = parser.add_argument
     add("--model", required=True, help="folder or hub name of the model")
     add("--revision", help="of the model on the hub")
@@ -39,14 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "changes what it does: KV block size, max_num_batched_tokens (default: 16)")  # fmt: skip
     add("--prompt-seed", type=int, default=0, metavar="SEED", help="of the drawn prompts (default: 0)")
     add("--dtype", choices=["float32", "bfloat16", "float16", "float64"], default="float32", help="default: float32")
-    add("--max-new-tokens", type=int, default=32, metavar="N", help="default: 32")
-    add("--seeds", type=int, nargs="*", default=[0], metavar="SEED", help="one sampled answer each (default: 0)")
-    add("--no-greedy", action="store_true", help="no greedy answer")
-    add("--temperature", type=float, default=1.0, metavar="T", help="of the sampled answers (default: 1)")
-    add("--top-k", type=int, default=20, metavar="K", help="most likely tokens kept at each place (default: 20)")
-    add("--batch-size", type=int, default=16, metavar="N", help="answers at a time; another one rounds otherwise "
-        "(default: 16)")  # fmt: skip
-    add("--shard-size", type=int, default=256, metavar="N", help="prompts in a file (default: 256)")
+    fields.add_arguments(parser, Generation)
     add("--device", default="auto", help="auto, cpu, cuda (default: auto)")
 
 
@@ -60,15 +57,12 @@ def run(options: argparse.Namespace) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from ..preflight.baseline.baseline import load_tokenizer, model_folder, model_sha256, tokenizer_sha256
-    from ..preflight.baseline.generate import Generation, make_baseline
+    from ..preflight.baseline.generate import make_baseline
+    from ..preflight.baseline.settings import Generation
     from ..preflight.baseline.sources import DrawnPrompts, FilePrompts, Source
     from ..preflight.prompts.cases import Vocabulary
 
-    generation = Generation(
-        max_new_tokens=options.max_new_tokens, greedy=not options.no_greedy, seeds=tuple(options.seeds),
-        temperature=options.temperature, top_k=options.top_k, batch_size=options.batch_size,
-        shard_size=options.shard_size,
-    )  # fmt: skip
+    generation = fields.from_arguments(Generation, options)
     state = PartialState(cpu=options.device == "cpu")
     device = state.device if options.device == "auto" else torch.device(options.device)
     sha256 = model_sha256(options.model, options.revision)  # first: where there is no model, it says so
@@ -141,21 +135,10 @@ def _progress(shown: bool) -> Iterator[Callable[[int, int, int, int], None]]:
 
         yield line
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("shards"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[rate]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("baseline", total=None, rate="")
+    with progress_bar("shards", kept=True) as update:
 
         def draw(done: int, total: int, answers: int, tokens: int) -> None:
             rate = tokens / max(1e-9, time.monotonic() - start)
-            bar.update(task, completed=done, total=total, rate=f"{answers:,} answers here, {rate:,.0f} tokens/s")
+            update(done, total, more=f"{answers:,} answers here, {rate:,.0f} tokens/s")
 
         yield draw

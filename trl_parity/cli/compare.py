@@ -13,7 +13,10 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 SHORT = "test whether runs differ beyond their noise floors"
 
@@ -110,7 +113,7 @@ _HEAD = (
 
 
 def _rows(names: Sequence[str], found: Sequence[Any], alpha: float) -> list[tuple[str, ...]]:
-    from ..report.messages import number
+    from ..report.format import number
 
     out: list[tuple[str, ...]] = []
     for c in found:
@@ -118,13 +121,37 @@ def _rows(names: Sequence[str], found: Sequence[Any], alpha: float) -> list[tupl
         spread = "" if math.isnan(c.low) else f" ± {(c.high - c.low) / 2:.2g}"
         windows = f"{c.windows} ({c.worth:.0f}){'' if c.paired else ' unpaired'}"
         floor = number(c.margin) if c.floored else "not known: 0"
-        out.append((names[c.run], c.stat, number(c.mean_a), number(c.mean_b), f"{c.mean_b - c.mean_a:+.3g}{spread}",
-                    floor, windows, p, c.verdict(alpha)))  # fmt: skip
+        means = (number(c.mean_a), number(c.mean_b), f"{c.mean_b - c.mean_a:+.3g}{spread}")
+        out.append((names[c.run], c.stat, *means, floor, windows, p, c.verdict(alpha)))
     return out
 
 
 def _print_table(options: Any, names: Any, runs: Any, found: Any, code: int) -> None:
     from rich.console import Console
+    from rich.text import Text
+
+    from ..report.escape import visible
+
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a file has no right edge
+        console.width = max(console.width, 160)
+    for i, (name, c) in enumerate(zip(names, runs, strict=True)):
+        halt = "" if c.first_halt is None else f", halted at step {c.first_halt}"
+        counts = ", ".join(f"{n:,} {s}" for s, n in c.statuses.items())
+        role = "reference" if i == 0 else "run"
+        console.print(Text(visible(f"{role}: {name}, {c.count:,} windows to step {c.last['step']} ({counts}){halt}")))
+    console.print()
+    console.print(_curves(names, runs))
+    console.print()
+    if found:
+        console.print(_tests(names, found, options.alpha))
+        console.print()
+    said = sentence(code, found, names, runs, options.alpha)
+    console.print(Text(visible(said), style="bold red" if code == 1 else "bold"))
+
+
+def _curves(names: Sequence[str], runs: Sequence[Any]) -> Table:
+    """A line a statistic and run; those of one statistic share a scale."""
     from rich.table import Table
     from rich.text import Text
 
@@ -132,39 +159,34 @@ def _print_table(options: Any, names: Any, runs: Any, found: Any, code: int) -> 
     from ..report.terminal import sparkline
     from ..results.compare import SHOWN
 
-    console = Console(highlight=False)
-    if not console.is_terminal:  # a file has no right edge
-        console.width = max(console.width, 160)
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    columns = _HEAD if len(names) > 2 else _HEAD[1:]
-    for name in columns:
-        left = name in ("run", "statistic", "answer")
-        table.add_column(name, justify="left" if left else "right", overflow="fold")
-    styles = {"differs": "bold red", "same": "green"}
-    for row in _rows(names, found, options.alpha):
-        cells = [Text(visible(x)) for x in (row if len(names) > 2 else row[1:])]
-        cells[-1].stylize(styles.get(row[-1], "yellow"))
-        table.add_row(*cells)
-    curves = Table(box=None, pad_edge=False, header_style="dim", show_header=False)
+    table = Table(box=None, pad_edge=False, show_header=False)
     for stat in SHOWN:
         lines = [_thinned([x if x == x else None for x in c.values[stat]], 40) for c in runs]
         scale = [x for line in lines for x in line if x is not None]
         for i, (name, line) in enumerate(zip(names, lines, strict=True)):
             if scale:
-                curves.add_row(stat if i == 0 else "", Text(visible(name)), sparkline(line, scale))
-    for i, (name, c) in enumerate(zip(names, runs, strict=True)):
-        halt = "" if c.first_halt is None else f", halted at step {c.first_halt}"
-        counts = ", ".join(f"{n:,} {s}" for s, n in c.statuses.items())
-        role = "reference" if i == 0 else "run"
-        console.print(Text(visible(f"{role}: {name}, {c.count:,} windows to step {c.last['step']} ({counts}){halt}")))
-    console.print()
-    console.print(curves)
-    console.print()
-    if found:
-        console.print(table)
-        console.print()
-    said = sentence(code, found, names, runs, options.alpha)
-    console.print(Text(visible(said), style="bold red" if code == 1 else "bold"))
+                table.add_row(stat if i == 0 else "", Text(visible(name)), sparkline(line, scale))
+    return table
+
+
+def _tests(names: Sequence[str], found: Sequence[Any], alpha: float) -> Table:
+    """A row a test; of two runs only, without their names."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from ..report.escape import visible
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    first = 0 if len(names) > 2 else 1
+    for name in _HEAD[first:]:
+        left = name in ("run", "statistic", "answer")
+        table.add_column(name, justify="left" if left else "right", overflow="fold")
+    styles = {"differs": "bold red", "same": "green"}
+    for row in _rows(names, found, alpha):
+        cells = [Text(visible(x)) for x in row[first:]]
+        cells[-1].stylize(styles.get(row[-1], "yellow"))
+        table.add_row(*cells)
+    return table
 
 
 def _thinned(values: list[float | None], most: int) -> list[float | None]:
@@ -203,38 +225,38 @@ def _write(options: Any, names: Any, runs: Any, found: Any, code: int) -> None:
 
     from ..errors import ConfigError
     from ..files import write_atomic
-    from ..report.escape import fenced, prose
+    from ..report.figures import draw_comparison
+    from ..report.rendering import render_markdown
     from ..results.compare import SHOWN
     from ..results.compare import __doc__ as method
 
     try:
-        from ..report.figures import draw_comparison
-
         png, note = draw_comparison(names, runs, SHOWN), ""
     except ImportError as e:
         png, note = None, f"No picture: matplotlib can't be imported ({e}). Run: pip install 'trl-parity[report]'."
         if options.picture and not (options.html or options.markdown):
             raise ConfigError(note) from e
     pictures = {} if png is None else {"compare.png": png}
-    lines = [
-        "# trl-parity: runs compared", "", prose(sentence(code, found, names, runs, options.alpha)), "",
-        *(["![The same curves of each run, with noise floors](compare.png)", ""] if png else []),
-        *([f"({prose(note)})", ""] if note else []),
-        f"| {' | '.join(_HEAD)} |", f"|{' --- |' * len(_HEAD)}",
-        *(f"| {' | '.join(map(prose, row))} |" for row in _rows(names, found, options.alpha)), "",
-        "## What was tested", "", *fenced((method or "").strip()),
-    ]  # fmt: skip
+
+    def markdown(*, picture: bool) -> str:
+        answer = sentence(code, found, names, runs, options.alpha)
+        rows = _rows(names, found, options.alpha)
+        method_said = (method or "").strip()
+        return render_markdown(
+            "compare.md.j2", answer=answer, picture=picture, note=note, heads=_HEAD, rows=rows, method=method_said
+        )
+
     if options.html:
         from ..report.html import render_page
 
-        page = render_page("trl-parity: runs compared", ["\n".join(lines)], pictures)
+        page = render_page("trl-parity: runs compared", [markdown(picture=bool(png))], pictures)
         write_atomic(Path(options.html), page)
     if options.markdown == "-":
-        print("\n".join(line for line in lines if not line.startswith("![")))
+        print(markdown(picture=False))
     elif options.markdown:
         from .report import write_markdown
 
-        write_markdown(Path(options.markdown), ("\n".join(lines),), pictures)
+        write_markdown(Path(options.markdown), markdown(picture=bool(png)), pictures)
     if options.picture and png is not None:
         write_atomic(Path(options.picture), png)
     for file in (options.html, options.markdown, options.picture):

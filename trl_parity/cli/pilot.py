@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     """Run the command."""
     from ..files import write_atomic
     from ..metrics.rewards import RewardBaseline
-    from ..preflight.pilot import Outcome, judge_pilot
+    from ..preflight.pilot import PilotOutcome, judge_pilot
 
     if not 0 < options.min_effect <= 1:
         raise ConfigError(f"--min-effect is {options.min_effect:g}. Expected a number above 0 and up to 1.")
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
     result = report.to_dict() | {"command": command, "returncode": returncode, "baseline": options.baseline}
     outcomes = {check.name: check.outcome for check in report.checks}
     if options.save_baseline:
-        sound = outcomes["training"] is Outcome.PASS and outcomes["parity"] is Outcome.PASS
+        sound = outcomes["training"] is PilotOutcome.PASS and outcomes["parity"] is PilotOutcome.PASS
         result["saved"] = bool(sound and report.rewards)
         if sound and report.rewards is not None:
             RewardBaseline(report.rewards.rewards, str(output)).save(options.save_baseline)

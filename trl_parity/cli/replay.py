@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     """Run the command."""
     from ..config.parity import ParityConfig
     from ..results.reader import iter_windows, recorded_config
-    from ..results.rejudge import changed_config, has_floor, replay
+    from ..results.rejudge import changed_config, has_floor, rejudge
 
     floored = has_floor(iter_windows(options.path, quiet=True))
     recorded = recorded_config(options.path)
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     if recorded is None and not options.config and not options.json:
         print("note: no config.json beside the windows; replayed with the default settings", file=sys.stderr)
     told = Told(everything=options.all)
-    for judged in replay(iter_windows(options.path), config, floored=floored):
+    for judged in rejudge(iter_windows(options.path), config, floored=floored):
         told.add(*judged)
     if options.json:
         print(json.dumps(told.result(), indent=1))
@@ -125,10 +125,8 @@ class Told:
             return Text(visible(f"{status} {streak}" if streak else status) + mark, style=styles.get(status, ""))
 
         table = Table(box=None, pad_edge=False)
-        for column, kwargs in (
-            ("step", {"justify": "right"}), ("recorded", {}), ("replayed", {}), ("why, replayed", {})
-        ):  # fmt: skip
-            table.add_column(column, **kwargs)  # type: ignore[arg-type]
+        for column in ("step", "recorded", "replayed", "why, replayed"):
+            table.add_column(column, justify="right" if column == "step" else "left")
         for step, before, streak, after, streak_after, reason in self._lines:
             mark = "" if before == after else " *"
             table.add_row(f"{step}", shown(before, streak), shown(after, streak_after, mark), Text(visible(reason)))

@@ -30,45 +30,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
-    from ..report.summary import load
+    from ..report.summary import summarize
 
-    case = load(options.path)
+    summary = summarize(options.path)
     if not options.html and not options.markdown:
         from rich.console import Console
 
-        from ..report.terminal import print_case
+        from ..report.terminal import print_summary
 
-        print_case(case, Console(highlight=False))
+        print_summary(summary, Console(highlight=False))
         return 0
-    from ..files import write_atomic
-    from ..report.summary import headline, markdown_parts
+    from ..report.markdown import markdown_parts
 
     if options.markdown == "-" and not options.html:
-        print("\n".join(markdown_parts(case, ())))
+        print("".join(markdown_parts(summary, ())))
         return 0
-    from ..report.figures import draw_case
+    from ..report.drawing import draw
+    from ..report.figures import REPORT_PICTURES
 
-    pictures, note = draw_case(case)
+    pictures, note = draw(REPORT_PICTURES, summary)
+    parts = markdown_parts(summary, list(pictures), note)
     if options.html:
+        from ..files import write_atomic
         from ..report.html import render_page, tokens_html
+        from ..report.summary import headline
 
-        head, _, tail = markdown_parts(case, list(pictures), note)
-        sequences = [] if case.incident is None else [tokens_html(case.tokens, case.incident.redacted)]
-        page = render_page(f"trl-parity: {headline(case)[0]}, {case.path}", [head, *sequences, tail], pictures)
-        write_atomic(Path(options.html), page)
+        head, _, tail = parts
+        sequences = [] if summary.incident is None else [tokens_html(summary.tokens, summary.incident.redacted)]
+        title = f"trl-parity: {headline(summary)[0]}, {summary.path}"
+        write_atomic(Path(options.html), render_page(title, [head, *sequences, tail], pictures))
         told(Path(options.html), note)
     if options.markdown:
-        write_markdown(Path(options.markdown), markdown_parts(case, list(pictures), note), pictures)
+        write_markdown(Path(options.markdown), "".join(parts), pictures)
         told(Path(options.markdown), note)
     return 0
 
 
-def write_markdown(file: Path, parts: tuple[str, ...], pictures: dict[str, bytes]) -> None:
+def write_markdown(file: Path, text: str, pictures: dict[str, bytes]) -> None:
     """The Markdown, and its pictures in a folder ``<name>-pictures`` beside it."""
     from ..files import write_atomic
 
     folder = file.with_name(f"{file.stem}-pictures")
-    text = "\n".join(parts)
     for name, png in pictures.items():
         write_atomic(folder / name, png)
         text = text.replace(f"]({name})", f"]({folder.name.replace(' ', '%20')}/{name})")

@@ -27,10 +27,10 @@ def run(options: argparse.Namespace) -> int:
     """Run the command."""
     from rich.console import Console
 
-    from ..report.terminal import watch
+    from ..report.follow import follow
 
     try:
-        for _ in watch(options.path, Console(), every=options.every, once=options.once):
+        for _ in follow(options.path, Console(), every=options.every, once=options.once):
             pass
     except KeyboardInterrupt:
         pass

@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from ..errors import ConfigError
+from .fields import SHARE, at_least, check_fields, number
 from .reading import read_mapping
-from .rules import Rule, as_mapping, nearest, refuse_unknown, rules_over_defaults
+from .rules import Rule, as_mapping, refuse_unknown, rules_over_defaults
 
 __all__ = ["ParityConfig"]
 
-ACTIONS = ("log", "skip_update", "stop", "raise")
-
-TRUNCATION = ("replay", "ignore")
-
-EVAL_BATCHES = ("separate", "skip")
-
-ON_STATE_MISMATCH = ("restart", "error")
-
 HEAD_BACKENDS = ("auto", "torch", "triton")
 
-DIAGNOSE = ("breach", "warn", "never")
+BATCHES = number(lambda x: x >= 0, "a number of rollout batches >= 0")
+
+SECONDS = number(lambda x: 0 < x < math.inf, "seconds, more than 0")
 
 
 @dataclass(frozen=True)
 class ParityConfig:
     """Settings of ``ParityCallback``; fields work as YAML keys and as TrlParser arguments."""
 
-    every_n_steps: int = field(
+    every_n_steps: Annotated[int, at_least(1)] = field(
         default=1,
         metadata={
             "help": "Optimizer steps per window: every rollout batch is measured, and each window is reduced over "
@@ -44,10 +40,10 @@ class ParityConfig:
             "help": "What a HALT verdict does. 'log': nothing but log. 'skip_update': keep the condemned batch's "
             "gradient from the weights and go on. 'stop': the same, then save a checkpoint and end train() cleanly. "
             "'raise': raise ParityHalt before the batch is learned from.",
-            "choices": list(ACTIONS),
+            "choices": ["log", "skip_update", "stop", "raise"],
         },
     )
-    consecutive: int = field(
+    consecutive: Annotated[int, at_least(1)] = field(
         default=3,
         metadata={"help": "Breached windows in a row that halt, for rules that do not set their own number."},
     )
@@ -59,21 +55,21 @@ class ParityConfig:
             "default rule. On a command line: JSON."
         },
     )
-    warmup: int = field(
+    warmup: Annotated[int, at_least(0)] = field(
         default=0,
         metadata={
             "help": "First windows of a run that can breach but not halt (immediate rules can). Healthy ones are "
             "CALIBRATING."
         },
     )
-    floor_tokens: int = field(
+    floor_tokens: Annotated[int, at_least(0)] = field(
         default=2048,
         metadata={
             "help": "Tokens (prompts and padding included) per rank on which the noise floor is measured: the trainer "
             "against itself and the engine against itself. 0: no floor, rules with k use their absolute limit."
         },
     )
-    lag_probe_tokens: int = field(
+    lag_probe_tokens: Annotated[int, at_least(0)] = field(
         default=512,
         metadata={
             "help": "Asynchronous training: tokens the server generates after each weight sync only to be compared, "
@@ -81,14 +77,14 @@ class ParityConfig:
             "tokens at lag 0 are NO_DATA."
         },
     )
-    floor_every_n_windows: int = field(
+    floor_every_n_windows: Annotated[int, at_least(1)] = field(
         default=50,
         metadata={
             "help": "Windows between measurements of the noise floor, at least. It is also measured anew before a "
             "window is condemned by it."
         },
     )
-    floor_cost_share: float = field(
+    floor_cost_share: Annotated[float, SHARE] = field(
         default=0.005,
         metadata={
             "help": "Bound on the share of training time that regular measurements of the noise floor may take; the "
@@ -125,10 +121,10 @@ class ParityConfig:
             "help": "JSON file of historical rewards (RewardBaseline.save), compared with the run's last rewards."
         },
     )
-    reward_window: int = field(
+    reward_window: Annotated[int, at_least(20)] = field(
         default=1000, metadata={"help": "Last rewards of the run that are compared with the baseline."}
     )
-    reward_min_effect: float = field(
+    reward_min_effect: Annotated[float, SHARE] = field(
         default=0.3,
         metadata={"help": "Cliff's delta or Kolmogorov-Smirnov distance from which on rewards count as parted."},
     )
@@ -137,7 +133,7 @@ class ParityConfig:
         metadata={
             "help": "A checkpoint whose trl-parity state this version can't read: 'restart' with an empty streak and "
             "a new floor (and a warning), or 'error'.",
-            "choices": list(ON_STATE_MISMATCH),
+            "choices": ["restart", "error"],
         },
     )
     truncation: str = field(
@@ -146,7 +142,7 @@ class ParityConfig:
             "help": "'replay': apply the engine's top-k, top-p, min-p and penalties to the trainer's logits before "
             "comparing, and report their effect apart (truncation/*). 'ignore': compare with the trainer's plain "
             "policy, so that truncation counts as drift.",
-            "choices": list(TRUNCATION),
+            "choices": ["replay", "ignore"],
         },
     )
     diagnose: str = field(
@@ -155,21 +151,21 @@ class ParityConfig:
             "help": "When the cause of a drift is looked for, once an episode: 'breach' at its first breached window, "
             "'warn' already at a WARN, 'never' only on callback.diagnose(). A halt whose cause is still unknown asks "
             "again.",
-            "choices": list(DIAGNOSE),
+            "choices": ["breach", "warn", "never"],
         },
     )
-    diagnose_tokens: int = field(
+    diagnose_tokens: Annotated[int, at_least(1)] = field(
         default=4096,
         metadata={"help": "Tokens per rank (prompts and padding included) of the batch that a diagnosis looks at."},
     )
-    diagnose_budget: float = field(
+    diagnose_budget: Annotated[float, BATCHES] = field(
         default=2.0,
         metadata={
             "help": "Time a diagnosis may take, in rollout batches (generating and scoring one). Probes on one "
             "recompute are always run; dearer ones are left out, and listed as such, once it is spent."
         },
     )
-    server_timeout: float = field(
+    server_timeout: Annotated[float, SECONDS] = field(
         default=60.0,
         metadata={
             "help": "Seconds a vLLM server may take to answer one request of trl-parity's own (its settings, scoring "
@@ -182,17 +178,17 @@ class ParityConfig:
         metadata={
             "help": "'separate': measure evaluation rollouts too and log them under eval/parity/*, never mixed into "
             "training windows and never judged. 'skip': leave them alone.",
-            "choices": list(EVAL_BATCHES),
+            "choices": ["separate", "skip"],
         },
     )
-    token_budget: int = field(
+    token_budget: Annotated[int, at_least(1)] = field(
         default=8192,
         metadata={
             "help": "Tokens per rollout batch and rank (prompts and padding included) of the callback's own forward "
             "pass, run only where TRL makes none (vllm_importance_sampling_correction=False)."
         },
     )
-    chunk_mib: int = field(
+    chunk_mib: Annotated[int, at_least(1)] = field(
         default=64,
         metadata={"help": "Upper bound in MiB of the fp32 head's temporary memory (logits tile and all)."},
     )
@@ -204,7 +200,7 @@ class ParityConfig:
             "choices": list(HEAD_BACKENDS),
         },
     )
-    bootstrap_samples: int = field(
+    bootstrap_samples: Annotated[int, at_least(2)] = field(
         default=200, metadata={"help": "Bootstrap resamples of sequences behind the honesty interval."}
     )
     halt_on_error: bool = field(
@@ -214,7 +210,7 @@ class ParityConfig:
             "they keep a streak growing but a halt needs a measured breach in it."
         },
     )
-    rich_every_n_windows: int = field(
+    rich_every_n_windows: Annotated[int, at_least(0)] = field(
         default=10,
         metadata={
             "help": "Every how many windows the log-ratio histogram and the tables of worst and sampled tokens go to "
@@ -228,8 +224,8 @@ class ParityConfig:
             "online and the project has none of this version."
         },
     )
-    worst_tokens: int = field(default=20, metadata={"help": "Rows of the worst-token table."})
-    sample_tokens: int = field(
+    worst_tokens: Annotated[int, at_least(0)] = field(default=20, metadata={"help": "Rows of the worst-token table."})
+    sample_tokens: Annotated[int, at_least(0)] = field(
         default=512,
         metadata={
             "help": "Tokens drawn uniformly for scatter, positions and entropies in reports: their log-probs, neither "
@@ -245,48 +241,7 @@ class ParityConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("action", ACTIONS),
-            ("head_backend", HEAD_BACKENDS),
-            ("truncation", TRUNCATION),
-            ("eval_batches", EVAL_BATCHES),
-            ("on_state_mismatch", ON_STATE_MISMATCH),
-            ("diagnose", DIAGNOSE),
-        ):
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ConfigError(
-                    f"{name} is {value!r}{nearest(str(value), allowed)}. Expected one of: {', '.join(allowed)}."
-                )
-        for name, least in (
-            ("every_n_steps", 1),
-            ("consecutive", 1),
-            ("warmup", 0),
-            ("floor_tokens", 0),
-            ("lag_probe_tokens", 0),
-            ("floor_every_n_windows", 1),
-            ("reward_window", 20),
-            ("token_budget", 1),
-            ("diagnose_tokens", 1),
-            ("chunk_mib", 1),
-            ("bootstrap_samples", 2),
-            ("rich_every_n_windows", 0),
-            ("worst_tokens", 0),
-            ("sample_tokens", 0),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} is {value!r}. Expected a whole number >= {least}.")
-        for name in ("floor_cost_share", "reward_min_effect"):
-            share = getattr(self, name)
-            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-                raise ConfigError(f"{name} is {share!r}. Expected a number from 0 to 1.")
-        budget = self.diagnose_budget
-        if isinstance(budget, bool) or not isinstance(budget, int | float) or not budget >= 0:
-            raise ConfigError(f"diagnose_budget is {budget!r}. Expected a number of rollout batches >= 0.")
-        wait = self.server_timeout
-        if isinstance(wait, bool) or not isinstance(wait, int | float) or not 0 < wait < float("inf"):
-            raise ConfigError(f"server_timeout is {wait!r}. Expected seconds, more than 0.")
+        check_fields(self)
         if self.engine_args is not None and not isinstance(self.engine_args, str | Mapping):
             raise ConfigError(
                 f"engine_args is a {type(self.engine_args).__name__}. Expected a preset's name, a path or a mapping."
@@ -346,5 +301,6 @@ class ParityConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values of all fields, as JSON and YAML take them."""
-        out = {f.name: getattr(self, f.name) for f in fields(self)}
-        return out | {name: as_mapping(getattr(self, name), name) or None for name in ("rules", "temperatures")}
+        return asdict(self) | {
+            name: as_mapping(getattr(self, name), name) or None for name in ("rules", "temperatures")
+        }

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..scoring.dtypes import dtype_name
 from ..scoring.perturb import own_random_numbers
 from .base import Capability
 
@@ -56,8 +57,8 @@ class ColocatedEngine:
         model = self._config.model_config
         return {
             "logprobs_mode": str(model.logprobs_mode),
-            "engine_dtype": str(self.dtype).removeprefix("torch."),
-            "engine_head_dtype": str(self.head_dtype).removeprefix("torch."),
+            "engine_dtype": dtype_name(self.dtype),
+            "engine_head_dtype": dtype_name(self.head_dtype),
             "kv_cache_dtype": str(self._config.cache_config.cache_dtype),
             "quantization": None if model.quantization is None else str(model.quantization),
             "prefix_caching": self.caches_prefixes,

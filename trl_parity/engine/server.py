@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..scoring.dtypes import dtype_name
 from .base import Capability
 from .http import ServerAPI
 
@@ -98,8 +99,8 @@ class ServerEngine:
         quantization = self._told("model_config", "quantization")
         return {
             "logprobs_mode": str(self._told("model_config", "logprobs_mode")),
-            "engine_dtype": str(self.dtype).removeprefix("torch."),
-            "engine_head_dtype": str(self.head_dtype).removeprefix("torch."),
+            "engine_dtype": dtype_name(self.dtype),
+            "engine_head_dtype": dtype_name(self.head_dtype),
             "kv_cache_dtype": str(self._told("cache_config", "cache_dtype")),
             "quantization": None if quantization is None else str(quantization),
             "prefix_caching": self.caches_prefixes,

@@ -101,37 +101,14 @@ class Breaker:
             if stats.get("lag/0/tokens") is not None:
                 reason = "no token at lag 0 to compare: all come from older weights than the trainer's (see lag/*)"
             return Verdict(step=step, status=Status.NO_DATA, streak=self.streak, stats=stats, reason=reason)
-
         self.windows += 1
         readings = [] if stats is None else self.readings(stats.values_by_name)
         breached = [r for r in readings if r.over and not r.rule.warn_only]
         warned = [r for r in readings if r not in breached and (r.over if r.rule.warn_only else r.warns)]
         failed = stats is None or stats.num_errors > 0
-        if breached:
-            self.streak += 1
-            needed = min(1 if r.rule.immediate else (r.rule.consecutive or self.consecutive) for r in breached)
-            self.needed = needed if self.needed is None else min(self.needed, needed)
-        elif failed:
-            self.streak += 1
-            if self.halt_on_error and self.needed is None:
-                self.needed = self.consecutive
-        elif all(r.rule.warn_only for r in warned):
-            self.streak, self.needed = 0, None
-
-        may_halt = self.windows > self.warmup or any(r.rule.immediate for r in breached)
-        reached = self.needed is not None and self.streak >= self.needed
-        if reached and may_halt and (breached or failed):
-            status = Status.HALT
-        elif breached:
-            status = Status.BREACH
-        elif failed:
-            status = Status.ERROR
-        elif warned:
-            status = Status.WARN
-        elif self.windows <= self.warmup or (self.expects_floor and any(r.missing for r in readings)):
-            status = Status.CALIBRATING
-        else:
-            status = Status.OK
+        self._count(breached, warned, failed)
+        floorless = self.expects_floor and any(r.missing for r in readings)
+        status = self._status(breached, warned, failed, floorless)
         parts = [r.text for r in (breached or warned)]
         if failed:
             parts.append("measurement failed" + (f": {error}" if error else " on another rank"))
@@ -145,6 +122,33 @@ class Breaker:
             stats=stats,
             reason="; ".join(parts),
         )
+
+    def _count(self, breached: Sequence[Reading], warned: Sequence[Reading], failed: bool) -> None:
+        """Lengthen or end the streak, and note how long one halts."""
+        if breached:
+            self.streak += 1
+            needed = min(1 if r.rule.immediate else (r.rule.consecutive or self.consecutive) for r in breached)
+            self.needed = needed if self.needed is None else min(self.needed, needed)
+        elif failed:
+            self.streak += 1
+            if self.halt_on_error and self.needed is None:
+                self.needed = self.consecutive
+        elif all(r.rule.warn_only for r in warned):
+            self.streak, self.needed = 0, None
+
+    def _status(self, breached: Sequence[Reading], warned: Sequence[Reading], failed: bool, floorless: bool) -> Status:
+        """What the window amounts to, counted already. ``floorless``: a rule wants a noise floor and there is none."""
+        may_halt = self.windows > self.warmup or any(r.rule.immediate for r in breached)
+        reached = self.needed is not None and self.streak >= self.needed
+        if reached and may_halt and (breached or failed):
+            return Status.HALT
+        if breached:
+            return Status.BREACH
+        if failed:
+            return Status.ERROR
+        if warned:
+            return Status.WARN
+        return Status.CALIBRATING if self.windows <= self.warmup or floorless else Status.OK
 
     def _alert(self, status: Status) -> str:
         if status is Status.OK:

@@ -48,6 +48,12 @@ class Finding:
 
 def lint(f: Facts) -> Iterator[Finding]:
     """Traps in these settings, worst first within their kind."""
+    for check in _CHECKS:
+        yield from check(f)
+
+
+def _reported(f: Facts) -> Iterator[Finding]:
+    """What the engine reports: log-probs, and of which law."""
     s = f.sampling
     if not f.has_logprobs:
         yield Finding(
@@ -66,8 +72,9 @@ def lint(f: Facts) -> Iterator[Finding]:
             "the law sampled from.",
             'logprobs_mode="processed_logprobs" (server: --logprobs-mode processed_logprobs).',
         )
-    if s is not None:
-        yield from _requests(f, s)
+
+
+def _dropout(f: Facts) -> Iterator[Finding]:
     if f.dropout > 0:
         yield Finding(
             "error",
@@ -75,16 +82,26 @@ def lint(f: Facts) -> Iterator[Finding]:
             f"the trainer scores with dropout {f.dropout:g} switched on: two passes over one batch disagree.",
             "disable_dropout=True in the trainer's arguments.",
         )
+
+
+def _quantization(f: Facts) -> Iterator[Finding]:
     if f.quantization is not None:
         yield Finding(
-            "warning", "kv_cache_precision", f"the engine's weights are quantized ({f.quantization}).",
+            "warning",
+            "kv_cache_precision",
+            f"the engine's weights are quantized ({f.quantization}).",
             "an engine in the trainer's dtype, or expect an excess over the floor.",
-        )  # fmt: skip
+        )
     if f.kv_cache_dtype is not None and f.kv_cache_dtype.startswith("fp8"):
         yield Finding(
-            "warning", "kv_cache_precision", f"the engine's KV cache is {f.kv_cache_dtype}.",
+            "warning",
+            "kv_cache_precision",
+            f"the engine's KV cache is {f.kv_cache_dtype}.",
             'kv_cache_dtype="auto", or calibrated scales.',
-        )  # fmt: skip
+        )
+
+
+def _heads(f: Facts) -> Iterator[Finding]:
     if f.engine_head_dtype is not None and f.engine_head_dtype != "float32":
         sides = (
             "both heads are" if not f.trainer_head_fp32 and f.compute_dtype != "float32" else "the engine's head is"
@@ -104,6 +121,9 @@ def lint(f: Facts) -> Iterator[Finding]:
             "mismatch worse.",
             "cast_lm_head_to_fp32=True in the trainer's arguments.",
         )
+
+
+def _finer_updates(f: Facts) -> Iterator[Finding]:
     if f.trainer_dtype == "float32" and f.engine_dtype not in (None, "float32") and f.compute_dtype == "float32":
         yield Finding(
             "note",
@@ -112,6 +132,10 @@ def lint(f: Facts) -> Iterator[Finding]:
             "never reach it.",
             "one dtype for both (bf16=True, or an engine in float32).",
         )
+
+
+def _served(f: Facts) -> Iterator[Finding]:
+    """What the engine does of its own accord: a model's defaults, cached prefixes."""
     if f.engine_defaults:
         yield Finding(
             "warning",
@@ -128,6 +152,10 @@ def lint(f: Facts) -> Iterator[Finding]:
             "that keys and values of the old weights stay.",
             "enable_prefix_caching=False, or watch for drift after a sync (parity/excess/*).",
         )
+
+
+def _to_know(f: Facts) -> Iterator[Finding]:
+    """What is no mistake, and surprises."""
     if f.trainer_dtype == "float32" and f.checkpoint_dtype in ("bfloat16", "float16"):
         yield Finding(
             "note",
@@ -151,8 +179,11 @@ def _processes(sampling: SamplingSettings) -> bool:
     return sampling.temperature not in (0.0, 1.0) or sampling.truncates or sampling.penalizes
 
 
-def _requests(f: Facts, s: SamplingSettings) -> Iterator[Finding]:
+def _requests(f: Facts) -> Iterator[Finding]:
     """Traps in what the engine is asked for."""
+    s = f.sampling
+    if s is None:
+        return
     if f.trainer_temperature not in (None, s.temperature):
         yield Finding(
             "error",
@@ -185,3 +216,6 @@ def _changed(sampling: SamplingSettings) -> str:
     neutral = SamplingSettings()
     names = ("top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
     return ", ".join(f"{n}={getattr(sampling, n):g}" for n in names if getattr(sampling, n) != getattr(neutral, n))
+
+
+_CHECKS = (_reported, _requests, _dropout, _quantization, _heads, _finer_updates, _served, _to_know)

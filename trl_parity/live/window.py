@@ -9,14 +9,10 @@ import torch
 from ..metrics.reduction import reduce_sums
 from ..metrics.statistics import compute, measure_policy_drift
 from ..metrics.sums import MismatchSums
-from ..verdict import MismatchStats, Status, Verdict
+from ..verdict import SEVERITY, MismatchStats, Status, Verdict
 from .judge import RunJudge
 
 __all__ = ["OpenWindow", "UnloggedWindows"]
-
-# mildest first
-_SEVERITY = [Status.NO_DATA, Status.CALIBRATING, Status.OK, Status.WARN, Status.ERROR, Status.BREACH, Status.HALT]
-
 
 _UPDATES = 16  # loss computations whose log-probs are kept before they are measured
 
@@ -109,7 +105,7 @@ class UnloggedWindows:
         """One window that was judged."""
         self._only = verdict.stats if self._sums is None else None
         self._sums = added(self._sums, sums)
-        self._status = max(self._status, verdict.status, key=_SEVERITY.index)
+        self._status = max(self._status, verdict.status, key=SEVERITY.index)
         self._streak = max(self._streak, verdict.streak)
 
     def scalars(self, judge: RunJudge) -> dict[str, float | None]:

@@ -50,8 +50,6 @@ REWARDS_NAME = "rewards.json"  # what a run leaves beside its metrics.jsonl
 # one is within 7% of it (16% with 20 rewards on one side), while on 20 against 20 it is up to two times too small.
 EXACT_UP_TO = 1000
 
-BASELINE_COLOUR, RUN_COLOUR, GAP_COLOUR = "#0072B2", "#D55E00", "#000000"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardComparison:

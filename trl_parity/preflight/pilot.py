@@ -21,7 +21,7 @@ from ..metrics.rewards import MIN_REWARDS, REWARDS_NAME, RewardBaseline
 from ..results.paths import metrics_path
 from ..results.rejudge import read_windows
 
-__all__ = ["Check", "Decision", "Outcome", "PilotReport", "judge_pilot"]
+__all__ = ["Check", "Decision", "PilotOutcome", "PilotReport", "judge_pilot"]
 
 # What a run may lose and still count as healthy. A breach now and then is what `consecutive` is there for.
 _MAX_BREACHED = 0.1  # share of judged windows
@@ -35,7 +35,7 @@ _SPAN = 5  # windows at the beginning and at the end that are compared
 _ALPHA = 0.001
 
 
-class Outcome(enum.StrEnum):
+class PilotOutcome(enum.StrEnum):
     """Of one check."""
 
     PASS = "pass"
@@ -61,7 +61,7 @@ class Check:
     """One question, its answer and the numbers behind it."""
 
     name: str
-    outcome: Outcome
+    outcome: PilotOutcome
     text: str
 
 
@@ -76,9 +76,9 @@ class PilotReport:
     def decision(self) -> Decision:
         """One failed check is reason enough not to scale up; else one that can't tell leaves it open."""
         outcomes = {check.outcome for check in self.checks}
-        if Outcome.FAIL in outcomes:
+        if PilotOutcome.FAIL in outcomes:
             return Decision.DO_NOT
-        return Decision.UNKNOWN if Outcome.UNKNOWN in outcomes else Decision.SCALE_UP
+        return Decision.UNKNOWN if PilotOutcome.UNKNOWN in outcomes else Decision.SCALE_UP
 
     def to_dict(self) -> dict[str, Any]:
         """JSON."""
@@ -109,7 +109,7 @@ def judge_pilot(
     try:
         windows: Sequence[Mapping[str, Any]] = read_windows(run)
     except DataError as e:
-        return PilotReport((_training([], steps, returncode), Check("parity", Outcome.UNKNOWN, str(e))))
+        return PilotReport((_training([], steps, returncode), Check("parity", PilotOutcome.UNKNOWN, str(e))))
     rewards, reward_check = _rewards(metrics_path(run).with_name(REWARDS_NAME), windows, baseline, min_effect)
     checks = (
         _training(windows, steps, returncode),
@@ -125,14 +125,14 @@ def _training(windows: Sequence[Mapping[str, Any]], steps: int | None, returncod
     last = windows[-1]["step"] if windows else 0
     halted = bool(windows) and windows[-1]["status"] == "HALT"
     if halted:  # judged by the windows, whatever the launcher makes of the exit code
-        return Check("training", Outcome.PASS, f"ended by trl-parity at step {last}")
+        return Check("training", PilotOutcome.PASS, f"ended by trl-parity at step {last}")
     if returncode:
-        return Check("training", Outcome.UNKNOWN, f"ended with exit code {returncode} after step {last}")
+        return Check("training", PilotOutcome.UNKNOWN, f"ended with exit code {returncode} after step {last}")
     # a batch may feed several optimizer steps: its window has the first one's number
     period = max((b["step"] - a["step"] for a, b in itertools.pairwise(windows)), default=1)
     if steps is not None and last + period <= steps:
-        return Check("training", Outcome.UNKNOWN, f"measured up to step {last} of {steps}")
-    return Check("training", Outcome.PASS, f"went through, {last} steps")
+        return Check("training", PilotOutcome.UNKNOWN, f"measured up to step {last} of {steps}")
+    return Check("training", PilotOutcome.PASS, f"went through, {last} steps")
 
 
 def _parity(windows: Sequence[Mapping[str, Any]]) -> Check:
@@ -142,44 +142,44 @@ def _parity(windows: Sequence[Mapping[str, Any]]) -> Check:
     last = windows[-1]
     if counts["HALT"]:
         first = next(window for window in windows if window["status"] == "HALT")
-        return Check("parity", Outcome.FAIL, f"halted at step {first['step']}: {first.get('reason') or told}")
+        return Check("parity", PilotOutcome.FAIL, f"halted at step {first['step']}: {first.get('reason') or told}")
     if not judged:
-        return Check("parity", Outcome.UNKNOWN, f"no window could be judged: {told}")
+        return Check("parity", PilotOutcome.UNKNOWN, f"no window could be judged: {told}")
     if last["status"] == "BREACH" or counts["BREACH"] > _MAX_BREACHED * judged:
         reasons = [str(window.get("reason")) for window in windows if window["status"] == "BREACH"]
-        return Check("parity", Outcome.FAIL, f"{told}; the last breach: {reasons[-1]}")
+        return Check("parity", PilotOutcome.FAIL, f"{told}; the last breach: {reasons[-1]}")
     if counts["ERROR"] > _MAX_FAILED * len(windows):
-        return Check("parity", Outcome.UNKNOWN, f"the measurement failed too often: {told}")
-    return Check("parity", Outcome.PASS, told)
+        return Check("parity", PilotOutcome.UNKNOWN, f"the measurement failed too often: {told}")
+    return Check("parity", PilotOutcome.PASS, told)
 
 
 def _drift(windows: Sequence[Mapping[str, Any]]) -> Check:
     """k3 KL against its floor and its limit: what there is left before the breaker speaks."""
     drift, floor = _values(windows, "trimmed/kl_k3") or _values(windows, "kl_k3"), _values(windows, "floor/kl_k3")
     if not drift:
-        return Check("drift", Outcome.UNKNOWN, "k3 KL was never measured")
+        return Check("drift", PilotOutcome.UNKNOWN, "k3 KL was never measured")
     text = f"k3 KL {statistics.median(drift):.2g} (median), {max(drift):.2g} (largest)"
     if not floor:  # a loop of one's own without one: the rules' absolute limits judged it
-        return Check("drift", Outcome.PASS, f"{text}; no noise floor, judged by absolute limits")
+        return Check("drift", PilotOutcome.PASS, f"{text}; no noise floor, judged by absolute limits")
     text += f"; noise floor {statistics.median(floor):.2g}"
     limits = [(w["excess/kl_k3"], w["limit/kl_k3"]) for w in windows if _finite(w, "excess/kl_k3", "limit/kl_k3")]
     shares = [max(0.0, excess) / limit for excess, limit in limits if limit > 0]
     if not shares:
-        return Check("drift", Outcome.PASS, text)
+        return Check("drift", PilotOutcome.PASS, text)
     text += f"; beyond it {statistics.median(shares):.0%} of the limit (median), {max(shares):.0%} (largest)"
-    return Check("drift", Outcome.FAIL if statistics.median(shares) > 1 else Outcome.PASS, text)
+    return Check("drift", PilotOutcome.FAIL if statistics.median(shares) > 1 else PilotOutcome.PASS, text)
 
 
 def _entropy(windows: Sequence[Mapping[str, Any]]) -> Check:
     entropy = _values(windows, "entropy/trainer")
     if len(entropy) < 2:
-        return Check("entropy", Outcome.UNKNOWN, "measured in fewer than 2 windows")
+        return Check("entropy", PilotOutcome.UNKNOWN, "measured in fewer than 2 windows")
     span = min(_SPAN, len(entropy) // 2)
     first, last = statistics.median(entropy[:span]), statistics.median(entropy[-span:])
     text = f"{first:.3g} → {last:.3g} nats (medians of the first and last {span})"
     if last < _MIN_ENTROPY * first:
-        return Check("entropy", Outcome.FAIL, f"{text}: it collapses, and drift can't be seen in what is certain")
-    return Check("entropy", Outcome.PASS, text)
+        return Check("entropy", PilotOutcome.FAIL, f"{text}: it collapses, and drift can't be seen in what is certain")
+    return Check("entropy", PilotOutcome.PASS, text)
 
 
 def _rewards(
@@ -189,27 +189,29 @@ def _rewards(
         means = _values(windows, "reward/mean")
         seen = f"their mean was {means[-1]:.3g} at the end; " if means else ""
         text = f"{seen}{path} is missing: fewer than {MIN_REWARDS} finite ones, or the run did not end by itself"
-        return None, Check("rewards", Outcome.UNKNOWN, text)
+        return None, Check("rewards", PilotOutcome.UNKNOWN, text)
     try:
         run = RewardBaseline.load(path)
     except ConfigError as e:
-        return None, Check("rewards", Outcome.UNKNOWN, str(e))
+        return None, Check("rewards", PilotOutcome.UNKNOWN, str(e))
     seen = f"mean {run.rewards.mean():.3g} of {run.rewards.size}"
     if run.rewards.min() == run.rewards.max():
-        return run, Check("rewards", Outcome.FAIL, f"every one is {run.rewards[0]:g}: nothing to learn from")
+        return run, Check("rewards", PilotOutcome.FAIL, f"every one is {run.rewards[0]:g}: nothing to learn from")
     if baseline is None:
-        return run, Check("rewards", Outcome.PASS, f"{seen}; no baseline was given to compare them with")
+        return run, Check("rewards", PilotOutcome.PASS, f"{seen}; no baseline was given to compare them with")
     comparison = baseline.compare(run.rewards)
     if comparison is None:
-        return run, Check("rewards", Outcome.UNKNOWN, f"{seen}; too few to compare, at least {MIN_REWARDS}")
+        return run, Check("rewards", PilotOutcome.UNKNOWN, f"{seen}; too few to compare, at least {MIN_REWARDS}")
     seen += f", baseline {comparison.baseline_mean:.3g} of {baseline.rewards.size}"
     seen += f"; Cliff's delta {comparison.effect_size:+.2f}, KS {comparison.ks:.2f} (p {comparison.p_value:.1g})"
     if not comparison.parted(min_effect, _ALPHA):
-        return run, Check("rewards", Outcome.PASS, f"{seen}: as the baseline's")
+        return run, Check("rewards", PilotOutcome.PASS, f"{seen}: as the baseline's")
     if comparison.effect_size >= min_effect:
-        return run, Check("rewards", Outcome.PASS, f"{seen}: higher than the baseline's; make sure that is learning")
+        return run, Check(
+            "rewards", PilotOutcome.PASS, f"{seen}: higher than the baseline's; make sure that is learning"
+        )
     what = "lower than the baseline's" if comparison.effect_size <= -min_effect else "distributed otherwise"
-    return run, Check("rewards", Outcome.FAIL, f"{seen}: {what}")
+    return run, Check("rewards", PilotOutcome.FAIL, f"{seen}: {what}")
 
 
 def _values(windows: Sequence[Mapping[str, Any]], name: str) -> list[float]:

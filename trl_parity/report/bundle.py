@@ -16,7 +16,10 @@ from ..errors import ConfigError
 from ..files import jsonable
 from ..results.incident import _KINDS, Incident, incident_folder
 from ..results.redaction import TEXT_COLUMNS, bare
+from . import figures
+from .drawing import draw
 from .markdown import report_markdown
+from .summary import summary_of
 
 __all__ = ["write_incident"]
 
@@ -55,13 +58,15 @@ def _write_whole(folder: Path, incident: Incident, rows: list[dict[str, Any]]) -
     home = folder.parent
     temporary = home / f".step-{incident.step}.{uuid.uuid4().hex[:12]}.tmp"
     content = json.dumps(jsonable({name: getattr(incident, name) for name in _KINDS}), indent=2, allow_nan=False)
-    drawn, note = _draw(incident, rows)
     try:
         temporary.mkdir(parents=True)
-        for name, png in drawn.items():
-            (temporary / name).write_bytes(png)
         (temporary / "incident.json").write_text(content + "\n", encoding="utf-8")
         _write_tokens(temporary / "tokens.parquet", rows, incident.redacted)
+        drawn, note = draw(figures.INCIDENT_PICTURES, summary_of(incident, rows))
+        if note:
+            logger.warning("the incident at step %d: %s", incident.step, note)
+        for name, png in drawn.items():
+            (temporary / name).write_bytes(png)
         report = report_markdown(incident, rows, list(drawn), note=note)
         (temporary / "report.md").write_text(report, encoding="utf-8", newline="\n")
         return _rename(temporary, folder)
@@ -72,24 +77,6 @@ def _write_whole(folder: Path, incident: Incident, rows: list[dict[str, Any]]) -
         ) from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _draw(incident: Incident, rows: list[dict[str, Any]]) -> tuple[dict[str, bytes], str]:
-    """PNGs by file name, and what to say of those that are missing."""
-    from . import pictures
-
-    drawn: dict[str, bytes] = {}
-    notes: list[str] = []
-    for name, draw in pictures.PICTURES.items():
-        try:
-            if (png := draw(incident, rows)) is not None:
-                drawn[name] = png
-        except ImportError as e:
-            return {}, f"No pictures: matplotlib can't be imported ({e}). Run: pip install 'trl-parity[report]'."
-        except Exception as e:  # a picture must not cost the report
-            logger.warning("%s of the incident at step %d: %s: %s", name, incident.step, type(e).__name__, e)
-            notes.append(f"{name} could not be drawn ({type(e).__name__}: {e}).")
-    return drawn, " ".join(notes)
 
 
 def _write_tokens(path: Path, rows: list[dict[str, Any]], redacted: bool) -> None:

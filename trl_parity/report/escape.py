@@ -6,7 +6,7 @@ import re
 import unicodedata
 from typing import Any
 
-__all__ = ["code", "fenced", "prose", "visible"]
+__all__ = ["code", "fenced", "one_line", "prose", "visible"]
 
 _BLANKS = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"  # printable to Python, but without a shape
 
@@ -21,10 +21,14 @@ def visible(text: Any) -> str:
     )
 
 
+def one_line(text: Any) -> str:
+    """The same with line breaks and runs of blanks as single blanks."""
+    return visible(" ".join(str(text).split()))
+
+
 def prose(text: Any) -> str:
     """Text within a Markdown paragraph or table cell, anywhere but at the start of a line."""
-    line = visible(" ".join(str(text).split()))
-    return re.sub(r"([\\`*<|~$]|(?<!\w)_|_(?!\w)|\](?=[(\[:])|&(?=#?\w+;))", r"\\\1", line)
+    return re.sub(r"([\\`*<|~$]|(?<!\w)_|_(?!\w)|\](?=[(\[:])|&(?=#?\w+;))", r"\\\1", one_line(text))
 
 
 def code(text: Any) -> str:
@@ -37,11 +41,11 @@ def code(text: Any) -> str:
     return f"{tick}{pad}{line}{pad}{tick}"
 
 
-def fenced(text: str) -> list[str]:
-    """A code block that nothing in it can end, and an empty line."""
+def fenced(text: str) -> str:
+    """A code block that nothing in it can end."""
     lines = [visible(line) for line in text.split("\n")]
     fence = "`" * max(3, *(_longest_ticks(line) + 1 for line in lines))
-    return [fence, *lines, fence, ""]
+    return "\n".join([fence, *lines, fence])
 
 
 def _longest_ticks(text: str) -> int:

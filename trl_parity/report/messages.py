@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from ..config.parity import ParityConfig
 from ..judging.breaker import read
 from ..records import Diagnosis
 from ..verdict import Status, Verdict
+from .format import number
 
 __all__ = ["alert_text", "halt_text"]
 
@@ -25,11 +25,6 @@ _CONSEQUENCE = {
 _SHOWN = ("kl_k3", "logp_abs_diff/mean", "logp_abs_diff/max", "ratio/out_of_band", "ess", "honesty", "entropy/trainer")
 
 
-def number(value: float | None) -> str:
-    """A figure for people; '-' for not measured."""
-    return "-" if value is None else f"{value:.4g}" if math.isfinite(value) else str(value)
-
-
 def halt_text(
     verdict: Verdict,
     config: ParityConfig,
@@ -37,29 +32,19 @@ def halt_text(
     path: Path,
     diagnosis: Diagnosis | None = None,
 ) -> str:
-    """What was seen with counts, what it does, the cause with its evidence, what mends it, how to go on anyway."""
-    stats = verdict.stats
-    streak = [v for v in verdicts if v.status in (Status.BREACH, Status.HALT, Status.ERROR)][-verdict.streak :]
-    rules = {rule.stat: rule for rule in config.resolved_rules()}
+    """What was seen with counts, what it does, the cause with its evidence, what mends it, how to go on anyway.
+
+    ``path``: the file to look at.
+    """
+    onward = ", ".join(f"'{name}': ..." for name in verdict.breaches)
     lines = [
         "",
         f"trl-parity: HALT at step {verdict.step}. The engine that samples is not the policy that learns.",
         "",
-        f"  Seen     {verdict.streak} window(s) in a row over the limit"
-        + (f", steps {streak[0].step} to {verdict.step}:" if streak and streak[0].step != verdict.step else ":"),
+        *_seen(verdict, config, verdicts),
+        "",
+        *_wrap("Means", _CONSEQUENCE[config.action]),
     ]
-    for name in verdict.breaches:
-        readings = [None if v.stats is None else read(rules[name], v.stats) for v in streak[-5:]]
-        trail = " → ".join(number(None if r is None else r.value) for r in readings)
-        if (last := readings[-1]) is not None:
-            sign = ">=" if last.rule.below else "<="
-            lines.append(f"             {last.seen:<26} {trail}   (limit {sign} {number(last.limit)})")
-    if stats is not None:
-        lines += [
-            f"           in {stats.num_tokens:,} tokens of {stats.num_sequences:,} sequences of the last window:",
-            *_wrap("", ", ".join(f"{name}\xa0{number(stats.get(name))}" for name in _SHOWN)),
-        ]
-    lines += ["", *_wrap("Means", _CONSEQUENCE[config.action])]
     if diagnosis is None or diagnosis.cause == "unknown":
         for finding in findings(verdict):
             lines += _wrap("", finding)
@@ -72,13 +57,30 @@ def halt_text(
         f"  Look     {path}",
         *_wrap(
             "Go on",
-            "anyway: ParityConfig(action='log'), or other rules if this drift is expected: rules={"
-            + ", ".join(f"'{name}': ..." for name in verdict.breaches)
-            + "}; trl-parity replay shows what they would have done.",
+            f"anyway: ParityConfig(action='log'), or other rules if this drift is expected: rules={{{onward}}}; "
+            "trl-parity replay shows what they would have done.",
         ),
         "",
     ]
     return "\n".join(lines).replace("\xa0", " ")
+
+
+def _seen(verdict: Verdict, config: ParityConfig, verdicts: Sequence[Verdict]) -> Iterator[str]:
+    """The windows of the streak, what they breached and by how much."""
+    stats = verdict.stats
+    streak = [v for v in verdicts if v.status in (Status.BREACH, Status.HALT, Status.ERROR)][-verdict.streak :]
+    steps = f", steps {streak[0].step} to {verdict.step}" if streak and streak[0].step != verdict.step else ""
+    yield f"  Seen     {verdict.streak} window(s) in a row over the limit{steps}:"
+    rules = {rule.stat: rule for rule in config.resolved_rules()}
+    for name in verdict.breaches:
+        readings = [None if v.stats is None else read(rules[name], v.stats) for v in streak[-5:]]
+        trail = " → ".join(number(None if r is None else r.value) for r in readings)
+        if (last := readings[-1]) is not None:
+            sign = ">=" if last.rule.below else "<="
+            yield f"             {last.seen:<26} {trail}   (limit {sign} {number(last.limit)})"
+    if stats is not None:
+        yield f"           in {stats.num_tokens:,} tokens of {stats.num_sequences:,} sequences of the last window:"
+        yield from _wrap("", ", ".join(f"{name}\xa0{number(stats.get(name))}" for name in _SHOWN))
 
 
 def _cause(diagnosis: Diagnosis) -> Iterator[str]:

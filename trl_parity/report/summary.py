@@ -1,11 +1,11 @@
-"""What a report is about: a run's folder or an incident's, read once, and its words as Markdown. Needs no torch."""
+"""What a report is about: a run's folder or an incident's, read once, and what its numbers come to. Needs no torch."""
 
 from __future__ import annotations
 
 import math
 from array import array
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,10 @@ from ..errors import ConfigError, DataError
 from ..judging.breaker import read
 from ..results.incident import Incident, read_incident
 from ..results.paths import is_run, metrics_path
-from ..results.reader import Columns, Sample, iter_windows, number, recorded_config, run_facts, samples
+from ..results.reader import Columns, Sample, as_number, iter_windows, recorded_config, run_facts, samples
 from ..results.redaction import bare
-from .escape import code, fenced, prose
-from .markdown import incident_parts, settings_markdown
-from .messages import number as figure
 
-__all__ = ["PICTURES", "SHOWN", "Case", "headline", "load", "markdown_parts", "statistics_table"]
+__all__ = ["SHOWN", "Statistic", "Summary", "headline", "statistics", "summarize", "summary_of"]
 
 # statistics that curves and tables show
 SHOWN = ("kl_k3", "logp_abs_diff/mean", "logp_abs_diff/p99", "ratio/out_of_band", "ess", "honesty_gap",
@@ -33,20 +30,17 @@ COLUMNS = (
     "own_head/kl_k3", "logp_abs_diff/max",
 )  # fmt: skip
 
+_WORST_IS_LOW = ("ess", "entropy/trainer", "reward/mean")
+
 _KEEP, _MOST_ROWS = 400, 20_000  # last windows as they are; tokens of worst sequences
 
-PICTURES = {
-    "timeline.png": "Drift by step with its noise floor, limit and onset, and the status of each window",
-    "histogram.png": "Histogram of the log-ratios before and after the onset",
-    "scatter.png": "Trainer against rollout log-prob",
-    "position.png": "Drift by position in the completion",
-    "entropy.png": "Drift by the trainer's entropy",
-    "evidence.png": "Share of the excess that each probe explains",
-}
+_SAMPLED = ("position", "rollout_logprob", "trainer_logprob", "entropy")
+
+_OF_WORST = "tokens of the worst sequences"
 
 
 @dataclass(kw_only=True)
-class Case:
+class Summary:
     """A run or an incident, as far as files tell of it."""
 
     path: Path
@@ -64,12 +58,19 @@ class Case:
 
     @property
     def rule(self) -> Rule | None:
-        """The rule on k3."""
-        rules = (self.config or ParityConfig()).resolved_rules()
+        """The rule on k3; None where there is none, or the settings are not known."""
+        rules = () if self.config is None else self.config.resolved_rules()
         return next((rule for rule in rules if rule.stat == "kl_k3" and not rule.below), None)
 
+    @property
+    def not_finite(self) -> int:
+        """Compared tokens of the worst sequences that no picture can show."""
+        if self.of != _OF_WORST:
+            return 0
+        return sum(1 for t in self.tokens if t["compared"]) - len(self.after)
 
-def load(path: str | Path) -> Case:
+
+def summarize(path: str | Path) -> Summary:
     """Read a run's folder (or its ``metrics.jsonl``) or an incident's folder.
 
     Raises ConfigError or DataError for what is neither, is damaged, or comes from a newer trl-parity.
@@ -87,7 +88,7 @@ def load(path: str | Path) -> Case:
     return _of_run(path)
 
 
-def _of_run(path: Path, incident: Path | None = None) -> Case:
+def _of_run(path: Path, incident: Path | None = None) -> Summary:
     last: deque[dict[str, Any]] = deque(maxlen=_KEEP)
 
     def seen() -> Iterator[dict[str, Any]]:
@@ -96,46 +97,56 @@ def _of_run(path: Path, incident: Path | None = None) -> Case:
             yield row
 
     columns = Columns.of(seen(), COLUMNS)
-    case = Case(path=path, columns=columns, rows=last)
+    summary = Summary(path=path, columns=columns, rows=last)
     for fill in (_settings, _samples):
         try:
-            fill(case)
+            fill(summary)
         except (ConfigError, DataError) as e:  # the windows are told without
-            case.notes.append(str(e))
+            summary.notes.append(str(e))
     folder = metrics_path(path).parent / "incidents"
-    case.incidents = sorted(folder.glob("step-*/incident.json"), key=lambda p: p.stat().st_mtime)
-    chosen = incident or (case.incidents[-1].parent if case.incidents else None)
+    summary.incidents = sorted(folder.glob("step-*/incident.json"), key=lambda p: p.stat().st_mtime)
+    chosen = incident or (summary.incidents[-1].parent if summary.incidents else None)
     if chosen is not None:
-        _add_incident(case, chosen)
-    return case
+        found, rows, notes = _read(chosen)
+        summary.incident, summary.tokens = bare(found, rows)
+        summary.notes += notes
+        if not len(summary.before) and not len(summary.after):
+            _sample_worst(summary)
+    return summary
 
 
-def _settings(case: Case) -> None:
-    case.facts = run_facts(case.path)
-    case.config = recorded_config(case.path)
+def _settings(summary: Summary) -> None:
+    summary.facts = run_facts(summary.path)
+    summary.config = recorded_config(summary.path)
 
 
-def _samples(case: Case) -> None:
-    case.before, case.after = samples(case.path, case.columns.onset)
+def _samples(summary: Summary) -> None:
+    summary.before, summary.after = samples(summary.path, summary.columns.onset)
 
 
-def _of_incident(folder: Path) -> Case:
+def _of_incident(folder: Path) -> Summary:
     parity = folder.parent.parent
     if (parity / "metrics.jsonl").is_file():
-        case = _of_run(parity, incident=folder)
-        case.path = folder
-        return case
-    case = Case(path=folder, columns=Columns((), count=0))
-    _add_incident(case, folder)
-    assert case.incident is not None
-    rows = [clean for row in case.incident.windows[-_KEEP:] if (clean := _window(row)) is not None]
-    case.columns, case.rows = Columns.of(rows, COLUMNS), deque(rows)
+        summary = _of_run(parity, incident=folder)
+        summary.path = folder
+        return summary
+    incident, rows, notes = _read(folder)
+    summary = summary_of(incident, rows, folder)
+    summary.notes[:0] = notes
+    return summary
+
+
+def summary_of(incident: Incident, rows: Sequence[Mapping[str, Any]], path: Path | None = None) -> Summary:
+    """Of an incident alone, with the windows it holds. ``rows``: its ``tokens.parquet``."""
+    windows = [clean for row in incident.windows[-_KEEP:] if (clean := _window(row)) is not None]
+    summary = Summary(path=path or Path(), columns=Columns.of(windows, COLUMNS), rows=deque(windows))
+    summary.incident, summary.tokens = bare(incident, rows)
     try:
-        case.config = ParityConfig.from_mapping(case.incident.config)
+        summary.config = ParityConfig.from_mapping(incident.config)
     except (ConfigError, TypeError) as e:
-        case.notes.append(str(e))
-    _samples_of_incident(case)
-    return case
+        summary.notes.append(str(e))
+    _sample_worst(summary)
+    return summary
 
 
 def _window(row: Any) -> dict[str, Any] | None:
@@ -146,19 +157,16 @@ def _window(row: Any) -> dict[str, Any] | None:
     return window_of(json.dumps(row).encode()) if isinstance(row, dict) else None
 
 
-def _add_incident(case: Case, folder: Path) -> None:
+def _read(folder: Path) -> tuple[Incident, list[dict[str, Any]], list[str]]:
+    """An incident, its rows of tokens, and why there are none."""
     incident = read_incident(folder)
     try:
-        rows = _tokens(folder / "tokens.parquet")
+        return incident, _tokens(folder / "tokens.parquet"), []
     except ImportError as e:
-        rows = []
-        case.notes.append(f"No sequences: pyarrow can't be imported ({e}). Run: pip install pyarrow.")
+        why = f"No sequences: pyarrow can't be imported ({e}). Run: pip install pyarrow."
     except Exception as e:  # cut, or not parquet at all: pyarrow has many errors
-        rows = []
-        case.notes.append(f"{folder / 'tokens.parquet'} can't be read ({type(e).__name__}: {str(e)[:200]}).")
-    case.incident, case.tokens = bare(incident, rows)
-    if not len(case.before) and not len(case.after):
-        _samples_of_incident(case)
+        why = f"{folder / 'tokens.parquet'} can't be read ({type(e).__name__}: {str(e)[:200]})."
+    return incident, [], [why]
 
 
 def _tokens(path: Path) -> list[dict[str, Any]]:
@@ -171,8 +179,8 @@ def _tokens(path: Path) -> list[dict[str, Any]]:
         return []
     kept = []
     for row in rows.to_pylist():
-        for name in ("log_ratio", "rollout_logprob", "trainer_logprob", "entropy"):
-            row[name] = number(row.get(name))
+        for name in ("log_ratio", *_SAMPLED[1:]):
+            row[name] = as_number(row.get(name))
         for name in ("token", "prompt"):
             if row.get(name) is not None:
                 row[name] = str(row[name])[:_MOST_ROWS]
@@ -181,28 +189,27 @@ def _tokens(path: Path) -> list[dict[str, Any]]:
     return kept
 
 
-def _samples_of_incident(case: Case) -> None:
+def _sample_worst(summary: Summary) -> None:
     """Where no sample was kept: the tokens of the worst sequences."""
     out = Sample(windows=1)
-    for row in case.tokens:
-        values = [row["position"], row["rollout_logprob"], row["trainer_logprob"]]
-        if not row["compared"] or any(v is None or not math.isfinite(v) for v in values):
+    for row in summary.tokens:
+        delta, *values = (as_number(row.get(name)) for name in ("log_ratio", *_SAMPLED))
+        entropy = values.pop()
+        if not row["compared"] or any(v is None or not math.isfinite(v) for v in (delta, *values)):
             continue
-        entropy = row["entropy"]
-        for name, value in zip(("position", "rollout_logprob", "trainer_logprob", "entropy"), [*values, entropy],
-                               strict=True):  # fmt: skip
+        for name, value in zip(_SAMPLED, (*values, entropy), strict=True):
             column: array[float] = getattr(out, name)
             column.append(math.nan if value is None else value)
     if len(out):
-        case.after, case.of = out, "tokens of the worst sequences"
+        summary.after, summary.of = out, _OF_WORST
 
 
 # ---- words
 
 
-def headline(case: Case) -> tuple[str, str]:
+def headline(summary: Summary) -> tuple[str, str]:
     """The status a run came to, and one sentence: healthy or not, since when, and why."""
-    c = case.columns
+    c = summary.columns
     if not c.count:
         return "NO_DATA", "no window was measured."
     last = c.last
@@ -225,87 +232,42 @@ def headline(case: Case) -> tuple[str, str]:
         healthy = sum(1 for step in c.steps if step < c.onset) * c.width
         began = "its first window" if not healthy else f"step {c.onset}"
         text += f"; over the limit since {began}"
-    if case.incident is not None and case.incident.diagnosis is not None:
-        cause = str(case.incident.diagnosis.get("cause"))
+    if summary.incident is not None and summary.incident.diagnosis is not None:
+        cause = str(summary.incident.diagnosis.get("cause"))
         text += f"; cause: {cause}"
     return status, text + "."
 
 
-def statistics_table(case: Case) -> list[tuple[str, ...]]:
-    """(name, last, noise floor, share of its limit, median, worst) of each statistic, as text."""
-    rules = {rule.stat: rule for rule in (case.config or ParityConfig()).resolved_rules()}
+@dataclass(frozen=True, slots=True)
+class Statistic:
+    """One statistic over a run's windows."""
+
+    name: str
+    values: list[float | None]
+    last: float | None
+    floor: float | None  # the last window's
+    share: float | None  # of its limit that the last window uses; None: no rule is on it, or its limit is not known
+    median: float
+    worst: float
+
+
+def statistics(
+    names: Iterable[str],
+    series: Mapping[str, Sequence[float | None]],
+    last: Mapping[str, Any],
+    config: ParityConfig | None,
+) -> list[Statistic]:
+    """Those of ``names`` that were measured at all. ``series``: by name, a value a window; ``last``: the last one."""
+    rules = {rule.stat: rule for rule in (config or ParityConfig()).resolved_rules()}
     out = []
-    for stat in SHOWN:
-        known = sorted(v for v in case.columns.values.get(stat, ()) if v == v)
+    for name in names:
+        values = [None if v is None or math.isnan(v) else v for v in series.get(name, ())]
+        known = sorted(v for v in values if v is not None)
         if not known:
             continue
-        last = case.columns.last
-        reading = read(rules[stat], last) if stat in rules else None
-        share = "-" if reading is None or not reading.limit else f"{max(0.0, reading.value / reading.limit):.0%}"
-        worst = known[0] if stat in ("ess", "entropy/trainer", "reward/mean") else known[-1]
-        out.append((stat, *map(figure, (number(last.get(stat)), number(last.get(f"floor/{stat}")))), share,
-                    figure(known[len(known) // 2]), figure(worst)))  # fmt: skip
+        reading = read(rules[name], last) if name in rules else None
+        share = None if reading is None or not reading.limit else max(0.0, reading.value / reading.limit)
+        worst = known[0] if name in _WORST_IS_LOW else known[-1]
+        now, floor = (as_number(last.get(key)) for key in (name, f"floor/{name}"))
+        out.append(Statistic(name, values, now, floor, share, known[len(known) // 2], worst))
     return out
-
-
-def markdown_parts(case: Case, pictures: Sequence[str], note: str = "") -> tuple[str, str, str]:
-    """Markdown up to the worst sequences, of them, and after them. ``pictures``: names of those there are."""
-    shown = {name: [f"![{said}]({name})", ""] if name in pictures else [] for name, said in PICTURES.items()}
-    status, sentence = headline(case)
-    incident = case.incident
-    parts: Mapping[str, list[str]] = {} if incident is None else incident_parts(incident, case.tokens, shown)
-    c = case.columns
-    counts = ", ".join(f"{n:,} {prose(s)}" for s, n in c.statuses.items())
-    head = [
-        f"# trl-parity: {prose(status)}",
-        "",
-        f"{code(case.path)}: {prose(sentence)}",
-        "",
-        *([f"Windows: {counts}, to step {c.last['step']}.", ""] if c.count else []),
-        *parts.get("cause", []),
-        *[line for text in (*([note] if note else []), *case.notes) for line in (f"({prose(text)})", "")],
-        *["## Timeline", ""],
-        *shown["timeline.png"],
-        "| statistic | last | noise floor | of its limit | median | worst |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-        *(f"| {' | '.join([code(row[0]), *row[1:]])} |" for row in statistics_table(case)),
-        "",
-        *_events(case),
-        *_tokens_section(case, shown),
-        *parts.get("why", []),
-        *parts.get("text", []),
-        *parts.get("onward", []),
-    ]
-    tail = parts.get("settings") or settings_markdown(
-        case.facts.get("engine") or {}, case.facts.get("versions") or {},
-        None if case.config is None else case.config.to_dict(),
-    )  # fmt: skip
-    others = [p.parent.name for p in case.incidents]
-    if len(others) > 1:
-        tail = [f"Incidents of this run: {', '.join(map(code, others))}. Told here: the last.", "", *tail]
-    return "\n".join(head), "\n".join(parts.get("sequences", [])), "\n".join(tail)
-
-
-def _events(case: Case) -> list[str]:
-    events = list(case.columns.events)
-    if not events:
-        return []
-    lines = [f"{row['status']:<12} step {row['step']:<8} {row['reason'][:300]}" for row in events]
-    return ["The last windows that were not healthy:", "", *fenced("\n".join(lines))]
-
-
-def _tokens_section(case: Case, shown: Mapping[str, list[str]]) -> list[str]:
-    if not len(case.before) and not len(case.after):
-        return []
-    title = "## Before and after" if len(case.before) and len(case.after) else "## Tokens"
-    said = [f"{n:,} {case.of} {when}" for when, n in _when(case)]
-    return [title, "", f"{'; '.join(said)}. Δ = trainer - rollout log-prob, in nats.", "",
-            *shown["histogram.png"], *shown["scatter.png"], *shown["position.png"], *shown["entropy.png"]]  # fmt: skip
-
-
-def _when(case: Case) -> list[tuple[str, int]]:
-    onset = case.columns.onset
-    if onset is None or case.of != "sampled tokens":
-        return [("", len(case.before) + len(case.after))]
-    return [(w, n) for w, n in ((f"before step {onset}", len(case.before)), (f"from step {onset} on", len(case.after)))
-            if n]  # fmt: skip

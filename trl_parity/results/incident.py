@@ -55,8 +55,8 @@ class Incident:
     config: dict[str, Any]  # ParityConfig.to_dict()
     windows: list[dict[str, Any]]  # windows_in_short()
     text: str  # what was printed at the halt
-    # No ids, text or prompts: see report.bare. Sentences (a finding, an error) are kept as they are, so whoever makes
-    # the diagnosis must put no ids and no text in them.
+    # No ids, text or prompts: see results.redaction. Sentences (a finding, an error) are kept as they are, so whoever
+    # makes the diagnosis must put no ids and no text in them.
     redacted: bool
     schema_version: int = SCHEMA_VERSION
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import sys
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -21,6 +20,8 @@ from ..config.parity import ParityConfig
 from ..errors import DataError
 from ..files import check_version, read_versioned
 from ..metrics.scalars import SCALARS
+from ..progress import progress_bar
+from ..verdict import SEVERITY, Status
 from .paths import CONFIG_NAME, RUN_NAME, TOKENS_NAME, metrics_path
 
 __all__ = ["Columns", "Sample", "iter_windows", "recorded_config", "run_facts", "samples", "window_of"]
@@ -34,8 +35,6 @@ MAX_LINE = 1 << 22  # bytes; a window takes about 4 KB
 MAX_FILE = 1 << 26  # bytes of a file that is read whole
 
 _LOUD = 1 << 26  # bytes from which on reading shows its progress
-
-_SEVERITY = ("NO_DATA", "CALIBRATING", "OK", "WARN", "ERROR", "BREACH", "HALT")
 
 
 def iter_windows(path: str | Path, *, quiet: bool = False) -> Iterator[dict[str, Any]]:
@@ -61,41 +60,21 @@ def _lines(path: Path, quiet: bool) -> Iterator[bytes]:
     if path.is_dir():
         raise DataError(f"{path} holds no metrics.jsonl. Expected the folder of a run, or the file itself.")
     try:
-        with open(path, "rb") as file, _progress(path, quiet) as advance:
+        size = path.stat().st_size
+        shown = not quiet and size >= _LOUD
+        with open(path, "rb") as file, progress_bar(f"reading {path.name}", shown=shown, counted=False) as update:
             while line := file.readline(MAX_LINE):
-                advance(len(line))
+                if shown:
+                    update(file.tell(), size)
                 if line.endswith(b"\n"):
                     yield line[:-1]
                 elif len(line) < MAX_LINE:
                     yield line  # the last one; it may be torn
                 else:
                     while (rest := file.readline(MAX_LINE)) and not rest.endswith(b"\n"):
-                        advance(len(rest))
+                        pass
     except OSError as e:
         raise DataError(f"cannot read {path}: {e.strerror}. Expected a run's metrics.jsonl or its folder.") from e
-
-
-class _progress:
-    """A bar on stderr for a long file, where somebody may look at it."""
-
-    def __init__(self, path: Path, quiet: bool):
-        self._size = 0 if quiet or not sys.stderr.isatty() else path.stat().st_size
-        self._name = path.name
-
-    def __enter__(self) -> Any:
-        if self._size < _LOUD:
-            return lambda _: None
-        from rich.console import Console
-        from rich.progress import Progress
-
-        self._bar = Progress(console=Console(stderr=True), transient=True)
-        self._bar.start()
-        task = self._bar.add_task(f"reading {self._name}", total=self._size)
-        return lambda n: self._bar.advance(task, n)
-
-    def __exit__(self, *_: object) -> None:
-        if self._size >= _LOUD:
-            self._bar.stop()
 
 
 def window_of(line: bytes) -> dict[str, Any] | None:
@@ -112,8 +91,8 @@ def window_of(line: bytes) -> dict[str, Any] | None:
     row["step"] = int(step)
     for name, value in row.items():
         if type(value) is not float and value is not None and name in SCALARS:
-            row[name] = number(value)
-    row["streak"] = int(number(row.get("streak")) or 0) if math.isfinite(number(row.get("streak")) or 0) else 0
+            row[name] = as_number(value)
+    row["streak"] = int(as_number(row.get("streak")) or 0) if math.isfinite(as_number(row.get("streak")) or 0) else 0
     for name in ("breaches", "warnings"):
         given = row.get(name)
         row[name] = [str(x) for x in given[:64]] if isinstance(given, list) else []
@@ -121,7 +100,7 @@ def window_of(line: bytes) -> dict[str, Any] | None:
     return row
 
 
-def number(value: Any) -> float | None:
+def as_number(value: Any) -> float | None:
     """A figure as files hold it ("inf" is a string there); None for what is none."""
     if value is None or isinstance(value, bool | list | dict):
         return None
@@ -168,7 +147,7 @@ class Columns:
     def add(self, row: dict[str, Any]) -> None:
         """One window."""
         self.count += 1
-        status = row["status"] if row["status"] in _SEVERITY else "ERROR"
+        status = row["status"] if row["status"] in SEVERITY else "ERROR"
         self.statuses[status] += 1
         if status in ("BREACH", "HALT", "ERROR"):
             if self._streak_from is None:
@@ -207,7 +186,7 @@ class Columns:
 
 
 def _rank(status: str) -> int:
-    return _SEVERITY.index(status) if status in _SEVERITY else _SEVERITY.index("ERROR")
+    return SEVERITY.index(Status(status) if status in SEVERITY else Status.ERROR)
 
 
 def _mean(values: list[float | None]) -> float:
@@ -256,7 +235,7 @@ def _sample(rows: Iterable[dict[str, Any]]) -> Sample:
             continue
         out.windows += 1
         for values in itertools.islice(zip(*columns, strict=False), _MOST_TOKENS):
-            position, rollout, trainer, entropy = map(number, values)
+            position, rollout, trainer, entropy = map(as_number, values)
             if any(x is None or not math.isfinite(x) for x in (position, rollout, trainer)):
                 continue
             for name, value in zip(names, (position, rollout, trainer, entropy), strict=True):

@@ -11,9 +11,9 @@ from ..config.reading import assignments
 from ..judging.breaker import Breaker
 from ..metrics.scalars import SCALARS
 from ..verdict import MismatchStats, Status, Verdict
-from .reader import iter_windows, number
+from .reader import as_number, iter_windows
 
-__all__ = ["Judgement", "changed_config", "has_floor", "read_windows", "replay"]
+__all__ = ["Judgement", "changed_config", "has_floor", "read_windows", "rejudge"]
 
 
 class Judgement(NamedTuple):
@@ -49,7 +49,7 @@ def has_floor(rows: Iterable[Mapping[str, Any]]) -> bool:
     return any(row.get("floor/kl_k3") is not None for row in rows)
 
 
-def replay(
+def rejudge(
     rows: Iterable[Mapping[str, Any]], config: ParityConfig, *, floored: bool | None = None
 ) -> Iterator[Judgement]:
     """Judge every window in order. ``floored``: ``has_floor``, where ``rows`` can be read only once."""
@@ -66,12 +66,12 @@ def replay(
 
 def _stats(row: Mapping[str, Any]) -> MismatchStats:
     def count(name: str, usual: int = 0) -> int:
-        return int(number(row.get(name)) or 0) if name in row else usual
+        return int(as_number(row.get(name)) or 0) if name in row else usual
 
     return MismatchStats(
         count("num_tokens"),
         count("num_sequences"),
         count("num_batches"),
         count("num_errors", int(row["status"] == Status.ERROR)),
-        {name: number(row.get(name)) for name in SCALARS},
+        {name: as_number(row.get(name)) for name in SCALARS},
     )

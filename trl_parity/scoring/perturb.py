@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 __all__ = [
+    "FP8_CACHES",
     "config_differences",
     "eval_mode",
     "largest_dropout",
@@ -77,6 +78,10 @@ def swapped(values: Mapping[torch.nn.Parameter, torch.Tensor]) -> Iterator[None]
     finally:
         for parameter, data in own.items():
             parameter.data = data
+
+
+# vLLM's kv_cache_dtype, as torch calls it
+FP8_CACHES = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
 
 
 @contextmanager

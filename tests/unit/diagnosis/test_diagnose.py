@@ -20,7 +20,7 @@ def test_the_package_does_not_know_the_drills(monkeypatch):
     names -= {"engine_model"}  # what patches share
     assert len(names) > 20
     for path in (ROOT / "trl_parity").rglob("*.py"):
-        if path.parent.name == "commands":  # their help names some as examples
+        if path.parent.name == "cli":  # their help names some as examples
             continue
         text = path.read_text()
         assert not [n for n in names if re.search(rf"(?<![\w-]){re.escape(n)}(?![\w-])", text)], path

@@ -18,7 +18,8 @@ from trl_parity.trainers.capture import Capture
         (torch.float32, "fp16", torch.float16),
     ],
 )
-def test_noise_has_the_coarser_dtype_of_both_sides(model, engine, mixed, expected):
+def test_noise_has_the_coarser_dtype_of_both_sides(tiny_model, engine, mixed, expected):
     trainer = SimpleNamespace(accelerator=SimpleNamespace(mixed_precision=mixed))
-    capture = SimpleNamespace(compute_dtype=Capture.compute_dtype.fget(SimpleNamespace(trainer=trainer, policy=model)))
+    reader = SimpleNamespace(trainer=trainer, policy=tiny_model)
+    capture = SimpleNamespace(compute_dtype=Capture.compute_dtype.fget(reader))
     assert noise_dtype(engine, capture) == expected

@@ -1,7 +1,7 @@
 """Sums over the ranks."""
 
 import torch
-from support.ranks import reduce_on
+from support.processes import run_on_ranks
 
 
 def test_ranks_hold_the_same_sums_after_the_reduction(tmp_path):
@@ -9,7 +9,8 @@ def test_ranks_hold_the_same_sums_after_the_reduction(tmp_path):
     from trl_parity.metrics.sums import MismatchSums
 
     world = 3
-    torch.multiprocessing.spawn(reduce_on, args=(world, str(tmp_path)), nprocs=world)
+    code = "import sys\nfrom support.ranks import reduce_on\nreduce_on(sys.argv[1])"
+    run_on_ranks(world, code, tmp_path, tmp_path, ACCELERATE_USE_CPU="true")
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(world)]
     expected = MismatchSums.zeros()
     for own, _, _ in results:

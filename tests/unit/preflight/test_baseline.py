@@ -2,22 +2,21 @@
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from support import warm
 from support.models import save_tiny_model, save_tokenizer
-from support.processes import environment, run_on_two_ranks
+from support.processes import PATH, environment, run_on_two_ranks
 
 from trl_parity.cli import main
 from trl_parity.errors import ConfigError, DataError
 from trl_parity.preflight.baseline.baseline import model_sha256, open_baseline, tokenizer_sha256
-from trl_parity.preflight.baseline.generate import Generation, make_baseline
+from trl_parity.preflight.baseline.generate import make_baseline
+from trl_parity.preflight.baseline.settings import Generation
 from trl_parity.preflight.baseline.sources import DrawnPrompts
 from trl_parity.preflight.prompts.cases import Vocabulary
 
@@ -126,15 +125,16 @@ def test_two_processes_write_the_bytes_of_one(made, model_dir, tmp_path):
 
 def test_a_killed_run_goes_on_where_it_was(model_dir, tmp_path):
     many = ("--num-prompts", "72")
-    command = [sys.executable, "-m", "trl_parity", "baseline", "--model", model_dir, "--output", tmp_path / "killed"]
-    run = subprocess.Popen([*map(str, command), *ARGS, *many], env=environment(OMP_NUM_THREADS="1"))
+    command = ["-m", "trl_parity", "baseline", "--model", model_dir, "--output", tmp_path / "killed", *ARGS, *many]
+    log = tmp_path / "log"
+    run = warm.Child(command, env=environment(OMP_NUM_THREADS="1", PYTHONPATH=PATH), stdout=log, stderr=log)
     try:
         for _ in range(1200):
             if len(shards := list((tmp_path / "killed").glob("shard-*"))) >= 2:
                 break
             time.sleep(0.05)
     finally:
-        run.send_signal(signal.SIGKILL)
+        run.kill()
         run.wait()
     assert 2 <= len(shards) < 9
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("shard-*")}

@@ -6,9 +6,10 @@ import random
 import pytest
 import torch
 
-from trl_parity.preflight.check.equivalence import Counterfactuals, Drift, Floors, limit_rows, mechanism_rows
+from trl_parity.preflight.check.drift import Counterfactuals, Drift, Floors, Gaps, bucket, bucket_name
+from trl_parity.preflight.check.equivalence import limit_rows, mechanism_rows
 from trl_parity.preflight.check.journal import Journal
-from trl_parity.preflight.check.rows import Limits, Outcome, Row, Verdict, outcome, within_floor
+from trl_parity.preflight.check.rows import CheckOutcome, Limits, Row, RowVerdict, outcome, within_floor
 from trl_parity.preflight.check.statistics import (
     SCALES,
     Sums,
@@ -22,7 +23,6 @@ from trl_parity.preflight.check.statistics import (
     total_variation,
     wilson,
 )
-from trl_parity.preflight.check.trials import Gaps, bucket, bucket_name
 
 
 def laws(n=6, vocab=11, seed=0, spread=2.0):
@@ -163,55 +163,55 @@ def rows_of(seen, engine, trainer=None, **what_if):
 
 def test_within_the_limits_and_the_noise_passes():
     rows = rows_of(gaps(2e-12), gaps(1e-12))
-    assert {row.verdict for row in rows.values()} == {Verdict.PASS}
-    assert outcome(list(rows.values())) is Outcome.FIT
+    assert {row.verdict for row in rows.values()} == {RowVerdict.PASS}
+    assert outcome(list(rows.values())) is CheckOutcome.FIT
 
 
 def test_a_limit_the_dtype_cannot_meet_is_out_of_reach_not_failed():
     rows = rows_of(gaps(4e-3), gaps(3.5e-3))
-    assert rows["kl_mean"].verdict is rows["kl_max"].verdict is rows["pass_rate"].verdict is Verdict.OUT_OF_REACH
+    assert rows["kl_mean"].verdict is rows["kl_max"].verdict is rows["pass_rate"].verdict is RowVerdict.OUT_OF_REACH
     assert "bfloat16" in rows["kl_mean"].fix or "float32" in rows["kl_mean"].fix
-    assert outcome(list(rows.values())) is Outcome.FIT
+    assert outcome(list(rows.values())) is CheckOutcome.FIT
 
 
 def test_over_the_limit_and_over_the_noise_fails():
     rows = rows_of(gaps(4e-3), gaps(1e-6))
-    assert rows["kl_mean"].verdict is rows["kl_max"].verdict is rows["pass_rate"].verdict is Verdict.FAIL
-    assert rows["model"].verdict is Verdict.FAIL  # and nothing else explains it
-    assert outcome(list(rows.values())) is Outcome.UNFIT
+    assert rows["kl_mean"].verdict is rows["kl_max"].verdict is rows["pass_rate"].verdict is RowVerdict.FAIL
+    assert rows["model"].verdict is RowVerdict.FAIL  # and nothing else explains it
+    assert outcome(list(rows.values())) is CheckOutcome.UNFIT
 
 
 def test_under_the_limit_and_over_the_noise_fails_too():
     rows = rows_of(gaps(1e-5), gaps(1e-12))
-    assert rows["kl_mean"].verdict is Verdict.PASS
-    assert rows["logprobs"].verdict is rows["model"].verdict is Verdict.FAIL
+    assert rows["kl_mean"].verdict is RowVerdict.PASS
+    assert rows["logprobs"].verdict is rows["model"].verdict is RowVerdict.FAIL
 
 
 def test_noise_of_a_coarser_engine_is_the_dtypes_fault_alone():
     rows = rows_of(gaps(1e-4), engine=gaps(1e-4), trainer=gaps(1e-12))
-    assert [id for id, row in rows.items() if row.verdict is Verdict.FAIL] == ["dtype"]
+    assert [id for id, row in rows.items() if row.verdict is RowVerdict.FAIL] == ["dtype"]
 
 
 def test_drift_that_spares_the_first_token_is_positional():
     rows = rows_of(gaps(1e-3, first=0.0, later=2e-2), gaps(1e-12))
-    assert rows["positions"].verdict is Verdict.FAIL
-    assert rows["model"].verdict is Verdict.PASS
-    assert rows_of(gaps(1e-3, first=1e-3, later=2e-3), gaps(1e-12))["positions"].verdict is Verdict.PASS
+    assert rows["positions"].verdict is RowVerdict.FAIL
+    assert rows["model"].verdict is RowVerdict.PASS
+    assert rows_of(gaps(1e-3, first=1e-3, later=2e-3), gaps(1e-12))["positions"].verdict is RowVerdict.PASS
 
 
 def test_a_counterfactual_that_explains_half_is_to_blame():
     seen = gaps(1e-4)
     rows = rows_of(seen, gaps(1e-12), base=1e-4, **{"kv:float8_e5m2": 3e-5})
-    assert rows["kv_cache"].verdict is Verdict.FAIL
+    assert rows["kv_cache"].verdict is RowVerdict.FAIL
     assert "70%" in rows["kv_cache"].evidence
-    assert rows["model"].verdict is Verdict.PASS
-    assert rows_of(seen, gaps(1e-12), base=1e-4, **{"kv:float8_e5m2": 6e-5})["kv_cache"].verdict is Verdict.PASS
+    assert rows["model"].verdict is RowVerdict.PASS
+    assert rows_of(seen, gaps(1e-12), base=1e-4, **{"kv:float8_e5m2": 6e-5})["kv_cache"].verdict is RowVerdict.PASS
 
 
 def test_too_few_tokens_for_the_pass_rate_are_unclear():
     rows = rows_of(gaps(1e-12, n=200), gaps(1e-12))
-    assert rows["pass_rate"].verdict is Verdict.UNCLEAR
-    assert outcome(list(rows.values())) is Outcome.UNKNOWN
+    assert rows["pass_rate"].verdict is RowVerdict.UNCLEAR
+    assert outcome(list(rows.values())) is CheckOutcome.UNKNOWN
 
 
 def test_tokens_that_fail_together_widen_the_interval():
@@ -234,8 +234,8 @@ def test_numbers_that_are_not_finite_never_pass():
     seen.kl = seen.kl + Sums.of(torch.tensor([math.nan]))
     seen.over += 1
     rows = rows_of(seen, gaps(1e-12))
-    assert rows["kl_mean"].verdict is Verdict.FAIL
-    assert rows["logprobs"].verdict is Verdict.FAIL
+    assert rows["kl_mean"].verdict is RowVerdict.FAIL
+    assert rows["logprobs"].verdict is RowVerdict.FAIL
     assert not within_floor(math.nan, 1.0, Limits())
 
 
@@ -244,20 +244,20 @@ def row(verdict, **kw):
 
 
 def test_not_run_is_never_a_pass():
-    assert outcome([]) is Outcome.UNKNOWN
-    assert outcome([row(Verdict.NOT_RUN, needed=False)]) is Outcome.UNKNOWN
-    assert outcome([row(Verdict.PASS), row(Verdict.NOT_RUN)]) is Outcome.UNKNOWN
-    assert outcome([row(Verdict.PASS), row(Verdict.NOT_RUN, needed=False)]) is Outcome.FIT
-    assert outcome([row(Verdict.PASS), row(Verdict.UNCLEAR)]) is Outcome.UNKNOWN
-    assert outcome([row(Verdict.NOT_RUN), row(Verdict.FAIL)]) is Outcome.UNFIT
+    assert outcome([]) is CheckOutcome.UNKNOWN
+    assert outcome([row(RowVerdict.NOT_RUN, needed=False)]) is CheckOutcome.UNKNOWN
+    assert outcome([row(RowVerdict.PASS), row(RowVerdict.NOT_RUN)]) is CheckOutcome.UNKNOWN
+    assert outcome([row(RowVerdict.PASS), row(RowVerdict.NOT_RUN, needed=False)]) is CheckOutcome.FIT
+    assert outcome([row(RowVerdict.PASS), row(RowVerdict.UNCLEAR)]) is CheckOutcome.UNKNOWN
+    assert outcome([row(RowVerdict.NOT_RUN), row(RowVerdict.FAIL)]) is CheckOutcome.UNFIT
 
 
 def test_rows_survive_json():
     import json
 
-    one = row(Verdict.FAIL, value=math.inf, interval=(0.1, math.nan), floor=None, details={"a": [1.0, math.nan]})
+    one = row(RowVerdict.FAIL, value=math.inf, interval=(0.1, math.nan), floor=None, details={"a": [1.0, math.nan]})
     again = Row.from_json(json.loads(json.dumps(one.to_json())))
-    assert again.verdict is Verdict.FAIL
+    assert again.verdict is RowVerdict.FAIL
     assert again.value == math.inf
     assert math.isnan(again.interval[1])
 

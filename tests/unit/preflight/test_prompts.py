@@ -1,4 +1,4 @@
-"""Strategies over real tokenizers: the recipe's characters, and a byte-level BPE with a chat template."""
+"""Prompts drawn over real tokenizers: the recipe's characters, and a byte-level BPE with a chat template."""
 
 import hashlib
 import json
@@ -94,7 +94,7 @@ def test_every_prompt_and_batch_keeps_to_its_bounds(tokenizer, data):
     max_len = data.draw(st.integers(1, 3000))
     boundaries = data.draw(st.lists(st.integers(1, 4000), max_size=3))
     max_batch = data.draw(st.integers(1, 5))
-    batch = data.draw(batches(vocabulary, max_len, boundaries, max_batch))
+    batch = data.draw(batches(vocabulary, max_len, boundaries, max_batch).hypothesis())
     assert 1 <= len(batch) <= max_batch
     known = {*vocabulary.ordinary, *vocabulary.special}
     for prompt in batch:
@@ -155,7 +155,7 @@ print(hashlib.sha256(repr(drawn).encode()).hexdigest())
 
 def test_one_seed_gives_the_same_draws_in_every_process(bpe, tmp_path):
     save_bpe(tmp_path)
-    # hypothesis by itself draws numbers it finds in loaded modules
+    # hypothesis draws numbers it finds in loaded modules
     (tmp_path / "mine.py").write_text("NUMBERS = [17, 33, 47, 55, 61, 77, 99, 101, 131]\n")
     env = environment(PYTHONHASHSEED="7", PYTHONPATH=f"{tmp_path}:{':'.join(sys.path)}")
     command = [sys.executable, "-c", DRAW, str(tmp_path)]
@@ -289,8 +289,12 @@ def test_a_conversation_needs_a_chat_template(characters, tmp_path):
 
 def test_without_hypothesis_the_error_names_feature_package_and_command(tmp_path):
     (tmp_path / "hypothesis.py").write_text("raise ImportError('not here')\n")
-    code = "import trl_parity.preflight.prompts.cases\nimport trl_parity.preflight.prompts.prompts"
+    code = (
+        "from trl_parity.preflight.prompts.cases import Vocabulary\n"
+        "from trl_parity.preflight.prompts.prompts import draw, prompts\n"
+        "drawing = prompts(Vocabulary(ordinary=(1, 2)), 3)\ndraw(drawing, 3, 0)\ndrawing.hypothesis()"
+    )
     env = environment(PYTHONPATH=f"{tmp_path}:{':'.join(sys.path)}")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path)
-    assert "drawing prompts needs hypothesis" in done.stderr
+    assert "drawing prompts as a strategy needs hypothesis" in done.stderr
     assert "pip install 'trl-parity[preflight]'" in done.stderr

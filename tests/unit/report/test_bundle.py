@@ -17,11 +17,13 @@ from support.incidents import HOSTILE, batch, decode, diagnosis, hostile_rows, m
 
 from trl_parity.config.parity import ParityConfig
 from trl_parity.errors import ConfigError
-from trl_parity.report import pictures
+from trl_parity.report import bundle, figures
 from trl_parity.report.bundle import write_incident
 from trl_parity.report.escape import code, fenced, prose, visible
+from trl_parity.report.figures import draw_evidence, draw_timeline, drawn_limit
 from trl_parity.report.markdown import report_markdown
-from trl_parity.results import incident as incident_module
+from trl_parity.report.summary import summary_of
+from trl_parity.report.token_figures import draw_histogram
 from trl_parity.results.incident import read_incident, sequence_rows, versions, windows_in_short
 from trl_parity.verdict import Status, Verdict
 
@@ -31,7 +33,7 @@ FILES = {"incident.json", "tokens.parquet", "report.md", "windows.png", "evidenc
 @pytest.fixture
 def no_pictures(monkeypatch):
     """They take most of the time."""
-    monkeypatch.setattr(pictures, "PICTURES", {})
+    monkeypatch.setattr(figures, "INCIDENT_PICTURES", {})
 
 
 def skeleton(report):
@@ -100,7 +102,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, failing):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(incident_module, failing, full)
+    monkeypatch.setattr(bundle, failing, full)
     with pytest.raises(ConfigError, match=r"cannot write .*step-7: No space left on device\. Expected"):
         write_incident(tmp_path, make(), [])
     assert list((tmp_path / "incidents").iterdir()) == []
@@ -121,10 +123,10 @@ def test_a_folder_that_cannot_be_made_is_named_with_a_remedy(tmp_path):
 
 
 def test_a_picture_that_fails_costs_neither_the_bundle_nor_the_others(tmp_path, monkeypatch, caplog):
-    def broken(incident, rows):
+    def broken(summary):
         raise RuntimeError("no <font>")
 
-    monkeypatch.setitem(pictures.PICTURES, "windows.png", broken)
+    monkeypatch.setitem(figures.INCIDENT_PICTURES, "windows.png", broken)
     folder = write_incident(tmp_path, make(), sequence_rows(*batch(), decode))
     assert {p.name for p in folder.iterdir()} == FILES - {"windows.png"}
     report = (folder / "report.md").read_text()
@@ -167,8 +169,8 @@ def test_numbers_that_are_not_finite_become_strings(tmp_path):
     assert math.isnan(values[1])
     # a file that was read back can be told and drawn again
     assert "confidence in this cause: nan" in report_markdown(back, rows, []).lower()
-    assert pictures.draw_evidence(back, rows) is not None
-    assert pictures.draw_log_ratio(back, rows) is not None
+    assert draw_evidence(summary_of(back, rows)) is not None
+    assert draw_histogram(summary_of(back, rows)) is not None
 
 
 @pytest.mark.parametrize(
@@ -394,7 +396,7 @@ def test_what_is_escaped_reads_as_it_was(text):
     assert said == "x " + visible(" ".join(text.split()))
     [span] = [t for t in rendered("x " + code(text.replace("|", ""))) if t.type == "code_inline"]
     assert span.content.strip() == visible(text.replace("|", "")).strip()
-    [block] = [t for t in rendered("\n".join(fenced(text))) if t.type == "fence"]
+    [block] = [t for t in rendered(fenced(text)) if t.type == "fence"]
     assert block.content == "\n".join(visible(line) for line in text.split("\n")) + "\n"
 
 
@@ -431,15 +433,15 @@ def test_the_report_is_bounded_and_names_what_it_leaves_out():
     ids=["one", "zero-and-infinite", "gaps", "every-status"],
 )
 def test_timelines_of_odd_runs_are_drawn(windows, recwarn):
-    assert pictures.draw_windows(make(windows=windows_in_short(windows)), []) is not None
+    assert draw_timeline(summary_of(make(windows=windows_in_short(windows)), [])) is not None
     assert not list(recwarn)
 
 
 def test_a_timeline_of_a_run_with_its_own_rules_or_another_versions_settings_is_drawn():
     for config in (ParityConfig(rules={"kl_k3": None}).to_dict(), ParityConfig(rules={"kl_k3": 0.5}).to_dict(),
                    {"unknown": 1}):  # fmt: skip
-        assert pictures.draw_windows(make(config=config), []) is not None
-    assert pictures.draw_windows(make(windows=windows_in_short([window(1, k3=None)])), []) is None
+        assert draw_timeline(summary_of(make(config=config), [])) is not None
+    assert draw_timeline(summary_of(make(windows=windows_in_short([window(1, k3=None)])), [])) is None
 
 
 def test_the_limit_drawn_is_the_one_the_breaker_used():
@@ -452,16 +454,17 @@ def test_the_limit_drawn_is_the_one_the_breaker_used():
     ):
         rule = next(r for r in config.resolved_rules() if r.stat == "kl_k3")
         for floor in (None, 0.0, 1e-5, 1e-2, 0.09):
-            limit = pictures._limit(rule, {}, math.nan if floor is None else floor)
+            limit = drawn_limit(rule, math.nan, math.nan if floor is None else floor)
             for k3, over in ((limit * 0.999, False), (limit * 1.001, True)):
                 assert read(rule, {"kl_k3": k3, "floor/kl_k3": floor}).over is over
 
 
 @pytest.mark.parametrize("delta", [0.0, 1e-9, -40.0, math.inf])
 def test_histograms_of_odd_log_ratios_are_drawn(delta, recwarn):
-    rows = [{**row, "log_ratio": d} for row, d in zip(hostile_rows("a"), (delta, 0.1, -0.1), strict=True)]
-    assert pictures.draw_log_ratio(make(), rows) is not None
-    lone = pictures.draw_log_ratio(make(), [{**rows[0]}])
+    rows = [{**row, "log_ratio": d, "trainer_logprob": row["rollout_logprob"] + d}
+            for row, d in zip(hostile_rows("a"), (delta, 0.1, -0.1), strict=True)]  # fmt: skip
+    assert draw_histogram(summary_of(make(), rows)) is not None
+    lone = draw_histogram(summary_of(make(), [{**rows[0]}]))
     assert (lone is None) is math.isinf(delta)
     assert not list(recwarn)
 
@@ -470,8 +473,8 @@ def test_labels_from_outside_are_no_formulas(recwarn):
     found = diagnosis()
     for e in found["evidence"]:
         e |= {"name": "$\\frac{$ \x1b[31m" * 9, "error": "$x$ \n$" * 40}
-    assert pictures.draw_evidence(make(diagnosis=found | {"cause": "$\\x$"}), []) is not None
-    assert pictures.draw_windows(make(verdict=make().verdict | {"breaches": ["$\\x$"] * 9}), []) is not None
+    assert draw_evidence(summary_of(make(diagnosis=found | {"cause": "$\\x$"}), [])) is not None
+    assert draw_timeline(summary_of(make(verdict=make().verdict | {"breaches": ["$\\x$"] * 9}), [])) is not None
     assert not list(recwarn)
 
 
@@ -491,7 +494,8 @@ def test_reading_and_telling_need_no_torch(tmp_path):
     script = (
         "import sys\n"
         "for name in ('torch', 'vllm', 'transformers', 'matplotlib'): sys.modules[name] = None\n"
-        "from trl_parity.incident import read_incident, report_markdown, versions\n"
+        "from trl_parity.results.incident import read_incident, versions\n"
+        "from trl_parity.report.markdown import report_markdown\n"
         "incident = read_incident(sys.argv[1])\n"
         "assert 'stale_weights' in report_markdown(incident, [], [])\n"
         "assert versions()['torch']\n"

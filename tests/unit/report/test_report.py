@@ -19,7 +19,7 @@ from trl_parity.cli import main
 from trl_parity.errors import ConfigError, DataError
 from trl_parity.report.bundle import write_incident
 from trl_parity.report.html import render_page, tokens_html
-from trl_parity.report.summary import headline, load
+from trl_parity.report.summary import headline, summarize
 from trl_parity.results.incident import windows_in_short
 from trl_parity.results.reader import Columns, iter_windows, samples
 from trl_parity.verdict import Status
@@ -41,7 +41,7 @@ def halted(tmp_path_factory):
 
 
 def test_a_healthy_run_is_said_to_be_healthy(healthy, tmp_path, capsys):
-    assert headline(load(healthy)) == ("OK", "healthy in all 10 windows, to step 10.")
+    assert headline(summarize(healthy)) == ("OK", "healthy in all 10 windows, to step 10.")
     assert main(["report", str(healthy)]) == 0
     out = capsys.readouterr().out
     assert "healthy in all 10 windows" in out
@@ -55,7 +55,7 @@ def test_a_healthy_run_is_said_to_be_healthy(healthy, tmp_path, capsys):
 
 
 def test_a_halted_run_tells_since_when_and_why_in_every_form(halted, tmp_path, capsys):
-    status, sentence = headline(load(halted))
+    status, sentence = headline(summarize(halted))
     assert status == "HALT"
     assert sentence == "halted at step 9; over the limit since step 7; cause: stale_weights."
     page, notes = tmp_path / "report.html", tmp_path / "my report.md"
@@ -79,10 +79,10 @@ def test_a_halted_run_tells_since_when_and_why_in_every_form(halted, tmp_path, c
 
 def test_an_incident_is_told_alone_and_with_its_run(halted, tmp_path):
     folder = halted / "parity" / "incidents" / "step-9"
-    with_run = load(folder)
+    with_run = summarize(folder)
     assert with_run.columns.count == 9
     assert len(with_run.before)
-    alone = load(shutil.copytree(folder, tmp_path / "sent-by-mail"))
+    alone = summarize(shutil.copytree(folder, tmp_path / "sent-by-mail"))
     assert alone.columns.count == 9  # the windows it brought along
     assert alone.of == "tokens of the worst sequences"
     assert headline(alone)[1].startswith("halted at step 9; over the limit since step 7")
@@ -229,17 +229,17 @@ def test_newer_schemas_are_refused_and_older_ones_read(halted, tmp_path):
     folder = shutil.copytree(halted, tmp_path / "run")
     windows = folder / "parity" / "metrics.jsonl"
     windows.write_text(windows.read_text().replace('"schema_version": 2', '"schema_version": 1'))
-    assert load(folder).columns.count == 9
+    assert summarize(folder).columns.count == 9
     (folder / "parity" / "tokens.jsonl").unlink()  # of a version before there was one
     (folder / "parity" / "run.json").unlink()
-    assert load(folder).of == "tokens of the worst sequences"
+    assert summarize(folder).of == "tokens of the worst sequences"
     incident = folder / "parity" / "incidents" / "step-9" / "incident.json"
     incident.write_text(incident.read_text().replace('"schema_version": 1', '"schema_version": 9'))
     with pytest.raises(ConfigError, match=r"schema_version 9.*update this one"):
-        load(folder)
+        summarize(folder)
     windows.write_text(windows.read_text().replace('"schema_version": 1', '"schema_version": 9'))
     with pytest.raises(DataError, match=r"schema_version 9.*update this one"):
-        load(folder)
+        summarize(folder)
 
 
 def test_a_damaged_bundle_costs_a_part_and_is_said(halted, tmp_path, capsys):

@@ -12,7 +12,8 @@ from support.windows import window
 
 from trl_parity import ParityConfig, ParityMonitor
 from trl_parity.cli import main
-from trl_parity.report.terminal import Tail, line_of, render, sparkline
+from trl_parity.report.follow import Tail, follow, line_of
+from trl_parity.report.terminal import dashboard, sparkline
 
 
 def lines(*steps):
@@ -68,11 +69,9 @@ def test_the_picture_goes_on_over_a_rotation_and_a_restart(tmp_path):
     """One look after the other, as `watch` takes them, on a console that is no terminal."""
     import io
 
-    from trl_parity.report.terminal import watch
-
     path = tmp_path / "parity" / "metrics.jsonl"
     out = io.StringIO()
-    look = watch(str(tmp_path), Console(file=out), every=0)
+    look = follow(str(tmp_path), Console(file=out), every=0)
     next(look)  # no folder yet
     path.parent.mkdir()
     path.write_text(lines(1, 2))
@@ -107,7 +106,7 @@ def recorded(tmp_path, values):
 def test_the_picture_shows_status_limits_and_what_went_wrong(tmp_path, width):
     path = recorded(tmp_path, [1e-5] * 60 + [6.1e-5, 2.1e-4, 2.1e-4])
     console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(render(path, list(Tail(path).poll()), ParityConfig(), 2.0, width))
+    console.print(dashboard(path, list(Tail(path).poll()), ParityConfig(), 2.0, width))
     text = console.export_text()
     assert "BREACH" in text.splitlines()[0]
     assert "streak 2 of 3" in text.splitlines()[0]

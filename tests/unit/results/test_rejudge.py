@@ -10,7 +10,7 @@ from support.windows import window
 from trl_parity import ParityConfig, ParityMonitor
 from trl_parity.cli import main
 from trl_parity.errors import ConfigError, DataError
-from trl_parity.results.rejudge import changed_config, read_windows, replay
+from trl_parity.results.rejudge import changed_config, read_windows, rejudge
 
 FLOOR = {"floor/kl_k3": 1e-5}
 
@@ -30,7 +30,7 @@ def test_with_the_runs_own_settings_every_window_is_judged_as_it_was(tmp_path):
     recorded = run(tmp_path, values, consecutive=2, warmup=1)
     rows = read_windows(tmp_path)
     config = ParityConfig(consecutive=2, warmup=1, floor_tokens=0)
-    for (row, verdict), original in zip(replay(rows, config), recorded.verdicts, strict=True):
+    for (row, verdict), original in zip(rejudge(rows, config), recorded.verdicts, strict=True):
         assert (row["status"], row["streak"]) == (str(original.status), original.streak)
         assert (verdict.status, verdict.streak, verdict.breaches) == (
             original.status, original.streak, original.breaches,
@@ -70,7 +70,7 @@ def test_a_torn_line_is_passed_over_and_infinities_come_back(tmp_path):
         f.write(b'{"step": 3, "sta')
     rows = read_windows(path)
     assert [row["kl_k3"] for row in rows] == [float("inf"), 1e-5]
-    assert [str(v.status) for _, v in replay(rows, ParityConfig(floor_tokens=0))] == ["BREACH", "OK"]
+    assert [str(v.status) for _, v in rejudge(rows, ParityConfig(floor_tokens=0))] == ["BREACH", "OK"]
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,8 @@ def test_non_finite_hidden_spoils_only_its_own_token(bad, dtype):
 
 MEMORY_SCRIPT = """
 import json, pathlib, sys, torch
-from trl_parity.head import Head, score_tokens
+from trl_parity.scoring.head import score_tokens
+from trl_parity.scoring.head_spec import Head
 dtype, chunk = getattr(torch, sys.argv[1]), int(sys.argv[2])
 hidden = torch.ones(1024, 1024, dtype=dtype)
 weight = torch.ones(49152, 1024, dtype=dtype)

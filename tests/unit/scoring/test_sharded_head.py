@@ -1,15 +1,14 @@
 """A head whose weight lies in shards."""
 
 import pytest
-import torch
 from support.models import save_tiny_model
 from support.processes import run_on_two_ranks
-from support.ranks import sharded_head_on
 
 
 def test_a_sharded_head_is_scored_right_and_without_a_deadlock(tmp_path):
     model = save_tiny_model(tmp_path / "model")
-    torch.multiprocessing.spawn(sharded_head_on, args=(2, str(model), 29620), nprocs=2)
+    code = "import sys\nfrom support.ranks import sharded_head_on\nsharded_head_on(sys.argv[1])"
+    run_on_two_ranks(code, tmp_path, model)
 
 
 ZERO3 = """

@@ -313,7 +313,7 @@ def _another_model(engine: Engine, findings: Findings, drift: float, began_healt
     if alike:
         parameters = "its parameters are the trainer's"
     elif in_process(engine):
-        parameters = "not all of its parameters were read"
+        parameters = "its parameters were not read" if weights is None else "its parameters could not all be read"
     else:
         parameters = "a server's parameters can't be read"
     if began_healthy:

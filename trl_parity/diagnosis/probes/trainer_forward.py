@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from ...engine.base import in_process
-from ...scoring.perturb import config_differences, largest_dropout
+from ...scoring.perturb import FP8_CACHES, config_differences, largest_dropout
 from ..counterfactual import Counterfactual, DiagnosedBatch
 from ..findings import NOTHING, Findings
 from ..forward_passes import FEW
@@ -87,8 +87,7 @@ def kv_cache(batch: DiagnosedBatch, current: Counterfactual, findings: Findings)
     if batch.engine is None:
         raise NotPossible("the engine's settings are not at hand on this rank, or the server does not tell them")
     name = batch.engine.settings()["kv_cache_dtype"]
-    dtypes = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2", "bfloat16": "bfloat16",
-              "float16": "float16"}  # fmt: skip
+    dtypes = FP8_CACHES | {"bfloat16": "bfloat16", "float16": "float16"}
     if name not in dtypes:
         return None, NOTHING
     dtype = getattr(torch, dtypes[name])

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,41 +24,13 @@ from ...scoring.head import logits_chunk
 from ...scoring.scorer import causal_lm, materialized_head
 from ..prompts.cases import Prompt
 from .baseline import MANIFEST, SCHEMA_VERSION, Baseline, file_sha256, open_baseline, read_manifest, versions
+from .settings import Generation
 from .sources import Source
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Generation", "answers", "make_baseline"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Generation:
-    """How answers are made. ``seeds``: one sampled answer a prompt for each, beside the greedy one."""
-
-    max_new_tokens: int = 32
-    greedy: bool = True
-    seeds: tuple[int, ...] = (0,)
-    temperature: float = 1.0  # of the sampled answers
-    top_k: int = 20  # most likely tokens kept at each place; nothing is cut from what is sampled
-    batch_size: int = 16  # answers at a time
-    shard_size: int = 256  # prompts in a file
-
-    def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "top_k", "batch_size", "shard_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}. Expected at least 1.")
-        if not 0 < self.temperature < math.inf:
-            raise ConfigError(f"temperature is {self.temperature}. Expected a number above 0; greedy needs none.")
-        if len(set(self.seeds)) < len(self.seeds) or any(seed < 0 for seed in self.seeds):
-            raise ConfigError(f"seeds are {self.seeds}. Expected different whole numbers >= 0.")
-        if not self.modes:
-            raise ConfigError("neither greedy nor a seed is asked for. Expected at least one of them.")
-
-    @property
-    def modes(self) -> tuple[int | None, ...]:
-        """One a row of each prompt: None is greedy, a number the seed of a sampled answer."""
-        return (*((None,) if self.greedy else ()), *self.seeds)
+__all__ = ["answers", "make_baseline"]
 
 
 def make_baseline(

@@ -15,6 +15,8 @@ from .baseline import file_sha256
 
 __all__ = ["DrawnPrompts", "FilePrompts", "Source"]
 
+_DRAWS = 2  # counts up when a seed gives other prompts; 1 were hypothesis' draws
+
 
 class Source(Protocol):
     """Where prompts come from."""
@@ -32,7 +34,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DrawnPrompts:
-    """``count`` prompts from the strategies of ``trl_parity.preflight.prompts.prompts``."""
+    """``count`` prompts from ``trl_parity.preflight.prompts.prompts``."""
 
     vocabulary: Vocabulary
     count: int
@@ -41,13 +43,15 @@ class DrawnPrompts:
     boundaries: tuple[int, ...] = ()
 
     def describe(self) -> dict[str, Any]:
-        """Seed, lengths, and the version of hypothesis, on which draws depend."""
-        import hypothesis
-
+        """Seed, lengths, and the version of what draws."""
         return {
-            "source": "strategies", "count": self.count, "seed": self.seed, "max_len": self.max_len,
-            "boundaries": list(self.boundaries), "hypothesis": hypothesis.__version__,
-        }  # fmt: skip
+            "source": "strategies",
+            "count": self.count,
+            "seed": self.seed,
+            "max_len": self.max_len,
+            "boundaries": list(self.boundaries),
+            "draws": _DRAWS,
+        }
 
     def shards(self, size: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, list[Prompt]]]:
         """Each shard is drawn by itself: no other has to be drawn for it."""

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from ...engine.offline import BenchEngine
-from ...report.messages import number
+from ...report.format import number
 from ..baseline.baseline import Baseline
 from .invariances import Noise
-from .rows import Row, Verdict, within_floor
+from .rows import Row, RowVerdict, within_floor
 from .sampling import own_laws
 from .statistics import Sums, coarse_kl
 
@@ -33,7 +33,7 @@ def baseline_row(engine: BenchEngine, baseline: Baseline, noise: Noise, half_squ
     common: dict[str, Any] = {"id": "baseline", "group": "baseline", "title": f"stored reference {baseline.directory}"}
     if not fitting:
         return Row(
-            verdict=Verdict.NOT_RUN, evidence=f"none of its {len(baseline):,} answers fits max_model_len", **common
+            verdict=RowVerdict.NOT_RUN, evidence=f"none of its {len(baseline):,} answers fits max_model_len", **common
         )
     gaps = []
     for part in _parts(fitting):
@@ -52,7 +52,7 @@ def baseline_row(engine: BenchEngine, baseline: Baseline, noise: Noise, half_squ
     return Row(
         statistic="mean Δ²/2, nats", value=halves.mean, floor=half_square, worst=halves.maximum,
         limit=max(noise.limits.least_kl, noise.limits.k * half_square), tokens=len(delta), trials=len(fitting),
-        verdict=Verdict.FAIL if fails else Verdict.PASS,
+        verdict=RowVerdict.FAIL if fails else RowVerdict.PASS,
         evidence=f"{len(fitting)} of {len(baseline):,} answers, dtype {dtype}: mean |Δ| "
         f"{number(float(sizes.mean()))}, largest {number(float(sizes.max()))}; KL at least "
         f"{number(float(bound.mean()))} (the stored top {top.shape[1]} and the rest as one, on {len(some)} contexts)",

@@ -19,16 +19,17 @@ from ...scoring.perturb import config_differences, own_random_numbers
 from ..baseline.baseline import Baseline, open_baseline
 from ..prompts.cases import Case, Prompt
 from . import invariances, lengths, sampling, trials
-from .engines import TITLES, variant_rows
-from .equivalence import Counterfactuals, Drift, Floors, limit_rows, mechanism_rows, sampled_kl
+from .drift import Counterfactuals, Drift, Floors, Gaps, sampled_kl
+from .engines import variant_rows
+from .equivalence import limit_rows, mechanism_rows
 from .explain import held_tensors, measure_floors, what_if
 from .invariances import Noise
 from .journal import Journal
-from .rows import Row, Verdict, not_run
-from .settings import STAGES, CheckSettings, Result
+from .rows import Row, RowVerdict, not_run
+from .settings import STAGES, TITLES, CheckSettings, Result
 from .statistics import scale_curve
 from .subject import Progress, Subject, stamp
-from .trials import Batch, Gaps, Trial
+from .trials import Batch, Trial
 
 __all__ = ["run_check"]
 
@@ -92,7 +93,7 @@ class _Check:
             why = f"{len(found)} of {asked_for} trials were run; no time left (--budget)"
             yield not_run("trials", "limits", "all trials", why, needed=True)
         noise = Noise(sampled_kl(floors.engine), floors.engine_dtype, self.settings.limits)
-        positional = any(r.id == "positions" and r.verdict is Verdict.FAIL for r in about)
+        positional = any(r.id == "positions" and r.verdict is RowVerdict.FAIL for r in about)
         yield from self._stage("sampling", lambda: self._sampling_rows(noise))
         if self.settings.case is not None:
             return
@@ -132,7 +133,7 @@ class _Check:
             self._progress(name, 0, 0)
             try:
                 for row in make():
-                    out = replace(row, verdict=Verdict.NOT_RUN, value=None, fix="", needed=False)
+                    out = replace(row, verdict=RowVerdict.NOT_RUN, value=None, fix="", needed=False)
                     told = self._wants(row.id, row.group)
                     rows.append(row if told else replace(out, evidence="left out (--skip)"))
             except ParityError:
@@ -205,7 +206,7 @@ class _Check:
 
     def _reproducible(self, rows: Sequence[Row], found: Sequence[Trial]) -> list[Row]:
         """The rows that failed on trials, with the command that reproduces the worst of them."""
-        failed = [r for r in rows if r.verdict is Verdict.FAIL and r.group == "limits"]
+        failed = [r for r in rows if r.verdict is RowVerdict.FAIL and r.group == "limits"]
         if not failed:
             return list(rows)
         worst = max(found, key=lambda t: t.mean_kl)
@@ -226,7 +227,7 @@ class _Check:
                 return not self._trial(0, self.subject.batch(prompts, 0)).mean_kl <= most
 
             seconds = min(20.0, max(1.0, self._left() / 4))
-            batch = shrink(self.subject.strategy, fails, self.settings.seed, seconds, batch)
+            batch = shrink(self.subject.drawing, fails, self.settings.seed, seconds, batch)
         return Case(batch).to_text()
 
     def _sampling_rows(self, noise: Noise) -> Iterator[Row]:

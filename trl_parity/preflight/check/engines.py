@@ -12,15 +12,10 @@ from typing import Any
 from ...engine.offline import BenchEngine, Sampled
 from ...errors import ParityError
 from .invariances import Ask, Noise, asked, gap_row
-from .rows import Row, Verdict, not_run
+from .rows import Row, RowVerdict, not_run
+from .settings import TITLES
 
-__all__ = ["TITLES", "variant_rows"]
-
-TITLES = {
-    "compiled": "compiled and eager",
-    "chunked_prefill": "prompts in chunks and whole",
-    "block_size": "block size of the cache",
-}
+__all__ = ["variant_rows"]
 
 _FIXES = {
     "compiled": "enforce_eager: true",
@@ -123,5 +118,5 @@ def _left_out(id: str, why: Exception) -> Row:
 
 def _row(id: str, one: Sequence[Sampled], other: Sequence[Sampled], noise: Noise, words: str) -> Row:
     row = gap_row(id, TITLES[id], one, other, noise, words, _FIXES[id])
-    assert row.verdict in (Verdict.PASS, Verdict.FAIL)
+    assert row.verdict in (RowVerdict.PASS, RowVerdict.FAIL)
     return row

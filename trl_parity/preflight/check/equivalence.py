@@ -16,17 +16,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
-import torch
-
-from ...report.messages import number
-from .rows import Limits, Row, Verdict, within_floor
+from ...report.format import number
+from .drift import Counterfactuals, Drift, bucket_name, drift_of, sampled_kl
+from .rows import Limits, Row, RowVerdict, within_floor
 from .statistics import fitted_scale, wilson
-from .trials import Gaps, bucket_name
 
-__all__ = ["EXPLAINED", "Drift", "Floors", "drift_of", "limit_rows", "mechanism_rows"]
+__all__ = ["EXPLAINED", "limit_rows", "mechanism_rows"]
 
 EXPLAINED = 0.5  # a mechanism is to blame when undoing it takes away this share of the drift above the floor
 
@@ -41,71 +39,6 @@ _EPS = {
     "float8_e4m3fn": 2.0**-3,
     "float8_e5m2": 2.0**-2,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Floors:
-    """A noisy reference against the plain one, on tokens of some trials."""
-
-    trainer: Gaps  # in the trainer's dtype
-    engine: Gaps  # in the engine's; where that is the coarser one, on weights rounded to it
-    trainer_dtype: str
-    engine_dtype: str
-
-    @property
-    def same(self) -> bool:
-        """Whether both sides compute in one dtype."""
-        return self.trainer_dtype == self.engine_dtype
-
-
-def drift_of(gaps: Gaps) -> float:
-    """One number for how far apart: KL of what was sampled, or half the mean squared gap by prefill, the larger."""
-    return max(x for x in (sampled_kl(gaps), gaps.half_square, 0.0) if not math.isnan(x))
-
-
-def sampled_kl(gaps: Gaps) -> float:
-    """Mean exact KL; k3 of the sampled tokens where the engine gave no whole law."""
-    return gaps.kl.mean if gaps.kl.count + gaps.kl.bad else gaps.k3.mean
-
-
-@dataclass(frozen=True, slots=True)
-class Drift:
-    """What is known of an engine's drift once the trials are over."""
-
-    gaps: Gaps
-    floors: Floors
-    limits: Limits
-
-    @property
-    def size(self) -> float:
-        """See ``drift_of``."""
-        return drift_of(self.gaps)
-
-    @property
-    def noise(self) -> float:
-        """The same of the engine's dtype."""
-        return drift_of(self.floors.engine)
-
-    @property
-    def excessive(self) -> bool:
-        """More than the engine's dtype explains."""
-        return not (
-            within_floor(sampled_kl(self.gaps), sampled_kl(self.floors.engine), self.limits)
-            and within_floor(self.gaps.half_square, self.floors.engine.half_square, self.limits)
-        )
-
-    @property
-    def before_sampling(self) -> bool:
-        """More than the engine's dtype explains by prefill already, at T = 1, with nothing done to the law."""
-        return not within_floor(self.gaps.half_square, self.floors.engine.half_square, self.limits)
-
-    @property
-    def coarser(self) -> bool:
-        """More than the trainer's dtype explains."""
-        return not (
-            within_floor(sampled_kl(self.gaps), sampled_kl(self.floors.trainer), self.limits)
-            and within_floor(self.gaps.half_square, self.floors.trainer.half_square, self.limits)
-        )
 
 
 # ---- limits ------------------------------------------------------------------------------------------------------
@@ -142,7 +75,7 @@ def limit_rows(drift: Drift) -> list[Row]:
         Row(
             id="logprobs", title="log-probs of the sampled tokens", statistic="mean |Δ|, nats",
             value=gaps.delta.mean, floor=floor.delta.mean, worst=gaps.delta.maximum,
-            verdict=Verdict.FAIL if drift.excessive else Verdict.PASS,
+            verdict=RowVerdict.FAIL if drift.excessive else RowVerdict.PASS,
             evidence=f"99th percentile {number(gaps.delta.quantile(0.99))} (noise "
             f"{number(floor.delta.quantile(0.99))}), largest {number(gaps.delta.maximum)} (noise "
             f"{number(floor.delta.maximum)}); judged against {drift.limits.k:g} x the noise of "
@@ -153,12 +86,12 @@ def limit_rows(drift: Drift) -> list[Row]:
     return [_explained(row, drift) for row in rows]
 
 
-def _limit(value: float, limit: float, floor: float, limits: Limits) -> Verdict:
+def _limit(value: float, limit: float, floor: float, limits: Limits) -> RowVerdict:
     if math.isnan(value):
-        return Verdict.NOT_RUN
+        return RowVerdict.NOT_RUN
     if value < limit:
-        return Verdict.PASS
-    return Verdict.OUT_OF_REACH if within_floor(value, floor, limits) else Verdict.FAIL
+        return RowVerdict.PASS
+    return RowVerdict.OUT_OF_REACH if within_floor(value, floor, limits) else RowVerdict.FAIL
 
 
 def _pass_rate(drift: Drift) -> Row:
@@ -167,7 +100,7 @@ def _pass_rate(drift: Drift) -> Row:
     title = f"tokens with KL under {limits.max_kl:g}"
     if not count:
         return Row(
-            id="pass_rate", group="limits", title=title, verdict=Verdict.NOT_RUN,
+            id="pass_rate", group="limits", title=title, verdict=RowVerdict.NOT_RUN,
             evidence="the engine gave no whole law, so no token has an exact KL",
         )  # fmt: skip
     rate = 1.0 - gaps.over / count
@@ -179,13 +112,13 @@ def _pass_rate(drift: Drift) -> Row:
     own = floor.kl.count + floor.kl.bad
     own_rate = 1.0 - floor.over / own if own else math.nan
     if rate > limits.pass_rate:
-        verdict = Verdict.PASS if low > limits.pass_rate else Verdict.UNCLEAR
+        verdict = RowVerdict.PASS if low > limits.pass_rate else RowVerdict.UNCLEAR
     elif 1 - rate <= limits.k * (1 - own_rate) and not drift.excessive:
-        verdict = Verdict.OUT_OF_REACH
+        verdict = RowVerdict.OUT_OF_REACH
     else:
-        verdict = Verdict.FAIL
+        verdict = RowVerdict.FAIL
     words = f"{gaps.over:,} of {count:,} tokens are over"
-    if verdict is Verdict.UNCLEAR:
+    if verdict is RowVerdict.UNCLEAR:
         words += "; too few to tell: more --trials narrow the interval"
     return Row(
         id="pass_rate", group="limits", title=title, statistic="share of tokens", value=rate, limit=limits.pass_rate,
@@ -195,10 +128,8 @@ def _pass_rate(drift: Drift) -> Row:
 
 
 def _explained(row: Row, drift: Drift) -> Row:
-    if row.verdict is not Verdict.OUT_OF_REACH:
+    if row.verdict is not RowVerdict.OUT_OF_REACH:
         return row
-    from dataclasses import replace
-
     return replace(
         row,
         evidence=f"{row.evidence}. {drift.floors.engine_dtype} noise alone makes {number(row.floor)} of this model",
@@ -207,22 +138,6 @@ def _explained(row: Row, drift: Drift) -> Row:
 
 
 # ---- mechanisms --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Counterfactuals:
-    """The drift on a few trials, as it is and with one thing undone; None: not tried."""
-
-    base: float
-    noise: float
-    undone: Mapping[str, float]  # name: drift that is left
-
-    def explained(self, name: str) -> float:
-        """Share of the drift above the noise that disappears; 0 where not tried, or nothing is there to explain."""
-        over = self.base - self.noise
-        if name not in self.undone or not over > 0:
-            return 0.0
-        return min(1.0, (self.base - self.undone[name]) / over)
 
 
 def mechanism_rows(
@@ -243,7 +158,7 @@ def mechanism_rows(
         _scale(drift),
         _positions(drift),
     ]
-    blamed = [row.id for row in rows if row.verdict is Verdict.FAIL and row.id != "dtype"]
+    blamed = [row.id for row in rows if row.verdict is RowVerdict.FAIL and row.id != "dtype"]
     return [*rows, _model(drift, blamed)]
 
 
@@ -265,7 +180,7 @@ def _dtype(drift: Drift, settings: Mapping[str, Any]) -> Row:
         )
     return Row(
         id="dtype", title="dtype of the two sides", statistic="drift, nats", value=value,
-        floor=drift_of(floors.trainer), verdict=Verdict.FAIL if fails else Verdict.PASS, evidence=words,
+        floor=drift_of(floors.trainer), verdict=RowVerdict.FAIL if fails else RowVerdict.PASS, evidence=words,
         fix=f"one dtype on both sides: dtype: {floors.trainer_dtype} in the engine's settings, or a trainer in "
         f"{floors.engine_dtype} (--trainer-dtype {floors.engine_dtype})" if fails else "",
         **_common(drift),
@@ -285,7 +200,7 @@ def _kv_cache(drift: Drift, what_if: Counterfactuals, settings: Mapping[str, Any
         words += f"; rounded alike, the reference explains {max(0.0, share):.0%} of the drift"
     return Row(
         id="kv_cache", title="precision of the key-value cache", statistic="share of the drift explained",
-        value=share if shares else None, limit=EXPLAINED, verdict=Verdict.FAIL if fails else Verdict.PASS,
+        value=share if shares else None, limit=EXPLAINED, verdict=RowVerdict.FAIL if fails else RowVerdict.PASS,
         evidence=words, fix="kv_cache_dtype: auto" if fails else "", **_common(drift),
     )  # fmt: skip
 
@@ -293,7 +208,7 @@ def _kv_cache(drift: Drift, what_if: Counterfactuals, settings: Mapping[str, Any
 def _weights(drift: Drift, what_if: Counterfactuals, held: Sequence[Any] | None, error: str) -> Row:
     row: dict[str, Any] = {"id": "weights", "title": "weights the engine holds", **_common(drift)}
     if held is None:
-        return Row(verdict=Verdict.NOT_RUN, evidence=error, needed=False, **row)
+        return Row(verdict=RowVerdict.NOT_RUN, evidence=error, needed=False, **row)
     off = [t for t in held if t.differing]
     lost = [t for t in held if not t.written]
     total = sum(t.numel for t in held)
@@ -310,7 +225,7 @@ def _weights(drift: Drift, what_if: Counterfactuals, held: Sequence[Any] | None,
         words += f"; its loader takes no notice of {len(lost)}: {names}"
     fails = bool(off or (lost and drift.excessive))
     return Row(
-        verdict=Verdict.FAIL if fails else Verdict.PASS, statistic="tensors that differ", value=float(len(off)),
+        verdict=RowVerdict.FAIL if fails else RowVerdict.PASS, statistic="tensors that differ", value=float(len(off)),
         limit=0.0, evidence=words, fix="one checkpoint on both sides" if fails else "", **row,
     )  # fmt: skip
 
@@ -324,7 +239,7 @@ def _config(drift: Drift, what_if: Counterfactuals, differs: Mapping[str, Sequen
     return Row(
         id="config", title="model config of the two sides", statistic="share of the drift explained",
         value=share if differs and drift.excessive else None, limit=EXPLAINED,
-        verdict=Verdict.FAIL if fails else Verdict.PASS, evidence=words,
+        verdict=RowVerdict.FAIL if fails else RowVerdict.PASS, evidence=words,
         fix="the same config on both sides: take it out of hf_overrides, or put it into the checkpoint's config.json"
         if fails else "", **_common(drift),
     )  # fmt: skip
@@ -342,7 +257,7 @@ def _scale(drift: Drift) -> Row:
         words += f", which explains {max(0.0, share):.0%} of the exact KL"
     return Row(
         id="scale", title="scale of the logits (head, temperature)", statistic="factor", value=factor,
-        verdict=Verdict.FAIL if fails else Verdict.PASS, evidence=words,
+        verdict=RowVerdict.FAIL if fails else RowVerdict.PASS, evidence=words,
         fix="the same logit scale, soft cap, head weights and temperature on both sides" if fails else "",
         **_common(drift),
     )  # fmt: skip
@@ -358,7 +273,10 @@ def _positions(drift: Drift) -> Row:
                            "details": {"by_context_length": table}, **_common(drift)}  # fmt: skip
     if 0 not in found or len(found) < 2:
         return Row(
-            verdict=Verdict.NOT_RUN, evidence="no first tokens, or nothing beyond them", needed=drift.excessive, **row
+            verdict=RowVerdict.NOT_RUN,
+            evidence="no first tokens, or nothing beyond them",
+            needed=drift.excessive,
+            **row,
         )
     first, later = found.pop(0), max(found, key=lambda k: found[k])
     # noise of longer contexts is more: each length has its own, and one that was not measured has the largest
@@ -371,7 +289,7 @@ def _positions(drift: Drift) -> Row:
     if fails:
         words += f"; none where attention sees one token, over the noise from {bucket_name(min(grown))} tokens on"
     return Row(
-        verdict=Verdict.FAIL if fails else Verdict.PASS, statistic="Δ²/2 of the worst length, nats",
+        verdict=RowVerdict.FAIL if fails else RowVerdict.PASS, statistic="Δ²/2 of the worst length, nats",
         value=found[later], floor=noise.get(later), worst=max(v for v in found.values()), evidence=words,
         fix="the same rope_parameters, sliding window and attention scale on both sides" if fails else "", **row,
     )  # fmt: skip
@@ -394,12 +312,7 @@ def _model(drift: Drift, blamed: Sequence[str]) -> Row:
     return Row(
         id="model", title="drift that no mechanism explains", statistic="mean Δ²/2 by prefill, nats",
         value=drift.gaps.half_square, floor=drift.floors.engine.half_square,
-        verdict=Verdict.FAIL if fails else Verdict.PASS, evidence=words,
+        verdict=RowVerdict.FAIL if fails else RowVerdict.PASS, evidence=words,
         fix="compare the two implementations module by module: norms, activation, biases, attention scale"
         if fails else "", **_common(drift),
     )  # fmt: skip
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """As settings spell it."""
-    return str(dtype).removeprefix("torch.")

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 
 from ...engine.weight_readback import HeldTensor, read_back
+from ...scoring.dtypes import dtype_name
+from ...scoring.perturb import FP8_CACHES
 from . import trials
-from .equivalence import Counterfactuals, Drift, drift_of, dtype_name
+from .drift import Counterfactuals, Drift, Gaps, drift_of
 from .subject import Subject
-from .trials import Gaps
 
 __all__ = ["held_tensors", "measure_floors", "what_if"]
-
-_FP8 = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
 
 
 def measure_floors(subject: Subject) -> dict[str, Any]:
@@ -73,7 +72,7 @@ def what_if(
         return drift_of(gaps)
 
     base = left()
-    told = _FP8.get(str(subject.engine.settings()["kv_cache_dtype"]))
+    told = FP8_CACHES.get(str(subject.engine.settings()["kv_cache_dtype"]))
     for name, truncated in (("float8_e4m3fn", False), ("float8_e5m2", False), ("float8_e5m2", True)):
         if told in (None, name):  # told nothing, the engine may still do it
             with reference.cached_in(getattr(torch, name), truncated):

@@ -14,9 +14,9 @@ import torch
 
 from ...engine.offline import BenchEngine, Sampled
 from ...records import SamplingSettings
-from ...report.messages import number
+from ...report.format import number
 from .reference import Reference
-from .rows import Limits, Row, Verdict, not_run, within_floor
+from .rows import Limits, Row, RowVerdict, not_run, within_floor
 from .statistics import Sums, exact_kl
 from .trials import LAW_ENTRIES
 
@@ -106,7 +106,7 @@ def gap_row(
     return Row(
         id=id, group="invariances", title=title, statistic="mean KL, nats", value=value, limit=noise.limit,
         floor=noise.kl, worst=max(kl.maximum, halves.maximum), tokens=max(kl.count, halves.count), trials=len(one),
-        verdict=Verdict.FAIL if fails else Verdict.PASS,
+        verdict=RowVerdict.FAIL if fails else RowVerdict.PASS,
         evidence=f"{evidence}; {alike:,} of {total:,} greedy tokens alike before they part",
         fix=fix if fails else "",
     )  # fmt: skip
@@ -134,7 +134,7 @@ def own_rows(engine: BenchEngine, ask: Ask, base: Sequence[Sampled], noise: Nois
     yield Row(
         id="seed", group="invariances", title="sampling is reproduced by its seed", statistic="answers reproduced",
         value=same / len(base), limit=1.0, at_least=True, trials=len(base), tokens=sum(len(a.token_ids) for a in base),
-        verdict=Verdict.PASS if same == len(base) else Verdict.FAIL,
+        verdict=RowVerdict.PASS if same == len(base) else RowVerdict.FAIL,
         evidence=f"{same} of {len(base)} answers are the same with the same seed, {moved} are others with another",
         fix="" if same == len(base) else "a seed in each request; the same batch shape, or batch invariance",
     )  # fmt: skip
@@ -166,7 +166,7 @@ def _prefill_decode(engine: BenchEngine, ask: Ask, base: Sequence[Sampled], nois
     return Row(
         id="prefill_decode", group="invariances", title="prefill and decode", statistic="mean KL, nats", value=value,
         limit=noise.limit, floor=noise.kl, worst=max(sums.maximum, halves.maximum), tokens=halves.count,
-        trials=len(base), verdict=Verdict.FAIL if fails else Verdict.PASS,
+        trials=len(base), verdict=RowVerdict.FAIL if fails else RowVerdict.PASS,
         evidence=f"{sums.count:,} laws sampled from token by token, and by prefill of the whole",
         fix="another attention_backend; kv_cache_dtype: auto" if fails else "",
     )  # fmt: skip
@@ -225,7 +225,7 @@ def update_rows(
     except Exception as e:
         for id, title in titles.items():
             yield Row(
-                id=id, group="invariances", title=title, verdict=Verdict.FAIL,
+                id=id, group="invariances", title=title, verdict=RowVerdict.FAIL,
                 evidence=f"the engine's load_weights does not take the trainer's tensors: {type(e).__name__}: {e}",
                 fix="an engine whose weights can be synced: no packed or quantized layers",
             )  # fmt: skip
@@ -243,7 +243,7 @@ def update_rows(
     yield Row(
         id="update_back", group="invariances", title=titles["update_back"], statistic="drift, nats", value=back,
         limit=limit, floor=noise.kl, trials=len(base), tokens=sum(len(one.token_ids) for one in base),
-        verdict=Verdict.PASS if back <= limit else Verdict.FAIL,
+        verdict=RowVerdict.PASS if back <= limit else RowVerdict.FAIL,
         evidence=f"the first weights delivered again: drift {number(back)}, before any update {number(usual)}",
         fix="" if back <= limit else "a loader that restores what it replaced",
     )  # fmt: skip
@@ -262,7 +262,9 @@ def _arrived(
     with reference.holding(values):
         value = _drift(reference, new, ask)
     limit = max(noise.limit, 4.0 * usual)
-    verdict = Verdict.FAIL if not value <= limit else Verdict.PASS if before > 4.0 * value else Verdict.UNCLEAR
+    verdict = (
+        RowVerdict.FAIL if not value <= limit else RowVerdict.PASS if before > 4.0 * value else RowVerdict.UNCLEAR
+    )
     words = f"{len(values)} tensors moved by {_STEP:.0%} of their spread, delivered one by one: drift from the new "
     words += f"weights {number(value)}, from the old ones {number(before)}; before the update {number(usual)}"
     return Row(
@@ -270,7 +272,7 @@ def _arrived(
         floor=noise.kl, tokens=sum(len(one.token_ids) for one in new), trials=len(new), verdict=verdict,
         evidence=words, details={"from_new": value, "from_old": before, "before": usual},
         fix="every tensor by its name, through the engine's load_weights; no packed weights"
-        if verdict is Verdict.FAIL else "",
+        if verdict is RowVerdict.FAIL else "",
     )  # fmt: skip
 
 
@@ -302,6 +304,6 @@ def _forgotten(engine: BenchEngine, cached: Ask | None, answered: bool, noise: N
         "update_prefix_cache", title, fresh, after, noise,
         f"reset_prefix_cache() answered {answered}; {read:,} tokens were still read from the cache", fix,
     )  # fmt: skip
-    if row.verdict is Verdict.PASS and not answered:
-        return replace(row, verdict=Verdict.FAIL, fix=fix)
+    if row.verdict is RowVerdict.PASS and not answered:
+        return replace(row, verdict=RowVerdict.FAIL, fix=fix)
     return row

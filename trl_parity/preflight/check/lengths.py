@@ -11,9 +11,9 @@ import torch
 
 from ...engine.offline import BenchEngine
 from ...records import SamplingSettings
-from ...report.messages import number
+from ...report.format import number
 from .reference import Reference
-from .rows import Limits, Row, Verdict, not_run, within_floor
+from .rows import Limits, Row, RowVerdict, not_run, within_floor
 from .statistics import Sums, exact_kl
 
 __all__ = ["Point", "length_rows", "points"]
@@ -109,7 +109,7 @@ def length_rows(
         yield Row(
             id=point.id, group="lengths", title=point.title, statistic="mean Δ²/2, nats", value=halves.mean,
             limit=max(limits.least_kl, limits.k * noise.mean), floor=noise.mean, worst=halves.maximum,
-            tokens=halves.count, trials=len(sequences), verdict=Verdict.FAIL if fails else Verdict.PASS,
+            tokens=halves.count, trials=len(sequences), verdict=RowVerdict.FAIL if fails else RowVerdict.PASS,
             evidence=words, details={"exact_kl": kl},
             fix="the same rope_parameters, windows and maximum of positions on both sides" if fails else "",
         )  # fmt: skip

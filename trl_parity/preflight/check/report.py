@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import math
 import shlex
@@ -13,11 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..._version import __version__
-from ...files import write_atomic
-from ...report.escape import code, prose, visible
-from ...report.messages import number
+from ...files import jsonable, write_atomic
+from ...report.drawing import BLUE, GREY, PURPLE, SKY, VERMILION, canvas, legend, png
+from ...report.escape import visible
+from ...report.format import number
+from ...report.rendering import render_markdown
 from .journal import SCHEMA_VERSION
-from .rows import EXIT_CODES, Outcome, Row, Verdict
+from .rows import EXIT_CODES, CheckOutcome, Row, RowVerdict
 
 if TYPE_CHECKING:
     from .settings import Result
@@ -25,9 +26,14 @@ if TYPE_CHECKING:
 __all__ = ["as_json", "markdown", "print_table", "with_commands", "write"]
 
 _STYLES = {
-    Verdict.PASS: "green", Verdict.FAIL: "bold red", Verdict.OUT_OF_REACH: "yellow", Verdict.UNCLEAR: "magenta",
-    Verdict.NOT_RUN: "dim",
-}  # fmt: skip
+    RowVerdict.PASS: "green",
+    RowVerdict.FAIL: "bold red",
+    RowVerdict.OUT_OF_REACH: "yellow",
+    RowVerdict.UNCLEAR: "magenta",
+    RowVerdict.NOT_RUN: "dim",
+}
+
+_OF_A_TRIAL = ("index", "mean_kl", "sequences", "tokens", "seconds")
 
 _ORDER = ("limits", "mechanisms", "lengths", "invariances", "baseline")
 
@@ -42,13 +48,13 @@ _GROUPS = {
 
 def headline(result: Result) -> str:
     """One sentence: yes, no, or not known, and why."""
-    failed = [r for r in result.rows if r.verdict is Verdict.FAIL]
-    beyond = [r for r in result.rows if r.verdict is Verdict.OUT_OF_REACH]
-    if result.outcome is Outcome.UNFIT:
+    failed = [r for r in result.rows if r.verdict is RowVerdict.FAIL]
+    beyond = [r for r in result.rows if r.verdict is RowVerdict.OUT_OF_REACH]
+    if result.outcome is CheckOutcome.UNFIT:
         cause = next((r for r in failed if r.group == "mechanisms"), failed[0])
         return f"unfit: {len(failed)} of {len(result.rows)} rows fail, first of all {cause.id} ({cause.title})"
-    if result.outcome is Outcome.UNKNOWN:
-        rows = [r for r in result.rows if r.verdict in (Verdict.UNCLEAR, Verdict.NOT_RUN) and r.needed]
+    if result.outcome is CheckOutcome.UNKNOWN:
+        rows = [r for r in result.rows if r.verdict in (RowVerdict.UNCLEAR, RowVerdict.NOT_RUN) and r.needed]
         return "could not tell: " + "; ".join(f"{r.id} {r.verdict}" for r in rows)
     words = "fit: no row fails"
     if beyond:
@@ -61,7 +67,7 @@ def grouped(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
     for group in _ORDER:
         some = [r for r in rows if r.group == group]
         if some:
-            yield _GROUPS[group], sorted(some, key=lambda r: r.verdict is not Verdict.FAIL)
+            yield _GROUPS[group], sorted(some, key=lambda r: r.verdict is not RowVerdict.FAIL)
 
 
 def measured(row: Row) -> str:
@@ -97,8 +103,8 @@ def print_table(result: Result, console: Any) -> None:
             cells = [row.id, verdict, number(row.value), limit(row), number(row.floor)]
             table.add_row(*cells, *([escape(row.title)] if wide else []))
         console.print(table)
-    told = [r for r in result.rows if r.verdict not in (Verdict.PASS, Verdict.NOT_RUN)]
-    told += [r for r in result.rows if r.verdict is Verdict.NOT_RUN]
+    told = [r for r in result.rows if r.verdict not in (RowVerdict.PASS, RowVerdict.NOT_RUN)]
+    told += [r for r in result.rows if r.verdict is RowVerdict.NOT_RUN]
     for row in told:
         console.print(f"\n[{_STYLES[row.verdict]}]{row.verdict}[/] [bold]{row.id}[/]: {escape(visible(row.evidence))}")
         if row.fix:
@@ -106,7 +112,9 @@ def print_table(result: Result, console: Any) -> None:
         if row.reproduce:
             console.print(f"  [bold]Reproduce:[/] {escape(row.reproduce)}", soft_wrap=True)
     console.print(f"\n{escape(speed(result))}")
-    style = {Outcome.FIT: "bold green", Outcome.UNFIT: "bold red", Outcome.UNKNOWN: "bold magenta"}[result.outcome]
+    style = {CheckOutcome.FIT: "bold green", CheckOutcome.UNFIT: "bold red", CheckOutcome.UNKNOWN: "bold magenta"}[
+        result.outcome
+    ]
     console.print(f"[{style}]{escape(headline(result))}[/]")
 
 
@@ -131,48 +139,29 @@ def as_json(result: Result) -> str:
         "rows": [row.to_json() for row in result.rows],
         "settings": result.settings.to_json(),
         "facts": result.facts,
-        "trials": [
-            {"index": t.index, "mean_kl": t.mean_kl if math.isfinite(t.mean_kl) else str(t.mean_kl),
-             "sequences": t.sequences, "tokens": t.tokens, "seconds": t.seconds} for t in result.trials
-        ],
-    }  # fmt: skip
+        "trials": [jsonable({name: getattr(t, name) for name in _OF_A_TRIAL}) for t in result.trials],
+    }
     return json.dumps(value, indent=1, allow_nan=False, default=str) + "\n"
 
 
 def markdown(result: Result, pictures: Sequence[str] = ()) -> str:
     """The report as Markdown."""
-    facts = result.facts
-    versions = ", ".join(f"{k} {v}" for k, v in facts["versions"].items())
-    told = (
-        f"Model {code(result.settings.model)}, {facts['parameters']:,} parameters, vocabulary "
-        f"{facts['vocabulary']:,}. Trainer {result.settings.trainer_dtype}, temperature "
-        f"{result.settings.temperature:g}. {prose(versions)}."
+    return render_markdown(
+        "check.md.j2",
+        outcome=result.outcome,
+        headline=headline(result),
+        settings=result.settings,
+        facts=result.facts,
+        versions=", ".join(f"{k} {v}" for k, v in result.facts["versions"].items()),
+        speed=speed(result),
+        groups=list(grouped(result.rows)),
+        pictures={name: _CAPTIONS[name] for name in pictures},
+        measured=measured,
+        limit=limit,
     )
-    lines = [f"# Preflight: {prose(result.outcome)}", "", f"{prose(headline(result))}.", "", told, ""]
-    lines += [f"{prose(speed(result))}.", ""]
-    for title, rows in grouped(result.rows):
-        lines += [f"## {title}", "", "| row | verdict | measured | limit | noise floor | tokens | trials | evidence |",
-                  "|---|---|---:|---:|---:|---:|---:|---|"]  # fmt: skip
-        for r in rows:
-            lines.append(
-                f"| {code(r.id)} {prose(r.title)} | {'**' if r.verdict is Verdict.FAIL else ''}{r.verdict}"
-                f"{'**' if r.verdict is Verdict.FAIL else ''} | {measured(r)} | {limit(r)} | {number(r.floor)} | "
-                f"{r.tokens:,} | {r.trials:,} | {prose(r.evidence)} |"
-            )
-        lines.append("")
-        for r in rows:
-            if r.fix or r.reproduce:
-                lines.append(f"- {code(r.id)}: {prose(r.fix)}" + (f"  \n  {code(r.reproduce)}" if r.reproduce else ""))
-        if any(r.fix or r.reproduce for r in rows):
-            lines.append("")
-    for name in pictures:
-        lines += [f"![{_PICTURES[name]}]({name})", ""]
-    lines += ["## Engine", "", "| setting | value |", "|---|---|"]
-    lines += [f"| {code(k)} | {code(v)} |" for k, v in facts["engine"].items()]
-    return "\n".join(lines) + "\n"
 
 
-_PICTURES = {
+_CAPTIONS = {
     "trials.png": "Mean KL of each trial, with the limits and the noise of the dtype",
     "positions.png": "Drift by tokens of context, with the noise of the dtype",
 }
@@ -180,11 +169,10 @@ _PICTURES = {
 
 def write(result: Result, directory: Path) -> list[Path]:
     """check.json, report.md and pictures (with matplotlib) into a folder, each whole or not at all."""
-    written = []
     pictures: dict[str, bytes | None] = {}
     with contextlib.suppress(ImportError):  # without the extra `report` there are no pictures
         pictures = {"trials.png": _draw_trials(result), "positions.png": _draw_positions(result)}
-    drawn = {name: png for name, png in pictures.items() if png is not None}
+    drawn = {name: content for name, content in pictures.items() if content is not None}
     files: dict[str, bytes | str] = {
         **drawn,
         "report.md": markdown(result, list(drawn)),
@@ -192,8 +180,7 @@ def write(result: Result, directory: Path) -> list[Path]:
     }
     for name, content in files.items():
         write_atomic(directory / name, content)
-        written.append(directory / name)
-    return written
+    return [directory / name for name in files]
 
 
 def _row(result: Result, id: str) -> Row | None:
@@ -201,59 +188,45 @@ def _row(result: Result, id: str) -> Row | None:
 
 
 def _draw_trials(result: Result) -> bytes | None:
-    from matplotlib.figure import Figure
-
     values = [t.mean_kl for t in result.trials]
     mean = _row(result, "kl_mean")
     if mean is None or not values:
         return None
     shown = [max(v, 1e-16) if math.isfinite(v) else math.nan for v in values]
-    figure = Figure(figsize=(8, 4), dpi=100, layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = canvas(4)
     axes.set_yscale("log")
-    axes.plot(range(len(shown)), shown, "o", color="#0072B2", markersize=4, label="trial")
+    axes.plot(range(len(shown)), shown, "o", color=BLUE, markersize=4, label="trial")
     limits = result.settings.limits
-    axes.axhline(limits.mean_kl, color="#D55E00", linestyle="--", label=f"limit of the mean, {limits.mean_kl:g}")
-    axes.axhline(limits.max_kl, color="#CC79A7", linestyle="-.", label=f"limit of a trial, {limits.max_kl:g}")
+    axes.axhline(limits.mean_kl, color=VERMILION, linestyle="--", label=f"limit of the mean, {limits.mean_kl:g}")
+    axes.axhline(limits.max_kl, color=PURPLE, linestyle="-.", label=f"limit of a trial, {limits.max_kl:g}")
     if mean.floor is not None and mean.floor > 0:
-        axes.axhline(mean.floor, color="#767676", linestyle=":", label=f"noise of the dtype, {number(mean.floor)}")
+        axes.axhline(mean.floor, color=GREY, linestyle=":", label=f"noise of the dtype, {number(mean.floor)}")
     axes.set_xlabel("trial")
     axes.set_ylabel("mean KL(engine ‖ reference), nats")
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    return _png(figure)
+    legend(figure, 4, size=8)
+    return png(figure)
 
 
 def _draw_positions(result: Result) -> bytes | None:
-    from matplotlib.figure import Figure
-
     row = _row(result, "positions")
     table: Mapping[str, Any] = row.details.get("by_context_length", {}) if row is not None else {}
     if not table:
         return None
     names = list(table)
-    figure = Figure(figsize=(8, 4), dpi=100, layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = canvas(4)
     axes.set_yscale("log")
-    for i, (label, colour, hatch) in enumerate((("engine", "#0072B2", ""), ("noise of the dtype", "#56B4E9", "//"))):
+    for i, (label, colour, hatch) in enumerate((("engine", BLUE, ""), ("noise of the dtype", SKY, "//"))):
         heights = [max(float(table[n][i] or 0.0), 1e-16) for n in names]
         heights = [h if math.isfinite(h) else math.nan for h in heights]
-        axes.bar([x + 0.4 * i for x in range(len(names))], heights, 0.38, color=colour, hatch=hatch, label=label,
-                 edgecolor="white")  # fmt: skip
+        at = [x + 0.4 * i for x in range(len(names))]
+        axes.bar(at, heights, 0.38, color=colour, hatch=hatch, label=label, edgecolor="white")
     axes.set_xticks([x + 0.2 for x in range(len(names))], names)
     axes.set_xlabel("tokens of context")
     axes.set_ylabel("mean Δ² / 2, nats")
     axes.grid(alpha=0.3, axis="y")
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    return _png(figure)
-
-
-def _png(figure: Any) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    png = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(png)
-    return png.getvalue()
+    legend(figure, 2, size=8)
+    return png(figure)
 
 
 def with_commands(result: Result, arguments: Sequence[str]) -> Result:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import enum
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["EXIT_CODES", "Limits", "Outcome", "Row", "Verdict", "outcome", "within_floor"]
+from ...files import jsonable
+
+__all__ = ["EXIT_CODES", "CheckOutcome", "Limits", "Row", "RowVerdict", "outcome", "within_floor"]
 
 
-class Verdict(enum.StrEnum):
+class RowVerdict(enum.StrEnum):
     """What a row amounts to."""
 
     PASS = "pass"
@@ -21,7 +22,7 @@ class Verdict(enum.StrEnum):
     NOT_RUN = "not run"  # never a pass
 
 
-class Outcome(enum.StrEnum):
+class CheckOutcome(enum.StrEnum):
     """What a check amounts to."""
 
     FIT = "fit"
@@ -29,16 +30,26 @@ class Outcome(enum.StrEnum):
     UNKNOWN = "could not tell"
 
 
-EXIT_CODES = {Outcome.FIT: 0, Outcome.UNFIT: 1, Outcome.UNKNOWN: 2}
+EXIT_CODES = {CheckOutcome.FIT: 0, CheckOutcome.UNFIT: 1, CheckOutcome.UNKNOWN: 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What is asked for. KL in nats, exact, of the engine's law from the reference's."""
+    """What is asked for. KL in nats, exact, of the engine's law from the reference's.
 
-    mean_kl: float = 1e-3  # mean over all tokens of all trials
-    max_kl: float = 3e-3  # mean over the tokens of the worst trial; and what a single token must keep to pass
-    pass_rate: float = 0.995  # share of tokens that pass
+    Means are over all tokens of all trials, or of the worst one. Fields with a help text are arguments of the command.
+    """
+
+    mean_kl: float = field(
+        default=1e-3, metadata={"help": "limit of the mean KL", "flag": "--max-mean-kl", "metavar": "X"}
+    )
+    max_kl: float = field(  # what a single token must keep to pass
+        default=3e-3,
+        metadata={"help": "limit of a trial's mean KL, and of a token's", "flag": "--max-trial-kl", "metavar": "X"},
+    )
+    pass_rate: float = field(
+        default=0.995, metadata={"help": "share of tokens within it", "flag": "--min-pass-rate", "metavar": "X"}
+    )
     k: float = 9.0  # noise: KL over k times the floor is no noise any more (3 times it in log-probs)
     least_kl: float = 1e-9  # and KL below this is never looked at: log-probs alike to 4e-5
 
@@ -50,7 +61,7 @@ class Row:
     id: str
     group: str  # limits, mechanisms, invariances, baseline
     title: str
-    verdict: Verdict
+    verdict: RowVerdict
     statistic: str = ""  # what value is
     value: float | None = None
     limit: float | None = None
@@ -68,13 +79,13 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; numbers that JSON has no word for as strings."""
-        return {k: _plain(v) for k, v in asdict(self).items()}
+        return {k: jsonable(v) for k, v in asdict(self).items()}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Row:
         """Back from ``to_json``."""
         known = dict(value)
-        known["verdict"] = Verdict(known["verdict"])
+        known["verdict"] = RowVerdict(known["verdict"])
         for name in ("value", "limit", "floor", "worst"):
             known[name] = None if known[name] is None else float(known[name])
         if known["interval"] is not None:
@@ -82,19 +93,9 @@ class Row:
         return cls(**known)
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, enum.Enum):
-        return str(value)
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
-
-
 def not_run(id: str, group: str, title: str, why: str, *, needed: bool) -> Row:
     """A row of what was left out, and why."""
-    return Row(id=id, group=group, title=title, verdict=Verdict.NOT_RUN, evidence=why, needed=needed)
+    return Row(id=id, group=group, title=title, verdict=RowVerdict.NOT_RUN, evidence=why, needed=needed)
 
 
 def within_floor(kl: float, floor: float, limits: Limits) -> bool:
@@ -102,9 +103,15 @@ def within_floor(kl: float, floor: float, limits: Limits) -> bool:
     return kl <= max(limits.least_kl, limits.k * floor)
 
 
-def outcome(rows: Sequence[Row]) -> Outcome:
+def outcome(rows: Sequence[Row]) -> CheckOutcome:
     """One failure is unfit; else whatever is open and needed leaves the answer open; else fit."""
-    if any(row.verdict is Verdict.FAIL for row in rows):
-        return Outcome.UNFIT
-    undecided = any(row.verdict is Verdict.UNCLEAR or (row.verdict is Verdict.NOT_RUN and row.needed) for row in rows)
-    return Outcome.UNKNOWN if undecided or not any(row.verdict is Verdict.PASS for row in rows) else Outcome.FIT
+    if any(row.verdict is RowVerdict.FAIL for row in rows):
+        return CheckOutcome.UNFIT
+    undecided = any(
+        row.verdict is RowVerdict.UNCLEAR or (row.verdict is RowVerdict.NOT_RUN and row.needed) for row in rows
+    )
+    return (
+        CheckOutcome.UNKNOWN
+        if undecided or not any(row.verdict is RowVerdict.PASS for row in rows)
+        else CheckOutcome.FIT
+    )

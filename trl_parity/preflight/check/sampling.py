@@ -15,9 +15,9 @@ import torch
 
 from ...engine.offline import BenchEngine
 from ...records import SamplingSettings
-from ...report.messages import number
+from ...report.format import number
 from ...scoring.sampling import kept_mask, penalize
-from .rows import Limits, Row, Verdict
+from .rows import Limits, Row, RowVerdict
 from .statistics import SCALES, fitted_scale, normalized, pit, scale_curve, surprisal, total_variation
 
 __all__ = ["expected_law", "meaning_row", "sampling_row"]
@@ -93,7 +93,7 @@ def meaning_row(
     return Row(
         id="logprob_meaning", group="mechanisms", title="log-probs are those of the law sampled from",
         statistic="total variation, median of contexts", value=worst, limit=most, tokens=len(asked) * len(contexts),
-        trials=len(contexts), verdict=Verdict.FAIL if wrong else Verdict.PASS, evidence=evidence,
+        trials=len(contexts), verdict=RowVerdict.FAIL if wrong else RowVerdict.PASS, evidence=evidence,
         fix="logprobs_mode: processed_logprobs; and nothing between the request and the sampler that changes it"
         if wrong else "",
     )  # fmt: skip
@@ -160,6 +160,6 @@ def sampling_row(
     return Row(
         id="sampling", group="mechanisms", title="tokens are drawn from the law asked for",
         statistic="p-value", value=p, limit=_ALPHA, at_least=True, tokens=samples, trials=len(contexts),
-        verdict=Verdict.FAIL if fails else Verdict.PASS, evidence=words,
+        verdict=RowVerdict.FAIL if fails else RowVerdict.PASS, evidence=words,
         fix="generation_config: vllm, and no default sampling settings on the engine's side" if fails else "",
     )  # fmt: skip

@@ -1,19 +1,27 @@
-"""What a check is told, and what it finds."""
+"""What a check is told, and what it finds. Imports no torch: the command line is made of it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from ...config.fields import at_least, check_fields, number
 from ...config.rules import nearest
 from ...errors import ConfigError
-from .engines import TITLES
-from .rows import Limits, Outcome, Row, outcome
-from .trials import Trial
+from .rows import CheckOutcome, Limits, Row, outcome
 
-__all__ = ["ROWS", "STAGES", "CheckSettings", "Result"]
+if TYPE_CHECKING:
+    from .trials import Trial
+
+__all__ = ["ROWS", "STAGES", "TITLES", "CheckSettings", "Result"]
+
+TITLES = {  # of the rows that build the engine otherwise
+    "compiled": "compiled and eager",
+    "chunked_prefill": "prompts in chunks and whole",
+    "block_size": "block size of the cache",
+}
 
 # the rows each stage makes, and their group; those of lengths depend on the model
 STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -33,39 +41,67 @@ ROWS = (
 )  # fmt: skip
 
 
+HAS_LAW = number(lambda x: 0.01 <= x <= 100, "0.01 to 100: greedy answers have no law")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckSettings:
-    """What is checked and how. All of it decides the numbers, so a check goes on only with all of it alike."""
+    """What is checked and how. All of it decides the numbers, so a check goes on only with all of it alike.
 
-    model: str
+    Fields with a help text are arguments of ``trl-parity check``.
+    """
+
+    model: str = field(metadata={"help": "folder or hub name of the model", "metavar": "NAME"})
     engine_args: Mapping[str, Any] = field(default_factory=dict)
-    trials: int = 50
-    seed: int = 0
-    temperature: float = 1.0  # the run's: what trials sample at
-    trainer_dtype: str = "float32"  # of the weights and the forward the engine is compared with
-    max_tokens: int = 16  # sampled after each prompt
-    max_length: int = 256  # of a trial's prompts
-    max_batch: int = 8
-    target_length: int | None = None  # None: half of what the engine takes
-    prompts: str | None = None  # JSONL, in place of drawn prompts
-    baseline: str | None = None
-    case: str | None = None  # one batch, as a failed trial prints it
-    skip: tuple[str, ...] = ()  # rows, or whole groups of them
-    budget: float = 900.0  # seconds after which nothing new is begun
-    device: str = "cpu"  # of the reference
+    trials: Annotated[int, at_least(1)] = field(default=50, metadata={"help": "batches of prompts"})
+    seed: int = field(default=0, metadata={"help": "of prompts and sampling"})
+    temperature: Annotated[float, number(lambda x: 0.01 <= x <= 100, "0.01 to 100: greedy answers have no law")] = (
+        field(default=1.0, metadata={"help": "of the training run, at which trials sample"})
+    )
+    trainer_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "of the trainer's weights and forward, whose noise the engine is measured against",
+            "choices": ["float32", "bfloat16", "float16"],
+        },
+    )
+    max_tokens: Annotated[int, at_least(1)] = field(
+        default=16, metadata={"help": "sampled after a prompt", "metavar": "N"}
+    )
+    max_length: Annotated[int, at_least(1)] = field(
+        default=256, metadata={"help": "of a trial's prompts", "metavar": "N"}
+    )
+    max_batch: Annotated[int, at_least(1)] = field(default=8, metadata={"help": "prompts in a trial", "metavar": "N"})
+    target_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "tokens the run works with; 125, 150 and 200 %% of it are checked (default: half of "
+            "max_model_len)",
+            "metavar": "N",
+        },
+    )
+    prompts: str | None = field(
+        default=None, metadata={"help": "JSONL of prompts to use in place of drawn ones", "metavar": "FILE"}
+    )
+    baseline: str | None = field(
+        default=None, metadata={"help": "also compare with a stored reference (trl-parity baseline)", "metavar": "DIR"}
+    )
+    case: str | None = field(
+        default=None, metadata={"help": "this one batch only, as a failed check prints it", "metavar": "TEXT"}
+    )
+    skip: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": "rows, or groups of them, not to run: they never pass", "metavar": "ROW", "nargs": "+"},
+    )
+    budget: float = field(
+        default=900.0,
+        metadata={"help": "nothing new is begun after it; what is left is 'not run'", "metavar": "SECONDS"},
+    )
+    device: str = field(default="cpu", metadata={"help": "of the reference"})
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
-        for name in ("trials", "max_tokens", "max_length", "max_batch"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}. Expected a whole number >= 1.")
-        if not 0.01 <= self.temperature <= 100:
-            raise ConfigError(
-                f"temperature is {self.temperature:g}. Expected 0.01 to 100: greedy answers have no law."
-            )
-        if self.trainer_dtype not in ("float32", "bfloat16", "float16"):
-            raise ConfigError(f"trainer dtype is {self.trainer_dtype!r}. Expected float32, bfloat16 or float16.")
-
+        check_fields(self)
         for name in self.skip:
             if name not in ROWS and not name.startswith("length_"):
                 raise ConfigError(f"no row or group of rows is called {name!r}{nearest(name, ROWS)}.")
@@ -86,6 +122,6 @@ class Result:
     resumed: int = 0  # findings of an earlier run that was killed
 
     @property
-    def outcome(self) -> Outcome:
+    def outcome(self) -> CheckOutcome:
         """Fit, unfit, could not tell."""
         return outcome(self.rows)

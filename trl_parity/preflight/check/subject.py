@@ -15,6 +15,7 @@ import torch
 from ...engine.offline import BenchEngine, Sampled, build_engine
 from ...errors import ConfigError
 from ..prompts.cases import Case, Prompt, Vocabulary, read_jsonl
+from ..prompts.draws import Drawing
 from . import invariances, trials
 from .invariances import Ask
 from .reference import Reference
@@ -98,8 +99,8 @@ class Subject:
         return min(room, self.settings.max_length)
 
     @cached_property
-    def strategy(self) -> Any:
-        """Of drawn batches, for hypothesis."""
+    def drawing(self) -> Drawing[tuple[Prompt, ...]]:
+        """How batches are drawn."""
         from ..prompts.prompts import batches
 
         bounds = {self.engine.block_size, self.engine.chunk_size, 16}
@@ -121,7 +122,7 @@ class Subject:
         else:
             from ..prompts.prompts import draw
 
-            found = draw(self.strategy, settings.trials, settings.seed)
+            found = draw(self.drawing, settings.trials, settings.seed)
         for batch in found:
             for prompt in batch:
                 if len(prompt.ids) + settings.max_tokens >= self.engine.max_model_len:

@@ -8,18 +8,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ...engine.offline import BenchEngine, Sampled
 from ...records import SamplingSettings
+from .drift import Gaps, bucket, sampled_kl
 from .reference import Reference
 from .rows import Limits
-from .statistics import SCALES, Sums, added, at_temperature, exact_kl, scale_curve
+from .statistics import Sums, at_temperature, exact_kl, scale_curve
 
-__all__ = ["Batch", "Gaps", "Trial", "bucket", "compare", "run_trial"]
+__all__ = ["Batch", "Trial", "compare", "run_trial", "score"]
 
 _PREFILLED = 4  # of as many trials one asks for whole laws by prefill too, of a small vocabulary
 
@@ -51,59 +52,6 @@ class Batch:
 
 
 @dataclass(slots=True)
-class Gaps:
-    """Sums of what differs between an engine (or a noisy reference) and the reference. Adds up."""
-
-    kl: Sums = field(default_factory=Sums)  # exact, of sampled tokens' laws at the trial's temperature
-    k3: Sums = field(default_factory=Sums)  # e^d - 1 - d of sampled tokens without a whole law, d = ref - engine
-    delta: Sums = field(default_factory=Sums)  # |d| of all sampled tokens
-    over: int = 0  # tokens whose exact KL is over limits.max_kl
-    over_squares: float = 0.0  # sum over trials of (failed - tokens * rate)^2 needs these three
-    over_cross: float = 0.0
-    sizes: float = 0.0
-    prefill_kl: Sums = field(default_factory=Sums)  # exact, at T = 1, by prefill
-    positions: dict[int, Sums] = field(default_factory=dict)  # |d| by prefill at T = 1, by bucket of context length
-    curve: list[float] = field(default_factory=lambda: [0.0] * len(SCALES))
-    trials: int = 0
-    worst: float = 0.0  # largest mean KL of a trial
-
-    def __add__(self, other: Gaps) -> Gaps:
-        positions = dict(self.positions)
-        for key, sums in other.positions.items():
-            positions[key] = positions.get(key, Sums()) + sums
-        return Gaps(
-            self.kl + other.kl, self.k3 + other.k3, self.delta + other.delta,
-            self.over + other.over, self.over_squares + other.over_squares, self.over_cross + other.over_cross,
-            self.sizes + other.sizes, self.prefill_kl + other.prefill_kl, positions,
-            [a + b for a, b in zip(self.curve, other.curve, strict=True)],
-            self.trials + other.trials, max(self.worst, other.worst),
-        )  # fmt: skip
-
-    @property
-    def half_square(self) -> float:
-        """Half the mean squared log-prob difference by prefill: the KL to second order, on the tokens at hand."""
-        return added(self.positions.values()).half_square
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain numbers."""
-        out: dict[str, Any] = {name: getattr(self, name).to_json() for name in _SUMS}
-        out |= {name: getattr(self, name) for name in _NUMBERS}
-        return out | {"positions": {str(k): s.to_json() for k, s in self.positions.items()}, "curve": self.curve}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Gaps:
-        """Back from ``to_json``."""
-        known = dict(value) | {name: Sums.from_json(value[name]) for name in _SUMS}
-        known["positions"] = {int(k): Sums.from_json(s) for k, s in value["positions"].items()}
-        return cls(**known)
-
-
-_SUMS = ("kl", "k3", "delta", "prefill_kl")
-
-_NUMBERS = ("over", "over_squares", "over_cross", "sizes", "trials", "worst")
-
-
-@dataclass(slots=True)
 class Trial:
     """One trial's result."""
 
@@ -129,16 +77,6 @@ class Trial:
 
 def _finite(x: float) -> float | str:
     return x if math.isfinite(x) else str(x)
-
-
-def bucket(length: int) -> int:
-    """Of a context length: 1 alone (attention sees one token: position can't matter), then four-fold steps."""
-    return 0 if length <= 1 else 1 + int(math.log2(length)) // 2
-
-
-def bucket_name(key: int) -> str:
-    """The context lengths of a bucket."""
-    return "1" if key == 0 else f"{max(2, 4 ** (key - 1)):,} to {4**key - 1:,}"
 
 
 @dataclass(slots=True)
@@ -192,8 +130,7 @@ def answer(engine: BenchEngine, batch: Batch, turn: int = 0) -> Answered:
 
 def compare(answered: Answered, reference: Reference, limits: Limits, batch_tokens: int | None = None) -> Gaps:
     """The engine's numbers against the reference's, as it stands now."""
-    scored = _score(answered, reference, batch_tokens)
-    return _gaps(answered, _engine_side(answered), scored, limits)
+    return _gaps(answered, _engine_side(answered), score(answered, reference, batch_tokens), limits)
 
 
 def against_itself(answered: Answered, one: list[Any], plain: list[Any], limits: Limits) -> Gaps:
@@ -216,10 +153,6 @@ def against_itself(answered: Answered, one: list[Any], plain: list[Any], limits:
 
 def score(answered: Answered, reference: Reference, batch_tokens: int | None = None) -> list[Any]:
     """The reference's scores of the answered sequences."""
-    return _score(answered, reference, batch_tokens)
-
-
-def _score(answered: Answered, reference: Reference, batch_tokens: int | None) -> list[Any]:
     more = {} if batch_tokens is None else {"batch_tokens": batch_tokens}
     return reference.score(answered.sequences, answered.positions(), temperature=answered.batch.temperature, **more)
 
@@ -240,44 +173,58 @@ def _engine_side(answered: Answered) -> list[_Side]:
     ]
 
 
+_Pair = tuple[torch.Tensor, _Side, Any]  # sampled ids; the engine's (or a noisy reference's) scores; the reference's
+
+
 def _gaps(answered: Answered, side: Sequence[_Side], scored: Sequence[Any], limits: Limits) -> Gaps:
-    temperature = answered.batch.temperature
-    p, q, reported, tokens, d, gap, at, prefill_p, prefill_q = ([] for _ in range(9))
-    for prompt, ids, mine, theirs in zip(answered.batch.prompts, answered.sequences, side, scored, strict=True):
-        sampled = torch.tensor(ids[len(prompt) :])
-        if mine.laws is not None and theirs.laws is not None:
-            p.append(mine.laws)
-            q.append(theirs.laws[-len(sampled) :])
-            reported.append(mine.sampled)
-            tokens.append(sampled)
-        else:
-            d.append(theirs.tempered[len(prompt) - 1 :] - mine.sampled)
-        gap.append((theirs.logprobs - mine.prefill).abs())
-        at.append(torch.arange(1, len(ids)))
-        if mine.prefill_laws is not None:
-            prefill_p.append(mine.prefill_laws)
-            prefill_q.append(theirs.laws)
     gaps = Gaps(trials=1)
-    kl, delta = torch.zeros(0, dtype=torch.float64), [x.abs() for x in d]
-    if p:
-        law = at_temperature(torch.cat(q), temperature)
-        kl = exact_kl(torch.cat(p), law)
-        delta.append((law.gather(-1, torch.cat(tokens)[:, None])[:, 0] - torch.cat(reported)).abs())
-    if prefill_p:
-        gaps.prefill_kl = Sums.of(exact_kl(torch.cat(prefill_p), torch.cat(prefill_q)))
-        gaps.curve = scale_curve(torch.cat(prefill_p), torch.cat(prefill_q)).tolist()
-    elif p and temperature == 1.0:
-        gaps.curve = scale_curve(torch.cat(p), torch.cat(q)).tolist()
-    gaps.kl, gaps.k3, gaps.delta = Sums.of(kl), Sums.of(_cat(torch.expm1(x) - x for x in d)), Sums.of(_cat(delta))
-    key = torch.tensor([bucket(int(n)) for n in range(int(max(map(len, at))) + 1)])[torch.cat(at)]
-    away = torch.cat(gap)
-    gaps.positions = {int(k): Sums.of(away[key == k]) for k in key.unique()}
+    pairs = [
+        (torch.tensor(ids[len(prompt) :]), mine, theirs)
+        for prompt, ids, mine, theirs in zip(answered.batch.prompts, answered.sequences, side, scored, strict=True)
+    ]
+    kl = _add_sampled(gaps, pairs, answered.batch.temperature)
+    _add_prefill(gaps, pairs)
     gaps.over = int((~(kl <= limits.max_kl)).sum())
     gaps.over_squares, gaps.over_cross = float(gaps.over**2), float(gaps.over * len(kl))
     gaps.sizes = float(len(kl) ** 2)
-    means = gaps.kl if gaps.kl.count + gaps.kl.bad else gaps.k3
-    gaps.worst = means.mean
+    gaps.worst = sampled_kl(gaps)
     return gaps
+
+
+def _add_sampled(gaps: Gaps, pairs: Sequence[_Pair], temperature: float) -> torch.Tensor:
+    """What was sampled, in place. The exact KL of each token whose law both sides know."""
+    exact = [(ids, mine, theirs) for ids, mine, theirs in pairs if mine.laws is not None and theirs.laws is not None]
+    d = [
+        theirs.tempered[len(theirs.tempered) - len(ids) :] - mine.sampled
+        for ids, mine, theirs in pairs
+        if mine.laws is None or theirs.laws is None
+    ]
+    kl, delta = torch.zeros(0, dtype=torch.float64), [x.abs() for x in d]
+    if exact:
+        p = torch.cat([mine.laws for _, mine, _ in exact if mine.laws is not None])
+        q = torch.cat([theirs.laws[-len(ids) :] for ids, _, theirs in exact])
+        law = at_temperature(q, temperature)
+        kl = exact_kl(p, law)
+        taken = law.gather(-1, torch.cat([ids for ids, _, _ in exact])[:, None])[:, 0]
+        delta.append((taken - torch.cat([mine.sampled for _, mine, _ in exact])).abs())
+        if temperature == 1.0 and all(mine.prefill_laws is None for _, mine, _ in pairs):
+            gaps.curve = scale_curve(p, q).tolist()
+    gaps.kl, gaps.k3, gaps.delta = Sums.of(kl), Sums.of(_cat(torch.expm1(x) - x for x in d)), Sums.of(_cat(delta))
+    return kl
+
+
+def _add_prefill(gaps: Gaps, pairs: Sequence[_Pair]) -> None:
+    """What was scored by prefill, in place; whole laws of it tell the scale, else those of what was sampled."""
+    whole = [(mine.prefill_laws, theirs.laws) for _, mine, theirs in pairs if mine.prefill_laws is not None]
+    if whole:
+        p, q = (torch.cat(laws) for laws in zip(*whole, strict=True))
+        gaps.prefill_kl = Sums.of(exact_kl(p, q))
+        gaps.curve = scale_curve(p, q).tolist()
+    away = torch.cat([(theirs.logprobs - mine.prefill).abs() for _, mine, theirs in pairs])
+    lengths = [len(mine.prefill) + 1 for _, mine, _ in pairs]
+    bucket_of = torch.tensor([bucket(n) for n in range(max(lengths))])
+    key = torch.cat([bucket_of[1:length] for length in lengths])
+    gaps.positions = {int(k): Sums.of(away[key == k]) for k in key.unique()}
 
 
 def _cat(parts: Iterable[torch.Tensor]) -> torch.Tensor:
