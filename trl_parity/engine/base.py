@@ -27,6 +27,10 @@ class Engine(Protocol):
     refuses, with its own words.
     """
 
+    @property
+    def failure(self) -> ConnectionError | None:
+        """The answer that did not come: nothing more is asked before ``refresh``. None of one in this process."""
+
     def refresh(self) -> None:
         """Read its settings anew: of a server one short request, of an engine in this process nothing is copied."""
 

@@ -22,6 +22,8 @@ __all__ = ["ColocatedEngine", "engine_of"]
 class ColocatedEngine:
     """The ``vllm.LLM`` inside this process."""
 
+    failure = None
+
     def __init__(self, llm: Any, tensor_parallel_size: int = 1, sleeps: bool = False):
         self.llm = llm
         self._config = llm.llm_engine.vllm_config

@@ -38,7 +38,7 @@ class EngineHandle:
         with self._lock:
             if generation is not self._generation:
                 self._open(generation)
-            elif isinstance(self._engine, ServerEngine) and self._engine.failure is not None:
+            elif self._engine is not None and self._engine.failure is not None:
                 self._absent(self._engine.failure)
             return None if self.absence else self._engine
 
