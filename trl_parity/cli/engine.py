@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     line = serve_line(args, options.model or "MODEL")
     wrong = bool(found) or (config.trainer is not None and any(trap.severity == "error" for trap in traps))
     if options.json:
-        print(json.dumps(_plain(config, args, found, traps, line, unchecked), indent=1, default=str))
+        print(json.dumps(_as_json(config, args, found, traps, line, unchecked), indent=1, default=str))
     elif options.serve:
         for problem in found:
             print(f"trl-parity: {problem}", file=sys.stderr)
@@ -96,7 +96,7 @@ def _whole(args: dict[str, Any], model: str) -> list[Any]:
     return [Problem((model,), f"vLLM refuses this model with them: {said}")] if said else []
 
 
-def _plain(config: Any, args: Any, found: Any, traps: Any, line: str, unchecked: str) -> dict[str, Any]:
+def _as_json(config: Any, args: Any, found: Any, traps: Any, line: str, unchecked: str) -> dict[str, Any]:
     from dataclasses import asdict
 
     from ..engine.argument_schema import installed
