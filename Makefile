@@ -11,7 +11,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 # what the commands need to say anything; torch, TRL and vLLM are for what they run
 LIGHT  := jinja2 markdown-it-py markupsafe mdurl pygments pyyaml rich
 
-.PHONY: setup setup-ppo demo test test-ppo lint docs dist clean
+.PHONY: setup setup-ppo demo test test-fast test-ppo lint docs dist clean
 
 setup: $(VENV)/.installed
 setup-ppo: $(PPO)/.installed
@@ -35,8 +35,13 @@ $(PPO)/.installed: requirements-ppo-cpu.lock
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" accelerate launch --cpu --num_processes 1 recipes/grpo/train.py --config configs/grpo_tiny_cpu.yaml
 
+# one engine serves a file: it stays in one process; the longest first (tests/conftest.py)
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# no engine, no vLLM, no children that import torch: under a minute, for every save
+test-fast: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not slow_unit" tests/unit
 
 # the engine-free tests show that this stack, too, is one trl-parity works with
 test-ppo: setup-ppo

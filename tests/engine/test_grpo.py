@@ -36,7 +36,8 @@ def make_trainer(model_dir):
             **(trainer_kwargs or {}),
         )
 
-    with shared_engine():
+    with pytest.MonkeyPatch.context() as patch, shared_engine():
+        patch.setattr("torch._dynamo.config.disable", False)  # this one engine compiled, as TRL builds it
         yield make
 
 

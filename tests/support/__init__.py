@@ -21,6 +21,7 @@ if sys.dont_write_bytecode:
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # so small a model only waits for a second thread
+os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # compiling an engine takes ten times as long as building it
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

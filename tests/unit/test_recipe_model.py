@@ -10,6 +10,8 @@ import pytest
 import torch
 from support import ROOT
 
+pytestmark = pytest.mark.slow_unit
+
 RECIPE = ROOT / "recipes" / "grpo"
 
 

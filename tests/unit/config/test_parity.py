@@ -94,6 +94,7 @@ def test_a_broken_file_is_named(tmp_path, text, message):
         ParityConfig.from_yaml(tmp_path / "missing.yaml")
 
 
+@pytest.mark.slow_unit
 def test_the_trl_parser_takes_it_beside_grpo_and_model_arguments(tmp_path):
     from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
 

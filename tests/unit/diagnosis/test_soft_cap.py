@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from trl_parity.diagnosis.distribution import Law, Tokens, curved, log_probs, scaled_logits
+from trl_parity.diagnosis.distribution import Distribution, Tokens, curved, log_probs, scaled_logits
 from trl_parity.diagnosis.fitting import fit_soft_cap
 from trl_parity.records import SamplingSettings
 
@@ -44,10 +44,10 @@ def test_it_is_found_where_the_model_bans_tokens_itself():
     """Padding rows of a vocabulary have logits of -inf: under a cap they would come back with e^-cap."""
     logits = torch.randn(64, 20, generator=torch.Generator().manual_seed(1)) * 3
     logits[:, 15:] = -math.inf
-    law = Law(sampling=SamplingSettings(), curvature=1 / 4.0)
+    law = Distribution(sampling=SamplingSettings(), curvature=1 / 4.0)
     tokens = tokens_of(logits, law)
     assert (tokens.targets < 15).all()
-    found = fit_soft_cap(tokens, Law(sampling=SamplingSettings()))
+    found = fit_soft_cap(tokens, Distribution(sampling=SamplingSettings()))
     assert found is not None
     assert 1 / found.curvature == pytest.approx(4.0, rel=0.02)
     assert log_probs(tokens, found).logprobs.sub(tokens.reported).abs().max() < 0.01

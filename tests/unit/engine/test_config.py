@@ -28,6 +28,8 @@ from trl_parity.engine.removed_arguments import RETIRED
 from trl_parity.errors import ConfigError
 from trl_parity.lint.facts import rl_traps
 
+pytestmark = pytest.mark.slow_unit
+
 # ---- presets -------------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,9 @@
 """The weights that vLLM's CPU layers really multiply with."""
 
+import pytest
 from support.processes import python
+
+pytestmark = pytest.mark.slow_unit
 
 PLUGIN = """
 from vllm.plugins import load_general_plugins

@@ -1,9 +1,11 @@
 """Sums over the ranks."""
 
+import pytest
 import torch
 from support.processes import run_on_ranks
 
 
+@pytest.mark.slow_unit
 def test_ranks_hold_the_same_sums_after_the_reduction(tmp_path):
     from trl_parity.metrics.statistics import compute
     from trl_parity.metrics.sums import MismatchSums

@@ -20,6 +20,8 @@ from trl_parity.preflight.baseline.settings import Generation
 from trl_parity.preflight.baseline.sources import DrawnPrompts
 from trl_parity.preflight.prompts.cases import Vocabulary
 
+pytestmark = pytest.mark.slow_unit
+
 NEW = 12
 ARGS = ("--num-prompts", "20", "--shard-size", "8", "--max-prompt-tokens", "60", "--max-new-tokens", str(NEW))
 ARGS += ("--batch-size", "8", "--top-k", "5", "--seeds", "0", "3", "--device", "cpu")

@@ -126,6 +126,7 @@ record(Path(options.output_dir), options.max_steps)
 """
 
 
+@pytest.mark.slow_unit
 def test_the_command_runs_the_training_with_its_overrides(tmp_path, capfd):
     script = tmp_path / "train.py"
     script.write_text(TRAIN.format(tests=str(TESTS)))

@@ -89,6 +89,7 @@ def test_a_tokenizer_without_ordinary_tokens_is_refused(bpe):
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(data=st.data())
+@pytest.mark.slow_unit
 def test_every_prompt_and_batch_keeps_to_its_bounds(tokenizer, data):
     vocabulary = Vocabulary.of(tokenizer)
     max_len = data.draw(st.integers(1, 3000))
@@ -153,6 +154,7 @@ print(hashlib.sha256(repr(drawn).encode()).hexdigest())
 """
 
 
+@pytest.mark.slow_unit
 def test_one_seed_gives_the_same_draws_in_every_process(bpe, tmp_path):
     save_bpe(tmp_path)
     # hypothesis draws numbers it finds in loaded modules

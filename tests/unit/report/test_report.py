@@ -287,6 +287,7 @@ def long_file(tmp_path_factory):
 
 
 @pytest.mark.parametrize("command", ["report", "watch", "replay", "compare"])
+@pytest.mark.slow_unit
 def test_memory_does_not_grow_with_the_file(long_file, command):
     """All of it as Python objects would take over 500 MB."""
     folder, count = long_file
@@ -321,6 +322,7 @@ def without(blocked, *command):
     return subprocess.run([sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True, cwd=ROOT)
 
 
+@pytest.mark.slow_unit
 def test_it_works_without_torch_vllm_and_wandb(halted, healthy, tmp_path):
     done = without(STACK, "report", halted, "--html", tmp_path / "r.html", "--markdown", tmp_path / "r.md")
     assert done.returncode == 0, done.stderr
@@ -330,6 +332,7 @@ def test_it_works_without_torch_vllm_and_wandb(halted, healthy, tmp_path):
     assert done.returncode == 1, done.stderr  # they differ
 
 
+@pytest.mark.slow_unit
 def test_without_matplotlib_the_words_are_there_and_the_lack_is_said(halted, tmp_path):
     done = without(STACK | {"matplotlib"}, "report", halted, "--html", tmp_path / "r.html")
     assert done.returncode == 0
@@ -350,6 +353,7 @@ def test_help_has_examples_and_exit_codes(capsys):
         assert "exit codes:" in out
 
 
+@pytest.mark.slow_unit
 def test_no_color_is_respected_on_a_terminal(halted):
     """Through a pseudo-terminal, as a person would see it."""
     import pty

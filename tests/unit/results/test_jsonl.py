@@ -94,6 +94,7 @@ while True:
 
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.slow_unit
 def test_a_killed_writer_leaves_a_readable_file(tmp_path, kill):
     process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(TESTS)], stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"writing\n"

@@ -205,6 +205,7 @@ print(json.dumps([peak() - before, scores.entropy[0].item()]))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="its peak is in /proc; ru_maxrss begins with the parent's")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.slow_unit
 def test_peak_memory_stays_within_the_chunk(dtype):
     """Here full logits would be 192 MiB and so would an fp32 copy of the weight."""
     chunk = 24 << 20

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from support.processes import environment
 
+pytestmark = pytest.mark.slow_unit
+
 
 def test_the_kernels_arithmetic_in_tritons_interpreter():
     """In a process of its own: Triton reads the switch when it is first imported, and vLLM imports it here."""

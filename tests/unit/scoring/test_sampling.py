@@ -24,6 +24,7 @@ def logits_of(seed, rows=6, vocab=40, spread=2.0):
     min_p=st.sampled_from([0.0, 0.05, 0.5]),
 )
 @settings(max_examples=120, deadline=None)
+@pytest.mark.slow_unit
 def test_the_kept_set_is_vllms(seed, top_k, top_p, min_p):
     sampling = SamplingSettings(top_k=top_k, top_p=top_p, min_p=min_p)
     logits = logits_of(seed)
@@ -33,6 +34,7 @@ def test_the_kept_set_is_vllms(seed, top_k, top_p, min_p):
 @pytest.mark.parametrize(
     ("repetition", "presence", "frequency"), [(1.3, 0, 0), (1, 0.7, 0), (1, 0, 0.4), (0.8, -0.5, 1.1)]
 )
+@pytest.mark.slow_unit
 def test_penalties_are_vllms(repetition, presence, frequency):
     from vllm.model_executor.layers.utils import apply_penalties
 
@@ -56,6 +58,7 @@ def test_penalties_are_vllms(repetition, presence, frequency):
 
 
 @pytest.mark.parametrize("sampling", [SamplingSettings(top_p=0.8), SamplingSettings(top_k=5, min_p=0.02)])
+@pytest.mark.slow_unit
 def test_replayed_logprobs_are_the_processed_logprobs_of_vllms_sampler(sampling):
     temperature, logits = 0.7, logits_of(3)
     kept = vllm_kept(logits / temperature, sampling)

@@ -4,6 +4,8 @@ import pytest
 from support.models import save_tiny_model
 from support.processes import run_on_two_ranks
 
+pytestmark = pytest.mark.slow_unit
+
 
 def test_a_sharded_head_is_scored_right_and_without_a_deadlock(tmp_path):
     model = save_tiny_model(tmp_path / "model")

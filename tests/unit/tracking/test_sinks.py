@@ -11,6 +11,7 @@ from trl_parity.errors import ConfigError
 from trl_parity.tracking.sinks import RichLog, WandbSink
 
 
+@pytest.mark.slow_unit
 def test_wandb_gets_a_histogram_a_table_and_an_alert(tmp_path):
     import wandb
 
@@ -29,6 +30,7 @@ def test_wandb_gets_a_histogram_a_table_and_an_alert(tmp_path):
     assert "trl-parity OK at step 4" in text
 
 
+@pytest.mark.slow_unit
 def test_a_failing_wandb_warns_once_and_the_run_goes_on(tmp_path, caplog):
     import wandb
 

@@ -124,6 +124,7 @@ def test_an_offline_run_makes_none(server, monkeypatch):
     assert server.upserts == 0
 
 
+@pytest.mark.slow_unit
 def test_an_online_run_makes_them_once_and_sends_its_objects(server, monkeypatch, tmp_path, caplog):
     """The real client, online, from init to finish."""
     from support.windows import sums_of, verdict

@@ -9,6 +9,8 @@ from trl_parity.engine.config import (
 from trl_parity.errors import ConfigError, InterceptionError
 from trl_parity.trainers.engine_args import TRLEngineArguments, laid_under
 
+pytestmark = pytest.mark.slow_unit
+
 # ---- the way into TRL ----------------------------------------------------------------------------------------------
 
 TRL_PASSES = {

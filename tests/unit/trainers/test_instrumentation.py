@@ -6,6 +6,8 @@ import pytest
 
 from trl_parity.errors import InterceptionError
 
+pytestmark = pytest.mark.slow_unit
+
 # ---- other TRLs, other prompts ------------------------------------------------------------------------------------
 
 
