@@ -241,7 +241,7 @@ def test_an_answer_that_does_not_arrive_as_it_was_given_is_named(processed, tmp_
 
 
 def test_a_silent_server_costs_one_timeout_and_no_verdict(processed, tmp_path, monkeypatch, caplog):
-    engine, waited = ServerEngine(processed.client(), timeout=1.0), []
+    engine, waited = ServerEngine(processed.client(), timeout=5.0), []
     processed.freeze()
     try:
         start = time.perf_counter()
@@ -249,7 +249,7 @@ def test_a_silent_server_costs_one_timeout_and_no_verdict(processed, tmp_path, m
             engine.next_token([IDS[:9]] * 64, [5] * 64, 1.0, cached=False)
         with pytest.raises(ConnectionError, match="no answer"):
             engine.rescore([IDS])
-        assert time.perf_counter() - start < 3  # 64 requests, 16 at once: one wait, and the rest is not asked
+        assert time.perf_counter() - start < 10  # 64 requests, 16 at once: one wait, and the rest is not asked
     finally:
         processed.thaw()
 
