@@ -170,7 +170,7 @@ def test_large_vocabularies_in_many_chunks():
     )
 
 
-@pytest.mark.parametrize("vocab", [60, 2000, 6000])
+@pytest.mark.parametrize("vocab", [60, pytest.param(2000, marks=pytest.mark.slow_unit), 6000])
 @pytest.mark.parametrize(("true", "configured"), [(0.7, 1.0), (1.1, 1.0), (1.5, 0.6), (0.25, 1.0)])
 def test_the_temperature_is_recovered(vocab, true, configured):
     tokens = make(of(temperature=true), vocab=vocab)
@@ -181,7 +181,7 @@ def test_the_temperature_is_recovered(vocab, true, configured):
     assert found.sampling.temperature == pytest.approx(true, rel=2e-4)
 
 
-@pytest.mark.parametrize("vocab", [60, 3000])
+@pytest.mark.parametrize("vocab", [60, pytest.param(3000, marks=pytest.mark.slow_unit)])
 @pytest.mark.parametrize("cap", [3.0, 8.0, 20.0, -16.0, -25.0])
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_a_soft_cap_put_on_or_taken_off_is_recovered(cap, vocab, temperature):
@@ -212,7 +212,7 @@ def test_the_temperature_is_recovered_under_truncation():
     assert (found.sampling.top_p, found.sampling.top_k) == (0.9, 40)
 
 
-@pytest.mark.parametrize("vocab", [60, 2000])
+@pytest.mark.parametrize("vocab", [60, pytest.param(2000, marks=pytest.mark.slow_unit)])
 @pytest.mark.parametrize(
     ("true", "tolerance"),
     [
@@ -240,7 +240,7 @@ def test_truncations_that_were_not_applied_are_left_out_and_another_one_is_repla
     assert found.sampling.top_k == 30
 
 
-@pytest.mark.parametrize("vocab", [60, 2000])
+@pytest.mark.parametrize("vocab", [60, pytest.param(2000, marks=pytest.mark.slow_unit)])
 @pytest.mark.parametrize(
     ("name", "true"),
     [
@@ -263,7 +263,7 @@ def test_a_penalty_is_recovered_under_truncation_and_where_all_tokens_were_seen(
     assert fit_penalty(tokens, PLAIN).sampling.frequency_penalty == pytest.approx(0.5, abs=0.03)
 
 
-@pytest.mark.parametrize("vocab", [60, 2000])
+@pytest.mark.parametrize("vocab", [60, pytest.param(2000, marks=pytest.mark.slow_unit)])
 def test_composition_is_found_one_after_the_other(vocab):
     tokens = make(of(temperature=0.7, repetition_penalty=1.15), vocab=vocab)
     law = fit_temperature(tokens, PLAIN)
@@ -274,7 +274,7 @@ def test_composition_is_found_one_after_the_other(vocab):
     assert residual(tokens, law) < 0.001
 
 
-@pytest.mark.parametrize("vocab", [60, 2000])
+@pytest.mark.parametrize("vocab", [60, pytest.param(2000, marks=pytest.mark.slow_unit)])
 @pytest.mark.parametrize("b", [-2.0, 1.5, 4.0])
 def test_a_bias_is_recovered(vocab, b):
     true = replace(PLAIN, bias=((20, b),))
@@ -385,7 +385,7 @@ def test_shifts_are_found_per_sequence():
     assert fit_shift(law[:, :3], law[:, :3], mask[:, :3]).tolist() == [0] * 6
 
 
-@pytest.mark.parametrize("vocab", [60, 2000])
+@pytest.mark.parametrize("vocab", [60, pytest.param(2000, marks=pytest.mark.slow_unit)])
 def test_sampled_tokens_tell_their_temperature(vocab):
     gaps = []
     for seed in range(5):
