@@ -12,6 +12,7 @@ def modules_after(statement):
     return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
 
 
+@pytest.mark.slow_unit
 def test_importing_the_package_is_light():
     assert not modules_after("import trl_parity") & {"torch", "vllm", "wandb", "matplotlib", "trl", "transformers"}
     assert not modules_after("from trl_parity import ParityConfig; ParityConfig()") & {"torch", "vllm", "wandb", "trl"}

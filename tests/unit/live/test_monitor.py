@@ -92,6 +92,7 @@ def test_wrong_settings_are_named(tmp_path):
         ParityMonitor(output_dir=tmp_path / "file")
 
 
+@pytest.mark.slow_unit
 def test_alerts_go_to_wandb_and_trackio_once_an_episode(tmp_path, monkeypatch):
     import trackio
     import wandb

@@ -40,6 +40,7 @@ def halted(tmp_path_factory):
 # ---- what it says
 
 
+@pytest.mark.slow_unit
 def test_a_healthy_run_is_said_to_be_healthy(healthy, tmp_path, capsys):
     assert headline(summarize(healthy)) == ("OK", "healthy in all 10 windows, to step 10.")
     assert main(["report", str(healthy)]) == 0
@@ -54,6 +55,7 @@ def test_a_healthy_run_is_said_to_be_healthy(healthy, tmp_path, capsys):
     assert (tmp_path / "r.html").read_text().count("<img") == 5  # no incident: no evidence
 
 
+@pytest.mark.slow_unit
 def test_a_halted_run_tells_since_when_and_why_in_every_form(halted, tmp_path, capsys):
     status, sentence = headline(summarize(halted))
     assert status == "HALT"
@@ -77,6 +79,7 @@ def test_a_halted_run_tells_since_when_and_why_in_every_form(halted, tmp_path, c
     assert "![" not in capsys.readouterr().out
 
 
+@pytest.mark.slow_unit
 def test_an_incident_is_told_alone_and_with_its_run(halted, tmp_path):
     folder = halted / "parity" / "incidents" / "step-9"
     with_run = summarize(folder)
@@ -134,6 +137,7 @@ def test_columns_beyond_their_limit_are_merged_and_nothing_is_lost():
 # ---- hostile input
 
 
+@pytest.mark.slow_unit
 def test_whatever_a_model_wrote_is_only_text(tmp_path, capsys):
     """Every hostile text as status, reason, breach, token and prompt, in every form and command."""
     folder = run(tmp_path / "run", HALTED)
@@ -384,6 +388,7 @@ def test_no_color_is_respected_on_a_terminal(halted):
     assert b"halted at step 9" in shown[True]
 
 
+@pytest.mark.slow_unit
 def test_a_run_without_samples_or_settings_is_still_told(tmp_path, capsys):
     folder = run(tmp_path / "r", [1e-5] * 4, tokens=False)
     for name in ("config.json", "run.json", "tokens.jsonl"):
@@ -394,6 +399,7 @@ def test_a_run_without_samples_or_settings_is_still_told(tmp_path, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.slow_unit
 def test_a_redacted_incident_shows_a_dot_a_token(tmp_path, capsys):
     incident = make(redacted=True, windows=windows_in_short([incident_window(7, Status.HALT, 3, k3=0.01)]),
                     diagnosis=diagnosis(), config=ParityConfig(redact_text=True).to_dict())  # fmt: skip

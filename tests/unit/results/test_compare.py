@@ -32,6 +32,7 @@ def answers(a, b, **kwargs):
     return {c.stat: c.verdict(0.05) for c in compare([columns(a, **kwargs), columns(b, **kwargs)])}
 
 
+@pytest.mark.slow_unit
 @pytest.mark.parametrize(("n", "phi"), [(30, 0.0), (30, 0.3), (100, 0.6), (300, 0.8)])
 def test_runs_that_do_not_differ_are_rarely_said_to(n, phi):
     """At the null hypothesis' edge (no floor, so no margin): at most 5 % and what chance adds to it."""

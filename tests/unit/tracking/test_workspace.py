@@ -12,6 +12,7 @@ from trl_parity.metrics.scalars import SCALARS
 from trl_parity.tracking.workspace import SECTIONS, Chart, Panel, Table, view_id, workspace
 
 
+@pytest.mark.slow_unit
 def test_every_panel_shows_what_is_logged():
     from transformers import trainer as hf_trainer
     from trl.trainer import grpo_trainer
@@ -59,6 +60,7 @@ def test_the_sections_of_the_workspace():
             assert word in titles[section], (section, word)
 
 
+@pytest.mark.slow_unit
 def test_panels_are_drawn_over_the_trainers_step():
     spec = workspace("me", "mine")._to_model().spec.model_dump_json(by_alias=True, exclude_none=True)
     bank = json.loads(spec)["section"]["panelBankConfig"]
@@ -168,6 +170,7 @@ def test_an_online_run_makes_them_once_and_sends_its_objects(server, monkeypatch
     assert server.summary["parity/verdict"] == "HALT at step 5: kl_k3 0.5 > 0.1"
 
 
+@pytest.mark.slow_unit
 def test_no_login_is_one_clear_line(monkeypatch, capsys, tmp_path):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
