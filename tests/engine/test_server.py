@@ -188,7 +188,7 @@ def test_weights_are_delivered_in_files_of_bounded_size_and_a_refused_update_is_
     finally:
         transfer.destroy()
     assert (engine.rescore([IDS])[0] - scores(model, IDS)).abs().mean() < 0.05
-    with pytest.raises(ConnectionError, match="no answer from"):
+    with pytest.raises(requests.RequestException):
         FileTransfer(f"http://127.0.0.1:{free_port()}", timeout=5).init_weight_transfer()
 
 

@@ -96,7 +96,7 @@ class FileTransfer:
 
     Raises:
         RuntimeError: (every method) the server refused a request, with its own words.
-        ConnectionError: (every method) it can't be reached, or did not answer in time.
+        requests.RequestException: (every method) it can't be reached, or did not answer in time. As TRL's own.
     """
 
     def __init__(
@@ -110,7 +110,8 @@ class FileTransfer:
 
     def init_weight_transfer(self) -> None:
         """Make the directory; refuse a server that was started with another weight transfer, or none."""
-        info = self._server.json("get", "/server_info?config_format=json")["vllm_config"]
+        with _as_trl():
+            info = self._server.json("get", "/server_info?config_format=json")["vllm_config"]
         backend = (info["weight_transfer_config"] or {}).get("backend")
         if backend != BACKEND:
             flag = f"--weight-transfer-config '{json.dumps({'backend': BACKEND})}'"
@@ -119,27 +120,27 @@ class FileTransfer:
                 f"CUDA, so weights go through files. Expected a server started with {flag}, in an environment where "
                 "trl-parity is installed."
             )
-        self._server.text("post", "/init_weight_transfer_engine", {"init_info": {}})
+        self._post("/init_weight_transfer_engine", {"init_info": {}})
         self._directory = tempfile.TemporaryDirectory(prefix="trl-parity-weights-", dir=self._parent)
 
     def pause(self) -> None:
         """Freeze the server's running requests; they go on after ``resume``."""
-        self._server.text("post", "/pause?mode=keep")
+        self._post("/pause?mode=keep")
 
     def resume(self) -> None:
         """Go on generating."""
-        self._server.text("post", "/resume")
+        self._post("/resume")
 
     def send_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
         """One update of the server's weights, whole when it returns."""
-        self._server.text("post", "/start_weight_update", {})
+        self._post("/start_weight_update", {})
         try:
             self.deliver(named)
         except BaseException:
             with contextlib.suppress(Exception):  # the error at hand says more
-                self._server.text("post", "/finish_weight_update", {})
+                self._post("/finish_weight_update", {})
             raise
-        self._server.text("post", "/finish_weight_update", {})
+        self._post("/finish_weight_update", {})
 
     def deliver(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Part of an update that is under way: tensors by the trainer's names, in files of about ``file_bytes``."""
@@ -151,7 +152,7 @@ class FileTransfer:
             path = Path(self._directory.name) / f"{next(self._names)}.safetensors"
             try:
                 save_file(tensors, path)
-                self._server.text("post", "/update_weights", {"update_info": {"path": str(path)}})  # answers once read
+                self._post("/update_weights", {"update_info": {"path": str(path)}})  # answers once read
             finally:
                 path.unlink(missing_ok=True)
 
@@ -160,6 +161,10 @@ class FileTransfer:
         if self._directory is not None:
             self._directory.cleanup()
             self._directory = None
+
+    def _post(self, path: str, body: Any = None) -> None:
+        with _as_trl():
+            self._server.text("post", path, body)
 
     def _batches(self, named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
         tensors: dict[str, torch.Tensor] = {}
@@ -173,3 +178,12 @@ class FileTransfer:
                 tensors, size = {}, 0
         if tensors:
             yield tensors
+
+
+@contextlib.contextmanager
+def _as_trl() -> Iterator[None]:
+    """What failed is raised as TRL's own client raises it: whoever catches that one's errors catches ours."""
+    try:
+        yield
+    except ConnectionError as e:
+        raise e.__cause__ or e from None
