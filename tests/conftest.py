@@ -14,8 +14,9 @@ os.environ["MASTER_PORT"] = str(free_port())
 
 # the longest first, so that two processes come to an end together
 LONG = (
-    "test_processes.py", "test_server.py", "test_check.py", "test_diagnose.py", "test_async.py", "test_trainers.py",
-    "test_grpo.py", "test_engine_args.py", "test_pilot_run.py", "test_baseline.py", "test_report.py",
+    "test_head_triton.py", "test_processes.py", "test_server.py", "test_check.py", "test_diagnose.py", "test_async.py",
+    "test_trainers.py", "test_grpo.py", "test_engine_args.py", "test_pilot_run.py", "test_baseline.py",
+    "test_report.py",
 )  # fmt: skip
 
 
