@@ -27,6 +27,8 @@ from trl_parity.report.token_figures import draw_histogram
 from trl_parity.results.incident import read_incident, sequence_rows, versions, windows_in_short
 from trl_parity.verdict import Status, Verdict
 
+pytestmark = pytest.mark.slow_unit
+
 FILES = {"incident.json", "tokens.parquet", "report.md", "windows.png", "evidence.png", "log_ratio.png"}
 
 
@@ -46,7 +48,6 @@ def skeleton(report):
 # ---- the folder
 
 
-@pytest.mark.slow_unit
 def test_a_bundle_is_written_and_read_back(tmp_path):
     given = make()
     folder = write_incident(tmp_path, given, sequence_rows(*batch(), decode))
@@ -300,7 +301,6 @@ def test_the_parquet_file_holds_hostile_text_as_it_was(tmp_path, text):
 # ---- redaction
 
 
-@pytest.mark.slow_unit
 def test_a_redacted_bundle_holds_no_ids_text_or_prompts(tmp_path):
     secrets = {"token": "XSECRETX", "token_ids": [987654], "tokens": ["XSECRETX"], "text": "XSECRETX", "ids": [987654],
                "prompt": "XSECRETX", "banned": [987654], "bias": [[987654, 1.0]], "allowed": [987654],
@@ -439,7 +439,6 @@ def test_timelines_of_odd_runs_are_drawn(windows, recwarn):
     assert not list(recwarn)
 
 
-@pytest.mark.slow_unit
 def test_a_timeline_of_a_run_with_its_own_rules_or_another_versions_settings_is_drawn():
     for config in (ParityConfig(rules={"kl_k3": None}).to_dict(), ParityConfig(rules={"kl_k3": 0.5}).to_dict(),
                    {"unknown": 1}):  # fmt: skip
@@ -472,7 +471,6 @@ def test_histograms_of_odd_log_ratios_are_drawn(delta, recwarn):
     assert not list(recwarn)
 
 
-@pytest.mark.slow_unit
 def test_labels_from_outside_are_no_formulas(recwarn):
     found = diagnosis()
     for e in found["evidence"]:

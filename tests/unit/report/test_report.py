@@ -24,6 +24,8 @@ from trl_parity.results.incident import windows_in_short
 from trl_parity.results.reader import Columns, iter_windows, samples
 from trl_parity.verdict import Status
 
+pytestmark = pytest.mark.slow_unit
+
 HALTED = [1e-5] * 6 + [3e-4, 5e-4, 9e-4]
 
 
@@ -40,7 +42,6 @@ def halted(tmp_path_factory):
 # ---- what it says
 
 
-@pytest.mark.slow_unit
 def test_a_healthy_run_is_said_to_be_healthy(healthy, tmp_path, capsys):
     assert headline(summarize(healthy)) == ("OK", "healthy in all 10 windows, to step 10.")
     assert main(["report", str(healthy)]) == 0
@@ -55,7 +56,6 @@ def test_a_healthy_run_is_said_to_be_healthy(healthy, tmp_path, capsys):
     assert (tmp_path / "r.html").read_text().count("<img") == 5  # no incident: no evidence
 
 
-@pytest.mark.slow_unit
 def test_a_halted_run_tells_since_when_and_why_in_every_form(halted, tmp_path, capsys):
     status, sentence = headline(summarize(halted))
     assert status == "HALT"
@@ -79,7 +79,6 @@ def test_a_halted_run_tells_since_when_and_why_in_every_form(halted, tmp_path, c
     assert "![" not in capsys.readouterr().out
 
 
-@pytest.mark.slow_unit
 def test_an_incident_is_told_alone_and_with_its_run(halted, tmp_path):
     folder = halted / "parity" / "incidents" / "step-9"
     with_run = summarize(folder)
@@ -137,7 +136,6 @@ def test_columns_beyond_their_limit_are_merged_and_nothing_is_lost():
 # ---- hostile input
 
 
-@pytest.mark.slow_unit
 def test_whatever_a_model_wrote_is_only_text(tmp_path, capsys):
     """Every hostile text as status, reason, breach, token and prompt, in every form and command."""
     folder = run(tmp_path / "run", HALTED)
@@ -291,7 +289,6 @@ def long_file(tmp_path_factory):
 
 
 @pytest.mark.parametrize("command", ["report", "watch", "replay", "compare"])
-@pytest.mark.slow_unit
 def test_memory_does_not_grow_with_the_file(long_file, command):
     """All of it as Python objects would take over 500 MB."""
     folder, count = long_file
@@ -326,7 +323,6 @@ def without(blocked, *command):
     return subprocess.run([sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True, cwd=ROOT)
 
 
-@pytest.mark.slow_unit
 def test_it_works_without_torch_vllm_and_wandb(halted, healthy, tmp_path):
     done = without(STACK, "report", halted, "--html", tmp_path / "r.html", "--markdown", tmp_path / "r.md")
     assert done.returncode == 0, done.stderr
@@ -336,7 +332,6 @@ def test_it_works_without_torch_vllm_and_wandb(halted, healthy, tmp_path):
     assert done.returncode == 1, done.stderr  # they differ
 
 
-@pytest.mark.slow_unit
 def test_without_matplotlib_the_words_are_there_and_the_lack_is_said(halted, tmp_path):
     done = without(STACK | {"matplotlib"}, "report", halted, "--html", tmp_path / "r.html")
     assert done.returncode == 0
@@ -357,7 +352,6 @@ def test_help_has_examples_and_exit_codes(capsys):
         assert "exit codes:" in out
 
 
-@pytest.mark.slow_unit
 def test_no_color_is_respected_on_a_terminal(halted):
     """Through a pseudo-terminal, as a person would see it."""
     import pty
@@ -388,7 +382,6 @@ def test_no_color_is_respected_on_a_terminal(halted):
     assert b"halted at step 9" in shown[True]
 
 
-@pytest.mark.slow_unit
 def test_a_run_without_samples_or_settings_is_still_told(tmp_path, capsys):
     folder = run(tmp_path / "r", [1e-5] * 4, tokens=False)
     for name in ("config.json", "run.json", "tokens.jsonl"):
@@ -399,7 +392,6 @@ def test_a_run_without_samples_or_settings_is_still_told(tmp_path, capsys):
     capsys.readouterr()
 
 
-@pytest.mark.slow_unit
 def test_a_redacted_incident_shows_a_dot_a_token(tmp_path, capsys):
     incident = make(redacted=True, windows=windows_in_short([incident_window(7, Status.HALT, 3, k3=0.01)]),
                     diagnosis=diagnosis(), config=ParityConfig(redact_text=True).to_dict())  # fmt: skip

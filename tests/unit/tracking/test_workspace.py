@@ -11,8 +11,9 @@ from trl_parity.cli import main
 from trl_parity.metrics.scalars import SCALARS
 from trl_parity.tracking.workspace import SECTIONS, Chart, Panel, Table, view_id, workspace
 
+pytestmark = pytest.mark.slow_unit
 
-@pytest.mark.slow_unit
+
 def test_every_panel_shows_what_is_logged():
     from transformers import trainer as hf_trainer
     from trl.trainer import grpo_trainer
@@ -60,7 +61,6 @@ def test_the_sections_of_the_workspace():
             assert word in titles[section], (section, word)
 
 
-@pytest.mark.slow_unit
 def test_panels_are_drawn_over_the_trainers_step():
     spec = workspace("me", "mine")._to_model().spec.model_dump_json(by_alias=True, exclude_none=True)
     bank = json.loads(spec)["section"]["panelBankConfig"]
@@ -126,7 +126,6 @@ def test_an_offline_run_makes_none(server, monkeypatch):
     assert server.upserts == 0
 
 
-@pytest.mark.slow_unit
 def test_an_online_run_makes_them_once_and_sends_its_objects(server, monkeypatch, tmp_path, caplog):
     """The real client, online, from init to finish."""
     from support.windows import sums_of, verdict
@@ -170,7 +169,6 @@ def test_an_online_run_makes_them_once_and_sends_its_objects(server, monkeypatch
     assert server.summary["parity/verdict"] == "HALT at step 5: kl_k3 0.5 > 0.1"
 
 
-@pytest.mark.slow_unit
 def test_no_login_is_one_clear_line(monkeypatch, capsys, tmp_path):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
