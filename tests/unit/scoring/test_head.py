@@ -50,6 +50,7 @@ def test_scores_match_fp64_oracle_for_any_sizes_chunks_and_settings(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.slow_unit
 def test_error_stays_below_1e_5_nats_over_a_full_size_vocabulary(dtype):
     hidden, targets, head = make(16, 256, 151_936, std=6.3, dtype=dtype)
     z = oracle_logits(hidden, head)
