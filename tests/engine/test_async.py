@@ -178,9 +178,7 @@ def test_a_clean_run_lags_and_is_healthy(model_dir, tmp_path, server):
         assert line["num_tokens"] == line["lag/0/tokens"] + line["lag/probe_tokens"]
         assert line["lag/probe_tokens"] >= 8 * 32  # up to 16 * 32, fewer where a sequence ended
         assert line["kl_k3"] < 1e-3
-        assert set(line["warnings"]) <= {"policy_drift/kl_k3", "entropy/drift_gap"}
-    # what is sampled here depends on the clock, and the gap's interval misses a healthy window now and then: not two
-    assert sum("entropy/drift_gap" in line["warnings"] for line in lines) <= 1
+        assert set(line["warnings"]) <= {"policy_drift/kl_k3"}
     crossed = [line["lag/in_flight_share"] for line in lines]  # handed over after the sync that aged them began
     assert crossed[0] == 0 < max(crossed)
     probes = [rollout for rollout, _ in callback.seen if rollout.probe]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
@@ -27,12 +28,12 @@ X = TypeVar("X")
 _WIDE = 1 << 20  # a choice among more is a seed: another one is not simpler for being smaller
 
 
-class Draws:
+class Draws(ABC):
     """What a value is made of. ``integer`` is all that a source of choices has to give."""
 
+    @abstractmethod
     def integer(self, low: int, high: int) -> int:
         """One of ``low`` to ``high``, each alike."""
-        raise NotImplementedError
 
     def part(self, make: Callable[[], X]) -> X:
         """What ``make`` draws, as a part that may be left out as a whole."""
