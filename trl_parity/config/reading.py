@@ -15,14 +15,17 @@ from ..errors import ConfigError
 __all__ = ["assignments", "from_json", "from_yaml", "read_mapping", "read_text", "settings"]
 
 _FLOAT = "tag:yaml.org,2002:float"
+_DATE = "tag:yaml.org,2002:timestamp"
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's, with the floats of YAML 1.2: ``1e-3`` is a number, as in JSON. PyYAML wants ``1.0e-3``."""
+    """PyYAML's, with the scalars of YAML 1.2's core schema: ``1e-3`` is a number, as in JSON, where PyYAML wants
+    ``1.0e-3``; a date is text. No setting is a date, a name may look like one, and what PyYAML makes of dates is
+    changed for a whole process by lm-format-enforcer, which vLLM imports for structured outputs."""
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != _FLOAT]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_FLOAT, _DATE)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 
@@ -43,7 +46,7 @@ def from_yaml(text: str, where: str) -> Any:
     """What a YAML text says. Raises ConfigError."""
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError) as e:  # ValueError: a date that is none, say
+    except (yaml.YAMLError, ValueError) as e:  # ValueError: a number that is none, say 0x_
         raise ConfigError(f"{where} is not valid YAML: {e}") from e
 
 
