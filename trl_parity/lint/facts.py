@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,8 @@ def facts(capture: Capture, replayed: bool) -> Facts:
     mode = args.vllm_importance_sampling_mode if corrects else None
     extra = getattr(capture.generation, "generation_kwargs", None) or {}
     model = model_facts(capture.policy.config)
-    del model["unknown_names"]  # the first sync has gone through
+    if getattr(args, "vllm_model_impl", "vllm") == "transformers" or getattr(args, "vllm_mode", None) != "colocate":
+        del model["refused"]
     model["absolute_positions"] &= isinstance(capture, GRPOCapture)  # other trainers pass position_ids
     return Facts(
         sampling=capture.sampling,
@@ -101,8 +103,12 @@ def configured_facts(values: Mapping[str, Any], *, serve: str | None = None, tra
     corrects = trainer == "grpo" and values.get("vllm_importance_sampling_correction", True)  # RLOO has none
     mode = str(values.get("vllm_importance_sampling_mode", "sequence_mask")) if corrects else None
     model = {} if checkpoint.get("config") is None else model_facts(checkpoint["config"], init)
-    if values.get("vllm_model_impl", "vllm") == "transformers":
-        model.pop("unknown_names", None)
+    if values.get("vllm_mode") == "server":
+        native = serve is not None and re.search(r"--model-impl[= ]+transformers", serve) is None
+    else:
+        native = values.get("vllm_model_impl") != "transformers"
+    if not native:
+        model.pop("refused", None)
     if serve is not None or values.get("vllm_mode") == "server":
         engine = _served(serve, checkpoint)
     else:  # colocated: TRL sets the log-prob mode, engine_args what they like

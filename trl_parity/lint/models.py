@@ -18,12 +18,23 @@ _RANDOM_SETTINGS = ("input_jitter_noise", "router_jitter_noise", "moe_jitter_eps
 # router_jitter_noise is no noise here but the width of the mask that its sparse mixer draws from
 _DRAWS_EXPERTS = {"phimoe"}
 
-# by the architecture vLLM 0.31 is told to serve: its load_weights knows experts by their names in the hub's files, TRL
-# delivers them by those that transformers 5 gives them
-_OTHER_NAMES = {
-    "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "Ernie4_5_MoeForCausalLM", "GraniteMoeHybridForCausalLM",
-    "MixtralForCausalLM", "PhiMoEForCausalLM",
-}  # fmt: skip
+# by the architecture that vLLM 0.31 serves: what its load_weights knows by the hub's name alone, while TRL delivers it by
+# the one that transformers 5 gives it
+_HUB_NAMES = {
+    "AXK1ForCausalLM": "experts",
+    "DeepseekV2ForCausalLM": "experts",
+    "DeepseekV3ForCausalLM": "experts",
+    "Ernie4_5_MoeForCausalLM": "router's bias",
+    "GPTNeoXForCausalLM": "head",
+    "GraniteMoeHybridForCausalLM": "experts",
+    "HrmTextForCausalLM": "attention",
+    "HYV3ForCausalLM": "experts",
+    "LagunaForCausalLM": "shared experts",
+    "Lfm2MoeForCausalLM": "experts",  # left out without an error
+    "MiniMaxM2ForCausalLM": "experts",
+    "MixtralForCausalLM": "experts",
+    "PhiMoEForCausalLM": "experts",
+}
 
 # of an input or output embedding, by its last part
 _EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
@@ -37,18 +48,20 @@ def model_facts(config: Any, over: Mapping[str, Any] | None = None) -> dict[str,
     draws = [f"{name}={value:g}" for name in _RANDOM_SETTINGS if (value := values.get(name))]
     if kind in _DRAWS_EXPERTS:
         draws = ["experts", *(d for d in draws if not d.startswith("router"))]
-    names = config.architectures or ()
+    refused = next(((name, _HUB_NAMES[name]) for name in config.architectures or () if name in _HUB_NAMES), None)
+    if refused is not None and refused[1] == "head" and text.tie_word_embeddings:
+        refused = None  # a tied head is not delivered
     return {
         "model_type": kind,
         "absolute_positions": kind in _ABSOLUTE_POSITIONS,
         "draws": tuple(draws),
-        "unknown_names": next((name for name in names if name in _OTHER_NAMES), None),
+        "refused": refused,
     }
 
 
 def adapter_facts(policy: Any) -> dict[str, Any]:
     """By the names of ``Facts``, from a live policy whose adapter is merged for the engine; nothing without one."""
-    if not hasattr(policy, "peft_config"):
+    if not hasattr(policy, "get_base_model"):
         return {}
     base = policy.get_base_model()
     found: dict[str, Any] = {"merges_adapter": True}

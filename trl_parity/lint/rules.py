@@ -43,7 +43,7 @@ class Facts:
     model_type: str | None = None
     absolute_positions: bool = False  # counted over the padding where a call brings no position_ids
     draws: tuple[str, ...] = ()  # what draws at random in training mode and is no dropout
-    unknown_names: str | None = None  # the architecture whose synced names the engine doesn't know
+    refused: tuple[str, str] | None = None  # the engine's architecture, and what it won't take by its synced name
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,13 +287,14 @@ def _answers(f: Facts) -> Iterator[Finding]:
 
 def _model(f: Facts) -> Iterator[Finding]:
     """What comes with the model."""
-    if f.unknown_names is not None:
+    if f.refused is not None:
+        architecture, part = f.refused
         yield Finding(
             "error",
             "partial_sync",
-            f"vLLM's {f.unknown_names} does not know its experts by the names of transformers 5, under which TRL "
-            "delivers them: the first weight sync fails.",
-            "UNKNOWN_NAMES_FIX",
+            f"vLLM's {architecture} doesn't know its {part} by the name that transformers 5 gives it and TRL delivers "
+            "it by: the first weight sync fails, or leaves it as it was without a word.",
+            'vllm_model_impl="transformers" (server: --model-impl transformers), where vLLM takes the model so.',
         )
     if f.absolute_positions:
         yield Finding(
@@ -310,8 +311,8 @@ def _model(f: Facts) -> Iterator[Finding]:
         fixes = []
         if "experts" in f.draws:
             fixes.append(
-                "keep the routers in eval mode, before trainer.train(): for m in trainer.model.modules(): if "
-                "type(m).__name__ == 'PhimoeTopKRouter': m.eval(); m.train = lambda mode=True: None"
+                "routers that stay in eval mode, before trainer.train(): for m in [m for m in trainer.model.modules() "
+                'if type(m).__name__ == "PhimoeTopKRouter"]: m.eval(); m.train = lambda mode=True: None'
             )
         if set_to_0:
             fixes.append(f"{' and '.join(set_to_0)} = 0 in the model's config (model_init_kwargs)")
