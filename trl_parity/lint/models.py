@@ -1,4 +1,4 @@
-"""What a model brings with it: traps that its config, its architecture or its adapter set, whatever a run's settings."""
+"""What a model brings with it: traps that its config, its architecture or its adapter set."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _RANDOM_SETTINGS = ("input_jitter_noise", "router_jitter_noise", "moe_jitter_eps
 # router_jitter_noise is no noise here but the width of the mask that its sparse mixer draws from
 _DRAWS_EXPERTS = {"phimoe"}
 
-# by the architecture that vLLM 0.31 serves: what its load_weights knows by the hub's name alone, while TRL delivers it by
-# the one that transformers 5 gives it
+# by the architecture that vLLM 0.31 serves: what its load_weights knows by the hub's name alone, while TRL delivers it
+# by the one that transformers 5 gives it
 _HUB_NAMES = {
     "AXK1ForCausalLM": "experts",
     "DeepseekV2ForCausalLM": "experts",

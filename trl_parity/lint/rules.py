@@ -86,7 +86,6 @@ def _reported(f: Facts) -> Iterator[Finding]:
             'logprobs_mode="processed_logprobs" (server: --logprobs-mode processed_logprobs).',
         )
 
-
     if f.logprobs_mode not in (None, "processed_logprobs") and s is not None and "structured_outputs" in s.unreplayed:
         yield Finding(
             "warning",
@@ -247,8 +246,8 @@ def _correction(f: Facts) -> Iterator[Finding]:
     yield Finding(
         "error",
         "correction_weights",
-        f"the engine truncates ({_changed(s)}) and vllm_importance_sampling_mode={f.weighs_sequences!r} multiplies the "
-        f"loss of an answer by the mass kept at each of its tokens{size}: long answers are not learned from.",
+        f"the engine truncates ({_changed(s)}) and vllm_importance_sampling_mode={f.weighs_sequences!r} multiplies "
+        f"the loss of an answer by the mass kept at each of its tokens{size}: long answers are not learned from.",
         'top_p=1, top_k=0, min_p=0, or vllm_importance_sampling_mode="token_truncate".',
     )
 
@@ -343,15 +342,15 @@ def _adapter(f: Facts) -> Iterator[Finding]:
             "partial_sync",
             "an adapter sits on a tied embedding: merging it for the engine writes into the one matrix that both ends "
             "share (with ensure_weight_tying: twice), so the engine gets another model than the trainer's.",
-            "embed_tokens and lm_head out of target_modules; LoraConfig(modules_to_save=[\"embed_tokens\"], "
+            'embed_tokens and lm_head out of target_modules; LoraConfig(modules_to_save=["embed_tokens"], '
             "ensure_weight_tying=True, ...) trains them as one.",
         )
     if f.merges_adapter and f.trainer_dtype in ("bfloat16", "float16"):
         yield Finding(
             "warning",
             "reference_drift",
-            f"the adapter is merged into {f.trainer_dtype} weights and taken out again at each sync: rounding moves the "
-            "frozen base, and with it the policy and the reference of the KL term.",
+            f"the adapter is merged into {f.trainer_dtype} weights and taken out again at each sync: rounding moves "
+            "the frozen base, and with it the policy and the reference of the KL term.",
             'model_init_kwargs={"dtype": "float32"} with bf16=True: the forward stays in bf16.',
         )
 
