@@ -165,6 +165,7 @@ def _checkpoint(model: Any) -> dict[str, Any]:
         found["config"] = AutoConfig.from_pretrained(model, local_files_only=True)
         config = found["config"].get_text_config()
         found["tied"] = bool(config.tie_word_embeddings)
+        found["eos"] = _ids(config.eos_token_id)
         found["dtype"] = None if config.dtype is None else dtype_name(config.dtype)
         rates = [v for k, v in config.to_dict().items() if k.endswith(("dropout", "pdrop")) and isinstance(v, float)]
         found["dropout"] = max(rates, default=0.0)
@@ -173,12 +174,15 @@ def _checkpoint(model: Any) -> dict[str, Any]:
         told = {
             n: v for n in neutral if (v := getattr(defaults, n, None)) not in (None, neutral[n], 50 * (n == "top_k"))
         }
-        eos = defaults.eos_token_id
-        found["eos"] = () if eos is None else eos if isinstance(eos, list) else (eos,)
+        found["eos"] |= _ids(defaults.eos_token_id)
         found["defaults"] = tuple(f"{n}={v:g}" for n, v in told.items())
     except (OSError, ValueError, TypeError):
         pass
     return found
+
+
+def _ids(given: int | list[int] | None) -> set[int]:
+    return set(given) if isinstance(given, list) else set() if given is None else {given}
 
 
 def _engine_dtype(asked: str, checkpoint: Mapping[str, Any]) -> str | None:

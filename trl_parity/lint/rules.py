@@ -86,15 +86,6 @@ def _reported(f: Facts) -> Iterator[Finding]:
             'logprobs_mode="processed_logprobs" (server: --logprobs-mode processed_logprobs).',
         )
 
-    if f.logprobs_mode not in (None, "processed_logprobs") and s is not None and "structured_outputs" in s.unreplayed:
-        yield Finding(
-            "warning",
-            "constrained_decoding",
-            f"the engine returns {f.logprobs_mode}, but with structured outputs these are not the model's own: vLLM "
-            "writes the grammar's mask into the logits before it copies them.",
-            'logprobs_mode="processed_logprobs", and no structured outputs, or the tokens they force masked.',
-        )
-
 
 def _dropout(f: Facts) -> Iterator[Finding]:
     if f.dropout > 0:
@@ -232,6 +223,14 @@ def _requests(f: Facts) -> Iterator[Finding]:
             f"the requests set {', '.join(s.unreplayed)}, which changes the law sampled from and is not replayed on "
             "the trainer's side: expect drift where it applies.",
             "drop it, or mask the tokens it forces.",
+        )
+    if "structured_outputs" in s.unreplayed and f.logprobs_mode not in (None, "processed_logprobs"):
+        yield Finding(
+            "warning",
+            "constrained_decoding",
+            f"the engine returns {f.logprobs_mode}, but with structured outputs these are not the model's own: vLLM "
+            "writes the grammar's mask into the logits before it copies them.",
+            'logprobs_mode="processed_logprobs", and no structured outputs, or the tokens they force masked.',
         )
 
 
