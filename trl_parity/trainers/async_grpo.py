@@ -140,7 +140,7 @@ def _around_loss(
 class AsyncGRPOCapture(Capture):
     """The samples of one rank's packed row, at their loss."""
 
-    generation_period = 1
+    micro_batches = 1
 
     def __init__(self, trainer: Any, observer: Observer, inputs: Mapping[str, torch.Tensor]):
         super().__init__(trainer, observer, training=True)

@@ -41,7 +41,7 @@ class Capture(ABC):
     sampling: SamplingSettings  # what the engine was asked for
     step: int  # optimizer steps done
     last_in_step: bool  # no further generation before the next optimizer step
-    generation_period: int  # optimizer steps that one generation batch feeds
+    micro_batches: int  # that this batch feeds, of a trainer that accumulates gradients over some
 
     def __init__(self, trainer: Any, observer: Any, training: bool):
         self.trainer = trainer

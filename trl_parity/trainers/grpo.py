@@ -140,10 +140,12 @@ class GRPOCapture(Capture):
         super().__init__(trainer, observer, training)
         args = trainer.args
         generate_every = args.steps_per_generation * trainer.num_iterations  # micro-batches per generation
-        accumulate = args.gradient_accumulation_steps
         self.step = int(trainer.state.global_step)
-        self.last_in_step = trainer._step % accumulate + generate_every >= accumulate
-        self.generation_period = -(-generate_every // accumulate)
+        self.micro_batches = generate_every - trainer._step % generate_every
+        self.last_in_step = training and (
+            trainer.accelerator.sync_gradients  # the update comes right after this micro-batch
+            or self.micro_batches >= trainer.current_gradient_accumulation_steps - observer.accumulated
+        )
         self.sampling = sampling_settings(trainer.vllm_generation)
 
     @classmethod
