@@ -61,6 +61,10 @@ class Capture(ABC):
     def rewards(self) -> list[float]:
         """Rewards of this batch over all ranks, the same on each; NaN where none was given."""
 
+    def reward_prompts(self) -> list[int] | None:
+        """For each of ``rewards`` a number that is the same for completions of one prompt; None: each has its own."""
+        return None
+
     @abstractmethod
     def run_policy(
         self, ids: torch.Tensor, attention: torch.Tensor, keep: int, batch_size: int | None = None
