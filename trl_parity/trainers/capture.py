@@ -11,6 +11,7 @@ from accelerate.utils import DistributedType
 
 from ..records import RolloutBatch, SamplingSettings, ScoredBatch
 from ..scoring.scorer import CompletionScorer, CompletionScores
+from .row_keys import row_keys
 
 if TYPE_CHECKING:
     from ..engine.base import Engine
@@ -166,6 +167,7 @@ class Capture(ABC):
             in_flight=in_flight,
             stale=stale,
             probe=rollout.probe,
+            keys=row_keys(rollout)[rows],
         )
 
     def rows_within(self, rollout: RolloutBatch, token_budget: int) -> torch.Tensor:
