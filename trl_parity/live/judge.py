@@ -141,7 +141,8 @@ class RunJudge:
         """
         if not self.floor.age or self.status is Status.HALT:
             return False
-        resting = [r for r in self.breaker.readings(stats.values_by_name) if r.rule.k is not None]
+        readings = self.breaker.readings(stats.values_by_name)
+        resting = [r for r in readings if r.rule.k is not None or r.rule.stat.startswith("floor/")]
         return any(r.over or (r.warns and not self.breaker.alerted) for r in resting)
 
     def judge(self, step: int, stats: MismatchStats | None, error: str = "") -> Verdict:

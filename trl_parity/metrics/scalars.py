@@ -52,11 +52,14 @@ SCALARS: dict[str, str] = {
     "trimmed/ess": "the same for ess",
     "trimmed/confident_disagreement": "confident_disagreement without one of its tokens",
     "trimmed/nonfinite_rate": "nonfinite_rate without one of its tokens",
-    "floor/kl_k3": "trimmed/kl_k3 of one side against itself: the largest of the noise floor's sources",
-    "floor/logp_abs_diff/mean": "the same for logp_abs_diff/mean",
-    "floor/logp_abs_diff/p99": "the same for logp_abs_diff/p99",
+    "floor/kl_k3": "95 % upper bound of trimmed/kl_k3 of one side against itself: the largest of the floor's sources, "
+    "the engine's at most 4 x rounding's",
+    "floor/logp_abs_diff/mean": "the same for logp_abs_diff/mean (at most 2 x rounding's)",
+    "floor/logp_abs_diff/p99": "the same for logp_abs_diff/p99 (at most 2 x rounding's)",
     "floor/ratio/out_of_band": "the same for ratio/out_of_band",
-    "floor/ess": "the same for ess: the smallest",
+    "floor/ess": "the same for ess: the lower bound, and the smallest",
+    "floor/engine_excess": "the engine against itself: 95 % lower bound of its mean |Δ| - 3 x rounding's upper bound, at "
+    "least 0, nats",
     "floor/age": "windows since the floor was measured",
     "excess/kl_k3": "trimmed/kl_k3 - floor/kl_k3",
     "excess/logp_abs_diff/mean": "trimmed - floor of logp_abs_diff/mean",
