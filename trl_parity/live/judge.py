@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,9 +110,9 @@ class RunJudge:
         self._sequences += len(scored.mask)
         return sums
 
-    def add_rewards(self, sums: MismatchSums, rewards: list[float]) -> None:
-        """Take in a batch's rewards (of all ranks, the same on each)."""
-        if finite := self.rewards.extend(rewards):
+    def add_rewards(self, sums: MismatchSums, rewards: list[float], prompts: Sequence[int] | None = None) -> None:
+        """Take in a batch's rewards (of all ranks, the same on each), and numbers that tell their prompts apart."""
+        if finite := self.rewards.extend(rewards, prompts):
             sums.bump(rewards=len(finite), reward_sum=sum(finite))
 
     def scalars(self, stats: MismatchStats, *, new_window: bool = False) -> MismatchStats:
@@ -124,7 +124,7 @@ class RunJudge:
             if (name := f"limit/{reading.rule.stat}") in SCALARS and reading.seen.startswith("excess/"):
                 extra[name] = reading.limit
         if self.baseline is not None:
-            comparison = self.baseline.compare(self.rewards.rewards)
+            comparison = self.baseline.compare(self.rewards.rewards, self.rewards.prompts)
             if comparison is not None:
                 extra |= {
                     "reward/effect_size": comparison.effect_size,
@@ -141,7 +141,8 @@ class RunJudge:
         """
         if not self.floor.age or self.status is Status.HALT:
             return False
-        resting = [r for r in self.breaker.readings(stats.values_by_name) if r.rule.k is not None]
+        readings = self.breaker.readings(stats.values_by_name)
+        resting = [r for r in readings if r.rule.k is not None or r.rule.stat.startswith("floor/")]
         return any(r.over or (r.warns and not self.breaker.alerted) for r in resting)
 
     def judge(self, step: int, stats: MismatchStats | None, error: str = "") -> Verdict:

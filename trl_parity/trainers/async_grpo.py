@@ -91,6 +91,8 @@ def _around_collation(original: Callable[..., Any], collator: Any, examples: Any
         batch[_PREFIX + name] = pad_sequence([of(row.samples) for row in rows], batch_first=True)
     rewards = [float(s["metrics"].get("reward", torch.nan)) for row in rows for s in row.samples]
     batch[_PREFIX + "rewards"] = torch.tensor([rewards] * len(rows))
+    groups = [int(s["group_id"]) for row in rows for s in row.samples]
+    batch[_PREFIX + "reward_groups"] = torch.tensor([groups] * len(rows))
     return batch
 
 
@@ -259,6 +261,10 @@ class AsyncGRPOCapture(Capture):
     def rewards(self) -> list[float]:
         """Of all ranks' samples, as the worker scored them; NaN where no function gave one."""
         return self.output[_PREFIX + "rewards"][0].tolist()
+
+    def reward_prompts(self) -> list[int]:
+        """The worker's numbers of their groups."""
+        return self.output[_PREFIX + "reward_groups"][0].tolist()
 
     def log(self, values: dict[str, float]) -> None:
         """One value a key, so nothing is averaged."""

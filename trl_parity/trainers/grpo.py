@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -185,6 +186,11 @@ class GRPOCapture(Capture):
             known = [weight * value for weight, value in zip(weights, given, strict=True) if value == value]
             total.append(sum(known) if known else math.nan)
         return total
+
+    def reward_prompts(self) -> list[int]:
+        """A checksum of each completion's prompt, as TRL logs it."""
+        prompts = list(self.trainer._logs["prompt"])[-self._global_batch() :]
+        return [zlib.crc32(repr(prompt).encode()) for prompt in prompts]
 
     def _global_batch(self) -> int:
         return len(self.output["completion_ids"]) * self.trainer.accelerator.num_processes
