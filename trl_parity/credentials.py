@@ -34,7 +34,7 @@ _FORMS = tuple(
     re.compile(form)
     for form in (
         r"(?<=://)[^\s/?#\"'<>]{1,500}(?=@)",  # user and password of an address
-        r"(?i)(?<=\bbearer )\s*[\w.~+/=-]+",
+        r"(?i)(?<=\bbearer )\s*[\w.~+/=-]{8,}",
         r"(?i)(?<=\bbasic )\s*[\w+/=-]{8,}",
         r"\bhf_[A-Za-z0-9]{16,}",  # Hugging Face
         r"\b(?:sk|rk|pk)-[\w-]{16,500}",  # OpenAI, Anthropic and others

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.parity import ParityConfig
+from ..credentials import masked, without_credentials
 from ..errors import ConfigError
 from ..files import jsonable, write_atomic
 from ..judging.breaker import Breaker
@@ -146,7 +147,7 @@ class RunJudge:
 
     def judge(self, step: int, stats: MismatchStats | None, error: str = "") -> Verdict:
         """The verdict on a window's (reduced) statistics; kept and written."""
-        verdict = self.breaker.judge(step, stats, error)
+        verdict = self.breaker.judge(step, stats, masked(error))
         self.verdicts.append(verdict)
         self.floor.age += 1
         if self._jsonl is not None:
@@ -165,7 +166,9 @@ class RunJudge:
         if self._jsonl is None:
             return
         try:
-            content = json.dumps(jsonable({"schema_version": 1, **about}), indent=1, allow_nan=False)
+            content = json.dumps(
+                jsonable({"schema_version": 1, **without_credentials(about)}), indent=1, allow_nan=False
+            )
             write_atomic(self._jsonl.path.with_name(RUN_NAME), content)
         except (ConfigError, ValueError) as e:
             logger.warning("%s was not written: %s", RUN_NAME, e)
