@@ -349,6 +349,23 @@ def test_no_bundle_holds_keys_or_passwords(tmp_path):
     assert secret not in report_markdown(given, [], [])  # of an incident that was written before
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_a_bundle_with_text_is_for_its_user_alone_and_goes_through_no_link(tmp_path):
+    for redacted, mode in ((False, 0o700), (True, 0o755)):
+        before = os.umask(0o022)
+        try:
+            folder = write_incident(tmp_path, make(redacted=redacted), [])
+        finally:
+            os.umask(before)
+        assert folder.stat().st_mode & 0o777 == mode
+    (theirs := tmp_path / "theirs").mkdir()
+    (run := tmp_path / "run").mkdir()
+    (run / "incidents").symlink_to(theirs)
+    with pytest.raises(ConfigError, match="incidents is a symbolic link"):
+        write_incident(run, make(), [])
+    assert list(theirs.iterdir()) == []
+
+
 def test_rows_made_without_a_decoder_hold_no_ids():
     assert not {"token_id", "token", "prompt"} & set(sequence_rows(*batch(), None)[0])
 
