@@ -18,7 +18,7 @@ import socket
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 from .errors import ConfigError, ParityError
 
@@ -60,7 +60,7 @@ def _private(name: str, flags: int) -> int:
     return os.open(name, flags, 0o600)
 
 
-def open_log(path: Path, mode: str = "ab", *, buffering: int = -1, private: bool = False) -> IO[bytes]:
+def open_log(path: Path, mode: str = "ab", *, buffering: int = -1, private: bool = False) -> BinaryIO:
     """A file that is gone on with: a regular one, and no link. ``private``: when made, for this user alone.
 
     Raises OSError for anything else, without waiting for it.
