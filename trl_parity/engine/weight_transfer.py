@@ -143,9 +143,9 @@ class FileTransfer:
         self.destroy()
         self._directory = Folder(self._parent)
         try:
-            with self._directory.file(next(self._names)) as (path, named):
+            with self._directory.file(next(self._names)) as (path, info):
                 path.touch()
-                self._post("/init_weight_transfer_engine", {"init_info": named})
+                self._post("/init_weight_transfer_engine", {"init_info": info})
         except RuntimeError as e:
             self.destroy()
             raise RuntimeError(
@@ -183,9 +183,9 @@ class FileTransfer:
         if self._directory is None:
             raise RuntimeError("weights can't be sent before init_weight_transfer().")
         for tensors in self._batches(named):
-            with self._directory.file(next(self._names)) as (path, named):
+            with self._directory.file(next(self._names)) as (path, info):
                 save_file(tensors, path)
-                self._post("/update_weights", {"update_info": named})  # answers once read
+                self._post("/update_weights", {"update_info": info})  # answers once read
 
     def destroy(self) -> None:
         """Remove the folder. Idempotent."""
