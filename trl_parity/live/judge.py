@@ -160,7 +160,7 @@ class RunJudge:
 
     def judge(self, step: int, stats: MismatchStats | None, error: str = "") -> Verdict:
         """The verdict on a window's (reduced) statistics; kept and written."""
-        verdict = self.breaker.judge(step, stats, masked(error))
+        verdict = self.breaker.judge(step, stats, masked(error) if error else "")
         self.verdicts.append(verdict)
         self.floor.age += 1
         if self._jsonl is not None:

@@ -39,8 +39,8 @@ def drip(whole):
 def test_an_answer_that_comes_byte_by_byte_ends_with_the_timeout(peer, whole):
     server = peer(drip(whole + BODY), pause=0.05)  # each byte in time, all of them in 10 seconds
     start = time.perf_counter()
-    with pytest.raises(NoAnswer, match=r"no answer from http://127\.0\.0\.1:\d+/x within 0\.4 s"):
-        ServerAPI(server.url, 0.4).json("get", "/x")
+    with pytest.raises(NoAnswer, match=r"no answer from http://127\.0\.0\.1:\d+/x within 0\.2 s"):
+        ServerAPI(server.url, 0.2).json("get", "/x")
     assert time.perf_counter() - start < 2
 
 
@@ -53,11 +53,12 @@ def test_a_body_that_stops_is_no_answer_either(peer):
 
     try:
         with pytest.raises(NoAnswer):  # what a run gives a server up for: not tried at each window
-            ServerAPI(peer(answer).url, 0.4).text("get", "/x")
+            ServerAPI(peer(answer).url, 0.2).text("get", "/x")
     finally:
         hold.set()
 
 
+@pytest.mark.slow_unit
 def test_requests_given_up_are_bounded_in_number(peer):
     server = peer(drip(head(length=60 + len(BODY)) + b" " * 60 + BODY), pause=0.05)
     api, before = ServerAPI(server.url, 0.05), threading.active_count()
