@@ -188,7 +188,8 @@ class ParityConfig:
         default=8192,
         metadata={
             "help": "Tokens per rollout batch and rank (prompts and padding included) of the callback's own forward "
-            "pass, run only where TRL makes none (vllm_importance_sampling_correction=False)."
+            "pass, run only where TRL makes none (vllm_importance_sampling_correction=False) or leaves completions out "
+            "(mask_truncated_completions: a quarter of the batch, if that is more)."
         },
     )
     chunk_mib: Annotated[int, at_least(1)] = field(
@@ -199,7 +200,7 @@ class ParityConfig:
         default="auto",
         metadata={
             "help": "What computes the fp32 head. 'auto': the Triton kernel on NVIDIA GPUs from the A100's generation "
-            "on, torch elsewhere.",
+            "on, once its first numbers are found to be torch's; torch elsewhere.",
             "choices": list(HEAD_BACKENDS),
         },
     )
