@@ -134,13 +134,15 @@ class Evidence:
 
     drift: y = log x of a statistic x, limit m = log max(upper + effect, ``floor_factor`` x upper); of Δ: y = ± mean Δ,
     m = effect + upper of k3, since an honest engine has E[-Δ] = KL. t = (y - m) / scale, scale the larger of the
-    standard error within the window and the spread of the windows before it (and 0.15 of log |Δ|, 0.3 of log k3); z is t's normal score, exp(b z - b²/2)
+    standard error within the window and the spread of the windows before it; z is t's normal score, exp(b z - b²/2)
     the factor. Assumption: given the past, t lies stochastically below Student's, as for normal means of at most m;
-    skew to the right and single outliers lower it, as they raise the scale.
+    skew to the right and single outliers lower it, as they raise the scale. A stretch of windows over the limit is a
+    drift: where it is chance (correlated windows), the spread, with their correlation in it, is what bounds it.
 
     change: the same with m = log max(``change_factor`` x level, level + effect, floor), level the past's, from 20
-    windows of it on. These z are Quesenberry's Q statistics: independent standard normal while windows are normal with
-    any constant mean and variance. The past learns nothing while bets on drift or change that run are worth over 1.
+    windows of it on: Quesenberry's Q statistics, independent standard normal while windows are normal with any
+    constant mean and variance, here shrunk by the margin and the least spread. The past learns nothing while the bets
+    on drift or change that run are worth over 1.
 
     ``alpha``: false alarms a run. ``shape``: of independent runs in lockstep, whose values are arrays (simulations).
     """
@@ -191,14 +193,14 @@ class Evidence:
             change = np.where(past.n >= _HISTORY, (y - limit) / (scale * np.sqrt(1.0 + 1.0 / past.n)), math.nan)
             t = np.concatenate([drift, below[..., :1], change[..., 1:]], axis=-1)
             factors = score_bets(t, np.concatenate([dof, dof[..., :1], dof[..., 1:]], axis=-1))
-            values = np.concatenate([x, x[..., :1], (x / level)[..., 1:]], axis=-1)
+            told = np.concatenate([x, x[..., :1], (x / level)[..., 1:]], axis=-1)
         known = np.isfinite(t)
-        values = np.repeat(np.where(known, values, 0.0), len(SHIFTS), axis=-1)
+        told = np.repeat(np.where(known, told, 0.0), len(SHIFTS), axis=-1)
         sides, split = len(_SIDES["drift"]), len(_SIDES["drift"]) * len(SHIFTS)
         if known[..., :sides].any():
-            self.bets["drift"].update(step, factors[..., :split], values[..., :split])
+            self.bets["drift"].update(step, factors[..., :split], told[..., :split])
         if known[..., sides:].any():
-            self.bets["change"].update(step, factors[..., split:], values[..., split:])
+            self.bets["change"].update(step, factors[..., split:], told[..., split:])
         calm = np.maximum(self.bets["drift"].running, self.bets["change"].running) <= 1.0
         past.add(y, np.asarray(calm)[..., None])
 
@@ -207,11 +209,10 @@ class Evidence:
 
         ``evidence/onset``: the step since when the strongest test's bet rises, once its M is above 1.
         """
-        found: dict[str, float | None] = {f"evidence/{test}": None for test in TESTS} | {"evidence/onset": None}
-        found |= {f"evidence/{t}": float(bets.log10_evidence) for t, bets in self.bets.items() if bets.windows}
-        strongest = max(TESTS, key=lambda test: found[f"evidence/{test}"] or -math.inf)
-        if (found[f"evidence/{strongest}"] or 0.0) > 0.0:
-            found["evidence/onset"] = float(self.bets[strongest].best()[1])
+        known = {test: float(bets.log10_evidence) for test, bets in self.bets.items() if bets.windows}
+        found: dict[str, float | None] = {f"evidence/{test}": known.get(test) for test in TESTS}
+        strongest = max(known, key=lambda test: known[test], default="")
+        found["evidence/onset"] = float(self.bets[strongest].best()[1]) if known.get(strongest, 0.0) > 0.0 else None
         return found
 
     def finding(self, test: str) -> Finding:
