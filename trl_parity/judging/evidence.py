@@ -167,14 +167,15 @@ class Evidence:
     def update(self, step: int, tokens: Any, sequences: Any, values: Mapping[str, Any], copies: Any = 1) -> None:
         """Take in one judged window, once. From reduced numbers: the same on every rank.
 
-        ``copies``: rows of the window that are equal because they are one draw (1: none), at most. Its log-factors of
-        honesty are divided by it, which is valid however they depend on each other (Hölder's inequality).
+        ``tokens`` and ``sequences``: compared in the window. ``copies``: the largest number of its rows that are equal
+        because they are one draw (1: none). The log-factors of honesty are divided by it, which is valid however the
+        copies depend on each other (Hölder's inequality).
         """
         given = np.array([self._missing if (x := values.get(name)) is None else x for name in _INPUTS], dtype=float).T
         mean, square, x = given[..., 0], given[..., 1], given[..., 2:5]
         error, floor, upper = given[..., 5:8], given[..., 8:11], given[..., 11:14]
         x[..., 0] *= -1.0  # mean Δ
-        if np.isfinite(mean).all():
+        if np.isfinite(mean + square).all():
             kl = np.where(np.isfinite(upper[..., 2]), upper[..., 2], _NO_FLOOR_KL)
             low = self._honesty + _CLIPPED_PER_KL * kl
             factors = honesty_bets(tokens, mean - 1.0, square, low, self._honesty) / copies
