@@ -40,10 +40,11 @@ class Bets:
     begins at window t pays log(1/g_t) for it, 11 nats at t = 1000, and nothing for the healthy windows before.
     """
 
-    FIELDS = ("windows", "wealth", "cusum", "onset", "total", "count")
+    FIELDS = ("wealth", "cusum", "onset", "total", "count")
 
     def __init__(self, size: int, share: float = 1.0, shape: tuple[int, ...] = ()):
         self.share, self.windows = share, 0
+        self.losses = 0  # windows in a row in which the bet that holds the most lost (of a single run)
         self.wealth, self.cusum, self.onset, self.total, self.count = np.zeros((5, *shape, size))
 
     def update(self, step: int, log_factors: np.ndarray, values: np.ndarray) -> None:
@@ -53,6 +54,8 @@ class Bets:
         self.wealth = np.minimum(
             (self.wealth + _waiting(self.windows) - _waiting(self.windows + 1)) * factors, _LARGEST
         )
+        if self.wealth.ndim == 1:
+            self.losses = self.losses + 1 if factors[self.wealth.argmax()] < 1.0 else 0
         rising = self.cusum > 1.0  # CUSUM of the bet: it last began to rise where this left 1
         self.onset = np.where(rising, self.onset, step)
         self.total = self.total * rising + values
@@ -74,15 +77,20 @@ class Bets:
         k = int(np.argmax(self.wealth))
         return k, int(self.onset[k]), float(self.total[k] / max(self.count[k], 1.0))
 
+    def restart(self) -> None:
+        """Begin anew, as before the first window."""
+        self.load_state(Bets(self.wealth.shape[-1], self.share, self.wealth.shape[:-1]).state())
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: JSON."""
-        return {name: np.asarray(getattr(self, name)).tolist() for name in self.FIELDS}
+        arrays = {name: getattr(self, name).tolist() for name in self.FIELDS}
+        return {"windows": self.windows, "losses": self.losses} | arrays
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore ``state``; one of other bets (another version's) is left alone."""
         if np.shape(state["wealth"]) == self.wealth.shape:
-            self.windows = int(state["windows"])
-            for name in self.FIELDS[1:]:
+            self.windows, self.losses = int(state["windows"]), int(state["losses"])
+            for name in self.FIELDS:
                 setattr(self, name, np.array(state[name], dtype=float))
 
 

@@ -9,7 +9,7 @@ ever reaches 1/alpha with probability alpha / 3 at most: ``log10 M >= -log10 alp
 is the false-alarm rate of a whole run, of any length, over the three. Each null hypothesis contains a smallest effect:
 no number of windows condemns a drift that does not matter. No window multiplies a bet by more than 100 (a factor cut
 off is still one of a supermartingale): while M is below 1, two windows can't decide, let alone one, or one sequence or
-token of any size.
+token of any size. A decision stands until three windows in a row speak against it; then its test begins anew.
 
 What the bets are made of, and the theorems: ``trl_parity.judging.betting``. Quesenberry, "SPC Q charts for start-up
 processes for short or long runs", Journal of Quality Technology 23 (1991).
@@ -43,6 +43,8 @@ _FEW = 5  # windows before their spread is known well enough
 _HISTORY = 20  # windows of past before a change is looked for
 
 _MEMORY = 200  # windows that the past reaches back, effectively
+
+_OVER = 3  # windows in a row that speak against what was decided: it is over, and the test begins anew
 
 _DELAY = 10  # windows that wait before they are past
 
@@ -204,6 +206,9 @@ class Evidence:
             self.bets["change"].update(step, factors[..., split:], told[..., split:])
         calm = np.maximum(self.bets["drift"].running, self.bets["change"].running) <= 1.0
         past.add(y, np.asarray(calm)[..., None])
+        for bets in self.bets.values():
+            if bets.losses >= _OVER and bets.log10_evidence >= self.limit:
+                bets.restart()
 
     def scalars(self) -> dict[str, float | None]:
         """``evidence/<test>``: log10 M, a decision from ``limit`` on; None before the first window of the test.

@@ -260,6 +260,17 @@ def test_a_change_within_the_noise_floor_is_none(rng):
     assert highest["change"] < 1.0
 
 
+def test_a_fault_that_was_decided_and_mended_is_over_after_three_windows(rng):
+    evidence = Evidence()
+    watch(evidence, (window(rng) for _ in range(30)))
+    watch(evidence, (window(rng, bias=0.01, level=3.0) for _ in range(40)), first=30)
+    assert set(evidence.decided) == set(TESTS)
+    watch(evidence, (window(rng) for _ in range(6)), first=70)
+    assert evidence.decided == ()
+    _, decision = watch(evidence, (window(rng, bias=0.01, level=3.0) for _ in range(10)), first=76)
+    assert decision is not None
+
+
 def test_rows_that_are_one_draw_weigh_as_one(rng):
     values = window(rng, bias=0.005)
     one, eight, plain = Evidence(), Evidence(), Evidence()
