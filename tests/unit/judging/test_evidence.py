@@ -167,6 +167,27 @@ def test_a_bias_and_a_drift_too_small_to_matter_never_decide(rng):
     assert max(highest.values()) < 1.0
 
 
+@pytest.mark.parametrize(("upper", "honest"), [(4e-3, True), (1e-4, False)])
+def test_what_clipping_takes_from_a_heavy_tail_is_no_dishonesty_within_the_floors_kl(upper, honest):
+    """Ratios of mean 1, of which 1.5 in 10,000 are 30: clipped, their mean is 0.9958. k3 is 0.004."""
+    chance, low = 1.5e-4, (1 - 30 * 1.5e-4) / (1 - 1.5e-4)
+    values = {
+        "ratio/clipped": 2 * chance + low * (1 - chance),
+        "ratio/clipped_square": chance + (low - 1) ** 2 * (1 - chance),
+        "floor_upper/kl_k3": upper,
+    }
+    _, decision = watch(Evidence(), [values] * 100)
+    assert (decision is None) == honest
+
+
+def test_a_short_stretch_over_the_limit_is_no_drift_however_small_its_standard_error():
+    values = {"trimmed/logp_abs_diff/mean": 0.025, "trimmed/kl_k3": 4e-4}  # limits 0.0225 and 3.5e-4
+    values |= {"se/logp_abs_diff/mean": 1e-5, "se/kl_k3": 1e-7}
+    values |= {"floor_upper/logp_abs_diff/mean": 0.018, "floor_upper/kl_k3": 2.5e-4}
+    highest, _ = watch(Evidence(), [values] * 8)
+    assert highest["drift"] < 1.5
+
+
 @pytest.mark.parametrize("glitch", [20.0, -20.0])
 def test_one_ratio_of_e20_neither_decides_nor_blinds(rng, glitch):
     evidence = Evidence()
