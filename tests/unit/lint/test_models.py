@@ -20,9 +20,11 @@ from transformers import (
     XGLMConfig,
 )
 
-from trl_parity.lint.facts import configured_facts
+from trl_parity.lint.facts import configured_facts, facts
 from trl_parity.lint.models import adapter_facts, model_facts, tied_adapter
 from trl_parity.lint.rules import Facts, lint
+from trl_parity.records import SamplingSettings
+from trl_parity.trainers.grpo import GRPOCapture
 
 SMALL = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -222,14 +224,41 @@ def test_merging_into_half_precision_is_told_where_it_moves_the_base(dtype, move
     assert findings(trainer_dtype=dtype, **adapter_facts(policy.get_base_model())) == []
 
 
+# ---- a live run -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
+def test_a_live_policy_is_read_as_its_settings_are():
+    policy = get_peft_model(model_of(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2)).bfloat16(),
+                            LoraConfig(target_modules=["c_attn", "wte"]))  # fmt: skip
+    args = SimpleNamespace(
+        vllm_importance_sampling_correction=True, vllm_importance_sampling_mode="sequence_mask", vllm_mode="colocate",
+        max_completion_length=16, mask_truncated_completions=True,
+    )  # fmt: skip
+    accelerator = SimpleNamespace(unwrap_model=lambda model: model, mixed_precision="no")
+    generation = SimpleNamespace(mode="colocate", generation_kwargs={"seed": 3, "stop_token_ids": [1, 2]}, logprobs=0)
+    trainer = SimpleNamespace(args=args, accelerator=accelerator, model=policy, temperature=1.0, eos_token_ids=[2],
+                              vllm_generation=generation)  # fmt: skip
+    capture = object.__new__(GRPOCapture)
+    capture.trainer, capture.sampling = trainer, SamplingSettings(top_p=0.9)
+    capture._observer = SimpleNamespace(engine_handle=SimpleNamespace(get=lambda generation: None))
+    f = facts(capture, replayed=True)
+    assert (f.seed, f.group_requests, f.ends, f.masks_truncated) == (3, True, ("stop_token_ids=[1]",), True)
+    assert (f.weighs_sequences, f.max_completion_length, f.refused) == ("sequence_mask", 16, None)
+    assert (f.merges_adapter, f.tied_adapter, f.trainer_dtype) == (True, "target_modules", "bfloat16")
+    assert (f.model_type, f.absolute_positions, f.draws) == ("gpt2", True, ())
+    trainer._lora_sync = True  # adapters as adapters: nothing is merged
+    assert not facts(capture, replayed=True).merges_adapter
+
+
 # ---- names ----------------------------------------------------------------------------------------------------------
 
 
 def test_architectures_whose_names_the_engine_refuses_are_told_before_a_run(tmp_path):
     def told(config, **values):
         config.save_pretrained(tmp_path)
-        facts = configured_facts({"model_name_or_path": str(tmp_path), "use_vllm": True} | values)
-        return [f.text for f in lint(facts) if f.cause == "partial_sync"]
+        read = configured_facts({"model_name_or_path": str(tmp_path), "use_vllm": True} | values)
+        return [f.text for f in lint(read) if f.cause == "partial_sync"]
 
     (text,) = told(MixtralConfig(**SMALL, architectures=["MixtralForCausalLM"]))
     assert "MixtralForCausalLM doesn't know its experts" in text
@@ -241,5 +270,5 @@ def test_architectures_whose_names_the_engine_refuses_are_told_before_a_run(tmp_
     server = {"vllm_mode": "server"}
     assert told(MixtralConfig(**SMALL, architectures=["MixtralForCausalLM"]), **server) == []  # not known
     for line, count in (("vllm serve x", 1), ("vllm serve x --model-impl transformers", 0)):
-        facts = configured_facts({"model_name_or_path": str(tmp_path), **server}, serve=line)
-        assert sum(f.cause == "partial_sync" for f in lint(facts)) == count
+        read = configured_facts({"model_name_or_path": str(tmp_path), **server}, serve=line)
+        assert sum(f.cause == "partial_sync" for f in lint(read)) == count
