@@ -34,7 +34,7 @@ class JsonlSink:
 
     ``resume_step=0`` starts a new file and keeps an old one as ``<name>-<n>.jsonl``. ``resume_step > 0`` goes on
     after the windows up to that step; later ones, which the resumed run measures again, and a torn last line move
-    to ``<name>.superseded.jsonl``. The file is read from its end, and cut in place: time and memory don't grow with it.
+    to ``<name>.superseded.jsonl``. The file is read from its end and cut in place: its size costs nothing.
     """
 
     def __init__(self, directory: str | Path, resume_step: int = 0, name: str = "metrics"):
