@@ -39,7 +39,7 @@ def window(sums: torch.Tensor, lengths: torch.Tensor) -> ScoredBatch:
 def main() -> None:
     """The table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--windows", type=int, default=2000)
+    parser.add_argument("--windows", type=int, default=1500)
     windows = parser.parse_args().windows
     generator = torch.Generator().manual_seed(0)
     print("| sums of sequences | sequences | lengths | covered | width / of a normal sum's 99 % |")

@@ -183,7 +183,7 @@ class Capture(ABC):
         return self._spread(rollout, some, count)
 
     def rows_of_tokens(self, rollout: RolloutBatch, tokens: int, least: int) -> torch.Tensor:
-        """As ``rows_within``: different rows with about so many completion tokens; none where there is none to compare.
+        """As ``rows_within``: different rows with about so many completion tokens; none where none has any.
 
         At least ``least`` rows over all ranks, as far as there are; no more than are 16 times as many tokens wide,
         prompts and padding included.
