@@ -6,10 +6,10 @@ it: for each statistic x and source, with the sequences dealt out to G groups (`
     bound = x + t s,  s² = (G - 1) / G Σ (x_-g - mean of them)²
 
 x_-g without group g (the jackknife, by sequences), t of 95 % (one side) with G - 1 degrees of freedom. Of one group of
-N sequences s = x / √N, with N - 1 degrees of freedom, at least 1: what differs as much as it is large. Measurements are
-pooled as long as they agree, so that the bound comes down with time; one whose mean |Δ| lies beyond the other's bounds
-begins anew. An engine that disagrees with itself is a fault of its own (``floor/engine_excess``): its source counts up
-to ``MOST`` times rounding's.
+N sequences s = x / √N, with N - 1 degrees of freedom, at least 1: what differs as much as it is large. Measurements
+are pooled as long as they agree, so that the bound comes down with time; one whose mean |Δ| lies beyond the other's
+bounds begins anew. An engine that disagrees with itself is a fault of its own (``floor/engine_excess``): its source
+counts up to ``MOST`` times rounding's.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class NoiseFloor:
 
     @property
     def due(self) -> bool:
-        """Whether the coming window shall measure it: at first, then by its budget; after one in vain, as soon as that."""
+        """Whether the coming window shall measure it: at first, then by its budget; one in vain is made up for."""
         if not self.enabled:
             return False
         affordable = self.seconds + self.last_seconds <= self._share * self.wall

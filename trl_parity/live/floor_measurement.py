@@ -55,7 +55,7 @@ def measure_floor(capture: Capture, config: ParityConfig) -> dict[str, list[Mism
     """The sums of one side against itself, by source and group, on this rank's share: for ``NoiseFloor``.
 
     Empty, at no cost, where no sequence of this rank (sharded weights: of any) has a token to compare. Every rank must
-    call it: the passes over a sharded model are collective, and one rank asks a server for its dtype. A source that failed has ``errors=1``.
+    call it: the passes over a sharded model are collective, and one rank asks a server for its dtype.
     """
     engine = capture.engine
     dtype, head_dtype = _engine_dtypes(engine, capture, config)  # first: nothing that fails on one rank alone

@@ -52,11 +52,11 @@ def test_a_few_autocorrelated_windows_rarely_differ_by_chance(n, phi):
     assert wrong / 300 <= 0.05 + 2 * (0.05 * 0.95 / 300) ** 0.5
 
 
-@pytest.mark.parametrize(("n", "phi", "shift"), [(20, 0.0, 2.5), (50, 0.5, 2.5), (50, 0.8, 5.0)])
+@pytest.mark.parametrize(("n", "phi", "shift"), [(20, 0.0, 2.5), (50, 0.5, 2.5), (100, 0.8, 4.0)])
 def test_a_real_difference_is_still_found(n, phi, shift):
     x, y = (ar1(np.random.default_rng(seed), n, phi, 40) for seed in (0, 1))
     found = sum(answers(a, b + shift).get("kl_k3") == "differs" for a, b in zip(x, y, strict=True))
-    assert found >= 34
+    assert found >= 32
 
 
 def test_taking_neighbours_for_independent_would_be_wrong_far_more_often():
