@@ -148,18 +148,18 @@ def _of_mean(x: np.ndarray, scale: float = 0.0) -> tuple[float, float]:
     squares = float(((x - x.mean()) ** 2).sum())
     if squares <= n * (1e-12 * max(scale, float(np.abs(x).max()))) ** 2:
         return 0.0, n
-    tau = 1.0 if n < FEW else autocorrelation_time(x)
+    tau = 1.0 if n < FEW else autocorrelation_time(x, _ABOVE)
     worth = n / tau
     # squares / n underestimates the variance of a draw by the factor 1 - τ / n
     return (math.inf if worth < LEAST else squares / n * tau / n / (1 - tau / n)), worth
 
 
-def autocorrelation_time(x: np.ndarray) -> float:
+def autocorrelation_time(x: np.ndarray, above: float = 0.0) -> float:
     """τ of a series; white noise: 1. The larger of two estimates, at least 1.
 
     1 + 2 Σ ρ_k, summed while ρ_2k + ρ_2k+1 > 0 (Geyer 1992), and (1 + r) / (1 - r) with r = ρ_1 + (1 + 4 ρ_1) / n
-    (Marriott and Pope 1954: in a short series ρ_1 is estimated too small) and 1.5 standard errors √((1 - r²) / n) on
-    top: of a few dozen windows r is known to a tenth or two, and what it falls short by is taken for a difference.
+    (Marriott and Pope 1954: in a short series ρ_1 is estimated too small), and ``above`` standard errors,
+    √((1 - r²) / n), more: of a few dozen windows r is known to a tenth or two, and what it falls short by is taken for a difference.
     """
     n = len(x)
     centred = x - x.mean()
@@ -173,7 +173,7 @@ def autocorrelation_time(x: np.ndarray) -> float:
             break
         tau += 2 * pair / variance
     r = first + (1 + 4 * first) / n
-    r = min(max(r + _ABOVE * math.sqrt(max(1 - r * r, 0.0) / n), 0.0), 0.99)
+    r = min(max(r + above * math.sqrt(max(1 - r * r, 0.0) / n), 0.0), 0.99)
     return max(1.0, tau, (1 + r) / (1 - r))
 
 
