@@ -28,8 +28,8 @@ from ..judging.noise_floor import GROUPS
 from ..metrics.statistics import measure
 from ..metrics.sums import MismatchSums
 from ..records import RolloutBatch, ScoredBatch
+from ..scoring.model_head import causal_lm
 from ..scoring.perturb import eval_mode, rounding_noise
-from ..scoring.scorer import causal_lm
 
 if TYPE_CHECKING:
     from ..trainers.capture import Capture

@@ -16,6 +16,7 @@ from ..metrics.sums import MismatchSums
 from ..metrics.tokens import tokens_of_all
 from ..records import Diagnosis
 from ..report.messages import alert_text, halt_text
+from ..scoring.perturb import own_random_numbers
 from ..tracking.sinks import RichLog
 from ..trainers.capture import Capture
 from ..verdict import Status, Verdict
@@ -69,6 +70,16 @@ class TrainerRun(Surroundings):
     def accelerator(self) -> Accelerator:  # type: ignore[override]
         """The trainer's."""
         return self.trainer.accelerator
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """All that measuring and judging does is done in here: on its own account, with random numbers of its own.
+
+        A pass over a model in training mode draws for its dropout, and a colocated engine draws to sample: the run
+        goes on with the numbers it would have had.
+        """
+        with own_random_numbers(), self.pipeline.stopwatch.account("cost"):
+            yield
 
     @contextmanager
     def batch_at_hand(self) -> Iterator[None]:
@@ -130,7 +141,7 @@ class TrainerRun(Surroundings):
         verdicts = self._judge.verdicts
         first = next((v for v in verdicts if v.stats is not None), None)
         resumed = self._judge.breaker.windows > len(verdicts)
-        # once an episode, and said in its details: no part of the running cost
+        # twice an episode at most, and said in its details: no part of the running cost
         with self.pipeline.stopwatch.account("diagnosis"):
             try:
                 return self.investigator.diagnose(
@@ -147,7 +158,11 @@ class TrainerRun(Surroundings):
 
     def announce(self, verdict: Verdict) -> str:
         """A halt is printed by the main process and leaves its incident; anything else is a warning."""
-        text = self._halted(verdict) if verdict.halted else alert_text(verdict)
+        if verdict.halted:
+            with self.pipeline.stopwatch.account("incident"):
+                text = self._halted(verdict)
+        else:
+            text = alert_text(verdict)
         if self.accelerator.is_main_process:
             if verdict.halted:
                 print(text, file=sys.stderr, flush=True)

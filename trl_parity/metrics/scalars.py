@@ -94,7 +94,10 @@ SCALARS: dict[str, str] = {
     "lag/in_flight_share": "share of trained tokens in sequences queued after the next sync began (async)",
     "lag/nonfinite_rate": "nonfinite_rate of the tokens at lag > 0",
     "cost/seconds": "host seconds spent in trl-parity per rollout batch, mean over ranks",
-    "cost/share": "host seconds spent in trl-parity / wall seconds, since the window before",
+    "cost/share": "host seconds spent in trl-parity / wall seconds, since the window before; what has an account of "
+    "its own (floor, diagnosis, incident) is not in it",
+    "cost/diagnosis_seconds": "host seconds of diagnoses since the window before was judged, mean over ranks",
+    "cost/incident_seconds": "the same of incidents left behind, their pictures included",
     "breaker/status": "0 OK, 1 WARN, 2 BREACH, 3 HALT, -1 NO_DATA, -2 ERROR, -3 CALIBRATING",
     "breaker/streak": "breached windows in a row",
 }

@@ -158,8 +158,9 @@ def autocorrelation_time(x: np.ndarray, above: float = 0.0) -> float:
     """τ of a series; white noise: 1. The larger of two estimates, at least 1.
 
     1 + 2 Σ ρ_k, summed while ρ_2k + ρ_2k+1 > 0 (Geyer 1992), and (1 + r) / (1 - r) with r = ρ_1 + (1 + 4 ρ_1) / n
-    (Marriott and Pope 1954: in a short series ρ_1 is estimated too small), and ``above`` standard errors,
-    √((1 - r²) / n), more: of a few dozen windows r is known to a tenth or two, and what it falls short by is taken for a difference.
+    (Marriott and Pope 1954: in a short series ρ_1 is estimated too small), and ``above`` standard errors more,
+    √((1 - r²) / n): of a few dozen windows r is known to a tenth or two, and what it falls short by is taken for a
+    difference.
     """
     n = len(x)
     centred = x - x.mean()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import ConfigError
+from ..files import open_log
 from ..verdict import Verdict
 
 __all__ = ["SCHEMA_VERSION", "JsonlSink"]
@@ -34,7 +35,8 @@ class JsonlSink:
 
     ``resume_step=0`` starts a new file and keeps an old one as ``<name>-<n>.jsonl``. ``resume_step > 0`` goes on
     after the windows up to that step; later ones, which the resumed run measures again, and a torn last line move
-    to ``<name>.superseded.jsonl``. The file is read from its end and cut in place: its size costs nothing.
+    to ``<name>.superseded.jsonl``. The file is read from its end, and cut in place: time and memory don't grow with
+    it. A link, or what is no regular file, is refused.
     """
 
     def __init__(self, directory: str | Path, resume_step: int = 0, name: str = "metrics"):
@@ -44,7 +46,7 @@ class JsonlSink:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists() and self.path.stat().st_size:
                 self._take_over(resume_step)
-            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - open for the whole run
+            self._file = open_log(self.path, buffering=0)
         except OSError as e:
             raise ConfigError(
                 f"cannot write {self.path}: {e.strerror}. Expected a writable directory; set parity_dir or output_dir."
@@ -58,13 +60,13 @@ class JsonlSink:
             os.replace(self.path, kept)
             logger.info("an earlier run's %s is kept as %s", self.path, kept.name)
             return
-        with open(self.path, "r+b") as file:
+        with open_log(self.path, "r+b") as file:
             cut = _end_of_kept(file, resume_step)
             file.seek(cut)
             if not file.read(1):
                 return
             # copied before it is cut: a kill in between leaves later windows twice, and loses none
-            with open(self.path.with_name(f"{self.path.stem}.superseded.jsonl"), "ab") as superseded:
+            with open_log(self.path.with_name(f"{self.path.stem}.superseded.jsonl")) as superseded:
                 file.seek(cut)
                 shutil.copyfileobj(file, superseded, _BLOCK)
                 file.seek(-1, os.SEEK_END)

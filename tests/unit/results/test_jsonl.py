@@ -158,6 +158,25 @@ def test_a_killed_writer_leaves_a_readable_file(tmp_path, kill):
     assert len(rows(JsonlSink(tmp_path, resume_step=1).path)) == kept
 
 
+@pytest.mark.parametrize("linked", ["metrics.jsonl", "metrics.superseded.jsonl"])
+def test_a_foreign_folders_links_are_not_followed(tmp_path, linked):
+    run = tmp_path / "run"
+    sink = JsonlSink(run)
+    for step in (1, 2, 3):
+        sink.write(verdict(step))
+    sink.close()
+    target = tmp_path / "theirs"
+    if linked == "metrics.jsonl":
+        (run / linked).rename(target)
+    else:
+        target.write_text("untouched")
+    before = target.read_bytes()
+    (run / linked).symlink_to(target)
+    with pytest.raises(ConfigError, match="symbolic link, which is not followed"):
+        JsonlSink(run, resume_step=2)
+    assert target.read_bytes() == before
+
+
 def test_the_sample_of_tokens_lies_beside_the_windows(tmp_path):
     sink = JsonlSink(tmp_path, name="tokens")
     row = {"position": 3, "rollout_logprob": -1.23456789, "trainer_logprob": -1.5, "log_ratio": -0.3, "entropy": None}
