@@ -66,8 +66,8 @@ class ParityConfig:
     floor_tokens: Annotated[int, at_least(0)] = field(
         default=2048,
         metadata={
-            "help": "Completion tokens per rank on which the noise floor is measured, of 8 sequences over all ranks at "
-            "least: the trainer against itself and the engine against itself. 0: no floor, rules with k use their "
+            "help": "Completion tokens per rank on which the noise floor is measured, of 8 sequences over all ranks "
+            "at least: the trainer against itself and the engine against itself. 0: no floor, rules with k use their "
             "absolute limit."
         },
     )

@@ -1,14 +1,15 @@
 """The noise floor in force: what was measured of it, when it is due again, what it has cost. No torch.
 
-A floor comes from a few sequences, and noise differs from one to the next. So what is in force is an upper bound of it:
-for each statistic x and source, with the sequences dealt out to G groups (``GROUPS``, fewer where there are fewer sequences),
+A floor comes from a few sequences, and noise differs from one to the next. So what is in force is an upper bound of
+it: for each statistic x and source, with the sequences dealt out to G groups (``GROUPS``, or one each),
 
     bound = x + t s,  s² = (G - 1) / G Σ (x_-g - mean of them)²
 
-x_-g without group g (the jackknife, by sequences), t of 95 % (one side) with G - 1 degrees of freedom. Of one group of N sequences s = x / √N, with
-N - 1 degrees of freedom, at least 1: what differs as much as it is large. Measurements are pooled as long as they agree, so that the bound comes
-down with time; one whose mean |Δ| lies beyond the other's bounds begins anew. An engine that disagrees with itself is a fault
-of its own (``floor/engine_excess``): its source counts up to ``MOST`` times rounding's.
+x_-g without group g (the jackknife, by sequences), t of 95 % (one side) with G - 1 degrees of freedom. Of one group of
+N sequences s = x / √N, with N - 1 degrees of freedom, at least 1: what differs as much as it is large. Measurements
+are pooled as long as they agree, so that the bound comes down with time; one whose mean |Δ| lies beyond the other's
+bounds begins anew. An engine that disagrees with itself is a fault of its own (``floor/engine_excess``): its source
+counts up to ``MOST`` times rounding's.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class NoiseFloor:
 
     @property
     def due(self) -> bool:
-        """Whether the coming window shall measure it: the first time, then by its budget; in vain, at the next window."""
+        """Whether the coming window shall measure it: at first, then by its budget; one in vain is made up for."""
         if not self.enabled:
             return False
         affordable = self.seconds + self.last_seconds <= self._share * self.wall
@@ -72,23 +73,22 @@ class NoiseFloor:
         """
         self._tried = True
         groups = {name: [one] if isinstance(one, MismatchSums) else list(one) for name, one in sources.items()}
-        measured = {name: found for name, many in groups.items() if (found := [one.cpu() for one in many if _tokens(one)])}
-        if "rounding" not in measured or not _bounds(measured["rounding"]):
+        measured = {name: [one.cpu() for one in many if _tokens(one)] for name, many in groups.items()}
+        if not _bounds(measured.get("rounding", [])):
             self.age = self.age if self.values else 0
             return False
         for name in SOURCES:
             self._pool(name, measured.get(name, []))
         self.age = 0
         bounds = {name: found for name, pool in self._pools.items() if (found := _bounds(pool))}
-        self.sources = {name: {stat: _told(stat, high) for stat, (_, _, high) in bounds[name].items()} for name in bounds}
-        rounding = {stat: high for stat, (_, _, high) in bounds["rounding"].items()}
+        highs = {name: {stat: high for stat, (_, _, high) in found.items()} for name, found in bounds.items()}
+        self.sources = {name: {stat: _told(stat, x) for stat, x in found.items()} for name, found in highs.items()}
+        rounding = highs["rounding"]
         self.values = {}
         for stat in FLOORED:
-            highs = [
-                min(found[stat][2], MOST[stat] * rounding[stat]) if name == "engine" else found[stat][2]
-                for name, found in bounds.items()
-            ]
-            self.values[f"floor/{stat}"] = _told(stat, max(highs))
+            allowed = {"engine": MOST[stat] * rounding[stat]}
+            highest = max(min(found[stat], allowed.get(name, math.inf)) for name, found in highs.items())
+            self.values[f"floor/{stat}"] = _told(stat, highest)
         if "engine" in bounds:
             low = bounds["engine"][_SIZE][0]
             self.values["floor/engine_excess"] = max(0.0, low - ENGINE_MOST * rounding[_SIZE])

@@ -9,8 +9,8 @@ Three sources, each on a few sequences of the current batch, none of which a fau
 - ``batch_shape``: the trainer against itself, one sequence at a time instead of all together, in the same padding.
 - ``engine``: the engine scoring the same tokens alone and in a batch, by prefill, at temperature 1.
 
-All trainer passes run in eval mode, so that layers left in training mode are no floor either. What a source says is summed
-up by groups of sequences, since noise differs from one to the next: ``NoiseFloor`` bounds it by how much they differ.
+All trainer passes run in eval mode, so that layers left in training mode are no floor either. What a source says is
+summed up by groups of sequences, since noise differs from one to the next: ``NoiseFloor`` bounds it by how much.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def noise_dtype(engine: torch.dtype, capture: Capture) -> torch.dtype:
 
 @torch.no_grad()
 def measure_floor(capture: Capture, config: ParityConfig) -> dict[str, list[MismatchSums]]:
-    """The sums of one side against itself, by source and group, on this rank's share; reduce and hand to ``NoiseFloor``.
+    """The sums of one side against itself, by source and group, on this rank's share: for ``NoiseFloor``.
 
-    Empty, at no cost, where no sequence of this rank (with sharded weights: of any) has a token to compare. Every rank must call it: the passes over a sharded model are collective, and one rank asks a server for its dtype.
-    A source that failed has ``errors=1``.
+    Empty, at no cost, where no sequence of this rank (sharded weights: of any) has a token to compare. Every rank must
+    call it: the passes over a sharded model are collective, and one rank asks a server for its dtype.
     """
     engine = capture.engine
     dtype, head_dtype = _engine_dtypes(engine, capture, config)  # first: nothing that fails on one rank alone
@@ -65,7 +65,8 @@ def measure_floor(capture: Capture, config: ParityConfig) -> dict[str, list[Mism
     if not len(rows):
         return {}
     mask = rollout.engine_mask[rows]
-    groups = capture.trainer.accelerator.process_index + capture.trainer.accelerator.num_processes * torch.arange(len(rows))
+    accelerator = capture.trainer.accelerator
+    groups = accelerator.process_index + accelerator.num_processes * torch.arange(len(rows))
     backbone = causal_lm(capture.policy).base_model
 
     with eval_mode(capture.policy):

@@ -3,14 +3,14 @@
 For sums x of sequences with n_i tokens, n in all, θ = Σ x / n and e = x - θ n_i:
 
     Student's t     θ ± t s, s² = Σ e² / n² x G / (G - 1), G = n² / Σ n_i² the effective number of sequences; t with
-                    G - 4 degrees of freedom, at least 2: heavy tails cost the variance some beside the one of the mean.
-    skewness        the end on the side of the long tail moves outwards by 3 |γ| (t² / 3 + 1 / 6) s, γ = Σ e³ / (Σ e²)^1.5:
-                    Johnson's modified t (1978), with three times the skewness of the sample, in which a heavy tail is
-                    seldom seen in full. The other end stays where it is.
+                    G - 4 degrees of freedom, at least 2: heavy tails cost the variance some beside the mean's one.
+    skewness        the end on the side of the long tail moves outwards by 3 |γ| (t² / 3 + 1 / 6) s, where
+                    γ = Σ e³ / (Σ e²)^1.5: Johnson's modified t (1978), with three times the skewness of the sample, in
+                    which a heavy tail is seldom seen in full. The other end stays where it is.
 
 Σ e² and Σ n_i² are mean squares over Poisson resamples, in which equal sequences (the same completion of the same
-prompt) are drawn together: eight copies, in whatever batch or rank, are one piece of evidence. ``benchmarks/coverage.py``
-has what these intervals cover.
+prompt) are drawn together: eight copies, in whatever batch or rank, are one piece of evidence. What these intervals
+cover: ``benchmarks/coverage.py``.
 """
 
 from __future__ import annotations

@@ -13,15 +13,15 @@ For run rewards x (n of them) and baseline rewards y (m of them), F and G their 
 
 Completions of one prompt share its difficulty: n of them in groups of sizes n_g are worth n / d independent ones, with
 the design effect d = 1 + (Σ n_g² / n - 1) ρ. ρ is the intraclass correlation of the rewards' ranks, the upper end of
-its one-sided 95 % interval (analysis of variance). The p-value is that of KS with as many on both sides, since a baseline
-does not tell its prompts: it is taken to have been sampled as the run is.
+its one-sided 95 % interval (analysis of variance). The p-value is that of KS with as many on both sides: a baseline
+does not tell its prompts, and is taken to have been sampled as the run is.
 
 Two limits on it. Ties make it conservative (see ``RewardBaseline.compare``). A window that overlaps the last one tests
 the same rewards again. So significance alone is no news, and ``RewardComparison.parted`` asks for an effect too.
 
 Sources: N. Cliff, "Dominance statistics: ordinal analyses to answer ordinal questions", Psychological Bulletin 114
-(1993) 494-509; L. Kish, Survey Sampling (1965); ``scipy.stats.ks_2samp``. Colours of the plot: Okabe and Ito. Imports no torch, scipy or matplotlib
-until they are needed.
+(1993) 494-509; L. Kish, Survey Sampling (1965); ``scipy.stats.ks_2samp``. Colours of the plot: Okabe and Ito. Imports
+no torch, scipy or matplotlib until they are needed.
 """
 
 from __future__ import annotations

@@ -58,8 +58,8 @@ SCALARS: dict[str, str] = {
     "floor/logp_abs_diff/p99": "the same for logp_abs_diff/p99 (at most 2 x rounding's)",
     "floor/ratio/out_of_band": "the same for ratio/out_of_band",
     "floor/ess": "the same for ess: the lower bound, and the smallest",
-    "floor/engine_excess": "the engine against itself: 95 % lower bound of its mean |Δ| - 3 x rounding's upper bound, at "
-    "least 0, nats",
+    "floor/engine_excess": "95 % lower bound of the engine's mean |Δ| against itself - 3 x rounding's upper bound, at "
+    "least 0",
     "floor/age": "windows since the floor was measured",
     "excess/kl_k3": "trimmed/kl_k3 - floor/kl_k3",
     "excess/logp_abs_diff/mean": "trimmed - floor of logp_abs_diff/mean",

@@ -145,7 +145,7 @@ def _by_lag(out: MismatchSums, batch: ScoredBatch, lags: torch.Tensor) -> None:
 
 
 def _add_resamples(out: MismatchSums, x: torch.Tensor, keys: torch.Tensor | None, first_sequence: int) -> None:
-    """Write what intervals are made of: bootstrap and third moments of (B, 3) Σ w, Σ (H + rollout log-prob), tokens."""
+    """Write what intervals are made of, from (B, 3) Σ w, Σ (H + rollout log-prob), tokens."""
     import torch
 
     if keys is None:
@@ -155,7 +155,8 @@ def _add_resamples(out: MismatchSums, x: torch.Tensor, keys: torch.Tensor | None
         weights = _resample_weights(out.bootstrap_samples, x.device)[keys]
     torch.mm(weights.t().double(), x, out=out.bootstrap)
     x = torch.stack([x[:, 0] - x[:, 2], x[:, 1], x[:, 2]], dim=-1).clamp(-_CUBED, _CUBED)
-    whole = x if keys is None else x.new_zeros(_POOL, 3).index_add_(0, keys, x)[keys]  # of all equal sequences together
+    # of all equal sequences together
+    whole = x if keys is None else x.new_zeros(_POOL, 3).index_add_(0, keys, x)[keys]
     torch.mm((whole * whole).t(), x, out=out.third_moments)
 
 

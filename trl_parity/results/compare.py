@@ -6,9 +6,10 @@ For each statistic x (trimmed, as rules see it; of ``ess``, 1 - ess) and each ru
 
 Windows of one run resemble their neighbours, so n of them are worth fewer independent ones: the integrated
 autocorrelation time τ is estimated (the larger of Geyer's initial positive sequence and that of an AR(1) process, its
-coefficient corrected for bias and a standard error up), and Student's t is taken with n / τ windows. Where the runs share steps, the
-differences step by step are what is tested (what both share, such as a policy that grows certain, falls out); else the
-two means. p-values are of the nearer end of H0, doubled for its two ends, and Holm's over all statistics and runs.
+coefficient corrected for bias and 1.5 standard errors up), and Student's t is taken with n / τ windows. Where the runs
+share steps, the differences step by step are what is tested (what both share, such as a policy that grows certain,
+falls out); else the two means. p-values are of the nearer end of H0, doubled for its two ends, and Holm's over all
+statistics and runs.
 In fewer than 10 windows no autocorrelation can be seen: they are taken as independent, and the answer says so.
 
 A drift that comes late hardly moves a mean. What sees it is the breaker, which judged each run over its own floor: two
@@ -41,6 +42,8 @@ SHOWN = {
 COLUMNS = (*TESTED, *SHOWN, *(f"{form}/{stat}" for form in ("trimmed", "floor") for stat in TESTED))
 
 LEAST = 3  # independent windows
+
+_ABOVE = 1.5  # standard errors above its estimate that a coefficient is taken for
 
 FEW = 10  # fewer show no autocorrelation
 
@@ -145,18 +148,19 @@ def _of_mean(x: np.ndarray, scale: float = 0.0) -> tuple[float, float]:
     squares = float(((x - x.mean()) ** 2).sum())
     if squares <= n * (1e-12 * max(scale, float(np.abs(x).max()))) ** 2:
         return 0.0, n
-    tau = 1.0 if n < FEW else autocorrelation_time(x)
+    tau = 1.0 if n < FEW else autocorrelation_time(x, _ABOVE)
     worth = n / tau
     # squares / n underestimates the variance of a draw by the factor 1 - τ / n
     return (math.inf if worth < LEAST else squares / n * tau / n / (1 - tau / n)), worth
 
 
-def autocorrelation_time(x: np.ndarray) -> float:
+def autocorrelation_time(x: np.ndarray, above: float = 0.0) -> float:
     """τ of a series; white noise: 1. The larger of two estimates, at least 1.
 
     1 + 2 Σ ρ_k, summed while ρ_2k + ρ_2k+1 > 0 (Geyer 1992), and (1 + r) / (1 - r) with r = ρ_1 + (1 + 4 ρ_1) / n
-    (Marriott and Pope 1954: in a short series ρ_1 is estimated too small) and one standard error √((1 - r²) / n) on top:
-    of a few dozen windows r is known to a tenth or two, and what it falls short by is taken for a difference.
+    (Marriott and Pope 1954: in a short series ρ_1 is estimated too small), and ``above`` standard errors more,
+    √((1 - r²) / n): of a few dozen windows r is known to a tenth or two, and what it falls short by is taken for a
+    difference.
     """
     n = len(x)
     centred = x - x.mean()
@@ -170,7 +174,7 @@ def autocorrelation_time(x: np.ndarray) -> float:
             break
         tau += 2 * pair / variance
     r = first + (1 + 4 * first) / n
-    r = min(max(r + math.sqrt(max(1 - r * r, 0.0) / n), 0.0), 0.99)
+    r = min(max(r + above * math.sqrt(max(1 - r * r, 0.0) / n), 0.0), 0.99)
     return max(1.0, tau, (1 + r) / (1 - r))
 
 

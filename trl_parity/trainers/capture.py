@@ -283,15 +283,16 @@ class Capture(ABC):
         return self._spread(rollout, some, count)
 
     def rows_of_tokens(self, rollout: RolloutBatch, tokens: int, least: int) -> torch.Tensor:
-        """As ``rows_within``: different rows with about so many completion tokens to compare; none where no rank has any.
+        """As ``rows_within``: different rows with about so many completion tokens; none where none has any.
 
-        At least ``least`` rows over all ranks, as far as there are; no more than are 16 times as many tokens wide, prompts
-        and padding included.
+        At least ``least`` rows over all ranks, as far as there are; no more than are 16 times as many tokens wide,
+        prompts and padding included.
         """
         compared = rollout.engine_mask.sum(1)
         _, kind = row_keys(rollout).unique(return_inverse=True)
-        first = torch.full_like(kind, len(kind)).scatter_reduce_(0, kind, torch.arange(len(kind), device=kind.device), "amin")
-        some = (compared > 0) & (first[kind] == torch.arange(len(kind), device=kind.device))
+        places = torch.arange(len(kind), device=kind.device)
+        first = torch.full_like(kind, len(kind)).scatter_reduce_(0, kind, places, "amin")
+        some = (compared > 0) & (first[kind] == places)
         have = int(some.sum())
         width = rollout.prompt_ids.shape[1] + rollout.completion_ids.shape[1]
         wanted = -(-tokens * have // max(1, int(compared[some].sum())))

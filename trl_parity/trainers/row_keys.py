@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from ..records import RolloutBatch
@@ -15,15 +17,18 @@ def row_keys(rollout: RolloutBatch) -> torch.Tensor:
     Σ (id + 1) m_j modulo 2^64 over a row's tokens, m_j a mixed number of the place, counted from where prompt and
     completion meet.
     """
-    parts = (
-        (rollout.prompt_ids, rollout.prompt_mask, lambda n: -torch.arange(n, 0, -1)),
-        (rollout.completion_ids, rollout.completion_mask, torch.arange),
-    )
-    key = torch.zeros(len(rollout.prompt_ids), dtype=torch.int64, device=rollout.prompt_ids.device)
-    for ids, mask, places in parts:
-        multipliers = _mixed(places(ids.shape[1])).to(ids.device, non_blocking=True)
-        key += ((ids + 1) * mask.long() * multipliers).sum(-1)
-    return _mixed(key)
+    before, after = rollout.prompt_ids, rollout.completion_ids
+    wide = 1 << max(before.shape[1], after.shape[1]).bit_length()
+    places = _multipliers(wide, before.device)
+    ids = torch.cat([before, after], dim=1) + 1
+    mask = torch.cat([rollout.prompt_mask.long(), rollout.completion_mask.long()], dim=1)
+    return _mixed((ids * mask * places[wide - before.shape[1] : wide + after.shape[1]]).sum(-1))
+
+
+@lru_cache(maxsize=16)
+def _multipliers(wide: int, device: torch.device) -> torch.Tensor:
+    """(2 ``wide``,) of the places -wide to wide - 1: the same of a place whatever ``wide`` is."""
+    return _mixed(torch.arange(-wide, wide)).to(device)
 
 
 def _mixed(x: torch.Tensor) -> torch.Tensor:

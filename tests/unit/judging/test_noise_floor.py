@@ -83,9 +83,7 @@ def groups_of(scales, tokens=64, seed=0):
         one = -torch.rand(1, tokens, generator=generator)
         other = one + scale * torch.randn(1, tokens, generator=generator)
         mask = torch.ones_like(one, dtype=torch.bool)
-        batch = ScoredBatch(
-            mask=mask, rollout_logprobs=one, trainer_logprobs=other, own_logprobs=other, entropy=None
-        )
+        batch = ScoredBatch(mask=mask, rollout_logprobs=one, trainer_logprobs=other, own_logprobs=other, entropy=None)
         many.append(measure(batch, bootstrap_samples=2))
     return many
 
@@ -191,7 +189,7 @@ def test_a_bound_is_not_so_wide_that_a_faint_drift_is_missed():
     assert all(windows_judged(8, seed, drift=0.15) for seed in range(3))
 
 
-# ---- an engine that disagrees with itself ----------------------------------------------------------------------------
+# ---- an engine that disagrees with itself ---------------------------------------------------------------------------
 
 
 def test_an_engine_that_disagrees_with_itself_is_an_alarm_and_not_its_own_excuse():

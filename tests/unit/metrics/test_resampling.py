@@ -183,8 +183,8 @@ def test_equal_rows_have_equal_keys_whatever_their_padding():
             prompt_ids=prompts, prompt_mask=masks[0], completion_ids=completions, completion_mask=masks[1]
         )
 
-    rows = [([5, 6], [7, 8]), ([5, 6], [7, 8]), ([5, 6], [8, 7]), ([6, 5], [7, 8]), ([5], [6, 7, 8]), ([5, 6], [7, 8, 0]),
-            ([0, 5, 6], [7, 8]), ([5, 6], [7])]  # fmt: skip
+    rows = [([5, 6], [7, 8]), ([5, 6], [7, 8]), ([5, 6], [8, 7]), ([6, 5], [7, 8]), ([5], [6, 7, 8]),
+            ([5, 6], [7, 8, 0]), ([0, 5, 6], [7, 8]), ([5, 6], [7])]  # fmt: skip
     keys, wider = row_keys(batch_of(*rows)), row_keys(batch_of(*rows, prompt=11, completion=30))
     assert keys.dtype == torch.int64
     assert torch.equal(keys, wider)

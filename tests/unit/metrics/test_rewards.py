@@ -106,7 +106,7 @@ def test_false_alarms_stay_at_alpha(draw, most, n):
 
 
 def grouped(rng, prompts, size, correlation, cut=None):
-    """(rewards, prompts): each prompt's ``size`` rewards share a part of it; ``cut``: 0/1, whether they are over it."""
+    """(rewards, prompts): each prompt's ``size`` rewards share a part of it; ``cut``: 0/1, those over it."""
     shared = rng.normal(size=(prompts, 1)) * correlation**0.5
     values = (shared + rng.normal(size=(prompts, size)) * (1 - correlation) ** 0.5).ravel()
     return values if cut is None else (values > cut).astype(float), np.repeat(np.arange(prompts), size)
