@@ -261,4 +261,4 @@ class GRPOCapture(Capture):
         # DDP's own forward may sync buffers over ranks, and ranks may run different passes here
         model = trainer.model if self.sharded else self.policy
         with torch.no_grad(), disable_gradient_checkpointing(trainer.model, args.gradient_checkpointing_kwargs):
-            return score(trainer, model, ids, attention, keep, batch_size=size)[0]
+            return score(model, ids, attention, keep, batch_size=size)[0]
