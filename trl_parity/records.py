@@ -110,6 +110,7 @@ class ScoredBatch:
     in_flight: torch.Tensor | None = None  # (B,) as in RolloutBatch
     stale: torch.Tensor | None = None  # (B, C) bool: engine-generated tokens of sequences at lag > 0
     probe: bool = False
+    keys: torch.Tensor | None = None  # (B,) int64, equal for the same completion of the same prompt; None: all differ
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

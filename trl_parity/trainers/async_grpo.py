@@ -90,6 +90,8 @@ def _around_collation(original: Callable[..., Any], collator: Any, examples: Any
         batch[_PREFIX + name] = pad_sequence([of(row.samples) for row in rows], batch_first=True)
     rewards = [float(s["metrics"].get("reward", torch.nan)) for row in rows for s in row.samples]
     batch[_PREFIX + "rewards"] = torch.tensor([rewards] * len(rows))
+    groups = [int(s["group_id"]) for row in rows for s in row.samples]
+    batch[_PREFIX + "reward_groups"] = torch.tensor([groups] * len(rows))
     return batch
 
 
@@ -139,7 +141,7 @@ def _around_loss(
 class AsyncGRPOCapture(Capture):
     """The samples of one rank's packed row, at their loss."""
 
-    generation_period = 1
+    micro_batches = 1
 
     def __init__(self, trainer: Any, observer: Observer, inputs: Mapping[str, torch.Tensor]):
         super().__init__(trainer, observer, training=True)
@@ -259,6 +261,10 @@ class AsyncGRPOCapture(Capture):
     def rewards(self) -> list[float]:
         """Of all ranks' samples, as the worker scored them; NaN where no function gave one."""
         return self.output[_PREFIX + "rewards"][0].tolist()
+
+    def reward_prompts(self) -> list[int]:
+        """The worker's numbers of their groups."""
+        return self.output[_PREFIX + "reward_groups"][0].tolist()
 
     def log(self, values: dict[str, float]) -> None:
         """One value a key, so nothing is averaged."""

@@ -16,6 +16,7 @@ from ..records import RolloutBatch, SamplingSettings, ScoredBatch
 from ..scoring.own_head import OwnHeadRounding
 from ..scoring.perturb import own_random_numbers
 from ..scoring.scorer import CompletionScorer, CompletionScores
+from .row_keys import row_keys
 
 if TYPE_CHECKING:
     from ..engine.base import Engine
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from ..engine.requests import Request
 
 __all__ = ["Capture", "MeasurementSettings"]
+
+_WIDEST = 16  # times the completion tokens wanted, prompts and padding included
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +57,7 @@ class Capture(ABC):
     sampling: SamplingSettings  # what the engine was asked for
     step: int  # optimizer steps done
     last_in_step: bool  # no further generation before the next optimizer step
-    generation_period: int  # optimizer steps that one generation batch feeds
+    micro_batches: int  # that this batch feeds, of a trainer that accumulates gradients over some
 
     def __init__(self, trainer: Any, observer: Any, training: bool):
         self.trainer = trainer
@@ -73,6 +76,10 @@ class Capture(ABC):
     @abstractmethod
     def rewards(self) -> list[float]:
         """Rewards of this batch over all ranks, the same on each; NaN where none was given."""
+
+    def reward_prompts(self) -> list[int] | None:
+        """For each of ``rewards`` a number that is the same for completions of one prompt; None: each has its own."""
+        return None
 
     @abstractmethod
     def run_policy(
@@ -188,6 +195,7 @@ class Capture(ABC):
             in_flight=in_flight,
             stale=stale,
             probe=rollout.probe,
+            keys=row_keys(rollout)[rows],
         )
 
     def _behind(
@@ -265,13 +273,41 @@ class Capture(ABC):
         return kept, CompletionScores(*map(merged, scores, more)), merged(own, again)
 
     def rows_within(self, rollout: RolloutBatch, token_budget: int) -> torch.Tensor:
-        """Rows of the batch, evenly spaced, that fit the budget (at least one); another set from step to step."""
+        """Rows of the batch, evenly spaced, that fit the budget (at least one); another set from step to step.
+
+        Rows with a token to compare; others only where a sharded model wants as many rows of every rank.
+        """
         width = rollout.prompt_ids.shape[1] + rollout.completion_ids.shape[1]
+        some = rollout.engine_mask.any(1)
+        count = min(max(1, int(some.sum())), max(1, token_budget // width))
+        return self._spread(rollout, some, count)
+
+    def rows_of_tokens(self, rollout: RolloutBatch, tokens: int, least: int) -> torch.Tensor:
+        """As ``rows_within``: different rows with about so many completion tokens to compare; none where no rank has any.
+
+        At least ``least`` rows over all ranks, as far as there are; no more than are 16 times as many tokens wide, prompts
+        and padding included.
+        """
+        compared = rollout.engine_mask.sum(1)
+        _, kind = row_keys(rollout).unique(return_inverse=True)
+        first = torch.full_like(kind, len(kind)).scatter_reduce_(0, kind, torch.arange(len(kind), device=kind.device), "amin")
+        some = (compared > 0) & (first[kind] == torch.arange(len(kind), device=kind.device))
+        have = int(some.sum())
+        width = rollout.prompt_ids.shape[1] + rollout.completion_ids.shape[1]
+        wanted = -(-tokens * have // max(1, int(compared[some].sum())))
+        needed = -(-least // self.trainer.accelerator.num_processes)
+        return self._spread(rollout, some, min(have, max(needed, min(wanted, _WIDEST * tokens // width))))
+
+    def _spread(self, rollout: RolloutBatch, some: torch.Tensor, count: int) -> torch.Tensor:
+        """``count`` rows of ``some`` (B,) bool, evenly spaced, from another one on at each step."""
         device, total = rollout.prompt_ids.device, len(rollout.prompt_ids)
-        count = min(total, max(1, token_budget // width))
         if self.sharded:  # a sharded model's forward is a collective: every rank must run as many rows
-            count = int(self.trainer.accelerator.gather(torch.tensor([count], device=device)).min())
-        return (torch.arange(count, device=device) * total // count + self.step) % total
+            counts = self.trainer.accelerator.gather(torch.tensor([count], device=device))
+            count = min(int(counts[counts > 0].min()), total) if bool((counts > 0).any()) else 0
+        rows = some.nonzero()[:, 0]
+        if len(rows) < count:
+            rows = torch.cat([rows, (~some).nonzero()[:, 0]])[:count]
+        return rows[(torch.arange(count, device=device) * len(rows) // max(count, 1) + self.step) % max(len(rows), 1)]
 
     def forward(
         self,

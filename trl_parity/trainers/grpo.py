@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -108,10 +109,12 @@ class GRPOCapture(Capture):
         super().__init__(trainer, observer, training)
         args = trainer.args
         generate_every = args.steps_per_generation * trainer.num_iterations  # micro-batches per generation
-        accumulate = args.gradient_accumulation_steps
         self.step = int(trainer.state.global_step)
-        self.last_in_step = trainer._step % accumulate + generate_every >= accumulate
-        self.generation_period = -(-generate_every // accumulate)
+        self.micro_batches = generate_every - trainer._step % generate_every
+        self.last_in_step = training and (
+            trainer.accelerator.sync_gradients  # the update comes right after this micro-batch
+            or self.micro_batches >= trainer.current_gradient_accumulation_steps - observer.accumulated
+        )
         self.sampling = sampling_settings(trainer.vllm_generation)
         self._generated: Any = None  # what TRL's _generate returned: prompt ids, completion ids, tool mask, ...
 
@@ -202,6 +205,11 @@ class GRPOCapture(Capture):
             known = [weight * value for weight, value in zip(weights, given, strict=True) if value == value]
             total.append(sum(known) if known else math.nan)
         return total
+
+    def reward_prompts(self) -> list[int]:
+        """A checksum of each completion's prompt, as TRL logs it."""
+        prompts = list(self.trainer._logs["prompt"])[-self._global_batch() :]
+        return [zlib.crc32(repr(prompt).encode()) for prompt in prompts]
 
     def _global_batch(self) -> int:
         return len(self.output["completion_ids"]) * self.trainer.accelerator.num_processes

@@ -44,6 +44,7 @@ class Observer(ABC):
     """Base of callbacks that are handed rollouts."""
 
     measurement: MeasurementSettings
+    accumulated = 0  # micro-batches whose gradient waits for the update
     engine_handle: EngineHandle  # of the run
     engine_request: TRLEngineArguments | None = None  # what an engine that TRL builds for the trainer has to get
 

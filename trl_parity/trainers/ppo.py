@@ -159,7 +159,7 @@ class PPOCapture(Capture):
     """
 
     last_in_step = True
-    generation_period = 1
+    micro_batches = 1  # PPO tells of none: all of an update is one
 
     def __init__(self, trainer: Any, observer: Any, queries: torch.Tensor, pad_token_id: int, generation_config: Any):
         super().__init__(trainer, observer, training=True)
