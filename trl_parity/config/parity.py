@@ -188,8 +188,8 @@ class ParityConfig:
         default=8192,
         metadata={
             "help": "Tokens per rollout batch and rank (prompts and padding included) of the callback's own forward "
-            "pass, run only where TRL makes none (vllm_importance_sampling_correction=False) or leaves completions out "
-            "(mask_truncated_completions: a quarter of the batch, if that is more)."
+            "pass, run only where TRL makes none (vllm_importance_sampling_correction=False) or leaves completions "
+            "out (mask_truncated_completions: a quarter of the batch, if that is more)."
         },
     )
     chunk_mib: Annotated[int, at_least(1)] = field(

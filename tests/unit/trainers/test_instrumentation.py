@@ -5,6 +5,7 @@ import warnings
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from trl_parity.errors import InterceptionError
 
@@ -171,3 +172,26 @@ def test_a_librarys_own_class_in_trls_module_is_wrapped_once(trl_module, monkeyp
     uninstrument()
     assert vars(theirs)[name] is delegating[name]
     assert vars(base)[name] is own
+
+
+def test_a_pass_of_ours_is_made_the_way_the_trainer_finds_its_own(tiny_model):
+    from accelerate.utils import DistributedType
+
+    from trl_parity.trainers.grpo import GRPOCapture
+
+    class Mine:
+        model = tiny_model
+        args = SimpleNamespace(per_device_train_batch_size=2, gradient_checkpointing_kwargs=None)
+        accelerator = SimpleNamespace(distributed_type=DistributedType.NO, unwrap_model=lambda model: model)
+
+        def _get_per_token_logps_and_entropies(
+            self, model, input_ids, attention_mask, logits_to_keep, batch_size=None
+        ):
+            assert model is tiny_model
+            return input_ids[:, -logits_to_keep:] * batch_size, None, None
+
+    capture = object.__new__(GRPOCapture)
+    capture.trainer, capture.training = Mine(), True
+    ids = torch.arange(12).view(3, 4)
+    assert torch.equal(capture.run_policy(ids, torch.ones_like(ids), 2), ids[:, -2:] * 2)
+    assert torch.equal(capture.run_policy(ids, torch.ones_like(ids), 2, batch_size=5), ids[:, -2:] * 5)
