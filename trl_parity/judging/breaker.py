@@ -184,12 +184,13 @@ class Breaker:
         breached = [r for r in readings if r.over and not r.rule.warn_only]
         warned = [r for r in readings if r not in breached and (r.over if r.rule.warn_only else r.warns)]
         failed = stats is None or stats.num_errors > 0
+        asked: int | None = None
         if breached:
             seen, asked = Seen.BREACH, min(map(self._asked, breached))
         elif failed:
             seen, asked = Seen.FAILURE, self.consecutive if self.halt_on_error else None
         else:
-            seen, asked = Seen.WARNING if warned else Seen.HEALTH, None
+            seen = Seen.WARNING if warned else Seen.HEALTH
         self.current = _AFTER[seen](self.current, asked)
         warming = self.windows <= self.warmup
         may_halt = not warming or any(r.rule.immediate for r in breached)
