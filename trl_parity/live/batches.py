@@ -70,7 +70,7 @@ class BatchSums:
             self._add_cache_use(capture, sums)
             self._check_temperature(capture, sums)
             if capture.training:
-                self._judge.add_rewards(sums, capture.rewards())
+                self._judge.add_rewards(sums, capture.rewards(), capture.reward_prompts())
         except Exception as e:  # the mismatch is measured without them
             if "readings" not in self._told:
                 self._told.add("readings")

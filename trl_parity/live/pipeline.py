@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..judging.noise_floor import SOURCES
@@ -32,8 +32,11 @@ class Surroundings:
     def check_engine(self) -> None:
         """Look at the engine's settings before the window is judged."""
 
-    def floor_sums(self) -> Mapping[str, MismatchSums] | None:
-        """This rank's sums of one side against itself, by source; None where there is nothing to measure on."""
+    def floor_sums(self) -> Mapping[str, Sequence[MismatchSums]] | None:
+        """This rank's sums of one side against itself, by source and group; None where there is nothing to measure on.
+
+        As many groups on each rank.
+        """
         return None
 
     def on_verdict(self, verdict: Verdict, sums: MismatchSums) -> None:
@@ -114,6 +117,6 @@ class Pipeline:
             if measured is None:
                 return False
             accelerator = self._surroundings.accelerator
-            many = [measured[name] for name in SOURCES]
-            reduced = many if accelerator is None else reduce_many(many, accelerator)
-            return self._judge.floor.update(dict(zip(SOURCES, reduced, strict=True)))
+            many = [sums for name in SOURCES for sums in measured[name]]
+            reduced = iter(many if accelerator is None else reduce_many(many, accelerator))
+            return self._judge.floor.update({name: [next(reduced) for _ in measured[name]] for name in SOURCES})

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config.parity import ParityConfig
-from ..judging.noise_floor import SOURCES
+from ..judging.noise_floor import GROUPS, SOURCES
 from ..metrics.sums import MismatchSums
 from ..metrics.tokens import tokens_of_all
 from ..records import Diagnosis
@@ -64,6 +64,7 @@ class TrainerRun(Surroundings):
         self.moved = False
         self._at_hand = False
         self._windows = 0
+        self._floor_failed = False
 
     @property
     def accelerator(self) -> Accelerator:  # type: ignore[override]
@@ -96,16 +97,18 @@ class TrainerRun(Surroundings):
         if self.capture is not None:
             self.investigator.check_settings(self.capture)
 
-    def floor_sums(self) -> Mapping[str, MismatchSums] | None:
+    def floor_sums(self) -> Mapping[str, Sequence[MismatchSums]] | None:
         """Of the batch at hand. A failure of ours is a warning: without any floor, windows stay CALIBRATING."""
         if not self._at_hand or self.capture is None:
             return None
         empty = MismatchSums.zeros(self.accelerator.device, bootstrap_samples=2)
-        sources = dict.fromkeys(SOURCES, empty)
+        sources: dict[str, Sequence[MismatchSums]] = dict.fromkeys(SOURCES, [empty] * GROUPS)
         try:
             sources |= measure_floor(self.capture, self.config)
         except Exception as e:
-            logger.warning("the noise floor could not be measured: %s: %s", type(e).__name__, e)
+            level = logging.DEBUG if self._floor_failed else logging.WARNING  # it is tried again: once is enough
+            self._floor_failed = True
+            logger.log(level, "the noise floor could not be measured: %s: %s", type(e).__name__, e)
             logger.debug("%s", traceback.format_exc())
         return sources
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..records import ScoredBatch
 from ..verdict import MismatchStats
+from .intervals import intervals
 from .scalars import LAG_BUCKETS, SCALARS
 from .sums import BINS, DECADES, INDEX, PER_DECADE, SUMS, MismatchSums
 
@@ -31,10 +32,9 @@ _EXP_CLAMP = 300.0  # Δ in e^Δ, of tokens and sequences: e^600 still fits a do
 
 BAND = 0.1  # a ratio outside [1 - BAND, 1 + BAND] counts as out_of_band (the band of TRL issue 6789)
 
-# An interval from a handful of sequences says nothing: below this many, honesty has no interval and no gap.
-MIN_BOOTSTRAP_SEQUENCES = 8
-
 TRIM = 1000  # one token of so many, the worst ones, at least one, is left out of trimmed/*
+
+_CUBED = 1e100  # what is cubed still fits a double
 
 _POOL = 4096  # sequences until their resampling weights repeat
 
@@ -44,8 +44,9 @@ _LAG_EDGES = (0, 1, 2, 4)  # the last lag of each bucket but the open one
 def measure(batch: ScoredBatch, *, bootstrap_samples: int = 200, first_sequence: int = 0) -> MismatchSums:
     """The sums of one scored batch, on its device, without a device sync.
 
-    ``first_sequence``: the running number of the batch's first sequence, over batches and ranks. Sequences are
-    resampled by their number, so different ones need different numbers.
+    Sequences are resampled by ``batch.keys``, so that equal ones are one piece of evidence, whatever batch or rank
+    they are in; without keys by their number. ``first_sequence``: that of the batch's first sequence, over batches and
+    ranks.
     """
     import torch
 
@@ -107,8 +108,7 @@ def _add_tokens(out: MismatchSums, batch: ScoredBatch, first_sequence: int) -> N
     out.additive[len(SUMS) :].scatter_add_(0, bins.view(-1), flags[0].view(-1))
 
     drift = by_sequence[INDEX["law_entropy"]] + by_sequence[INDEX["rollout_logprob"]]
-    weights = _weights_of(len(tokens), first_sequence, out.bootstrap_samples, mask.device)
-    torch.mm(weights.t().double(), torch.stack([by_sequence[INDEX["w"]], drift, tokens], dim=-1), out=out.bootstrap)
+    _add_resamples(out, torch.stack([by_sequence[INDEX["w"]], drift, tokens], dim=-1), batch.keys, first_sequence)
 
     largest = torch.where(valid, torch.stack([delta, -delta]), -math.inf).amax((1, 2))
     out.peak_span("delta", "neg_delta").copy_(largest)
@@ -142,6 +142,21 @@ def _by_lag(out: MismatchSums, batch: ScoredBatch, lags: torch.Tensor) -> None:
     out.span("stale_compared", "stale_nonfinite", "flight_tokens", "in_flight_tokens").add_(counts)
     out.span("lag").add_(lags.sum())
     out.span("lags").add_(len(lags))
+
+
+def _add_resamples(out: MismatchSums, x: torch.Tensor, keys: torch.Tensor | None, first_sequence: int) -> None:
+    """Write what intervals are made of: bootstrap and third moments of (B, 3) Σ w, Σ (H + rollout log-prob), tokens."""
+    import torch
+
+    if keys is None:
+        weights = _weights_of(len(x), first_sequence, out.bootstrap_samples, x.device)
+    else:
+        keys = keys.to(x.device) % _POOL
+        weights = _resample_weights(out.bootstrap_samples, x.device)[keys]
+    torch.mm(weights.t().double(), x, out=out.bootstrap)
+    x = torch.stack([x[:, 0] - x[:, 2], x[:, 1], x[:, 2]], dim=-1).clamp(-_CUBED, _CUBED)
+    whole = x if keys is None else x.new_zeros(_POOL, 3).index_add_(0, keys, x)[keys]  # of all equal sequences together
+    torch.mm((whole * whole).t(), x, out=out.third_moments)
 
 
 def _weights_of(count: int, first: int, samples: int, device: torch.device) -> torch.Tensor:
@@ -238,7 +253,7 @@ def compute(sums: MismatchSums) -> MismatchStats:
     if s["tokens"] > 0:
         histogram = sums.histogram.numpy()
         values |= _ratios(s, maxima, histogram) | _entropies(s)
-        values |= _intervals(s, sums.bootstrap.numpy()) | trimmed(histogram, s)
+        values |= intervals(s, sums.bootstrap.numpy(), sums.third_moments.tolist()) | trimmed(histogram, s)
     return MismatchStats(int(s["tokens"]), int(s["sequences"]), int(s["batches"]), int(s["errors"]), values)
 
 
@@ -270,25 +285,6 @@ def _entropies(s: dict[str, float]) -> dict[str, float | None]:
         if s["entropy"] > 0:
             found["kl_over_entropy"] = s["k3"] / s["entropy"]
     return found
-
-
-def _intervals(s: dict[str, float], bootstrap: np.ndarray) -> dict[str, float | None]:
-    """Of honesty and of the entropies' drift, from enough sequences."""
-    resampled = bootstrap[bootstrap[:, -1] > 0]
-    if s["sequences"] < MIN_BOOTSTRAP_SEQUENCES or not len(resampled):
-        return {}
-    means = np.sort(resampled[:, :-1] / resampled[:, -1:], axis=0)
-    found = _interval("honesty", means[:, 0], 1.0)
-    if s["entropy_tokens"] == s["tokens"]:
-        found |= _interval("entropy/drift", means[:, 1], 0.0)
-    return found
-
-
-def _interval(name: str, ordered: np.ndarray, expected: float) -> dict[str, float | None]:
-    """The 99 % interval of bootstrap means, ascending, and its distance from what is expected."""
-    cut = int(0.005 * len(ordered))
-    low, high = float(ordered[cut]), float(ordered[-1 - cut])
-    return {f"{name}_low": low, f"{name}_high": high, f"{name}_gap": max(0.0, low - expected, expected - high)}
 
 
 def trimmed(histogram: np.ndarray, s: dict[str, float]) -> dict[str, float | None]:

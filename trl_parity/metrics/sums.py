@@ -14,7 +14,7 @@ from .scalars import LAG_BUCKETS
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BINS", "DECADES", "INDEX", "PER_DECADE", "SUMS", "MismatchSums"]
+__all__ = ["ADDED", "BINS", "DECADES", "INDEX", "PER_DECADE", "SUMS", "MismatchSums"]
 
 # Histogram of Δ: by sign, |Δ| on a log scale. A quantile read from it is off by half a bin at most, 1.8 %.
 DECADES = (-9, 3)  # |Δ| from 1e-9 (below: zero) to 1e3 nats (above: the last bin)
@@ -52,6 +52,12 @@ SUMS = (
 
 INDEX = {name: i for i, name in enumerate(SUMS)}
 
+# behind all that 0.6.0 kept, whose checkpoints are read by place
+ADDED = (
+    # over sequences: the square of w - tokens, H + rollout log-prob and tokens, each times each of the three
+    *(f"third_moment/{i}{j}" for i in range(3) for j in range(3)),
+)
+
 MAXIMA = ("delta", "neg_delta", "seq_abs_delta", "temperature_gap", "kv_cache_usage")
 
 
@@ -59,8 +65,8 @@ class MismatchSums:
     """Everything a window needs, in two vectors: one that adds and one that takes the maximum.
 
     ``additive``: fp64, the sums named in ``SUMS``, then the histogram (2 signs x ``BINS``), then the bootstrap
-    (R resamples x [Σ w, Σ (H + rollout log-prob), Σ tokens]). ``maxima``: fp64, ``-inf`` where nothing was seen.
-    About 17 KiB with R = 200, whatever the number of tokens.
+    (R resamples x [Σ w, Σ (H + rollout log-prob), Σ tokens]) and the sums named in ``ADDED``. ``maxima``: fp64,
+    ``-inf`` where nothing was seen. About 17 KiB with R = 200, whatever the number of tokens.
     """
 
     __slots__ = ("_additive", "_bumps", "_maxima", "_raises", "bootstrap_samples")
@@ -107,7 +113,7 @@ class MismatchSums:
         """The sums of no tokens."""
         import torch
 
-        size = len(SUMS) + 2 * BINS + _BOOT * bootstrap_samples
+        size = len(SUMS) + 2 * BINS + _BOOT * bootstrap_samples + len(ADDED)
         return cls(
             torch.zeros(size, dtype=torch.float64, device=device),
             torch.full((len(MAXIMA),), -math.inf, dtype=torch.float64, device=device),
@@ -155,9 +161,10 @@ class MismatchSums:
 
     def span(self, *names: str) -> torch.Tensor:
         """A view of sums that stand side by side, to be filled as one vector in this order."""
-        first = INDEX[names[0]]
-        assert SUMS[first : first + len(names)] == names, f"{names} do not stand side by side in SUMS"
-        return self._additive[first : first + len(names)]
+        known, before = (SUMS, 0) if names[0] in INDEX else (ADDED, self._additive.numel() - len(ADDED))
+        first = known.index(names[0])
+        assert known[first : first + len(names)] == names, f"{names} do not stand side by side"
+        return self._additive[before + first : before + first + len(names)]
 
     def peak_span(self, *names: str) -> torch.Tensor:
         """The same of maxima."""
@@ -174,6 +181,7 @@ class MismatchSums:
     def totals(self) -> dict[str, float]:
         """All sums by name. A device sync on accelerators, as of the next."""
         found = dict(zip(SUMS, self._additive[: len(SUMS)].tolist(), strict=True))
+        found |= zip(ADDED, self._additive[-len(ADDED) :].tolist(), strict=True)
         for name, amount in self._bumps.items():
             found[name] += amount
         return found
@@ -193,4 +201,10 @@ class MismatchSums:
     @property
     def bootstrap(self) -> torch.Tensor:
         """(R, 3): per resample Σ w, Σ (H + rollout log-prob) and Σ tokens."""
-        return self._additive[len(SUMS) + 2 * BINS :].view(self.bootstrap_samples, _BOOT)
+        first = len(SUMS) + 2 * BINS
+        return self._additive[first : first + _BOOT * self.bootstrap_samples].view(self.bootstrap_samples, _BOOT)
+
+    @property
+    def third_moments(self) -> torch.Tensor:
+        """(3, 3): Σ over sequences of x_i² x_j, of x = w - tokens, H + rollout log-prob, tokens."""
+        return self.span(*(name for name in ADDED if name.startswith("third_moment/"))).view(3, 3)

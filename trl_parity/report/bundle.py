@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..files import jsonable
+from ..files import jsonable, require_no_link
 from ..results.incident import _KINDS, Incident, incident_folder
 from ..results.redaction import TEXT_COLUMNS, bare
 from . import figures
@@ -65,7 +65,9 @@ def _write_whole(folder: Path, incident: Incident, rows: list[dict[str, Any]], p
     temporary = home / f".step-{incident.step}.{uuid.uuid4().hex[:12]}.tmp"
     content = json.dumps(jsonable({name: getattr(incident, name) for name in _KINDS}), indent=2, allow_nan=False)
     try:
-        temporary.mkdir(parents=True)
+        require_no_link(home)
+        home.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir(mode=0o777 if incident.redacted else 0o700)  # text is for this user alone
         (temporary / "incident.json").write_text(content + "\n", encoding="utf-8")
         _write_tokens(temporary / "tokens.parquet", rows, incident.redacted)
         drawn: dict[str, bytes] = {}

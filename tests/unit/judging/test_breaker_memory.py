@@ -188,5 +188,6 @@ def test_the_default_rules_number_by_number():
         ("entropy/relative", 0.1, None, None, None, 0.5, True, True),
         ("temperature/gap", 1e-6, None, None, None, 0.5, False, True),
         ("reward/parted", 0.5, None, None, None, 1.0, False, True),
+        ("floor/engine_excess", 0.003, None, None, None, 0.5, False, False),
     }
     assert not any(r.immediate or r.consecutive for r in DEFAULT_RULES)

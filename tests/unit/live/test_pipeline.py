@@ -36,7 +36,7 @@ class Recording(Surroundings):
 
     def floor_sums(self):
         self.seen.append("floor")
-        return {name: self.judge.sums_of(scored(1e-3), 0) for name in SOURCES}
+        return {name: [self.judge.sums_of(scored(1e-3), 0)] for name in SOURCES}
 
     def on_verdict(self, verdict, sums):
         self.seen.append(f"verdict {verdict.status}")
