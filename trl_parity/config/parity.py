@@ -151,8 +151,8 @@ class ParityConfig:
         default="breach",
         metadata={
             "help": "When the cause of a drift is looked for, once an episode: 'breach' at its first breached window, "
-            "'warn' already at a WARN, 'never' only on callback.diagnose(). A halt whose cause is still unknown asks "
-            "again.",
+            "'warn' already at a WARN, 'never' only on callback.diagnose(). The episode's first halt asks once more "
+            "where it is still unknown.",
             "choices": ["breach", "warn", "never"],
         },
     )

@@ -178,22 +178,22 @@ class Breaker:
             reason = "no token to compare: the window's rollouts are empty or fully masked"
             if stats.get("lag/0/tokens") is not None:
                 reason = "no token at lag 0 to compare: all come from older weights than the trainer's (see lag/*)"
-            return Verdict(step=step, status=Status.NO_DATA, streak=self.streak, stats=stats, reason=reason)
+            status = self._after(Seen.NOTHING)
+            return Verdict(step=step, status=status, streak=self.streak, stats=stats, reason=reason)
         self.windows += 1
         readings = [] if stats is None else self.readings(stats.values_by_name)
         breached = [r for r in readings if r.over and not r.rule.warn_only]
         warned = [r for r in readings if r not in breached and (r.over if r.rule.warn_only else r.warns)]
         failed = stats is None or stats.num_errors > 0
+        asked: int | None = None
         if breached:
             seen, asked = Seen.BREACH, min(map(self._asked, breached))
         elif failed:
             seen, asked = Seen.FAILURE, self.consecutive if self.halt_on_error else None
         else:
-            seen, asked = Seen.WARNING if warned else Seen.HEALTH, None
-        self.current = _AFTER[seen](self.current, asked)
+            seen = Seen.WARNING if warned else Seen.HEALTH
         warming = self.windows <= self.warmup
-        may_halt = not warming or any(r.rule.immediate for r in breached)
-        status = _STATUS[seen][self.current.reached and may_halt]
+        status = self._after(seen, asked, may_halt=not warming or any(r.rule.immediate for r in breached))
         if status is Status.OK and (warming or (self.expects_floor and any(r.missing for r in readings))):
             status = Status.CALIBRATING
         parts = [r.text for r in (breached or warned)]
@@ -209,6 +209,11 @@ class Breaker:
             stats=stats,
             reason="; ".join(parts),
         )
+
+    def _after(self, seen: Seen, asked: int | None = None, *, may_halt: bool = False) -> Status:
+        """Go on by the table; the status of the window."""
+        self.current = _AFTER[seen](self.current, asked)
+        return _STATUS[seen][self.current.reached and may_halt]
 
     def _asked(self, reading: Reading) -> int:
         """Windows in a row that halt, by a breached rule."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -119,7 +120,7 @@ def findings(verdict: Verdict) -> Iterator[str]:
     if stats is None:
         return
     low, high, own, fp32 = (stats.get(k) for k in ("honesty_low", "honesty_high", "own_head/kl_k3", "kl_k3"))
-    if low is not None and high is not None:
+    if low is not None and high is not None and math.isfinite(low) and math.isfinite(high):
         if low > 1.0 or high < 1.0:
             yield (
                 f"The reported log-probs are not those of the law that was sampled: mean ratio in [{low:.4f}, "
@@ -135,7 +136,9 @@ def findings(verdict: Verdict) -> Iterator[str]:
     rate, left = stats.get("nonfinite_rate"), stats.get("entropy/relative")
     if rate:
         yield f"{rate:.2%} of the tokens have no finite log-prob."
-    if left is not None and left < 0.1:
+    if left is not None and math.isnan(left):
+        yield "The policy's entropy is no finite number."
+    elif left is not None and left < 0.1:
         yield (
             f"The policy's entropy is down to {left:.1%} of its beginning: so certain a policy hides every drift, and "
             "log-probs that are not finite come next."

@@ -7,13 +7,15 @@ from collections import Counter
 
 import pytest
 from rich.console import Console
+from support.windows import window
 
 from trl_parity import ParityConfig
 from trl_parity.preflight.pilot import judge_pilot
+from trl_parity.report.messages import findings
 from trl_parity.report.summary import COLUMNS, Summary, headline, statistics
 from trl_parity.report.terminal import dashboard
 from trl_parity.results.reader import Columns
-from trl_parity.verdict import SEVERITY, Status, enough_judged, judged, worst
+from trl_parity.verdict import SEVERITY, Status, Verdict, enough_judged, judged, worst
 
 
 def rows(statuses):
@@ -109,3 +111,9 @@ def test_half_of_the_windows_is_enough():
     )
     assert [enough_judged({"OK": n, "NO_DATA": 2}) for n in (1, 2, 3)] == [False, True, True]
     assert not enough_judged({})
+
+
+def test_numbers_that_are_none_are_told_as_such():
+    stats = window(kl_k3=0.2, honesty_low=math.nan, honesty_high=math.nan, entropy__relative=math.nan)
+    verdict = Verdict(step=1, status=Status.BREACH, streak=1, breaches=("kl_k3",), stats=stats)
+    assert list(findings(verdict)) == ["The policy's entropy is no finite number."]
