@@ -78,9 +78,10 @@ def test_a_config_is_kept_without_them_and_everything_else_as_it_was(args):
     assert ParityConfig().to_dict() == without_credentials(ParityConfig().to_dict())
 
 
+@pytest.mark.slow_unit
 def test_no_text_takes_long():
     pieces = ("a-", '"', 'token="', "eyJ-", "eyJaaaaaaaaaa.", "://", "a@", "-----BEGIN PRIVATE KEY-----", "key", "hf_")
     for piece in (*pieces, '\\"', "--token ", "?sig", "bearer "):
         start = time.process_time()
-        masked(piece * (10_000 // len(piece)))
-        assert time.process_time() - start < 1, piece
+        masked(piece * (100_000 // len(piece)))
+        assert time.process_time() - start < 10, piece

@@ -77,7 +77,7 @@ class Folder:
                 lock = _held(Path(self.name))
                 break
         self._secret = secrets.token_hex(16)
-        self.remove = weakref.finalize(self, _remove, self.name, lock)  # also when Python ends
+        self.remove = weakref.finalize(self, _remove, self.name, lock, os.getpid())  # also when Python ends
 
     @contextlib.contextmanager
     def file(self, number: int) -> Iterator[tuple[Path, dict[str, str]]]:
@@ -89,8 +89,9 @@ class Folder:
             path.unlink(missing_ok=True)
 
 
-def _remove(folder: str, lock: int) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+def _remove(folder: str, lock: int, owner: int) -> None:
+    if os.getpid() == owner:  # not at the end of a child that was forked
+        shutil.rmtree(folder, ignore_errors=True)
     os.close(lock)
 
 
