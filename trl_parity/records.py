@@ -63,6 +63,8 @@ class RolloutBatch:
     lags: torch.Tensor | None = None  # (B,) optimizer steps by sequence, where they differ; None: ``lag``, of all
     in_flight: torch.Tensor | None = None  # (B,) 1: weights may have changed meanwhile, 0: not, -1: not known
     probe: bool = False  # generated only to be compared: nothing is learned from it
+    # (B, 1) or (B, C) what TRL's correction multiplies the loss of a sequence or token by; None: no correction
+    correction_weights: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         shape = tuple(self.completion_ids.shape)
@@ -109,6 +111,7 @@ class ScoredBatch:
     in_flight: torch.Tensor | None = None  # (B,) as in RolloutBatch
     stale: torch.Tensor | None = None  # (B, C) bool: engine-generated tokens of sequences at lag > 0
     probe: bool = False
+    correction_weights: torch.Tensor | None = None  # (B, 1) or (B, C) as in RolloutBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -24,8 +25,8 @@ class EntropyWatch:
         self._first: list[float] = []
 
     def update(self, entropy: float | None) -> None:
-        """Add one window's ``entropy/trainer``."""
-        if entropy is None:
+        """Add one window's ``entropy/trainer``. One that is no number is none to compare later windows with."""
+        if entropy is None or not math.isfinite(entropy):
             return
         self._recent.append(entropy)
         if len(self._first) < _REFERENCE:
@@ -46,8 +47,8 @@ class EntropyWatch:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore ``state``."""
-        self._recent = deque(state["recent"], maxlen=_TREND)
-        self._first = list(state["first"])
+        self._recent = deque(filter(math.isfinite, state["recent"]), maxlen=_TREND)
+        self._first = [x for x in state["first"] if math.isfinite(x)]
 
 
 def expected_temperature(phases: Mapping[str, Sequence[tuple[int, float]]], kind: str, step: int) -> float | None:

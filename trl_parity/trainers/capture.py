@@ -162,6 +162,7 @@ class Capture(ABC):
             in_flight=in_flight,
             stale=stale,
             probe=rollout.probe,
+            correction_weights=None if rollout.correction_weights is None else rollout.correction_weights[rows],
         )
 
     def rows_within(self, rollout: RolloutBatch, token_budget: int) -> torch.Tensor:
