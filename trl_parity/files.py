@@ -1,31 +1,190 @@
-"""Files that are whole or not there, and the JSON in them: written strictly, read by version."""
+"""Files that are whole or not there, the folder one process writes at a time, and JSON read by version.
+
+Nothing here writes through a symbolic link: a folder that came from somebody else may hold any.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import logging
 import math
 import os
+import re
+import secrets
+import shutil
+import socket
+import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import ConfigError, ParityError
 
-__all__ = ["check_version", "jsonable", "read_versioned", "write_atomic"]
+__all__ = [
+    "FolderLock",
+    "check_version",
+    "jsonable",
+    "open_log",
+    "read_versioned",
+    "require_no_link",
+    "sweep",
+    "write_atomic",
+]
+
+logger = logging.getLogger(__name__)
+
+_TEMPORARY = re.compile(r"\..+\.(?:[0-9a-f]{12,16}|[0-9]+)\.tmp")  # those of ours, in this version and before
 
 
-def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write under a temporary name in the same folder (made if need be), then rename. Raises ConfigError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def write_atomic(path: Path, content: bytes | str, *, private: bool = False) -> None:
+    """Write under a temporary name in the same folder (made if need be), then rename. Raises ConfigError.
+
+    ``private``: for this user's eyes alone, else as the umask says. A link of that name is replaced, not followed.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            with open(temporary, "xb", opener=_private if private else None) as file:  # x: never what is there
+                file.write(content.encode() if isinstance(content, str) else content)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as e:
         raise ConfigError(f"cannot write {path}: {e.strerror}. Expected a file name in a writable directory.") from e
+
+
+def _private(name: str, flags: int) -> int:
+    return os.open(name, flags, 0o600)
+
+
+def open_log(path: Path, mode: str = "ab", *, buffering: int = -1, private: bool = False) -> BinaryIO:
+    """A file that is gone on with: a regular one, and no link. ``private``: when made, for this user alone.
+
+    Raises OSError for anything else, without waiting for it.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        try:
+            descriptor = os.open(name, flags, 0o600 if private else 0o666)
+        except OSError as e:
+            if e.errno != errno.ELOOP:
+                raise
+            raise OSError(errno.ELOOP, "it is a symbolic link, which is not followed") from None
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "it is no regular file")
+        return descriptor
+
+    file: Any = open(path, mode, buffering=buffering, opener=opener)  # noqa: SIM115 - for who asked
+    return file
+
+
+def require_no_link(folder: Path) -> None:
+    """Raise ConfigError for a folder of ours that is a link to another place."""
+    if folder.is_symlink():
+        raise ConfigError(
+            f"{folder} is a symbolic link, and what it points to is not written. Expected a folder; remove the link, "
+            "or set parity_dir to where files should go."
+        )
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files and folders that killed processes left. Call it with the folder's lock."""
+    with contextlib.suppress(OSError):
+        for left in os.scandir(folder):
+            if _TEMPORARY.fullmatch(left.name):
+                if left.is_dir(follow_symlinks=False):
+                    shutil.rmtree(left.path, ignore_errors=True)
+                else:
+                    with contextlib.suppress(OSError):
+                        os.unlink(left.path)
+
+
+class FolderLock:
+    """A folder (made if need be) that this process alone writes, until ``release`` or its end.
+
+    The lock is ``flock``'s, on the file ``.lock``, which says who holds it: a killed process's is gone with it. The
+    same process gets it again, as after a run that ended in an exception. Over NFS, Linux has the server keep it;
+    where a file system has no such locks, that is a warning, and nothing is locked.
+
+    Raises:
+        ConfigError: another process holds it, or the folder can't be written.
+    """
+
+    def __init__(self, folder: Path):
+        self._descriptor: int | None = None
+        path = folder / ".lock"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with open_log(path, "a+b", buffering=0) as file:
+                self._key = (os.fstat(file.fileno()).st_dev, os.fstat(file.fileno()).st_ino)
+                if (own := _held.get(self._key)) is not None:
+                    self._descriptor, own._descriptor = own._descriptor, None
+                elif (refused := _flock(file.fileno(), path)) is None:
+                    self._descriptor = os.dup(file.fileno())
+                    os.ftruncate(self._descriptor, 0)
+                    file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode() + b"\n")
+                elif refused:
+                    file.seek(0)
+                    raise ConfigError(
+                        f"{folder} is in use by {_holder(file.read(4096))}, and two would mix their windows. Expected "
+                        "one process a folder: wait for that one, end it, or set another output_dir or parity_dir."
+                    )
+        except OSError as e:
+            raise ConfigError(
+                f"cannot write {path}: {e.strerror}. Expected a writable directory; set parity_dir or output_dir."
+            ) from e
+        if self._descriptor is not None:
+            _held[self._key] = self
+
+    def release(self) -> None:
+        """Let others write. Idempotent."""
+        if self._descriptor is not None:
+            del _held[self._key]
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+_held: dict[tuple[int, int], FolderLock] = {}  # by device and inode
+
+
+def _forget() -> None:
+    """In a child that was forked: the lock is its parent's, and must not outlive it."""
+    for lock in _held.values():
+        if lock._descriptor is not None:
+            os.close(lock._descriptor)
+            lock._descriptor = None
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+def _flock(descriptor: int, path: Path) -> bool | None:
+    """None: locked. True: somebody else has. False: there are no locks here."""
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError) as e:
+        logger.warning("%s can't be locked (%s): see to it that one process writes there.", path.parent, e)
+        return False
+    return None
+
+
+def _holder(content: bytes) -> str:
+    try:
+        told = json.loads(content)
+        return f"process {int(told['pid'])} on {str(told['host'])[:100]}"
+    except (ValueError, TypeError, KeyError):
+        return "another process"
 
 
 def read_versioned(

@@ -50,10 +50,10 @@ class RolloutBatch:
     prompt_ids: torch.Tensor  # (B, P) int64, left-padded
     prompt_mask: torch.Tensor  # (B, P)
     completion_ids: torch.Tensor  # (B, C) int64, right-padded
-    completion_mask: torch.Tensor  # (B, C): 1 where a completion token exists and enters the loss
+    completion_mask: torch.Tensor  # (B, C): 1 where a completion token exists
     engine_mask: torch.Tensor  # (B, C) bool: the engine generated this token (completion_mask x tool/env mask)
     rollout_logprobs: torch.Tensor  # (B, C) log-prob the engine reported for the token it sampled
-    own_logprobs: torch.Tensor | None  # (B, C) TRL's old_per_token_logps: the trainer's own head; None: no pass made
+    own_logprobs: torch.Tensor | None  # (B, C) TRL's old_per_token_logps: the trainer's own head; None: it has none
     sampling: SamplingSettings
     trainer_temperature: float  # what the loss divides logits by
     step: int  # optimizer steps done when the batch was generated
@@ -65,10 +65,11 @@ class RolloutBatch:
     probe: bool = False  # generated only to be compared: nothing is learned from it
     # (B, 1) or (B, C) what TRL's correction multiplies the loss of a sequence or token by; None: no correction
     correction_weights: torch.Tensor | None = None
+    loss_mask: torch.Tensor | None = None  # (B, C): the part of it the trainer's pass and loss have; None: all
 
     def __post_init__(self) -> None:
         shape = tuple(self.completion_ids.shape)
-        for name in ("completion_mask", "engine_mask", "rollout_logprobs", "own_logprobs"):
+        for name in ("completion_mask", "engine_mask", "rollout_logprobs", "own_logprobs", "loss_mask"):
             value = getattr(self, name)
             if value is not None and tuple(value.shape) != shape:
                 raise DataError(
@@ -112,6 +113,7 @@ class ScoredBatch:
     stale: torch.Tensor | None = None  # (B, C) bool: engine-generated tokens of sequences at lag > 0
     probe: bool = False
     correction_weights: torch.Tensor | None = None  # (B, 1) or (B, C) as in RolloutBatch
+    keys: torch.Tensor | None = None  # (B,) int64, equal for the same completion of the same prompt; None: all differ
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["SEVERITY", "MismatchStats", "Status", "Verdict"]
+__all__ = ["JUDGED", "SEVERITY", "MismatchStats", "Status", "Verdict", "enough_judged", "judged", "worst"]
 
 
 class Status(enum.StrEnum):
@@ -28,16 +28,34 @@ class Status(enum.StrEnum):
         return {"OK": 0, "WARN": 1, "BREACH": 2, "HALT": 3, "NO_DATA": -1, "ERROR": -2, "CALIBRATING": -3}[self]
 
 
-# mildest first: what several windows amount to together is the last of theirs
+# mildest first: what a few windows amount to together is the last of theirs; what was not shown healthy is not OK
 SEVERITY = (
-    Status.NO_DATA,
-    Status.CALIBRATING,
     Status.OK,
+    Status.CALIBRATING,
+    Status.NO_DATA,
     Status.WARN,
     Status.ERROR,
     Status.BREACH,
     Status.HALT,
 )
+
+
+JUDGED = (Status.OK, Status.WARN, Status.BREACH, Status.HALT)
+
+
+def worst(statuses: Iterable[str]) -> Status:
+    """The last of theirs in ``SEVERITY``; a status that is none counts as ERROR."""
+    return max((Status(s) if s in SEVERITY else Status.ERROR for s in statuses), key=SEVERITY.index)
+
+
+def judged(counts: Mapping[str, int]) -> int:
+    """Windows of ``counts`` (by status) that were judged against limits."""
+    return sum(counts.get(status, 0) for status in JUDGED)
+
+
+def enough_judged(counts: Mapping[str, int]) -> bool:
+    """Whether a run can count as healthy: at least half of its windows were judged. Missing is not healthy."""
+    return 2 * judged(counts) >= sum(counts.values()) > 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -265,6 +265,19 @@ def test_a_rollout_function_with_an_environment_mask(make_trainer, tmp_path):
         assert torch.equal(scored.mask, rollout.engine_mask)
 
 
+def test_penalties_are_replayed_turn_by_turn_as_the_engine_applies_them(make_trainer, tmp_path):
+    """To the engine, the first turn and the environment are prompt of the second."""
+    callback = Recorder(truncation="replay", floor_tokens=0)
+    trainer = make_trainer(
+        "grpo", tmp_path, callback, trainer_kwargs={"rollout_func": two_turns}, max_steps=1, bf16=False,
+        generation_kwargs={"presence_penalty": 1.5, "frequency_penalty": 0.7, "repetition_penalty": 1.2},
+    )  # fmt: skip
+    trainer.train()
+    [(_, scored)] = callback.seen
+    for side, least, most in ((scored.trainer_logprobs, 0.0, 0.05), (scored.own_logprobs, 0.2, torch.inf)):
+        assert least <= float((side - scored.rollout_logprobs)[scored.mask].abs().mean()) < most  # bf16 in the engine
+
+
 def second_turn(out):
     """(row, index of its first token) for each row."""
     return [(i, max(j for j, one in enumerate(mask) if not one) + 1) for i, mask in enumerate(out["env_mask"])]
@@ -374,20 +387,65 @@ def test_options_that_change_what_is_learned_from_when(make_trainer, tmp_path, o
     trainer.train()
     found = statuses(callback)
     assert found
-    # a batch of which every completion is too long has nothing to learn from, nor to compare
-    assert set(found) - ({"NO_DATA"} if option == "masked truncated" else set()) == {"OK"}, found
+    assert set(found) == {"OK"}, found
     stats = [v.stats for v in callback.verdicts if v.status is Status.OK]
     assert all(s["lag"] == 0 for s in stats)  # own updates are policy drift, never lag or mismatch
     if option in ("iterations", "off-policy", "steps per generation"):
         drift = max(s["policy_drift/kl_k3"] or 0.0 for s in stats)
         assert drift > 20 * max(s["kl_k3"] for s in stats)
     if option == "masked truncated":
-        cut = sum(int((rollout.completion_mask.sum(-1) == 0).sum()) for rollout, _ in callback.seen)
-        whole = sum(int((rollout.completion_mask.sum(-1) > 0).sum()) for rollout, _ in callback.seen)
+        cut = sum(int((rollout.loss_mask.sum(-1) == 0).sum()) for rollout, _ in callback.seen)
+        whole = sum(int((rollout.loss_mask.sum(-1) > 0).sum()) for rollout, _ in callback.seen)
         assert cut > 0
         assert whole > 0
+        for rollout, scored in callback.seen:  # what was sampled is compared, whether it is learned from or not
+            for ids, lost, sampled in zip(rollout.completion_ids, rollout.loss_mask, rollout.engine_mask, strict=True):
+                if not lost.any():  # it ends in a token that is no padding
+                    assert sampled.sum() == ids.nonzero().max() + 1
+            rows = slice(None) if scored.rows is None else scored.rows
+            assert torch.equal(scored.mask, rollout.engine_mask[rows])
+            assert scored.own_logprobs[scored.mask].max() < 0
     if option == "fp32 head":  # then both heads are one
         assert all(s["own_head/kl_k3"] == pytest.approx(s["kl_k3"], rel=1e-3, abs=1e-9) for s in stats)
+
+
+# ---- what the run has ---------------------------------------------------------------------------------------------
+
+
+def own_pass(divide):
+    """A library's own way to log-probs, which calls the model for whole logits."""
+
+    def log_probs(self, model, input_ids, attention_mask, logits_to_keep, *args, batch_size=None, **kwargs):
+        parts = []
+        for ids, mask in zip(*(x.split(batch_size or len(x)) for x in (input_ids, attention_mask)), strict=True):
+            with self.accelerator.autocast():
+                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            law = (logits[:, -logits_to_keep - 1 : -1].float() / divide(self)).log_softmax(-1)
+            parts.append(law.gather(-1, ids[:, -logits_to_keep:, None]).squeeze(-1))
+        out = torch.cat(parts)
+        return out, torch.zeros_like(out), None
+
+    return log_probs
+
+
+@pytest.mark.parametrize("fault", [True, False])
+@pytest.mark.parametrize("how", ["a subclass", "a patch after ours"])
+def test_what_is_judged_is_what_the_run_learns_with(make_trainer, tmp_path, monkeypatch, caplog, how, fault):
+    """Whoever computes old_per_token_logps, and with a fault of his own: no temperature."""
+    callback = Recorder(diagnose="never")
+    trainer = make_trainer("grpo", tmp_path, callback, max_steps=3, learning_rate=1e-5)
+    theirs = own_pass((lambda self: 1.0) if fault else (lambda self: self.temperature))
+    target = type(trainer)
+    if how == "a subclass":
+        target = trainer.__class__ = type("Mine", (target,), {})
+    monkeypatch.setattr(target, "_get_per_token_logps_and_entropies", theirs, raising=False)
+    trainer.train()
+    assert statuses(callback) == (["BREACH", "BREACH", "HALT"] if fault else ["OK"] * 3)
+    theirs = [row["sampling/sampling_logp_difference/mean"] for row in trainer.state.log_history if "loss" in row]
+    for verdict, theirs_mean in zip(callback.verdicts, theirs, strict=False):
+        assert verdict.stats["own_head/logp_abs_diff/mean"] == pytest.approx(theirs_mean, rel=1e-3)
+        assert (verdict.stats["entropy/trainer"] is None) == fault
+    assert caplog.text.count("nats a token from what its head makes of the hidden states") == int(fault)
 
 
 @pytest.mark.parametrize("name", ["_last_loaded_step", "_logs"])

@@ -15,7 +15,7 @@ SHORT = "find known traps in a run's settings"
 EXAMPLES = """examples:
   trl-parity lint configs/grpo_gpu.yaml
   trl-parity lint configs/grpo_gpu.yaml --set top_p=0.9 --set temperature=0.7
-  trl-parity lint configs/grpo_gpu.yaml --serve "vllm serve Qwen/Qwen3-0.6B --max-model-len 1024"
+  trl-parity lint configs/grpo_gpu.yaml --serve "vllm serve Qwen/Qwen3-0.6B --host 127.0.0.1 --max-model-len 1024"
 
 exit codes: 0 no error found, 1 at least one, 2 the input can't be used"""
 

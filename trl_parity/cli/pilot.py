@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
+    from ..credentials import without_credentials
     from ..files import write_atomic
     from ..metrics.rewards import RewardBaseline
     from ..preflight.pilot import PilotOutcome, judge_pilot
@@ -64,7 +65,8 @@ def run(options: argparse.Namespace) -> int:
     elif not output.exists():
         raise ConfigError(f"there is no {output}, and no command after `--`. Expected a finished run or a command.")
     report = judge_pilot(output, baseline, min_effect=options.min_effect, steps=steps, returncode=returncode)
-    result = report.to_dict() | {"command": command, "returncode": returncode, "baseline": options.baseline}
+    told = without_credentials(command)  # what else stands in it is for the reader of pilot.json
+    result = report.to_dict() | {"command": told, "returncode": returncode, "baseline": options.baseline}
     outcomes = {check.name: check.outcome for check in report.checks}
     if options.save_baseline:
         sound = outcomes["training"] is PilotOutcome.PASS and outcomes["parity"] is PilotOutcome.PASS

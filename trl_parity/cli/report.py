@@ -50,6 +50,7 @@ def run(options: argparse.Namespace) -> int:
 
     pictures, note = draw(REPORT_PICTURES, summary)
     parts = markdown_parts(summary, list(pictures), note)
+    text = summary.incident is not None and not summary.incident.redacted
     if options.html:
         from ..files import write_atomic
         from ..report.html import render_page, tokens_html
@@ -58,15 +59,15 @@ def run(options: argparse.Namespace) -> int:
         head, _, tail = parts
         sequences = [] if summary.incident is None else [tokens_html(summary.tokens, summary.incident.redacted)]
         title = f"trl-parity: {headline(summary)[0]}, {summary.path}"
-        write_atomic(Path(options.html), render_page(title, [head, *sequences, tail], pictures))
+        write_atomic(Path(options.html), render_page(title, [head, *sequences, tail], pictures), private=text)
         told(Path(options.html), note)
     if options.markdown:
-        write_markdown(Path(options.markdown), "".join(parts), pictures)
+        write_markdown(Path(options.markdown), "".join(parts), pictures, private=text)
         told(Path(options.markdown), note)
     return 0
 
 
-def write_markdown(file: Path, text: str, pictures: dict[str, bytes]) -> None:
+def write_markdown(file: Path, text: str, pictures: dict[str, bytes], *, private: bool = False) -> None:
     """The Markdown, and its pictures in a folder ``<name>-pictures`` beside it."""
     from ..files import write_atomic
 
@@ -74,7 +75,7 @@ def write_markdown(file: Path, text: str, pictures: dict[str, bytes]) -> None:
     for name, png in pictures.items():
         write_atomic(folder / name, png)
         text = text.replace(f"]({name})", f"]({folder.name.replace(' ', '%20')}/{name})")
-    write_atomic(file, text)
+    write_atomic(file, text, private=private)
 
 
 def told(file: Path, note: str) -> None:

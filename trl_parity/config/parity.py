@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+from ..credentials import without_credentials
 from ..errors import ConfigError
 from .fields import SHARE, at_least, check_fields, number
 from .reading import read_mapping
@@ -65,8 +66,9 @@ class ParityConfig:
     floor_tokens: Annotated[int, at_least(0)] = field(
         default=2048,
         metadata={
-            "help": "Tokens (prompts and padding included) per rank on which the noise floor is measured: the trainer "
-            "against itself and the engine against itself. 0: no floor, rules with k use their absolute limit."
+            "help": "Completion tokens per rank on which the noise floor is measured, of 8 sequences over all ranks at "
+            "least: the trainer against itself and the engine against itself. 0: no floor, rules with k use their "
+            "absolute limit."
         },
     )
     lag_probe_tokens: Annotated[int, at_least(0)] = field(
@@ -168,9 +170,10 @@ class ParityConfig:
     server_timeout: Annotated[float, SECONDS] = field(
         default=60.0,
         metadata={
-            "help": "Seconds a vLLM server may take to answer one request of trl-parity's own (its settings, scoring "
-            "tokens again). After one that it does not answer, nothing more is asked before the next window; a server "
-            "that does not even answer with its settings is not asked again in the run."
+            "help": "Seconds one request of trl-parity's own to a vLLM server may take until its whole answer is "
+            "there (its settings, scoring tokens again). After one that it does not answer, nothing more is asked "
+            "before the next window; a server that does not even answer with its settings is not asked again in the "
+            "run."
         },
     )
     eval_batches: str = field(
@@ -185,7 +188,8 @@ class ParityConfig:
         default=8192,
         metadata={
             "help": "Tokens per rollout batch and rank (prompts and padding included) of the callback's own forward "
-            "pass, run only where TRL makes none (vllm_importance_sampling_correction=False)."
+            "pass, run only where TRL makes none (vllm_importance_sampling_correction=False) or leaves completions out "
+            "(mask_truncated_completions: a quarter of the batch, if that is more)."
         },
     )
     chunk_mib: Annotated[int, at_least(1)] = field(
@@ -196,7 +200,7 @@ class ParityConfig:
         default="auto",
         metadata={
             "help": "What computes the fp32 head. 'auto': the Triton kernel on NVIDIA GPUs from the A100's generation "
-            "on, torch elsewhere.",
+            "on, once its first numbers are found to be torch's; torch elsewhere.",
             "choices": list(HEAD_BACKENDS),
         },
     )
@@ -300,7 +304,7 @@ class ParityConfig:
         return cls.from_mapping(read_mapping(path, "every_n_steps: 1"), where=str(path))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values of all fields, as JSON and YAML take them."""
-        return asdict(self) | {
-            name: as_mapping(getattr(self, name), name) or None for name in ("rules", "temperatures")
-        }
+        """Plain values of all fields, as JSON and YAML take them; ``***`` for keys, tokens and passwords."""
+        mappings = {name: as_mapping(getattr(self, name), name) or None for name in ("rules", "temperatures")}
+        kept: dict[str, Any] = without_credentials(asdict(self) | mappings)
+        return kept

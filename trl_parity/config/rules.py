@@ -99,6 +99,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     Rule(stat="entropy/relative", limit=0.1, below=True, warn_only=True),
     Rule(stat="temperature/gap", limit=1e-6, warn_only=True),
     Rule(stat="reward/parted", limit=0.5, warn=1.0, warn_only=True),
+    Rule(stat="floor/engine_excess", limit=0.003),
 )
 
 

@@ -15,6 +15,7 @@ import torch
 from ..engine.base import Engine
 from ..records import RolloutBatch, SamplingSettings, ScoredBatch
 from ..scoring.head import logits_chunk, score_tokens
+from ..scoring.sampling import turns
 from ..trainers.capture import Capture
 from .distribution import Distribution, Tokens, describe, huber, log_probs
 from .findings import EnginePrompts
@@ -209,6 +210,7 @@ class DiagnosedBatch:
         width = self.rollout.prompt_ids.shape[1]
         position = torch.arange(ids.shape[1])
         real &= position < width + column.unsqueeze(-1)
+        began = width + (column - self.offset[part])  # earlier turns are prompt to the request
         device = logits.device
         return Tokens(
             logits=logits,
@@ -216,7 +218,7 @@ class DiagnosedBatch:
             reported=current.reported[part].to(device),
             context=ids.to(device),
             real=real.to(device),
-            output=(real & (position >= width)).to(device),
+            output=(real & (position >= began.unsqueeze(-1))).to(device),
             sequence=row.to(device),
         )
 
@@ -225,11 +227,3 @@ def _spread(total: int, count: int, device: torch.device) -> torch.Tensor:
     """``count`` of ``total`` indices, evenly spaced; all of them where count is 0."""
     every = torch.arange(total, device=device)
     return every[torch.arange(count, device=device) * total // count] if count else every
-
-
-def turns(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of a (B, C) mask of engine tokens: which run of them a token is in, and where in that run; (B, C) from 0."""
-    column = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-    start = mask & ~torch.nn.functional.pad(mask, (1, 0))[:, :-1]
-    began = torch.where(start, column, 0).cummax(-1).values
-    return (start.long().cumsum(-1) - 1).clamp(min=0), column - began

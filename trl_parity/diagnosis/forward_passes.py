@@ -16,8 +16,8 @@ import torch
 from ..engine.base import Engine, in_process
 from ..records import RolloutBatch
 from ..scoring.head_spec import Head
+from ..scoring.model_head import causal_lm, materialized_head
 from ..scoring.perturb import eval_mode, own_random_numbers, rebuilt, rounded_cache, swapped
-from ..scoring.scorer import causal_lm, materialized_head
 from ..trainers.capture import Capture
 from .findings import EnginePrompts, EngineWeights
 

@@ -208,6 +208,8 @@ def _unknown(name: str) -> str:
 def serve_line(args: Mapping[str, Any], model: str) -> str:
     """The ``vllm serve`` command with these arguments, quoted for a shell; mappings are JSON.
 
+    It listens on this machine alone (``--host 127.0.0.1``): vLLM's own default is every address the machine has.
+
     Raises ConfigError for what no command line holds, such as a callable.
     """
     words = ["vllm", "serve", model]
@@ -223,7 +225,7 @@ def serve_line(args: Mapping[str, Any], model: str) -> str:
             words += [flag, *(str(item) for item in value)]
         else:
             words += [flag, _word(name, value)]
-    return shlex.join(words)
+    return shlex.join([*words, "--host", "127.0.0.1"])
 
 
 def _word(name: str, value: Any) -> str:

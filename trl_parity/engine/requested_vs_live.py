@@ -7,6 +7,7 @@ import enum
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ..credentials import HIDDEN, without_credentials
 from .argument_schema import arguments
 from .base import Engine
 
@@ -28,6 +29,8 @@ def differences(asked: Mapping[str, Any], engine: Engine) -> Iterator[tuple[str,
         if argument is None or argument.section is None or value is None or value == "auto" or name == "model":
             continue
         if name == "max_model_len" and value == -1:
+            continue
+        if HIDDEN in str(without_credentials({name: value})):  # no matter of numerics, and not to be told
             continue
         if name == "hf_overrides":
             yield from _overrides(value, engine)

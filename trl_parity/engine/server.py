@@ -114,7 +114,7 @@ class ServerEngine:
             ("model_config", ("model", "enforce_eager", "max_logprobs", "generation_config", "seed")),
             ("parallel_config", ("tensor_parallel_size", "data_parallel_size")),
         )
-        out = self.settings() | {"url": self._client.base_url, "max_model_len": self.max_model_len}
+        out = self.settings() | {"url": self._api.shown, "max_model_len": self.max_model_len}
         found = {name: self._told(part, name) for part, names in parts for name in names}
         return out | {n: v if isinstance(v, int | float | str | None) else str(v) for n, v in found.items()}
 

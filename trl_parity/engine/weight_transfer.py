@@ -5,13 +5,18 @@ tells the server its name through vLLM's own endpoints (``/start_weight_update``
 ``/finish_weight_update``), waits until the server has loaded it, and removes it. The server's half is one more of
 vLLM's weight-transfer engines, registered by our plugin (``vllm_plugin``)::
 
-    VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model MODEL \\
+    VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model MODEL --host 127.0.0.1 \\
         --logprobs-mode processed_logprobs --weight-transfer-config '{"backend": "trl_parity"}'
+
+A request names no path: the folder's name and a file's, below the place both sides agreed on when they were started
+(``TRL_PARITY_WEIGHTS_DIR``, else the directory for temporary files). The file's name begins with a secret of the
+trainer's start, and the folder is its user's alone: who can't read the folder can't name a file in it. The server
+loads regular files of its own user from such a folder; everything else gets one answer.
 
 The trainer's half is ``FileTransfer``. ``ParityCallback()`` gives it to TRL's ``VLLMClient`` (GRPO and RLOO with
 ``vllm_mode="server"``) by itself where vLLM runs on the CPU; async GRPO takes it as an argument:
-``AsyncGRPOTrainer(..., weight_transfer=FileTransfer("http://127.0.0.1:8000"))``. Trainer and server run on one machine
-or share the directory (``TMPDIR``).
+``AsyncGRPOTrainer(..., weight_transfer=FileTransfer("http://127.0.0.1:8000"))``. Trainer and server run as one user,
+on one machine or with that place shared.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import tempfile
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,18 +40,27 @@ from vllm.distributed.weight_transfer.base import (
 from ..errors import InterceptionError
 from .cpu import BACKEND, packed_layers
 from .http import ServerAPI
+from .weight_files import PLACE, Folder, opened, place
 
 __all__ = ["FileTransfer", "FileWeightTransferEngine"]
 
 
 @dataclass
 class _Init(WeightTransferInitInfo):
-    """Nothing has to be agreed on, so a server that was restarted takes the next update as it comes."""
+    """An empty file, so that what can't be delivered is said at the start. Nothing of it is kept by the server: one
+    that was restarted takes the next update as it comes.
+    """
+
+    folder: str
+    file: str
 
 
 @dataclass
 class _Update(WeightTransferUpdateInfo):
-    path: str  # of a safetensors file, as the server sees it
+    """A safetensors file."""
+
+    folder: str
+    file: str
 
 
 class FileWeightTransferEngine(WeightTransferEngine[_Init, _Update]):
@@ -56,7 +70,8 @@ class FileWeightTransferEngine(WeightTransferEngine[_Init, _Update]):
     update_info_cls = _Update
 
     def init_transfer_engine(self, init_info: _Init) -> None:
-        """Nothing to set up."""
+        """Whether files of this trainer can be read."""
+        os.close(opened(init_info.folder, init_info.file))
 
     def start_weight_update(self) -> None:
         """Refuse what would go stale in silence: a layer that serves a packed copy of its weight."""
@@ -74,9 +89,13 @@ class FileWeightTransferEngine(WeightTransferEngine[_Init, _Update]):
         """Load one file; the model's loader renames, packs, splits and casts."""
         from safetensors import safe_open
 
-        with safe_open(update_info.path, framework="pt") as file:
-            load: Any = self.model.load_weights
-            load((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+        descriptor = opened(update_info.folder, update_info.file)
+        try:  # the file that was looked at, whatever its name means by now
+            with safe_open(f"/dev/fd/{descriptor}", framework="pt") as file:
+                load: Any = self.model.load_weights
+                load((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+        finally:
+            os.close(descriptor)
 
     def finish_weight_update(self) -> None:
         """Nothing is left to do: layers multiply by the parameters that were written."""
@@ -90,7 +109,8 @@ class FileTransfer:
 
     Args:
         base_url: Of the server, e.g. ``"http://127.0.0.1:8000"``.
-        directory: Where files are put while they are delivered. Default: a temporary one, in ``TMPDIR``.
+        directory: Where a folder for the files is made. Default: ``TRL_PARITY_WEIGHTS_DIR``, else ``TMPDIR``. The
+            server looks there alone: for another one it is started with that variable.
         file_bytes: Size from which on a file is sent; a larger tensor has a file of its own.
         timeout: Seconds the server may take to answer one request.
 
@@ -104,24 +124,38 @@ class FileTransfer:
     ):
         self.base_url, self.file_bytes = base_url.rstrip("/"), file_bytes
         self._server = ServerAPI(base_url, timeout)
-        self._parent = directory
-        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self._parent = place() if directory is None else Path(directory)
+        self._directory: Folder | None = None
         self._names = itertools.count()
 
     def init_weight_transfer(self) -> None:
-        """Make the directory; refuse a server that was started with another weight transfer, or none."""
+        """Make the folder; refuse a server that was started with another weight transfer, none, or can't read it."""
         with _as_trl():
             info = self._server.json("get", "/server_info?config_format=json")["vllm_config"]
         backend = (info["weight_transfer_config"] or {}).get("backend")
         if backend != BACKEND:
             flag = f"--weight-transfer-config '{json.dumps({'backend': BACKEND})}'"
             raise RuntimeError(
-                f"the vLLM server at {self.base_url} runs with weight transfer {backend!r}, but this trainer has no "
-                f"CUDA, so weights go through files. Expected a server started with {flag}, in an environment where "
-                "trl-parity is installed."
+                f"the vLLM server at {self._server.shown} runs with weight transfer {backend!r}, but this trainer has "
+                f"no CUDA, so weights go through files. Expected a server started with {flag}, in an environment "
+                "where trl-parity is installed."
             )
-        self._post("/init_weight_transfer_engine", {"init_info": {}})
-        self._directory = tempfile.TemporaryDirectory(prefix="trl-parity-weights-", dir=self._parent)
+        self.destroy()
+        self._directory = Folder(self._parent)
+        try:
+            with self._directory.file(next(self._names)) as (path, info):
+                path.touch()
+                self._post("/init_weight_transfer_engine", {"init_info": info})
+        except RuntimeError as e:
+            self.destroy()
+            raise RuntimeError(
+                f"{e}: it does not read weight files of this trainer in {self._parent}. Expected server and trainer "
+                f"of one user and one version of trl-parity, on one machine or with that directory shared; a server "
+                f"looks in its own TMPDIR, or where {PLACE} says: start both with {PLACE}={self._parent}."
+            ) from e
+        except BaseException:
+            self.destroy()
+            raise
 
     def pause(self) -> None:
         """Freeze the server's running requests; they go on after ``resume``."""
@@ -149,17 +183,14 @@ class FileTransfer:
         if self._directory is None:
             raise RuntimeError("weights can't be sent before init_weight_transfer().")
         for tensors in self._batches(named):
-            path = Path(self._directory.name) / f"{next(self._names)}.safetensors"
-            try:
+            with self._directory.file(next(self._names)) as (path, info):
                 save_file(tensors, path)
-                self._post("/update_weights", {"update_info": {"path": str(path)}})  # answers once read
-            finally:
-                path.unlink(missing_ok=True)
+                self._post("/update_weights", {"update_info": info})  # answers once read
 
     def destroy(self) -> None:
-        """Remove the directory. Idempotent."""
+        """Remove the folder. Idempotent."""
         if self._directory is not None:
-            self._directory.cleanup()
+            self._directory.remove()
             self._directory = None
 
     def _post(self, path: str, body: Any = None) -> None:

@@ -1,9 +1,23 @@
 """From the statistics of windows to verdicts: pure, plain numbers in, the same verdict out on every rank.
 
-A window is BREACH when a rule is over its limit. ``streak`` counts windows that were not shown to be healthy: BREACH
-and ERROR make it grow, NO_DATA and WARN leave it as it is, OK ends it. WARN begins at a share of each limit
-(``Rule.warn``), one level before a breach; a run on its way back must get below it to be healthy again, so that one
-that swings about its limit still halts. HALT when the streak reaches the ``consecutive`` of a rule breached in it.
+A window is BREACH when a rule is over its limit. ``streak`` counts windows that were not shown to be healthy; it and
+``needed``, the fewest windows that anything in it asks for, go from window to window by this table:
+
+============  ==========  ===========================  =============================================
+a window of   streak      needed                       status
+============  ==========  ===========================  =============================================
+no data       as it was   as it was                    NO_DATA
+health        0           none                         OK; CALIBRATING without a floor or in warm-up
+a warning     as it was   as it was                    WARN
+failure       one more    fewer of it and              HALT once streak >= needed, else ERROR
+                          ``consecutive`` with
+                          ``halt_on_error``
+a breach      one more    fewer of it and what the     HALT once streak >= needed, else BREACH
+                          breached rules ask for
+============  ==========  ===========================  =============================================
+
+WARN begins at a share of each limit (``Rule.warn``), one level before a breach, and at the limit of a ``warn_only``
+rule; a run on its way back must get below it to be healthy again, so that one that swings about its limit still halts.
 ERROR alone does not halt unless ``halt_on_error``: a broken measurement is never a pass, but it is no proof that the
 run is sick either. In the first ``warmup`` windows only immediate rules halt.
 
@@ -13,7 +27,8 @@ BREACH) and once at HALT.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import enum
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +36,7 @@ from ..config.parity import ParityConfig
 from ..config.rules import Rule
 from ..verdict import MismatchStats, Status, Verdict
 
-__all__ = ["Breaker", "Reading", "read"]
+__all__ = ["Breaker", "Reading", "Seen", "Streak", "read"]
 
 
 class Reading(NamedTuple):
@@ -68,6 +83,56 @@ def read(rule: Rule, stats: Mapping[str, float | None]) -> Reading | None:
     return Reading(rule, seen, value, limit, over, warns)
 
 
+class Seen(enum.Enum):
+    """What is seen of a window, before what went before it counts."""
+
+    NOTHING = "no data"
+    HEALTH = "health"
+    WARNING = "a warning"
+    FAILURE = "failure"
+    BREACH = "a breach"
+
+
+class Streak(NamedTuple):
+    """Windows in a row that were not shown to be healthy."""
+
+    length: int = 0
+    needed: int | None = None  # the fewest windows that anything in it asks for; None: it can't halt
+
+    def grown(self, asked: int | None) -> Streak:
+        """One window longer, which asks for ``asked`` (None: for nothing)."""
+        asking = [n for n in (self.needed, asked) if n is not None]
+        return Streak(self.length + 1, min(asking, default=None))
+
+    @property
+    def reached(self) -> bool:
+        """Whether it is as long as needed."""
+        return self.needed is not None and self.length >= self.needed
+
+
+NONE = Streak()
+
+# what is seen of a window -> the streak before and what the window asks for -> the streak after it
+_AFTER: dict[Seen, Callable[[Streak, int | None], Streak]] = {
+    Seen.NOTHING: lambda before, asked: before,
+    Seen.HEALTH: lambda before, asked: NONE,
+    Seen.WARNING: lambda before, asked: before,
+    Seen.FAILURE: Streak.grown,
+    Seen.BREACH: Streak.grown,
+}
+
+# what is seen of a window -> its status, and the status where the streak is as long as needed and may halt
+_STATUS: dict[Seen, tuple[Status, Status]] = {
+    Seen.NOTHING: (Status.NO_DATA, Status.NO_DATA),
+    Seen.HEALTH: (Status.OK, Status.OK),
+    Seen.WARNING: (Status.WARN, Status.WARN),
+    Seen.FAILURE: (Status.ERROR, Status.HALT),
+    Seen.BREACH: (Status.BREACH, Status.HALT),
+}
+
+_LEVEL = {Status.HALT: "HALT", Status.BREACH: "WARN", Status.WARN: "WARN"}  # people are alerted at
+
+
 @dataclass(slots=True)
 class Breaker:
     """Judges one window after the other; its whole memory is ``state()``."""
@@ -77,9 +142,7 @@ class Breaker:
     halt_on_error: bool = False
     warmup: int = 0
     expects_floor: bool = True  # without a floor, healthy windows are CALIBRATING
-    streak: int = 0
-    # fewest consecutive windows asked for by any rule breached in the current streak; None: no breach in it
-    needed: int | None = None
+    current: Streak = NONE
     windows: int = 0  # judged so far, NO_DATA not counted
     alerted: str = ""  # the highest level people were alerted to in this episode: WARN or HALT
 
@@ -89,6 +152,21 @@ class Breaker:
         return cls(
             config.resolved_rules(), config.consecutive, config.halt_on_error, config.warmup, config.floor_tokens > 0
         )
+
+    @property
+    def streak(self) -> int:
+        """Windows in a row that were not shown to be healthy."""
+        return self.current.length
+
+    @property
+    def needed(self) -> int | None:
+        """The fewest that anything in the streak asks for; None: nothing in it halts."""
+        return self.current.needed
+
+    @property
+    def halting(self) -> bool:
+        """Whether a halt stands: the run was halted, and no window since then was healthy."""
+        return self.alerted == "HALT" and self.current.reached
 
     def readings(self, stats: Mapping[str, float | None]) -> list[Reading]:
         """What every rule sees in a window."""
@@ -106,9 +184,18 @@ class Breaker:
         breached = [r for r in readings if r.over and not r.rule.warn_only]
         warned = [r for r in readings if r not in breached and (r.over if r.rule.warn_only else r.warns)]
         failed = stats is None or stats.num_errors > 0
-        self._count(breached, warned, failed)
-        floorless = self.expects_floor and any(r.missing for r in readings)
-        status = self._status(breached, warned, failed, floorless)
+        if breached:
+            seen, asked = Seen.BREACH, min(map(self._asked, breached))
+        elif failed:
+            seen, asked = Seen.FAILURE, self.consecutive if self.halt_on_error else None
+        else:
+            seen, asked = Seen.WARNING if warned else Seen.HEALTH, None
+        self.current = _AFTER[seen](self.current, asked)
+        warming = self.windows <= self.warmup
+        may_halt = not warming or any(r.rule.immediate for r in breached)
+        status = _STATUS[seen][self.current.reached and may_halt]
+        if status is Status.OK and (warming or (self.expects_floor and any(r.missing for r in readings))):
+            status = Status.CALIBRATING
         parts = [r.text for r in (breached or warned)]
         if failed:
             parts.append("measurement failed" + (f": {error}" if error else " on another rank"))
@@ -123,37 +210,14 @@ class Breaker:
             reason="; ".join(parts),
         )
 
-    def _count(self, breached: Sequence[Reading], warned: Sequence[Reading], failed: bool) -> None:
-        """Lengthen or end the streak, and note how long one halts."""
-        if breached:
-            self.streak += 1
-            needed = min(1 if r.rule.immediate else (r.rule.consecutive or self.consecutive) for r in breached)
-            self.needed = needed if self.needed is None else min(self.needed, needed)
-        elif failed:
-            self.streak += 1
-            if self.halt_on_error and self.needed is None:
-                self.needed = self.consecutive
-        elif all(r.rule.warn_only for r in warned):
-            self.streak, self.needed = 0, None
-
-    def _status(self, breached: Sequence[Reading], warned: Sequence[Reading], failed: bool, floorless: bool) -> Status:
-        """What the window amounts to, counted already. ``floorless``: a rule wants a noise floor and there is none."""
-        may_halt = self.windows > self.warmup or any(r.rule.immediate for r in breached)
-        reached = self.needed is not None and self.streak >= self.needed
-        if reached and may_halt and (breached or failed):
-            return Status.HALT
-        if breached:
-            return Status.BREACH
-        if failed:
-            return Status.ERROR
-        if warned:
-            return Status.WARN
-        return Status.CALIBRATING if self.windows <= self.warmup or floorless else Status.OK
+    def _asked(self, reading: Reading) -> int:
+        """Windows in a row that halt, by a breached rule."""
+        return 1 if reading.rule.immediate else (reading.rule.consecutive or self.consecutive)
 
     def _alert(self, status: Status) -> str:
         if status is Status.OK:
             self.alerted = ""
-        level = {Status.HALT: "HALT", Status.BREACH: "WARN", Status.WARN: "WARN"}.get(status, "")
+        level = _LEVEL.get(status, "")
         if not level or self.alerted in (level, "HALT"):
             return ""
         self.alerted = level
@@ -170,5 +234,5 @@ class Breaker:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore ``state``."""
-        self.streak, self.needed = int(state["streak"]), state["needed"]
+        self.current = Streak(int(state["streak"]), state["needed"])
         self.windows, self.alerted = int(state["windows"]), str(state["alerted"])

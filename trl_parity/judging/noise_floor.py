@@ -1,9 +1,20 @@
-"""The noise floor in force: what was measured of it, when it is due again, what it has cost. No torch."""
+"""The noise floor in force: what was measured of it, when it is due again, what it has cost. No torch.
+
+A floor comes from a few sequences, and noise differs from one to the next. So what is in force is an upper bound of it:
+for each statistic x and source, with the sequences dealt out to G groups (``GROUPS``, fewer where there are fewer sequences),
+
+    bound = x + t s,  s² = (G - 1) / G Σ (x_-g - mean of them)²
+
+x_-g without group g (the jackknife, by sequences), t of 95 % (one side) with G - 1 degrees of freedom. Of one group of N sequences s = x / √N, with
+N - 1 degrees of freedom, at least 1: what differs as much as it is large. Measurements are pooled as long as they agree, so that the bound comes
+down with time; one whose mean |Δ| lies beyond the other's bounds begins anew. An engine that disagrees with itself is a fault
+of its own (``floor/engine_excess``): its source counts up to ``MOST`` times rounding's.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..config.parity import ParityConfig
@@ -11,16 +22,25 @@ from ..metrics.scalars import FLOORED
 from ..metrics.statistics import compute
 from ..metrics.sums import MismatchSums
 
-__all__ = ["SOURCES", "NoiseFloor"]
+__all__ = ["GROUPS", "SOURCES", "NoiseFloor"]
 
 SOURCES = ("rounding", "batch_shape", "engine")
+
+GROUPS = 8  # of sequences, in each source
+
+# What the engine's source may be of rounding's: both its passes are rounded, and its kernels differ in shape
+MOST = {"kl_k3": 4.0, "logp_abs_diff/mean": 2.0, "logp_abs_diff/p99": 2.0, "ratio/out_of_band": 4.0, "ess": 4.0}
+
+ENGINE_MOST = 3.0  # times rounding's mean |Δ|: beyond it the engine's own is a fault
+
+_SIZE = "logp_abs_diff/mean"  # by which measurements are compared
 
 
 class NoiseFloor:
     """The floor in force, when it is measured anew, and what it has cost. All from reduced numbers.
 
     ``values``: ``floor/<stat>`` for every statistic of ``FLOORED``, the largest of its sources
-    (``ess``: the smallest); empty before the first measurement. ``sources``: the same by source.
+    (``ess``: the smallest); empty before the first measurement. ``sources``: the same by source. Both are bounds.
     """
 
     def __init__(self, config: ParityConfig):
@@ -30,36 +50,64 @@ class NoiseFloor:
         self.values: dict[str, float] = {}
         self.age = 0  # windows since it was measured, or last tried in vain
         self._tried = False
+        self._pools: dict[str, list[MismatchSums]] = {}  # by source and group, of all measurements that agree
         self.seconds = 0.0  # summed over ranks and measurements
         self.last_seconds = 0.0
         self.wall = 0.0  # summed over ranks
 
     @property
     def due(self) -> bool:
-        """Whether the coming window shall measure it."""
+        """Whether the coming window shall measure it: the first time, then by its budget; in vain, at the next window."""
         if not self.enabled:
             return False
+        affordable = self.seconds + self.last_seconds <= self._share * self.wall
         if not self.values:
-            return not self._tried or self.age >= self._every
-        return self.age >= self._every and self.seconds + self.last_seconds <= self._share * self.wall
+            return not self._tried or affordable or self.age >= self._every
+        return self.age >= self._every and affordable
 
-    def update(self, sources: Mapping[str, MismatchSums]) -> bool:
-        """Take over (reduced) measurements. False, and everything as before, when none of them has a token."""
-        found: dict[str, dict[str, float]] = {}
-        for name, sums in sources.items():
-            stats = compute(sums)
-            values = {stat: stats[f"trimmed/{stat}"] for stat in FLOORED}
-            if all(value is not None and math.isfinite(value) for value in values.values()):
-                found[name] = {stat: float(value or 0.0) for stat, value in values.items()}
+    def update(self, sources: Mapping[str, MismatchSums | Sequence[MismatchSums]]) -> bool:
+        """Take over (reduced) measurements, by source: sums of groups of sequences, or of one.
+
+        False, and everything as before, when the trainer's rounding has no token.
+        """
         self._tried = True
-        if "rounding" not in found:
+        groups = {name: [one] if isinstance(one, MismatchSums) else list(one) for name, one in sources.items()}
+        measured = {name: found for name, many in groups.items() if (found := [one.cpu() for one in many if _tokens(one)])}
+        if "rounding" not in measured or not _bounds(measured["rounding"]):
             self.age = self.age if self.values else 0
             return False
-        self.sources, self.age = found, 0
+        for name in SOURCES:
+            self._pool(name, measured.get(name, []))
+        self.age = 0
+        bounds = {name: found for name, pool in self._pools.items() if (found := _bounds(pool))}
+        self.sources = {name: {stat: _told(stat, high) for stat, (_, _, high) in bounds[name].items()} for name in bounds}
+        rounding = {stat: high for stat, (_, _, high) in bounds["rounding"].items()}
+        self.values = {}
         for stat in FLOORED:
-            measured = [values[stat] for values in found.values()]
-            self.values[f"floor/{stat}"] = min(measured) if stat == "ess" else max(measured)
+            highs = [
+                min(found[stat][2], MOST[stat] * rounding[stat]) if name == "engine" else found[stat][2]
+                for name, found in bounds.items()
+            ]
+            self.values[f"floor/{stat}"] = _told(stat, max(highs))
+        if "engine" in bounds:
+            low = bounds["engine"][_SIZE][0]
+            self.values["floor/engine_excess"] = max(0.0, low - ENGINE_MOST * rounding[_SIZE])
         return True
+
+    def _pool(self, name: str, new: list[MismatchSums]) -> None:
+        """Add a measurement to its source's pool, or begin a new one with it."""
+        old, more = (_bounds(sums) for sums in (self._pools.get(name, []), new))
+        if not more:
+            return
+        if not old or more[_SIZE][0] > old[_SIZE][2] or more[_SIZE][2] < old[_SIZE][0]:
+            self._pools[name] = [one.copy() for one in new]
+            return
+        pool = self._pools[name]
+        for one in new:  # another sequence: into a group of its own while there is room, then into the smallest
+            if len(pool) < GROUPS:
+                pool.append(one.copy())
+            else:
+                min(pool, key=_tokens).add_(one)
 
     def account(self, floor_seconds: float, wall_seconds: float) -> None:
         """Add one window's (reduced) seconds."""
@@ -83,10 +131,58 @@ class NoiseFloor:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         names = ("sources", "values", "age", "seconds", "last_seconds", "wall")
-        return {name: getattr(self, name) for name in names}
+        pools = {name: [sums.to_sparse() for sums in pool] for name, pool in self._pools.items()}
+        return {name: getattr(self, name) for name in names} | ({"pools": pools} if pools else {})
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restore ``state``; a floor switched off or on since then stays as the settings say."""
+        """Restore ``state``; a floor switched off or on since then stays as the settings say.
+
+        One of 0.6.0 holds no sums: its values are in force until the next measurement.
+        """
         if self.enabled:
-            for name, value in state.items():
-                setattr(self, name, value)
+            pools = state.get("pools", {})
+            self._pools = {name: [MismatchSums.from_sparse(sums) for sums in pool] for name, pool in pools.items()}
+            for name in state.keys() - {"pools"}:
+                setattr(self, name, state[name])
+
+
+def _tokens(sums: MismatchSums) -> float:
+    return sums.totals()["tokens"]
+
+
+def _stats(pool: Sequence[MismatchSums]) -> dict[str, float] | None:
+    """Each statistic of ``FLOORED`` of some groups together, rising with noise; None where one can't be told."""
+    total = pool[0].copy()
+    for sums in pool[1:]:
+        total.add_(sums)
+    found = compute(total)
+    values = {stat: found[f"trimmed/{stat}"] for stat in FLOORED}
+    if any(value is None or not math.isfinite(value) for value in values.values()):
+        return None
+    return {stat: _told(stat, value or 0.0) for stat, value in values.items()}
+
+
+def _bounds(pool: Sequence[MismatchSums]) -> dict[str, tuple[float, float, float]]:
+    """(low, point, high) by statistic, rising with noise; empty without tokens."""
+    from scipy.special import stdtrit
+
+    points = _stats(pool) if pool else None
+    if points is None:
+        return {}
+    without = [_stats([*pool[:i], *pool[i + 1 :]]) for i in range(len(pool))] if len(pool) > 1 else []
+    known = [one for one in without if one is not None]
+    groups, sequences = len(known), max(1.0, sum(sums.totals()["sequences"] for sums in pool))
+    out = {}
+    t = float(stdtrit(max(1.0, (groups if groups > 1 else sequences) - 1), 0.95))
+    for stat, x in points.items():
+        error = abs(x) / math.sqrt(sequences)
+        if groups > 1:
+            mean = sum(one[stat] for one in known) / groups
+            error = math.sqrt((groups - 1) / groups * sum((one[stat] - mean) ** 2 for one in known))
+        out[stat] = (max(0.0, x - t * error), x, x + t * error)
+    return out
+
+
+def _told(stat: str, value: float) -> float:
+    """``ess`` is 1 without noise, and less with it: 1 - ess rises, as the others do; and back."""
+    return 1.0 - value if stat == "ess" else value

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..config.reading import from_json
 from ..records import UNREPLAYED, SamplingSettings
 from ..scoring.dtypes import dtype_name
 from ..scoring.perturb import largest_dropout
+from ..trainers.grpo import GRPOCapture
+from .models import adapter_facts, model_facts, tied_adapter
 from .rules import Facts, Finding, lint
 
 if TYPE_CHECKING:
@@ -28,6 +31,11 @@ def facts(capture: Capture, replayed: bool) -> Facts:
     weights = next(p.dtype for p in capture.policy.parameters() if p.is_floating_point())
     corrects = getattr(args, "vllm_importance_sampling_correction", False)
     mode = args.vllm_importance_sampling_mode if corrects else None
+    extra = getattr(capture.generation, "generation_kwargs", None) or {}
+    model = model_facts(capture.policy.config)
+    if getattr(args, "vllm_model_impl", "vllm") == "transformers" or getattr(args, "vllm_mode", None) != "colocate":
+        del model["refused"]
+    model["absolute_positions"] &= isinstance(capture, GRPOCapture)  # other trainers pass position_ids
     return Facts(
         sampling=capture.sampling,
         trainer_temperature=capture.temperature,
@@ -38,8 +46,30 @@ def facts(capture: Capture, replayed: bool) -> Facts:
         dropout=largest_dropout(capture.policy),
         has_logprobs=getattr(capture.generation, "logprobs", 0) is not None,
         masks_sequences=mode if mode is not None and mode.endswith("_mask") else None,
+        weighs_sequences=_weighs_sequences(mode, getattr(args, "vllm_importance_sampling_clip_min", None)),
+        max_completion_length=getattr(args, "max_completion_length", None),
+        masks_truncated=getattr(args, "mask_truncated_completions", False),
+        group_requests=getattr(capture.generation, "mode", None) == "colocate",
+        **_request_facts(extra, getattr(capture.trainer, "eos_token_ids", ())),
+        **model,
+        **({} if getattr(capture.trainer, "_lora_sync", False) else adapter_facts(capture.policy)),
         **({} if engine is None else engine.settings()),
     )
+
+
+def _request_facts(extra: Mapping[str, Any], eos: Iterable[int]) -> dict[str, Any]:
+    """What ``generation_kwargs`` ask for beside the law. ``eos``: the ids in which TRL looks for an answer's end."""
+    ends = [name for name in ("stop", "repetition_detection") if extra.get(name)]
+    if other := sorted(set(extra.get("stop_token_ids") or ()) - set(eos)):
+        ends.append(f"stop_token_ids={other}")
+    numbers = {name: extra.get(name) for name in ("seed", "thinking_token_budget")}
+    return {"ends": tuple(ends)} | {name: None if n == -1 else n for name, n in numbers.items()}  # -1: none, to vLLM
+
+
+def _weighs_sequences(mode: str | None, clip_min: float | None) -> str | None:
+    """TRL's mode, where a weight is a product over an answer that nothing keeps from vanishing."""
+    vanishes = mode == "sequence_mask" or (mode == "sequence_truncate" and clip_min is None)
+    return mode if vanishes else None
 
 
 def tell_traps(capture: Capture, replayed: bool) -> None:
@@ -70,8 +100,15 @@ def configured_facts(values: Mapping[str, Any], *, serve: str | None = None, tra
     dtype = str(values.get("dtype") or init.get("dtype") or "float32").removeprefix("torch.")
     half = None if values.get("fp16") else values.get("bf16", True) is not False
     weights = checkpoint.get("dtype") if dtype == "auto" else dtype
-    mode = values.get("vllm_importance_sampling_mode", "sequence_mask")
-    masks = values.get("vllm_importance_sampling_correction", True) and str(mode).endswith("_mask")
+    corrects = trainer == "grpo" and values.get("vllm_importance_sampling_correction", True)  # RLOO has none
+    mode = str(values.get("vllm_importance_sampling_mode", "sequence_mask")) if corrects else None
+    model = {} if checkpoint.get("config") is None else model_facts(checkpoint["config"], init)
+    if values.get("vllm_mode") == "server":
+        native = serve is not None and re.search(r"--model-impl[= ]+transformers", serve) is None
+    else:
+        native = values.get("vllm_model_impl") != "transformers"
+    if not native:
+        model.pop("refused", None)
     if serve is not None or values.get("vllm_mode") == "server":
         engine = _served(serve, checkpoint)
     else:  # colocated: TRL sets the log-prob mode, engine_args what they like
@@ -89,7 +126,15 @@ def configured_facts(values: Mapping[str, Any], *, serve: str | None = None, tra
         compute_dtype="float16" if half is None else "bfloat16" if half else weights,
         trainer_head_fp32=bool(values.get("cast_lm_head_to_fp32")),
         dropout=0.0 if values.get("disable_dropout") else checkpoint.get("dropout", 0.0),
-        masks_sequences=str(mode) if masks else None,
+        masks_sequences=mode if mode is not None and mode.endswith("_mask") else None,
+        weighs_sequences=_weighs_sequences(mode, values.get("vllm_importance_sampling_clip_min")),
+        max_completion_length=values.get("max_completion_length", 512),
+        masks_truncated=bool(values.get("mask_truncated_completions")),
+        group_requests=values.get("vllm_mode", "colocate") == "colocate",
+        merges_adapter=bool(values.get("use_peft")),
+        tied_adapter=tied_adapter(values, checkpoint.get("tied", False)),
+        **_request_facts(extra, checkpoint.get("eos", ())),
+        **model,
         has_logprobs=trainer != "rloo",
         checkpoint_dtype=checkpoint.get("dtype"),
         **engine,
@@ -112,12 +157,14 @@ def engine_facts(args: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> dict
 
 
 def _checkpoint(model: Any) -> dict[str, Any]:
-    """dtype, dropout and sampling defaults of a model's files; empty where they are not on this machine."""
+    """Config, dtype, dropout, EOS and sampling defaults of a model's files; nothing of those not on this machine."""
     from transformers import AutoConfig, GenerationConfig
 
     found: dict[str, Any] = {}
     try:
-        config = AutoConfig.from_pretrained(model, local_files_only=True).get_text_config()
+        found["config"] = AutoConfig.from_pretrained(model, local_files_only=True)
+        config = found["config"].get_text_config()
+        found["tied"] = bool(config.tie_word_embeddings)
         found["dtype"] = None if config.dtype is None else dtype_name(config.dtype)
         rates = [v for k, v in config.to_dict().items() if k.endswith(("dropout", "pdrop")) and isinstance(v, float)]
         found["dropout"] = max(rates, default=0.0)
@@ -126,6 +173,8 @@ def _checkpoint(model: Any) -> dict[str, Any]:
         told = {
             n: v for n in neutral if (v := getattr(defaults, n, None)) not in (None, neutral[n], 50 * (n == "top_k"))
         }
+        eos = defaults.eos_token_id
+        found["eos"] = () if eos is None else eos if isinstance(eos, list) else (eos,)
         found["defaults"] = tuple(f"{n}={v:g}" for n, v in told.items())
     except (OSError, ValueError, TypeError):
         pass

@@ -31,6 +31,19 @@ class Facts:
     engine_defaults: tuple[str, ...] = ()  # sampling settings a server takes over from the model's generation_config
     has_logprobs: bool = True  # the trainer asks the engine for log-probs
     checkpoint_dtype: str | None = None  # of the model's files
+    seed: int | None = None  # of each request
+    group_requests: bool = True  # a request for each completion (colocated); False: one for a group (a server)
+    ends: tuple[str, ...] = ()  # what ends an answer, other than EOS and its length
+    masks_truncated: bool = False  # mask_truncated_completions
+    thinking_token_budget: int | None = None
+    weighs_sequences: str | None = None  # TRL's importance-sampling mode, when it weighs answers by all their tokens
+    max_completion_length: int | None = None
+    merges_adapter: bool = False  # PEFT's, into the weights, for each sync
+    tied_adapter: str | None = None  # what unties a tied head on one side: target_modules or modules_to_save
+    model_type: str | None = None
+    absolute_positions: bool = False  # counted over the padding where a call brings no position_ids
+    draws: tuple[str, ...] = ()  # what draws at random in training mode and is no dropout
+    refused: tuple[str, str] | None = None  # the engine's architecture, and what it won't take by its synced name
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +77,22 @@ def _reported(f: Facts) -> Iterator[Finding]:
             "trainer.vllm_generation.logprobs = 0 before trainer.train().",
         )
     if f.logprobs_mode not in (None, "processed_logprobs") and (s is None or _processes(s)):
-        of = "sampling" if s is None else f"temperature {s.temperature:g}, truncation and penalties"
+        of = "sampling" if s is None else f"temperature {s.temperature:g}, truncation, penalties and masks"
         yield Finding(
             "error",
             "raw_logprobs",
             f"the engine returns {f.logprobs_mode}: log-probs from before {of}, while the loss uses them as those of "
             "the law sampled from.",
             'logprobs_mode="processed_logprobs" (server: --logprobs-mode processed_logprobs).',
+        )
+
+    if f.logprobs_mode not in (None, "processed_logprobs") and s is not None and "structured_outputs" in s.unreplayed:
+        yield Finding(
+            "warning",
+            "constrained_decoding",
+            f"the engine returns {f.logprobs_mode}, but with structured outputs these are not the model's own: vLLM "
+            "writes the grammar's mask into the logits before it copies them.",
+            'logprobs_mode="processed_logprobs", and no structured outputs, or the tokens they force masked.',
         )
 
 
@@ -176,7 +198,8 @@ def _to_know(f: Facts) -> Iterator[Finding]:
 
 def _processes(sampling: SamplingSettings) -> bool:
     """Whether the law sampled from is another than the model's at temperature 1."""
-    return sampling.temperature not in (0.0, 1.0) or sampling.truncates or sampling.penalizes
+    masked = set(sampling.unreplayed) - {"structured_outputs"}  # whose mask raw log-probs have as well
+    return sampling.temperature not in (0.0, 1.0) or sampling.truncates or sampling.penalizes or bool(masked)
 
 
 def _requests(f: Facts) -> Iterator[Finding]:
@@ -212,10 +235,133 @@ def _requests(f: Facts) -> Iterator[Finding]:
         )
 
 
+def _correction(f: Facts) -> Iterator[Finding]:
+    """What TRL's importance weights make of a truncated law."""
+    s = f.sampling
+    if s is None or not s.truncates or f.weighs_sequences is None:
+        return
+    size = ""
+    if s.top_p < 1.0 and f.max_completion_length is not None:
+        size = f" (top_p alone: down to {s.top_p**f.max_completion_length:.1g} at {f.max_completion_length} tokens)"
+    yield Finding(
+        "error",
+        "correction_weights",
+        f"the engine truncates ({_changed(s)}) and vllm_importance_sampling_mode={f.weighs_sequences!r} multiplies "
+        f"the loss of an answer by the mass kept at each of its tokens{size}: long answers are not learned from.",
+        'top_p=1, top_k=0, min_p=0, or vllm_importance_sampling_mode="token_truncate".',
+    )
+
+
+def _answers(f: Facts) -> Iterator[Finding]:
+    """What makes answers alike, ends them or writes into them."""
+    if f.seed is not None:
+        how = (
+            "TRL asks for each completion of a group by itself, so all of a group are the same, advantages and "
+            "gradients are 0, and of the drift metrics only parity/entropy/drift can show it."
+            if f.group_requests
+            else "the completions of a group differ, but each prompt and each step draws with the same random numbers."
+        )
+        severity = "error" if f.group_requests else "warning"
+        fix = "no seed in generation_kwargs; the engine has its own."
+        yield Finding(severity, "duplicate_rollouts", f"each request carries seed={f.seed}: {how}", fix)
+    if f.ends and f.masks_truncated:
+        yield Finding(
+            "error",
+            "truncation_accounting",
+            f"answers end by {', '.join(f.ends)}, and mask_truncated_completions masks what doesn't end in EOS: "
+            "answers that ended so count as cut off and are not learned from.",
+            "mask_truncated_completions=False; or end by tokens alone (stop_token_ids) and name them to TRL: "
+            "trainer.eos_token_ids += [...] before trainer.train().",
+        )
+    if f.thinking_token_budget is not None:
+        yield Finding(
+            "error",
+            "constrained_decoding",
+            f"thinking_token_budget={f.thinking_token_budget} writes the end of thinking into answers by force: the "
+            "engine reports log-prob 0 for tokens that the policy did not choose, and the loss learns them.",
+            "no thinking_token_budget in generation_kwargs; max_completion_length bounds the answer, a reward the "
+            "thinking.",
+        )
+
+
+def _model(f: Facts) -> Iterator[Finding]:
+    """What comes with the model."""
+    if f.refused is not None:
+        architecture, part = f.refused
+        yield Finding(
+            "error",
+            "partial_sync",
+            f"vLLM's {architecture} doesn't know its {part} by the name that transformers 5 gives it and TRL delivers "
+            "it by: the first weight sync fails, or leaves it as it was without a word.",
+            'vllm_model_impl="transformers" (server: --model-impl transformers), where vLLM takes the model so.',
+        )
+    if f.absolute_positions:
+        yield Finding(
+            "warning",
+            "model_definition",
+            f"{f.model_type} counts positions from the first column, padding included, unless a call brings "
+            "position_ids, and TRL's brings none: prompts shorter than the longest of their batch are scored at other "
+            "positions than the engine's.",
+            'before trainer.train(): trainer.model.register_forward_pre_hook(lambda m, a, k: (a, k | {"position_ids": '
+            '(k["attention_mask"].cumsum(-1) - 1).clamp(min=0)}), with_kwargs=True); or prompts of one length.',
+        )
+    if f.draws:
+        set_to_0 = [draw.split("=")[0] for draw in f.draws if "=" in draw]
+        fixes = []
+        if "experts" in f.draws:
+            fixes.append(
+                "routers that stay in eval mode, before trainer.train(): for m in [m for m in trainer.model.modules() "
+                'if type(m).__name__ == "PhimoeTopKRouter"]: m.eval(); m.train = lambda mode=True: None'
+            )
+        if set_to_0:
+            fixes.append(f"{' and '.join(set_to_0)} = 0 in the model's config (model_init_kwargs)")
+        yield Finding(
+            "error",
+            "trainer_numerics" if all("layerdrop" in draw for draw in f.draws) else "moe_routing",
+            f"{f.model_type} draws at random in training mode ({', '.join(f.draws)}), in which TRL scores: two passes "
+            "over one batch disagree, and disable_dropout does not reach it.",
+            "; ".join(fixes) + ".",
+        )
+
+
+def _adapter(f: Facts) -> Iterator[Finding]:
+    """What merging an adapter for the engine does."""
+    if f.tied_adapter == "modules_to_save":
+        yield Finding(
+            "error",
+            "partial_sync",
+            "modules_to_save holds one end of a tied embedding: the trainer has two matrices from then on, the engine "
+            "one. vLLM refuses lm_head in the sync; embed_tokens becomes the engine's head as well, and not the "
+            "trainer's.",
+            'peft_config=LoraConfig(modules_to_save=["embed_tokens"], ensure_weight_tying=True, ...) for the trainer '
+            "(TRL's ModelConfig can't say it), or neither of the two.",
+        )
+    if f.tied_adapter == "target_modules":
+        yield Finding(
+            "error",
+            "partial_sync",
+            "an adapter sits on a tied embedding: merging it for the engine writes into the one matrix that both ends "
+            "share (with ensure_weight_tying: twice), so the engine gets another model than the trainer's.",
+            'embed_tokens and lm_head out of target_modules; LoraConfig(modules_to_save=["embed_tokens"], '
+            "ensure_weight_tying=True, ...) trains them as one.",
+        )
+    if f.merges_adapter and f.trainer_dtype in ("bfloat16", "float16"):
+        yield Finding(
+            "warning",
+            "reference_drift",
+            f"the adapter is merged into {f.trainer_dtype} weights and taken out again at each sync: rounding moves "
+            "the frozen base, and with it the policy and the reference of the KL term.",
+            'model_init_kwargs={"dtype": "float32"} with bf16=True: the forward stays in bf16.',
+        )
+
+
 def _changed(sampling: SamplingSettings) -> str:
     neutral = SamplingSettings()
     names = ("top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
     return ", ".join(f"{n}={getattr(sampling, n):g}" for n in names if getattr(sampling, n) != getattr(neutral, n))
 
 
-_CHECKS = (_reported, _requests, _dropout, _quantization, _heads, _finer_updates, _served, _to_know)
+_CHECKS = (
+    _reported, _requests, _correction, _answers, _dropout, _model, _adapter, _quantization, _heads, _finer_updates,
+    _served, _to_know,
+)  # fmt: skip

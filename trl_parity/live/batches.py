@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class BatchSums:
-    """Measures rollout batches. ``last``: the batch measured last and its scores; None where that failed."""
+    """Measures rollout batches. ``last``: the last training batch and its scores; None where that failed."""
 
     def __init__(self, config: ParityConfig, judge: RunJudge):
         self._config, self._judge = config, judge
@@ -44,13 +44,15 @@ class BatchSums:
         return sums, error
 
     def _mismatch(self, capture: Capture) -> tuple[MismatchSums, str]:
-        self.last = None
+        if capture.training:
+            self.last = None
         accelerator = capture.trainer.accelerator
         try:
             rollout = capture.rollout()
             scored = capture.score(rollout, self._config.token_budget)
             sums = self._judge.sums_of(scored, accelerator.process_index)
-            self.last = (rollout, scored)
+            if capture.training:  # an evaluation's is no batch to learn from, nor to diagnose
+                self.last = (rollout, scored)
             return sums, ""
         except Exception as e:  # ours: a window of status ERROR, and training goes on
             if isinstance(e, InterceptionError) and not self._began:
@@ -68,7 +70,7 @@ class BatchSums:
             self._add_cache_use(capture, sums)
             self._check_temperature(capture, sums)
             if capture.training:
-                self._judge.add_rewards(sums, capture.rewards())
+                self._judge.add_rewards(sums, capture.rewards(), capture.reward_prompts())
         except Exception as e:  # the mismatch is measured without them
             if "readings" not in self._told:
                 self._told.add("readings")

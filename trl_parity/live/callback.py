@@ -22,6 +22,7 @@ from ..metrics.reduction import reduce_sums
 from ..metrics.statistics import compute
 from ..metrics.sums import MismatchSums
 from ..records import Diagnosis
+from ..scoring.perturb import own_random_numbers
 from ..tracking.sinks import WandbSink
 from ..trainers.capture import Capture, MeasurementSettings
 from ..trainers.engine_args import TRLEngineArguments
@@ -112,8 +113,11 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         self._run.reset()
         self.engine_handle = EngineHandle(self.config.server_timeout)
         self._eval: MismatchSums | None = None
-        self._next_generation = 0  # optimizer steps by which a new batch must have come
-        self._condemned = False
+        self.accumulated = 0
+        self._unfed = 0  # micro-batches still to come that the batch at hand feeds
+        self._missing = False  # a micro-batch since the last update was fed by no batch that was intercepted
+        self._condemned = False  # the gradient being accumulated has, or will have, a condemned batch in it
+        self._renewed = False  # a batch has come since the condemned one
         self._stop = False
 
     # ---- rollouts in (called by trainers) ---------------------------------------------------------------------
@@ -123,20 +127,31 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         if not capture.training:
             self._on_eval_batch(capture)
             return
-        run, window, stopwatch = self._run, self._pipeline.window, self._pipeline.stopwatch
-        with stopwatch.account("cost"):
+        run, window = self._run, self._pipeline.window
+        self._pipeline.stopwatch.add("cost", capture.seconds)
+        with run.watching():
             sums, error = run.batches.of(capture)
             if run.trainer is None:
                 self._on_first_batch(capture)
-            self._condemned = run.moved = False
-            run.capture = capture
-            self._next_generation = capture.step + capture.generation_period
+            run.capture, run.moved = capture, False
+            self._unfed, self._renewed = capture.micro_batches, True
+            if not self.accumulated:  # nothing of an older batch is in this step's gradient
+                self._condemned = False
             window.add(sums, error)
-        stopwatch.add("cost", capture.seconds)
-        step = capture.step + 1  # the optimizer step this batch feeds: the trackers' global_step of its row
-        if capture.last_in_step and step - window.start >= self.config.every_n_steps:
-            with run.batch_at_hand():
-                self._act(self._pipeline.close_window(step))
+            step = capture.step + 1  # the optimizer step this batch feeds: the trackers' global_step of its row
+            if capture.last_in_step and step - window.start >= self._window_steps:
+                self._judge_batch(step)
+
+    @property
+    def _window_steps(self) -> int:
+        """Optimizer steps of a window. While a halt stands each batch is judged before its update may be applied."""
+        waits = self.config.action == "skip_update" and self.monitor.breaker.halting
+        return 1 if waits else self.config.every_n_steps
+
+    def _judge_batch(self, step: int) -> None:
+        """Close the window that ends with the batch at hand, and act on what it amounts to. Collective."""
+        with self._run.batch_at_hand():
+            self._act(self._pipeline.close_window(step))
 
     def on_update(self, new: torch.Tensor, old: torch.Tensor, mask: torch.Tensor) -> None:
         """Take in one loss computation for the policy drift."""
@@ -163,19 +178,22 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
             tell_traps(capture, self.measurement.replay_sampling)
 
     def _on_eval_batch(self, capture: Capture) -> None:
-        sums, _ = self._run.batches.of(capture)
+        with own_random_numbers():
+            sums, _ = self._run.batches.of(capture)
         reduced = reduce_sums(sums, capture.trainer.accelerator)
         self._eval = added(self._eval, reduced)
         # overwritten batch by batch: the last value covers the whole evaluation
         capture.log(_scalars(compute(self._eval)))
 
     def _act(self, verdict: Verdict) -> None:
-        if not verdict.halted:
-            return
-        if self.config.action == "raise":
+        action, condemned = self.config.action, verdict.halted
+        if action == "raise" and verdict.halted:
             raise ParityHalt(verdict, self.halt_message or verdict.reason)
-        self._condemned = self.config.action in ("skip_update", "stop")
-        self._stop = self.config.action == "stop"
+        if action == "skip_update" and self.monitor.breaker.halting:  # what is not known is not learned from, either
+            condemned |= verdict.status in (Status.NO_DATA, Status.ERROR)
+        if condemned and action in ("skip_update", "stop"):
+            self._condemned, self._renewed = True, False
+        self._stop |= action == "stop" and verdict.halted
 
     # ---- causes -----------------------------------------------------------------------------------------------
 
@@ -192,8 +210,9 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
             run.investigator.wanted = True
             logger.warning("no batch of the present weights is at hand: the next one will be diagnosed")
         else:
-            run.check_engine()
-            diagnosis = run.diagnose_batch(run.capture.step + 1)
+            with run.watching():
+                run.check_engine()
+                diagnosis = run.diagnose_batch(run.capture.step + 1)
         if heal and run.capture is not None:
             moved = run.investigator.heal(run.capture)
             logger.warning("weights delivered to the engine: %d tensors moved; prefix cache emptied", len(moved))
@@ -219,7 +238,6 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
             )
         self._reset()
         resume = int(state.global_step)
-        self._next_generation = resume
         self._pipeline.window.begin(resume)
         if resume:
             self._restore(args, state)
@@ -234,12 +252,16 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Refuse to learn from what was never measured; drop the gradient of a condemned batch."""
         self._require_interception("an optimizer step is due")
-        if state.global_step >= self._next_generation:
-            self._on_missing_batch(int(state.global_step))
+        run, window, step = self._run, self._pipeline.window, int(state.global_step) + 1
+        if self._missing or self._unfed <= 0:
+            self._on_missing_batch(step)
+        elif window.batches and not run.moved and not 0 < step - window.start < self._window_steps:
+            with run.watching():  # the trainer ended the step earlier, or later, than its last generation could know
+                self._judge_batch(step)
         if self._condemned:
-            drop_gradient(optimizer, self._run.accelerator)
+            drop_gradient(optimizer, run.accelerator)
         else:
-            self._run.moved = True
+            run.moved = True
 
     def _require_interception(self, seen: str) -> None:
         if self._run.trainer is None:
@@ -252,15 +274,26 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
 
     def _on_missing_batch(self, step: int) -> None:
         """A batch that should have been intercepted was not: a failed measurement, never silence."""
-        self._next_generation = step + 1
+        self._missing, self._unfed = False, max(self._unfed, 1)  # said once a step
         window = self._pipeline.window
         window.error = "no rollout batch was intercepted for this step"
         window.sums(self._run.accelerator.device).bump(errors=1)
-        self._act(self._pipeline.close_window(step + 1))
+        with self._run.watching():
+            self._act(self._pipeline.close_window(step))
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A micro-batch is over, and no update follows it."""
+        self._missing |= self._unfed <= 0
+        self._unfed -= 1
+        self.accumulated += 1
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop if so judged; hand the windows since the last log to the trainer's metrics when it is about to log."""
         run = self._run
+        self._unfed -= 1
+        self.accumulated = 0
+        if self._renewed:  # what comes is not fed by the condemned batch
+            self._condemned = False
         with self._pipeline.stopwatch.account("cost"):
             self._require_interception(f"step {state.global_step} is over")  # PPO's loop announces no optimizer step
             if self._stop:
@@ -279,7 +312,8 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Judge what an unfinished window holds, and close the file."""
         if self._pipeline.window.batches and not self._stop:  # the same on every rank: batches come together
-            self._pipeline.close_window(int(state.global_step))
+            with self._run.watching():
+                self._pipeline.close_window(int(state.global_step))
         self.monitor.close()
 
     # ---- checkpoints ------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ Three sources, each on a few sequences of the current batch, none of which a fau
 - ``batch_shape``: the trainer against itself, one sequence at a time instead of all together, in the same padding.
 - ``engine``: the engine scoring the same tokens alone and in a batch, by prefill, at temperature 1.
 
-All trainer passes run in eval mode, so that layers left in training mode are no floor either.
+All trainer passes run in eval mode, so that layers left in training mode are no floor either. What a source says is summed
+up by groups of sequences, since noise differs from one to the next: ``NoiseFloor`` bounds it by how much they differ.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ import logging
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from ..collectives import gather_rows
 from ..config.parity import ParityConfig
 from ..engine.base import Capability, Engine
+from ..judging.noise_floor import GROUPS
 from ..metrics.statistics import measure
 from ..metrics.sums import MismatchSums
 from ..records import RolloutBatch, ScoredBatch
+from ..scoring.model_head import causal_lm
 from ..scoring.perturb import eval_mode, rounding_noise
-from ..scoring.scorer import causal_lm
 
 if TYPE_CHECKING:
     from ..trainers.capture import Capture
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
 __all__ = ["measure_floor", "noise_dtype"]
 
 logger = logging.getLogger(__name__)
+
+_LEAST_SEQUENCES = 8  # over all ranks, where the batch has them
 
 _SINGLE_SEQUENCES = 4  # passed through the trainer one by one
 
@@ -46,18 +51,21 @@ def noise_dtype(engine: torch.dtype, capture: Capture) -> torch.dtype:
 
 
 @torch.no_grad()
-def measure_floor(capture: Capture, config: ParityConfig) -> dict[str, MismatchSums]:
-    """The sums of one side against itself, by source, on this rank's share; reduce and hand to ``NoiseFloor``.
+def measure_floor(capture: Capture, config: ParityConfig) -> dict[str, list[MismatchSums]]:
+    """The sums of one side against itself, by source and group, on this rank's share; reduce and hand to ``NoiseFloor``.
 
-    Every rank must call it: the passes over a sharded model are collective, and one rank asks a server for its dtype.
+    Empty, at no cost, where no sequence of this rank (with sharded weights: of any) has a token to compare. Every rank must call it: the passes over a sharded model are collective, and one rank asks a server for its dtype.
     A source that failed has ``errors=1``.
     """
     engine = capture.engine
     dtype, head_dtype = _engine_dtypes(engine, capture, config)  # first: nothing that fails on one rank alone
     dtype = noise_dtype(dtype, capture)
     rollout = capture.rollout()
-    rows = capture.rows_within(rollout, config.floor_tokens)
+    rows = capture.rows_of_tokens(rollout, config.floor_tokens, _LEAST_SEQUENCES)
+    if not len(rows):
+        return {}
     mask = rollout.engine_mask[rows]
+    groups = capture.trainer.accelerator.process_index + capture.trainer.accelerator.num_processes * torch.arange(len(rows))
     backbone = causal_lm(capture.policy).base_model
 
     with eval_mode(capture.policy):
@@ -65,15 +73,16 @@ def measure_floor(capture: Capture, config: ParityConfig) -> dict[str, MismatchS
         with rounding_noise(backbone, dtype, seed=rollout.step):
             logits_dtype = None if head_dtype == torch.float32 else head_dtype
             rounded = capture.forward(rollout, rows, logits_dtype=logits_dtype)[0].logprobs
-        few = rows[:_SINGLE_SEQUENCES]
-        single = capture.forward(rollout, few, batch_size=1)[0].logprobs
+        few = _some(len(rows), _SINGLE_SEQUENCES)
+        single = capture.forward(rollout, rows[few], batch_size=1)[0].logprobs
     sources = {
-        "rounding": _against_itself(rounded, plain, mask),
-        "batch_shape": _against_itself(single, plain[: len(few)], mask[: len(few)]),
+        "rounding": _against_itself(rounded, plain, mask, groups),
+        "batch_shape": _against_itself(single, plain[few], mask[few], groups[: len(few)]),
     }
     if engine is not None and Capability.RESCORE in engine.capabilities:
         try:
-            sources["engine"] = _engine_against_itself(engine, rollout, rows[:_ENGINE_SEQUENCES])
+            few = _some(len(rows), _ENGINE_SEQUENCES)
+            sources["engine"] = _engine_against_itself(engine, rollout, rows[few], groups[: len(few)])
         except Exception as e:  # the trainer's sources stand without it
             logger.warning("the engine could not score its own tokens (%s: %s)", type(e).__name__, e)
     return sources
@@ -97,26 +106,45 @@ def _engine_dtypes(engine: Engine | None, capture: Capture, config: ParityConfig
     return dtype, head_dtype
 
 
-def _against_itself(one: torch.Tensor, other: torch.Tensor, mask: torch.Tensor) -> MismatchSums:
-    scored = ScoredBatch(
-        mask=mask.to(other.device), rollout_logprobs=other, trainer_logprobs=one, own_logprobs=one, entropy=None
-    )
-    return measure(scored, bootstrap_samples=2)
+def _some(total: int, count: int) -> torch.Tensor:
+    """Evenly spaced places: neighbours are often completions of one prompt."""
+    count = min(total, count)
+    return torch.arange(count) * total // count
 
 
-def _engine_against_itself(engine: Engine, rollout: RolloutBatch, rows: torch.Tensor) -> MismatchSums:
-    sequences, lengths = [], []
-    for row in rows.tolist():
+def _against_itself(
+    one: torch.Tensor, other: torch.Tensor, mask: torch.Tensor, groups: torch.Tensor
+) -> list[MismatchSums]:
+    """Sums of each group; ``groups`` (B,) numbers sequences over ranks, dealt out in turn."""
+    sums = []
+    for group in range(GROUPS):
+        rows = (groups % GROUPS == group).nonzero()[:, 0].to(other.device)
+        scored = ScoredBatch(
+            mask=mask.to(other.device)[rows], rollout_logprobs=other[rows], trainer_logprobs=one[rows],
+            own_logprobs=one[rows], entropy=None,
+        )  # fmt: skip
+        sums.append(measure(scored, bootstrap_samples=2))
+    return sums
+
+
+def _engine_against_itself(
+    engine: Engine, rollout: RolloutBatch, rows: torch.Tensor, groups: torch.Tensor
+) -> list[MismatchSums]:
+    sequences, lengths, kept = [], [], []
+    for row, group in zip(rows.tolist(), groups.tolist(), strict=True):
         prompt = rollout.prompt_ids[row][rollout.prompt_mask[row].bool()].tolist()
         completion = rollout.completion_ids[row][rollout.completion_mask[row].bool()].tolist()
         if prompt and completion and len(prompt) + len(completion) < engine.max_model_len:
             sequences.append(prompt + completion)
             lengths.append(len(completion))
+            kept.append(group)
     if not sequences:
-        return MismatchSums.zeros(bootstrap_samples=2)
+        return [MismatchSums.zeros(bootstrap_samples=2)] * GROUPS
     together = engine.rescore(sequences)
     alone = [engine.rescore([ids])[0] for ids in sequences]
     one, other = (
-        torch.cat([scores[-n:] for scores, n in zip(side, lengths, strict=True)])[None] for side in (alone, together)
+        pad_sequence([scores[-n:] for scores, n in zip(side, lengths, strict=True)], batch_first=True)
+        for side in (alone, together)
     )
-    return _against_itself(one, other, torch.ones_like(one, dtype=torch.bool))
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return _against_itself(one, other, mask, torch.tensor(kept))

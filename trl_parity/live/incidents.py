@@ -28,7 +28,10 @@ _SEQUENCES = 16  # in the bundle
 
 
 class Investigator:
-    """Diagnoses once an episode (at its first BREACH, or WARN), and again at the halt if that named nothing."""
+    """Diagnoses once an episode (at its first BREACH, or WARN), and again at its first HALT if that named nothing.
+
+    An episode goes from the first window that is not healthy to the next OK. One asked for by name counts for none.
+    """
 
     def __init__(self, config: ParityConfig):
         self.config = config
@@ -38,9 +41,11 @@ class Investigator:
     def reset(self) -> None:
         """A new run begins."""
         self.diagnosis: Diagnosis | None = None  # the last one
-        self._asked = False  # in this episode
-        self._named = False
+        self._episode()
         self._settings = SettingsHistory()
+
+    def _episode(self) -> None:
+        self._asked = self._asked_at_halt = self._named = False
 
     def check_settings(self, capture: Capture) -> None:
         """Look whether a server still runs with the settings the run began with; what changed is a warning."""
@@ -52,15 +57,15 @@ class Investigator:
     def due(self, verdict: Verdict) -> bool:
         """Whether this window is to be diagnosed; the same on every rank."""
         if verdict.status is Status.OK:
-            self._asked = self._named = False
-        if self.wanted:
-            return True
+            self._episode()
         breached = verdict.status in (Status.BREACH, Status.HALT)
-        if self.config.diagnose == "never" or not (
-            breached or (self.config.diagnose == "warn" and verdict.status is Status.WARN and verdict.warnings)
-        ):
-            return False
-        return not self._asked or (verdict.halted and not self._named)
+        warned = self.config.diagnose == "warn" and verdict.status is Status.WARN and bool(verdict.warnings)
+        due = self.config.diagnose != "never" and (breached or warned)
+        due &= not self._asked or (verdict.halted and not self._named and not self._asked_at_halt)
+        if due:  # one that fails is not tried again and again
+            self._asked, self._asked_at_halt = True, verdict.halted
+        wanted, self.wanted = self.wanted, False
+        return wanted or due
 
     def diagnose(
         self,
@@ -92,7 +97,6 @@ class Investigator:
             redacted=self.config.redact_text,
         )
         self.diagnosis = diagnose(batch, step, budget=self.config.diagnose_budget * seconds, ranks=ranks)
-        self._asked, self.wanted = True, False
         self._named = self.diagnosis.cause != "unknown"
         return self.diagnosis
 
@@ -165,7 +169,9 @@ class Investigator:
                 text="",  # filled in by who knows the folder
                 redacted=redact,
             )
-            return write_incident(directory, incident, rows, text)
+            # where training goes on, nobody waits for pictures: `trl-parity report` draws them from the folder
+            ends = self.config.action in ("stop", "raise")
+            return write_incident(directory, incident, rows, text, pictures=ends)
         except Exception as e:  # a full disk must not change how the run ends
             logger.warning("the incident of step %d could not be kept: %s: %s", verdict.step, type(e).__name__, e)
             return None

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import logging
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..config.parity import ParityConfig
+from ..credentials import masked, without_credentials
 from ..errors import ConfigError
-from ..files import jsonable, write_atomic
+from ..files import FolderLock, jsonable, require_no_link, sweep, write_atomic
 from ..judging.breaker import Breaker
 from ..judging.noise_floor import NoiseFloor
 from ..metrics.rewards import MIN_REWARDS, REWARDS_NAME, RewardBaseline, RewardWindow
@@ -43,6 +44,7 @@ class RunJudge:
 
     def __init__(self, config: ParityConfig, *, measured_floor: bool):
         self.config = config
+        self._lock: FolderLock | None = None
         self.reset(measured_floor)
 
     def reset(self, measured_floor: bool = True) -> None:
@@ -56,6 +58,7 @@ class RunJudge:
         self.rewards = RewardWindow(self.config.reward_window)
         path = self.config.reward_baseline
         self.baseline = RewardBaseline.load(path) if path is not None else None
+        self._unlock()
         self._jsonl: JsonlSink | None = None
         self._tokens: JsonlSink | None = None
         self.sinks: list[AlertSink] = []
@@ -65,6 +68,11 @@ class RunJudge:
         self.sinks = alert_sinks(report_to)
         directory = self.config.parity_dir or (None if output_dir is None else Path(output_dir) / "parity")
         if directory is not None:
+            if self.config.parity_dir is None:
+                require_no_link(Path(directory))
+            self._lock = FolderLock(Path(directory))
+            for folder in (Path(directory), Path(directory) / "incidents"):
+                sweep(folder)
             self._jsonl = JsonlSink(directory, resume_step)
             (Path(directory) / REWARDS_NAME).unlink(missing_ok=True)  # an earlier run's
             if self.config.rich_every_n_windows and self.config.sample_tokens:
@@ -94,6 +102,12 @@ class RunJudge:
             except ConfigError as e:  # a picture less: no matplotlib, a full disk
                 logger.warning("no picture of the rewards: %s", e)
         self._jsonl = None
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     @property
     def status(self) -> Status:
@@ -110,9 +124,9 @@ class RunJudge:
         self._sequences += len(scored.mask)
         return sums
 
-    def add_rewards(self, sums: MismatchSums, rewards: list[float]) -> None:
-        """Take in a batch's rewards (of all ranks, the same on each)."""
-        if finite := self.rewards.extend(rewards):
+    def add_rewards(self, sums: MismatchSums, rewards: list[float], prompts: Sequence[int] | None = None) -> None:
+        """Take in a batch's rewards (of all ranks, the same on each), and numbers that tell their prompts apart."""
+        if finite := self.rewards.extend(rewards, prompts):
             sums.bump(rewards=len(finite), reward_sum=sum(finite))
 
     def scalars(self, stats: MismatchStats, *, new_window: bool = False) -> MismatchStats:
@@ -124,7 +138,7 @@ class RunJudge:
             if (name := f"limit/{reading.rule.stat}") in SCALARS and reading.seen.startswith("excess/"):
                 extra[name] = reading.limit
         if self.baseline is not None:
-            comparison = self.baseline.compare(self.rewards.rewards)
+            comparison = self.baseline.compare(self.rewards.rewards, self.rewards.prompts)
             if comparison is not None:
                 extra |= {
                     "reward/effect_size": comparison.effect_size,
@@ -141,12 +155,13 @@ class RunJudge:
         """
         if not self.floor.age or self.status is Status.HALT:
             return False
-        resting = [r for r in self.breaker.readings(stats.values_by_name) if r.rule.k is not None]
+        readings = self.breaker.readings(stats.values_by_name)
+        resting = [r for r in readings if r.rule.k is not None or r.rule.stat.startswith("floor/")]
         return any(r.over or (r.warns and not self.breaker.alerted) for r in resting)
 
     def judge(self, step: int, stats: MismatchStats | None, error: str = "") -> Verdict:
         """The verdict on a window's (reduced) statistics; kept and written."""
-        verdict = self.breaker.judge(step, stats, error)
+        verdict = self.breaker.judge(step, stats, masked(error) if error else "")
         self.verdicts.append(verdict)
         self.floor.age += 1
         if self._jsonl is not None:
@@ -165,7 +180,9 @@ class RunJudge:
         if self._jsonl is None:
             return
         try:
-            content = json.dumps(jsonable({"schema_version": 1, **about}), indent=1, allow_nan=False)
+            content = json.dumps(
+                jsonable({"schema_version": 1, **without_credentials(about)}), indent=1, allow_nan=False
+            )
             write_atomic(self._jsonl.path.with_name(RUN_NAME), content)
         except (ConfigError, ValueError) as e:
             logger.warning("%s was not written: %s", RUN_NAME, e)

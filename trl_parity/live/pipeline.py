@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..judging.noise_floor import SOURCES
@@ -12,7 +12,7 @@ from ..metrics.sums import MismatchSums
 from ..verdict import Verdict
 from .judge import RunJudge
 from .stopwatch import Stopwatch
-from .window import OpenWindow
+from .window import SPENT, OpenWindow
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,8 +32,11 @@ class Surroundings:
     def check_engine(self) -> None:
         """Look at the engine's settings before the window is judged."""
 
-    def floor_sums(self) -> Mapping[str, MismatchSums] | None:
-        """This rank's sums of one side against itself, by source; None where there is nothing to measure on."""
+    def floor_sums(self) -> Mapping[str, Sequence[MismatchSums]] | None:
+        """This rank's sums of one side against itself, by source and group; None where there is nothing to measure on.
+
+        As many groups on each rank.
+        """
         return None
 
     def on_verdict(self, verdict: Verdict, sums: MismatchSums) -> None:
@@ -62,8 +65,8 @@ class Pipeline:
             surroundings.check_engine()
             if judge.floor.due:
                 self._measure_floor()
-            sums = self._reduced()
-            stats = judge.scalars(compute(sums), new_window=True)
+            sums, spent = self._reduced()
+            stats = judge.scalars(compute(sums).updated(spent), new_window=True)
             if judge.doubts_floor(stats) and self._measure_floor():
                 stats = judge.scalars(stats)
             verdict = judge.judge(step, stats, self.window.error)
@@ -74,21 +77,36 @@ class Pipeline:
                 judge.alert(verdict, surroundings.announce(verdict))
         return verdict
 
-    def _reduced(self) -> MismatchSums:
-        """The window's sums over all ranks, on the host."""
+    def _reduced(self) -> tuple[MismatchSums, dict[str, float | None]]:
+        """The window's sums over all ranks, on the host; and what the window before cost after its verdict."""
+        spent: dict[str, float | None] = {}
         accelerator = self._surroundings.accelerator
         self.window.add_updates()
         sums = self.window.sums("cpu" if accelerator is None else accelerator.device)
         if self._surroundings.accounts:
             seconds, wall = self.stopwatch.lap()
             floor = seconds.get("floor", 0.0)
+            spent = self._spent(seconds)
             sums.bump(cost_seconds=seconds.get("cost", 0.0), floor_seconds=floor, wall_seconds=wall)
         if accelerator is not None:
             sums = reduce_sums(sums, accelerator)
         sums = sums.cpu()
         totals = sums.totals()
         self._judge.floor.account(totals["floor_seconds"], totals["wall_seconds"])
-        return sums
+        return sums, spent
+
+    def _spent(self, seconds: Mapping[str, float]) -> dict[str, float | None]:
+        """Seconds of what is done a few times a run, mean over ranks; all of them did it, or none. Collective then."""
+        accelerator = self._surroundings.accelerator
+        found: dict[str, float | None] = {
+            name: seconds[account] for name, account in SPENT.items() if account in seconds
+        }
+        if found and accelerator is not None and accelerator.num_processes > 1:
+            import torch
+
+            values = torch.tensor(list(found.values()), dtype=torch.float64, device=accelerator.device)
+            found = dict(zip(found, accelerator.reduce(values, "mean").tolist(), strict=True))
+        return found
 
     def _measure_floor(self) -> bool:
         """Measure the noise floor on the batch at hand. Collective; False when there is none, or nothing came out."""
@@ -99,6 +117,6 @@ class Pipeline:
             if measured is None:
                 return False
             accelerator = self._surroundings.accelerator
-            many = [measured[name] for name in SOURCES]
-            reduced = many if accelerator is None else reduce_many(many, accelerator)
-            return self._judge.floor.update(dict(zip(SOURCES, reduced, strict=True)))
+            many = [sums for name in SOURCES for sums in measured[name]]
+            reduced = iter(many if accelerator is None else reduce_many(many, accelerator))
+            return self._judge.floor.update({name: [next(reduced) for _ in measured[name]] for name in SOURCES})

@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config.parity import ParityConfig
-from ..judging.noise_floor import SOURCES
+from ..judging.noise_floor import GROUPS, SOURCES
 from ..metrics.sums import MismatchSums
 from ..metrics.tokens import tokens_of_all
 from ..records import Diagnosis
 from ..report.messages import alert_text, halt_text
+from ..scoring.perturb import own_random_numbers
 from ..tracking.sinks import RichLog
 from ..trainers.capture import Capture
 from ..verdict import Status, Verdict
@@ -63,11 +64,22 @@ class TrainerRun(Surroundings):
         self.moved = False
         self._at_hand = False
         self._windows = 0
+        self._floor_failed = False
 
     @property
     def accelerator(self) -> Accelerator:  # type: ignore[override]
         """The trainer's."""
         return self.trainer.accelerator
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """All that measuring and judging does is done in here: on its own account, with random numbers of its own.
+
+        A pass over a model in training mode draws for its dropout, and a colocated engine draws to sample: the run
+        goes on with the numbers it would have had.
+        """
+        with own_random_numbers(), self.pipeline.stopwatch.account("cost"):
+            yield
 
     @contextmanager
     def batch_at_hand(self) -> Iterator[None]:
@@ -85,16 +97,18 @@ class TrainerRun(Surroundings):
         if self.capture is not None:
             self.investigator.check_settings(self.capture)
 
-    def floor_sums(self) -> Mapping[str, MismatchSums] | None:
+    def floor_sums(self) -> Mapping[str, Sequence[MismatchSums]] | None:
         """Of the batch at hand. A failure of ours is a warning: without any floor, windows stay CALIBRATING."""
         if not self._at_hand or self.capture is None:
             return None
         empty = MismatchSums.zeros(self.accelerator.device, bootstrap_samples=2)
-        sources = dict.fromkeys(SOURCES, empty)
+        sources: dict[str, Sequence[MismatchSums]] = dict.fromkeys(SOURCES, [empty] * GROUPS)
         try:
             sources |= measure_floor(self.capture, self.config)
         except Exception as e:
-            logger.warning("the noise floor could not be measured: %s: %s", type(e).__name__, e)
+            level = logging.DEBUG if self._floor_failed else logging.WARNING  # it is tried again: once is enough
+            self._floor_failed = True
+            logger.log(level, "the noise floor could not be measured: %s: %s", type(e).__name__, e)
             logger.debug("%s", traceback.format_exc())
         return sources
 
@@ -127,7 +141,7 @@ class TrainerRun(Surroundings):
         verdicts = self._judge.verdicts
         first = next((v for v in verdicts if v.stats is not None), None)
         resumed = self._judge.breaker.windows > len(verdicts)
-        # once an episode, and said in its details: no part of the running cost
+        # twice an episode at most, and said in its details: no part of the running cost
         with self.pipeline.stopwatch.account("diagnosis"):
             try:
                 return self.investigator.diagnose(
@@ -144,7 +158,11 @@ class TrainerRun(Surroundings):
 
     def announce(self, verdict: Verdict) -> str:
         """A halt is printed by the main process and leaves its incident; anything else is a warning."""
-        text = self._halted(verdict) if verdict.halted else alert_text(verdict)
+        if verdict.halted:
+            with self.pipeline.stopwatch.account("incident"):
+                text = self._halted(verdict)
+        else:
+            text = alert_text(verdict)
         if self.accelerator.is_main_process:
             if verdict.halted:
                 print(text, file=sys.stderr, flush=True)

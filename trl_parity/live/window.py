@@ -9,10 +9,13 @@ import torch
 from ..metrics.reduction import reduce_sums
 from ..metrics.statistics import compute, measure_policy_drift
 from ..metrics.sums import MismatchSums
-from ..verdict import SEVERITY, MismatchStats, Status, Verdict
+from ..verdict import MismatchStats, Status, Verdict, worst
 from .judge import RunJudge
 
-__all__ = ["OpenWindow", "UnloggedWindows"]
+__all__ = ["SPENT", "OpenWindow", "UnloggedWindows"]
+
+# scalars of what is done a few times a run -> its account
+SPENT = {"cost/diagnosis_seconds": "diagnosis", "cost/incident_seconds": "incident"}
 
 _UPDATES = 16  # loss computations whose log-probs are kept before they are measured
 
@@ -95,8 +98,9 @@ class UnloggedWindows:
 
     def __init__(self) -> None:
         self._sums: MismatchSums | None = None
-        self._status, self._streak = Status.NO_DATA, 0  # the worst, the longest
+        self._status, self._streak = Status.OK, 0  # the worst, the longest
         self._only: MismatchStats | None = None  # while it is one
+        self._spent: dict[str, float | None] = {}
 
     def __bool__(self) -> bool:
         return self._sums is not None
@@ -105,14 +109,22 @@ class UnloggedWindows:
         """One window that was judged."""
         self._only = verdict.stats if self._sums is None else None
         self._sums = added(self._sums, sums)
-        self._status = max(self._status, verdict.status, key=SEVERITY.index)
+        self._status = worst((self._status, verdict.status))
         self._streak = max(self._streak, verdict.streak)
+        for name in SPENT:
+            if verdict.stats is not None and (seconds := verdict.stats.get(name)) is not None:
+                self._spent[name] = (self._spent.get(name) or 0.0) + seconds
 
     def scalars(self, judge: RunJudge) -> dict[str, float | None]:
         """Every scalar of them as one window, with the worst status and the longest streak."""
         assert self._sums is not None
         stats = judge.scalars(compute(self._sums)) if self._only is None else self._only
-        return {**stats.values_by_name, "breaker/status": self._status.code, "breaker/streak": self._streak}
+        return {
+            **stats.values_by_name,
+            **self._spent,
+            "breaker/status": self._status.code,
+            "breaker/streak": self._streak,
+        }
 
 
 def added(sums: MismatchSums | None, more: MismatchSums) -> MismatchSums:

@@ -11,12 +11,16 @@ For run rewards x (n of them) and baseline rewards y (m of them), F and G their 
     KS              max over t of |F(t) - G(t)|; in [0, 1], also sees a change of spread or shape that leaves delta 0.
     p-value         of KS, two-sided, under "x and y are independent draws from one distribution".
 
-Two limits on the p-value. Ties make it conservative (see ``RewardBaseline.compare``). Dependence makes it
-optimistic: completions of one prompt share that prompt's difficulty, and a window that overlaps the last one tests
+Completions of one prompt share its difficulty: n of them in groups of sizes n_g are worth n / d independent ones, with
+the design effect d = 1 + (Σ n_g² / n - 1) ρ. ρ is the intraclass correlation of the rewards' ranks, the upper end of
+its one-sided 95 % interval (analysis of variance). The p-value is that of KS with as many on both sides, since a baseline
+does not tell its prompts: it is taken to have been sampled as the run is.
+
+Two limits on it. Ties make it conservative (see ``RewardBaseline.compare``). A window that overlaps the last one tests
 the same rewards again. So significance alone is no news, and ``RewardComparison.parted`` asks for an effect too.
 
 Sources: N. Cliff, "Dominance statistics: ordinal analyses to answer ordinal questions", Psychological Bulletin 114
-(1993) 494-509; ``scipy.stats.ks_2samp``. Colours of the plot: Okabe and Ito. Imports no torch, scipy or matplotlib
+(1993) 494-509; L. Kish, Survey Sampling (1965); ``scipy.stats.ks_2samp``. Colours of the plot: Okabe and Ito. Imports no torch, scipy or matplotlib
 until they are needed.
 """
 
@@ -26,8 +30,9 @@ import json
 import logging
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count, repeat
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +145,10 @@ class RewardBaseline:
         except OverflowError as e:
             raise ConfigError(f"{path}: rewards has a number no float64 can hold. Expected finite numbers.") from e
 
-    def compare(self, rewards: Iterable[float]) -> RewardComparison | None:
+    def compare(self, rewards: Iterable[float], prompts: Iterable[int] | None = None) -> RewardComparison | None:
         """The run's ``rewards`` against this baseline; ``None`` with fewer than 20 finite ones.
+
+        ``prompts``: for each reward a number, the same for completions of one prompt. None: all independent.
 
         Both sides are compared in float32, the type of TRL's rewards: a 0.1 from a tensor and a 0.1 from a file are
         a tie, not a difference.
@@ -151,12 +158,14 @@ class RewardBaseline:
         rewards, alpha 0.05 gives under 1% false alarms on two samples of 1,000, and needs a difference of means of
         0.06. The p-value is exact (but for ties) up to 1,000 rewards in all and asymptotic above.
         """
-        run = _finite(rewards)
+        given = _as_floats(rewards)
+        finite = np.isfinite(given)
+        run = given[finite]
         if run.size < MIN_REWARDS:
             return None
         x, y = _comparable(run), _comparable(self.rewards)
         try:
-            from scipy.stats import ks_2samp
+            from scipy.stats import ks_2samp, kstwo
         except ImportError as e:
             raise ConfigError("comparing rewards needs scipy, which is not installed. Run: pip install scipy.") from e
 
@@ -164,13 +173,18 @@ class RewardBaseline:
         lower = np.searchsorted(y, x, side="left").sum()  # pairs with baseline < run
         higher = x.size * y.size - np.searchsorted(y, x, side="right").sum()  # pairs with baseline > run
         test = ks_2samp(x, y, method="exact" if x.size + y.size <= EXACT_UP_TO else "asymp")
+        p_value = float(test.pvalue)
+        effect = 1.0 if prompts is None else design_effect(run, np.asarray(list(prompts))[finite])
+        if effect > 1.0:
+            worth = x.size * y.size / (x.size + y.size) / effect
+            p_value = max(p_value, float(kstwo.sf(test.statistic, max(1, int(worth)))))
         return RewardComparison(
             count=run.size,
             mean=float(run.mean()),
             baseline_mean=float(self.rewards.mean()),
             effect_size=float(lower - higher) / (x.size * y.size),
             ks=float(test.statistic),
-            p_value=float(test.pvalue),
+            p_value=p_value,
         )
 
 
@@ -180,6 +194,7 @@ class RewardWindow:
     def __init__(self, size: int = 1000):
         _check_size("size", size)
         self._rewards: deque[float] = deque(maxlen=size)
+        self._prompts: deque[int | None] = deque(maxlen=size)
 
     def __len__(self) -> int:
         return len(self._rewards)
@@ -189,21 +204,66 @@ class RewardWindow:
         """A copy, oldest first."""
         return np.array(self._rewards, dtype=np.float64)
 
-    def extend(self, values: Iterable[float | None]) -> list[float]:
-        """Add rewards; non-finite ones (``None`` among them) are dropped. Returns those that were added."""
-        finite = [x for value in values if value is not None and math.isfinite(x := float(value))]
-        self._rewards.extend(finite)
-        return finite
+    @property
+    def prompts(self) -> np.ndarray:
+        """For each of ``rewards`` a number, the same for those of one prompt."""
+        known = [x for x in self._prompts if x is not None]
+        apart = count(max(known, default=0) + 1)
+        return np.array([next(apart) if x is None else x for x in self._prompts], dtype=np.int64)
+
+    def extend(self, values: Iterable[float | None], prompts: Sequence[int] | None = None) -> list[float]:
+        """Add rewards; non-finite ones (``None`` among them) are dropped. Returns those that were added.
+
+        ``prompts``: for each a number, the same for completions of one prompt. None: each of a prompt of its own.
+        """
+        values = list(values)
+        numbers = repeat(None) if prompts is None else prompts
+        finite = [
+            (x, number)
+            for value, number in zip(values, numbers, strict=prompts is not None)
+            if value is not None and math.isfinite(x := float(value))
+        ]
+        self._rewards.extend(x for x, _ in finite)
+        self._prompts.extend(number for _, number in finite)
+        return [x for x, _ in finite]
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"rewards": list(self._rewards)}
+        kept: dict[str, Any] = {"rewards": list(self._rewards)}
+        return kept | ({} if set(self._prompts) <= {None} else {"prompts": list(self._prompts)})
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore ``state``; a smaller window keeps the newest rewards."""
         rewards = _finite(state["rewards"]).tolist()
         self._rewards.clear()
+        self._prompts.clear()
         self._rewards.extend(rewards)
+        self._prompts.extend(state.get("prompts") or [None] * len(rewards))
+
+
+def design_effect(rewards: np.ndarray, prompts: np.ndarray) -> float:
+    """How many rewards are worth one independent reward, where those of one prompt resemble each other.
+
+    ``rewards`` and ``prompts``: (n,). 1 where each prompt has one reward; see the module for the formula.
+    """
+    from scipy.stats import f, rankdata
+
+    _, group, sizes = np.unique(prompts, return_inverse=True, return_counts=True)
+    n, groups = len(rewards), len(sizes)
+    per_prompt = float((sizes**2).sum()) / n  # mean size of the group a reward is in
+    if groups == n:
+        return 1.0
+    if groups == 1:
+        return per_prompt
+    ranks = rankdata(rewards)
+    means = np.bincount(group, ranks) / sizes
+    within = float(((ranks - means[group]) ** 2).sum()) / (n - groups)
+    if within == 0:
+        return per_prompt  # all of a prompt alike
+    between = float((sizes * (means - ranks.mean()) ** 2).sum()) / (groups - 1)
+    ratio = between / within / float(f.ppf(0.05, groups - 1, n - groups))
+    typical = (n - per_prompt) / (groups - 1)  # size of a group; all of one size: that size
+    return 1.0 + (per_prompt - 1.0) * min(max((ratio - 1.0) / (ratio + typical - 1.0), 0.0), 1.0)
 
 
 def _as_floats(values: Any) -> np.ndarray:

@@ -19,6 +19,7 @@ from ..records import ScoredBatch
 from ..verdict import MismatchStats
 from .correction import add_correction, correction_scalars
 from .histogram import log_ratio_histogram, quantiles, quantiles_abs
+from .intervals import intervals
 from .scalars import LAG_BUCKETS, SCALARS
 from .sums import BINS, DECADES, INDEX, PER_DECADE, SCALES, SUMS, MismatchSums
 from .trimmed import EXTREME, trimmed
@@ -34,14 +35,13 @@ _EXP_CLAMP = 300.0  # Δ in e^Δ of tokens: e^600 still fits a double
 
 BAND = 0.1  # a ratio outside [1 - BAND, 1 + BAND] counts as out_of_band (the band of TRL issue 6789)
 
-# An interval from a handful of sequences says nothing: below this many, honesty has no interval and no gap.
-MIN_BOOTSTRAP_SEQUENCES = 8
-
 _SCALE = 600.0  # nats between the scales of sequence weights: within one, e^2S fits a double
 
 _APART = 1.0  # nats by which a sequence's last token is more than rounding off
 
 _BLOCK = 1 << 17  # tokens summed at once: temporaries of about 40 MiB, whatever the batch
+
+_CUBED = 1e100  # what is cubed still fits a double
 
 _POOL = 4096  # sequences until their resampling weights repeat
 
@@ -51,8 +51,9 @@ _LAG_EDGES = (0, 1, 2, 4)  # the last lag of each bucket but the open one
 def measure(batch: ScoredBatch, *, bootstrap_samples: int = 200, first_sequence: int = 0) -> MismatchSums:
     """The sums of one scored batch, on its device, without a device sync.
 
-    ``first_sequence``: the running number of the batch's first sequence, over batches and ranks. Sequences are
-    resampled by their number, so different ones need different numbers.
+    Sequences are resampled by ``batch.keys``, so that equal ones are one piece of evidence, whatever batch or rank
+    they are in; without keys by their number. ``first_sequence``: that of the batch's first sequence, over batches and
+    ranks.
     """
     import torch
 
@@ -105,8 +106,7 @@ def _add_sequences(out: MismatchSums, batch: ScoredBatch, first_sequence: int) -
     out.sequence_weights.scatter_add_(1, scales, torch.stack([seq_w, seq_w * seq_w]))
 
     drift = by_sequence[INDEX["law_entropy"]] + by_sequence[INDEX["rollout_logprob"]]
-    weights = _weights_of(len(tokens), first_sequence, out.bootstrap_samples, mask.device)
-    torch.mm(weights.t().double(), torch.stack([by_sequence[INDEX["w"]], drift, tokens], dim=-1), out=out.bootstrap)
+    _add_resamples(out, torch.stack([by_sequence[INDEX["w"]], drift, tokens], dim=-1), batch.keys, first_sequence)
 
     known = tokens if batch.entropy is None else by_sequence[INDEX["entropy_tokens"]]
     more = torch.stack([tokens - known, *_last_tokens(batch)]).sum(-1)
@@ -206,6 +206,21 @@ def _by_lag(out: MismatchSums, batch: ScoredBatch, lags: torch.Tensor) -> None:
     out.span("lags").add_(len(lags))
 
 
+def _add_resamples(out: MismatchSums, x: torch.Tensor, keys: torch.Tensor | None, first_sequence: int) -> None:
+    """Write what intervals are made of: bootstrap and third moments of (B, 3) Σ w, Σ (H + rollout log-prob), tokens."""
+    import torch
+
+    if keys is None:
+        weights = _weights_of(len(x), first_sequence, out.bootstrap_samples, x.device)
+    else:
+        keys = keys.to(x.device) % _POOL
+        weights = _resample_weights(out.bootstrap_samples, x.device)[keys]
+    torch.mm(weights.t().double(), x, out=out.bootstrap)
+    x = torch.stack([x[:, 0] - x[:, 2], x[:, 1], x[:, 2]], dim=-1).clamp(-_CUBED, _CUBED)
+    whole = x if keys is None else x.new_zeros(_POOL, 3).index_add_(0, keys, x)[keys]  # of all equal sequences together
+    torch.mm((whole * whole).t(), x, out=out.third_moments)
+
+
 def _weights_of(count: int, first: int, samples: int, device: torch.device) -> torch.Tensor:
     """(count, R) resampling weights of sequences numbered from ``first``."""
     pool, start = _resample_weights(samples, device), first % _POOL
@@ -302,13 +317,12 @@ def compute(sums: MismatchSums) -> MismatchStats:
     if s["tokens"] > 0:
         histogram = sums.histogram.numpy()
         values |= _ratios(s, maxima, histogram) | _entropies(s)
-        values |= _intervals(s, sums.bootstrap.numpy()) | trimmed(histogram, s)
+        values |= intervals(s, sums.bootstrap.numpy(), sums.third_moments.tolist()) | trimmed(histogram, s)
         values |= _of_sequences(s, sums.sequence_weights.numpy(), values["honesty_gap"])
         values |= correction_scalars(s, sums.correction_weights.numpy())
         if s["entropy_nonfinite"]:
-            values |= dict.fromkeys(
-                ("entropy/trainer", "entropy/drift", "entropy/drift_gap", "kl_over_entropy"), math.nan
-            )
+            unknown = ("entropy/trainer", "entropy/drift", "entropy/drift_gap", "kl_over_entropy")
+            values |= dict.fromkeys(unknown, math.nan)
     return MismatchStats(int(s["tokens"]), int(s["sequences"]), int(s["batches"]), int(s["errors"]), values)
 
 
@@ -358,23 +372,6 @@ def _entropies(s: dict[str, float]) -> dict[str, float | None]:
     return found
 
 
-def _intervals(s: dict[str, float], bootstrap: np.ndarray) -> dict[str, float | None]:
-    """Of honesty and of the entropies' drift, from enough sequences."""
-    resampled = bootstrap[bootstrap[:, -1] > 0]
-    if s["sequences"] < MIN_BOOTSTRAP_SEQUENCES or not len(resampled):
-        return {}
-    means = np.sort(resampled[:, :-1] / resampled[:, -1:], axis=0)
-    found = _interval("honesty", means[:, 0], 1.0)
-    if s["entropy_tokens"] == s["tokens"]:
-        found |= _interval("entropy/drift", means[:, 1], 0.0)
-    return found
-
-
-def _interval(name: str, ordered: np.ndarray, expected: float) -> dict[str, float | None]:
-    """The 99 % interval of bootstrap means, ascending, and its distance from what is expected."""
-    cut = int(0.005 * len(ordered))
-    low, high = float(ordered[cut]), float(ordered[-1 - cut])
-    return {f"{name}_low": low, f"{name}_high": high, f"{name}_gap": max(0.0, low - expected, expected - high)}
 
 
 def _exp(x: float) -> float:

@@ -59,12 +59,14 @@ INDEX = {name: i for i, name in enumerate(SUMS)}
 
 # behind all that 0.6.0 kept, whose checkpoints are read by place
 ADDED = (
+    # over sequences: the square of w - tokens, H + rollout log-prob and tokens, each times each of the three
+    *(f"third_moment/{i}{j}" for i in range(3) for j in range(3)),
     # tokens with an entropy that is no number
     "entropy_nonfinite",
     # sequences whose last token both sides scored; of that token |Δ|, and whether it is above 1 nat
     "last_tokens", "last_abs_delta", "last_apart",
-    # sequences the trainer's correction gave weights: how many, shares of tokens with weight 0, means of min(w, 1), of w,
-    # and its square
+    # sequences the trainer's correction gave weights: how many, shares of tokens with weight 0, means of min(w, 1), of
+    # w, and its square
     "corrected", "corrected_zeroed", "corrected_kept", "corrected_w", "corrected_w2",
     # the same of those longer than their batch's mean
     "long_corrected", "long_zeroed", "long_kept",
@@ -78,8 +80,8 @@ class MismatchSums:
 
     ``additive``: fp64, the sums named in ``SUMS``, then the histogram (2 signs x ``BINS``), then the bootstrap
     (R resamples x [Σ w, Σ (H + rollout log-prob), Σ tokens]), sequence weights by scale (2 x ``SCALES``), the
-    histogram of the correction's weights (``WEIGHT_BINS``), and the sums named in ``ADDED``. ``maxima``: fp64, ``-inf`` where
-    nothing was seen. About 19 KiB with R = 200, whatever the number of tokens.
+    histogram of the correction's weights (``WEIGHT_BINS``), and the sums named in ``ADDED``. ``maxima``: fp64,
+    ``-inf`` where nothing was seen. About 19 KiB with R = 200, whatever the number of tokens.
     """
 
     __slots__ = ("_additive", "_bumps", "_maxima", "_raises", "bootstrap_samples")
@@ -174,10 +176,10 @@ class MismatchSums:
 
     def span(self, *names: str) -> torch.Tensor:
         """A view of sums that stand side by side, to be filled as one vector in this order."""
-        known, start = (SUMS, 0) if names[0] in INDEX else (ADDED, self._additive.numel() - len(ADDED))
+        known, before = (SUMS, 0) if names[0] in INDEX else (ADDED, self._additive.numel() - len(ADDED))
         first = known.index(names[0])
         assert known[first : first + len(names)] == names, f"{names} do not stand side by side"
-        return self._additive[start + first : start + first + len(names)]
+        return self._additive[before + first : before + first + len(names)]
 
     def peak_span(self, *names: str) -> torch.Tensor:
         """The same of maxima."""
@@ -227,3 +229,8 @@ class MismatchSums:
     def correction_weights(self) -> torch.Tensor:
         """(WEIGHT_BINS,) counts of sequences by the weight the trainer's correction gave them."""
         return self._additive[-len(ADDED) - WEIGHT_BINS : -len(ADDED)]
+
+    @property
+    def third_moments(self) -> torch.Tensor:
+        """(3, 3): Σ over sequences of x_i² x_j, of x = w - tokens, H + rollout log-prob, tokens."""
+        return self.span(*(name for name in ADDED if name.startswith("third_moment/"))).view(3, 3)

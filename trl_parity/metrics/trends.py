@@ -17,16 +17,21 @@ class EntropyWatch:
     """Trend of the trainer's entropy, and its level against the run's beginning.
 
     A policy without entropy hides every drift: log-probs of near-certain tokens agree between any two models. A
-    collapse also goes before non-finite log-probs.
+    collapse also goes before non-finite log-probs. An entropy that is not finite makes both of its window NaN, and is
+    forgotten with it.
     """
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=_TREND)
         self._first: list[float] = []
+        self._finite = True  # the last one that was measured
 
     def update(self, entropy: float | None) -> None:
-        """Add one window's ``entropy/trainer``. One that is no number is none to compare later windows with."""
-        if entropy is None or not math.isfinite(entropy):
+        """Add one window's ``entropy/trainer``."""
+        if entropy is None:
+            return
+        self._finite = math.isfinite(entropy)
+        if not self._finite:
             return
         self._recent.append(entropy)
         if len(self._first) < _REFERENCE:
@@ -34,6 +39,8 @@ class EntropyWatch:
 
     def scalars(self) -> dict[str, float | None]:
         """``entropy/trend`` (from 3 windows on) and ``entropy/relative`` (from 5 on)."""
+        if not self._finite:
+            return {"entropy/trend": math.nan, "entropy/relative": math.nan}
         out: dict[str, float | None] = {}
         if len(self._recent) >= 3:
             out["entropy/trend"] = statistics.linear_regression(range(len(self._recent)), self._recent).slope
@@ -48,7 +55,7 @@ class EntropyWatch:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore ``state``."""
         self._recent = deque(filter(math.isfinite, state["recent"]), maxlen=_TREND)
-        self._first = [x for x in state["first"] if math.isfinite(x)]
+        self._first = [entropy for entropy in state["first"] if math.isfinite(entropy)]
 
 
 def expected_temperature(phases: Mapping[str, Sequence[tuple[int, float]]], kind: str, step: int) -> float | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from ..errors import ConfigError, DataError
 from ..metrics.rewards import MIN_REWARDS, REWARDS_NAME, RewardBaseline
 from ..results.paths import metrics_path
 from ..results.rejudge import read_windows
+from ..verdict import enough_judged, judged
 
 __all__ = ["Check", "Decision", "PilotOutcome", "PilotReport", "judge_pilot"]
 
@@ -138,24 +140,28 @@ def _training(windows: Sequence[Mapping[str, Any]], steps: int | None, returncod
 def _parity(windows: Sequence[Mapping[str, Any]]) -> Check:
     counts = Counter(str(window["status"]) for window in windows)
     told = ", ".join(f"{n} {status}" for status, n in counts.items())
-    judged = sum(counts[status] for status in ("OK", "WARN", "BREACH", "HALT"))
-    last = windows[-1]
+    n, last = judged(counts), windows[-1]
     if counts["HALT"]:
         first = next(window for window in windows if window["status"] == "HALT")
         return Check("parity", PilotOutcome.FAIL, f"halted at step {first['step']}: {first.get('reason') or told}")
-    if not judged:
+    if not n:
         return Check("parity", PilotOutcome.UNKNOWN, f"no window could be judged: {told}")
-    if last["status"] == "BREACH" or counts["BREACH"] > _MAX_BREACHED * judged:
+    if last["status"] == "BREACH" or counts["BREACH"] > _MAX_BREACHED * n:
         reasons = [str(window.get("reason")) for window in windows if window["status"] == "BREACH"]
         return Check("parity", PilotOutcome.FAIL, f"{told}; the last breach: {reasons[-1]}")
     if counts["ERROR"] > _MAX_FAILED * len(windows):
         return Check("parity", PilotOutcome.UNKNOWN, f"the measurement failed too often: {told}")
-    return Check("parity", PilotOutcome.PASS, told)
+    text = f"{n} of {len(windows)} windows judged: {told}"
+    if not enough_judged(counts):
+        return Check("parity", PilotOutcome.UNKNOWN, f"{text}; expected at least half")
+    return Check("parity", PilotOutcome.PASS, text)
 
 
 def _drift(windows: Sequence[Mapping[str, Any]]) -> Check:
     """k3 KL against its floor and its limit: what there is left before the breaker speaks."""
     drift, floor = _values(windows, "trimmed/kl_k3") or _values(windows, "kl_k3"), _values(windows, "floor/kl_k3")
+    if lost := _not_finite(windows, "trimmed/kl_k3", "kl_k3"):
+        return Check("drift", PilotOutcome.FAIL, f"k3 KL was no finite number in {lost} of {len(windows)} windows")
     if not drift:
         return Check("drift", PilotOutcome.UNKNOWN, "k3 KL was never measured")
     text = f"k3 KL {statistics.median(drift):.2g} (median), {max(drift):.2g} (largest)"
@@ -172,6 +178,8 @@ def _drift(windows: Sequence[Mapping[str, Any]]) -> Check:
 
 def _entropy(windows: Sequence[Mapping[str, Any]]) -> Check:
     entropy = _values(windows, "entropy/trainer")
+    if lost := _not_finite(windows, "entropy/trainer"):
+        return Check("entropy", PilotOutcome.FAIL, f"was no finite number in {lost} of {len(windows)} windows")
     if len(entropy) < 2:
         return Check("entropy", PilotOutcome.UNKNOWN, "measured in fewer than 2 windows")
     span = min(_SPAN, len(entropy) // 2)
@@ -219,5 +227,11 @@ def _values(windows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
 
 
 def _finite(window: Mapping[str, Any], *names: str) -> bool:
-    """Whether all are numbers: metrics.jsonl has null for what is not measured and text for inf and nan."""
-    return all(isinstance(window.get(name), (int, float)) for name in names)
+    """Whether all were measured, and are finite."""
+    return all(isinstance(value := window.get(name), (int, float)) and math.isfinite(value) for name in names)
+
+
+def _not_finite(windows: Sequence[Mapping[str, Any]], *names: str) -> int:
+    """Windows in which one of them was measured, and is no finite number."""
+    values = ((window.get(name) for name in names) for window in windows)
+    return sum(any(v is not None and not math.isfinite(v) for v in found) for found in values)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..files import jsonable
+from ..files import jsonable, require_no_link
 from ..results.incident import _KINDS, Incident, incident_folder
 from ..results.redaction import TEXT_COLUMNS, bare
 from . import figures
@@ -32,39 +32,50 @@ _COLUMNS = {
 }  # fmt: skip
 
 
+_NO_PICTURES = "Without pictures: training went on. Run: trl-parity report . --html report.html"
+
+
 def write_incident(
     parity_dir: Path,
     incident: Incident,
     rows: list[dict[str, Any]],
     text: Callable[[Path], str] | None = None,
+    *,
+    pictures: bool = True,
 ) -> Path:
     """Write the folder whole or not at all, and return it. Raises ConfigError where that can't be done.
 
     A folder of the same step is left as it is; this one is called ``step-<n>-2`` then, ``-3`` and so on. A picture
     that can't be drawn is left out, and the report says so. When redacted, columns and details that hold ids or text
     are dropped whatever is given; sentences are not looked into. ``text``: the incident's, given its folder.
+    ``pictures``: whether they are drawn now, which takes seconds; else the report says how to have them.
     """
     while True:
         folder = incident_folder(Path(parity_dir), incident.step)
         if text is not None:
             incident = replace(incident, text=text(folder))
-        if _write_whole(folder, incident, rows):
+        if _write_whole(folder, incident, rows, pictures):
             return folder
 
 
-def _write_whole(folder: Path, incident: Incident, rows: list[dict[str, Any]]) -> bool:
+def _write_whole(folder: Path, incident: Incident, rows: list[dict[str, Any]], pictures: bool) -> bool:
     """Whether the folder was written; not where another process has made it meanwhile."""
     incident, rows = bare(incident, rows)
     home = folder.parent
     temporary = home / f".step-{incident.step}.{uuid.uuid4().hex[:12]}.tmp"
     content = json.dumps(jsonable({name: getattr(incident, name) for name in _KINDS}), indent=2, allow_nan=False)
     try:
-        temporary.mkdir(parents=True)
+        require_no_link(home)
+        home.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir(mode=0o777 if incident.redacted else 0o700)  # text is for this user alone
         (temporary / "incident.json").write_text(content + "\n", encoding="utf-8")
         _write_tokens(temporary / "tokens.parquet", rows, incident.redacted)
-        drawn, note = draw(figures.INCIDENT_PICTURES, summary_of(incident, rows))
-        if note:
-            logger.warning("the incident at step %d: %s", incident.step, note)
+        drawn: dict[str, bytes] = {}
+        note = _NO_PICTURES
+        if pictures:
+            drawn, note = draw(figures.INCIDENT_PICTURES, summary_of(incident, rows))
+            if note:
+                logger.warning("the incident at step %d: %s", incident.step, note)
         for name, png in drawn.items():
             (temporary / name).write_bytes(png)
         report = report_markdown(incident, rows, list(drawn), note=note)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..config.rules import Rule
+from ..verdict import worst
 from .drawing import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, canvas, legend, png
 from .escape import one_line
 from .format import cut
@@ -79,8 +80,7 @@ def draw_timeline(summary: Summary) -> bytes | None:
 
 def _timeline_title(summary: Summary, drift: np.ndarray) -> str:
     c = summary.columns
-    status = max(c.statuses, key=list(_MARKS).index) if set(c.statuses) <= set(_MARKS) else ""
-    ended = f"worst status {one_line(status)}"
+    ended = f"worst status {worst(c.statuses)}"
     if (incident := summary.incident) is not None:
         breached = ", ".join(one_line(b) for b in incident.verdict.get("breaches") or ())
         ended = f"halted at step {incident.step}" + (f" on {breached}" if breached else "")

@@ -18,6 +18,7 @@ from ..results.incident import Incident, read_incident
 from ..results.paths import is_run, metrics_path
 from ..results.reader import Columns, Sample, as_number, iter_windows, recorded_config, run_facts, samples
 from ..results.redaction import bare
+from ..verdict import JUDGED, Status, enough_judged, judged, worst
 
 __all__ = ["SHOWN", "Statistic", "Summary", "headline", "statistics", "summarize", "summary_of"]
 
@@ -213,21 +214,27 @@ def headline(summary: Summary) -> tuple[str, str]:
     if not c.count:
         return "NO_DATA", "no window was measured."
     last = c.last
-    if c.first_halt is not None:
-        status = "HALT"
+    status, missing = worst(c.statuses), c.count - judged(c.statuses)
+    of = f"{c.statuses[status]:,} of {c.count:,} windows"
+    if status is Status.HALT:
         text = f"halted at step {c.first_halt}"
-    elif c.statuses["BREACH"]:
-        status = "BREACH"
-        text = f"{c.statuses['BREACH']:,} of {c.count:,} windows over a limit, none halted"
-    elif c.statuses["ERROR"]:
-        status, text = "ERROR", f"{c.statuses['ERROR']:,} of {c.count:,} windows could not be measured"
-    elif c.statuses["WARN"]:
-        status, text = "WARN", f"never over a limit; {c.statuses['WARN']:,} of {c.count:,} windows near one or watched"
-    elif c.statuses["OK"]:
-        status, text = "OK", f"healthy in all {c.count:,} windows, to step {last['step']}"
-    else:
-        status = max(c.statuses, key=c.statuses.__getitem__)
+    elif status is Status.BREACH:
+        text = f"{of} over a limit, none halted"
+    elif status is Status.ERROR:
+        text = f"{of} could not be measured"
+    elif status is Status.WARN:
+        text = f"never over a limit; {of} near one or watched"
+    elif missing == c.count:
+        status = Status(max(c.statuses, key=c.statuses.__getitem__))
         text = f"{c.count:,} windows, none judged healthy or ill ({last['reason'] or 'no noise floor yet'})"
+    elif not missing:
+        text = f"healthy in all {c.count:,} windows, to step {last['step']}"
+    else:  # healthy where it was judged
+        status = Status.OK if enough_judged(c.statuses) else worst(s for s in c.statuses if s not in JUDGED)
+        text = f"healthy in {c.statuses['OK']:,} of {c.count:,} windows, to step {last['step']}"
+    if 0 < missing < c.count:
+        names = ", ".join(f"{n:,} {name}" for name, n in c.statuses.items() if name not in JUDGED)
+        text += f"; {missing:,} not judged ({names})"
     if c.onset is not None:
         healthy = sum(1 for step in c.steps if step < c.onset) * c.width
         began = "its first window" if not healthy else f"step {c.onset}"
@@ -235,7 +242,7 @@ def headline(summary: Summary) -> tuple[str, str]:
     if summary.incident is not None and summary.incident.diagnosis is not None:
         cause = str(summary.incident.diagnosis.get("cause"))
         text += f"; cause: {cause}"
-    return status, text + "."
+    return str(status), text + "."
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +273,9 @@ def statistics(
         if not known:
             continue
         reading = read(rules[name], last) if name in rules else None
-        share = None if reading is None or not reading.limit else max(0.0, reading.value / reading.limit)
+        share = None if reading is None or not reading.limit else reading.value / reading.limit
+        if share is not None:  # no number: over any limit
+            share = max(0.0, share) if math.isfinite(share) else math.inf
         worst = known[0] if name in _WORST_IS_LOW else known[-1]
         now, floor = (as_number(last.get(key)) for key in (name, f"floor/{name}"))
         out.append(Statistic(name, values, now, floor, share, known[len(known) // 2], worst))

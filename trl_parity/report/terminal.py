@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..config.parity import ParityConfig
 from ..results.paths import metrics_path
 from ..results.reader import as_number
+from ..verdict import JUDGED, judged
 from .escape import visible
 from .format import number
 from .sequences import color_scale, shade, worst_sequences
@@ -71,7 +73,11 @@ def _status_line(rows: Sequence[dict[str, Any]], config: ParityConfig, age: floa
 
     last = rows[-1]
     said = f"  step {last['step']}  streak {last.get('streak', 0)} of {config.consecutive}  {len(rows)} windows"
-    said += ("+" if len(rows) == KEPT else "") + ("" if age is None else f"  last one {age:.0f} s ago")
+    said += "+" if len(rows) == KEPT else ""
+    counts = Counter(row["status"] for row in rows)
+    if missing := ", ".join(f"{n} {name}" for name, n in counts.items() if name not in JUDGED):
+        said += f", {judged(counts)} judged ({missing})"
+    said += "" if age is None else f"  last one {age:.0f} s ago"
     return Text.assemble(_badge(last["status"]), said)
 
 

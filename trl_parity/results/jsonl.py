@@ -6,11 +6,13 @@ import json
 import logging
 import math
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..errors import ConfigError
+from ..files import open_log
 from ..verdict import Verdict
 
 __all__ = ["SCHEMA_VERSION", "JsonlSink"]
@@ -21,6 +23,10 @@ SCHEMA_VERSION = 2
 
 TOKENS_SCHEMA_VERSION = 1
 
+_BLOCK = 1 << 16  # bytes read or copied at once
+
+_LONGEST_LINE = 1 << 26  # bytes; no window's: something foreign
+
 _encode = json.JSONEncoder(allow_nan=False).encode  # json.dumps would make an encoder for each line
 
 
@@ -29,7 +35,8 @@ class JsonlSink:
 
     ``resume_step=0`` starts a new file and keeps an old one as ``<name>-<n>.jsonl``. ``resume_step > 0`` goes on
     after the windows up to that step; later ones, which the resumed run measures again, and a torn last line move
-    to ``<name>.superseded.jsonl``.
+    to ``<name>.superseded.jsonl``. The file is read from its end, and cut in place: time and memory don't grow with
+    it. A link, or what is no regular file, is refused.
     """
 
     def __init__(self, directory: str | Path, resume_step: int = 0, name: str = "metrics"):
@@ -39,7 +46,7 @@ class JsonlSink:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists() and self.path.stat().st_size:
                 self._take_over(resume_step)
-            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - open for the whole run
+            self._file = open_log(self.path, buffering=0)
         except OSError as e:
             raise ConfigError(
                 f"cannot write {self.path}: {e.strerror}. Expected a writable directory; set parity_dir or output_dir."
@@ -53,17 +60,21 @@ class JsonlSink:
             os.replace(self.path, kept)
             logger.info("an earlier run's %s is kept as %s", self.path, kept.name)
             return
-        keep: list[bytes] = []
-        drop: list[bytes] = []
-        for line in self.path.read_bytes().splitlines(keepends=True):
-            (keep if _step_of(line) <= resume_step else drop).append(line)
-        if not drop:
-            return
-        with open(self.path.with_name(f"{self.path.stem}.superseded.jsonl"), "ab") as superseded:
-            superseded.writelines(line if line.endswith(b"\n") else line + b"\n" for line in drop)
-        temporary = self.path.with_name(f"{self.path.name}.tmp")
-        temporary.write_bytes(b"".join(keep))
-        os.replace(temporary, self.path)
+        with open_log(self.path, "r+b") as file:
+            cut = _end_of_kept(file, resume_step)
+            file.seek(cut)
+            if not file.read(1):
+                return
+            # copied before it is cut: a kill in between leaves later windows twice, and loses none
+            with open_log(self.path.with_name(f"{self.path.stem}.superseded.jsonl")) as superseded:
+                file.seek(cut)
+                shutil.copyfileobj(file, superseded, _BLOCK)
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    superseded.write(b"\n")
+                superseded.flush()
+                os.fsync(superseded.fileno())
+            file.truncate(cut)
 
     def write(self, verdict: Verdict) -> None:
         """Append one window."""
@@ -99,9 +110,37 @@ class JsonlSink:
         self._file.close()
 
 
-def _step_of(line: bytes) -> float:
+def _end_of_kept(file: BinaryIO, resume_step: int) -> int:
+    """Bytes up to the end of the last line of a step <= ``resume_step``, sought from the file's end.
+
+    Steps ascend in a file: each resume takes away those it begins anew. So only what is moved is read.
+    """
+    end = file.seek(0, os.SEEK_END)
+    while end and not _step_of(file, start := _start_of_line(file, end), end) <= resume_step:
+        end = start
+    return end
+
+
+def _start_of_line(file: BinaryIO, end: int) -> int:
+    """Where the line that ends at ``end`` (its newline included) begins."""
+    before = end - 1
+    while before > 0:
+        size = min(_BLOCK, before)
+        file.seek(before - size)
+        found = file.read(size).rfind(b"\n")
+        if found >= 0:
+            return before - size + found + 1
+        before -= size
+    return 0
+
+
+def _step_of(file: BinaryIO, start: int, end: int) -> float:
     """The step of a whole line; infinity for a torn or foreign one."""
+    if end - start > _LONGEST_LINE:
+        return math.inf
+    file.seek(start)
+    line = file.read(end - start)
     try:
-        return float(json.loads(line)["step"]) if line.endswith(b"\n") else float("inf")
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf

@@ -21,7 +21,7 @@ from ..errors import DataError
 from ..files import check_version, read_versioned
 from ..metrics.scalars import SCALARS
 from ..progress import progress_bar
-from ..verdict import SEVERITY, Status
+from ..verdict import SEVERITY, worst
 from .paths import CONFIG_NAME, RUN_NAME, TOKENS_NAME, metrics_path
 
 __all__ = ["Columns", "Sample", "iter_windows", "recorded_config", "run_facts", "samples", "window_of"]
@@ -172,7 +172,7 @@ class Columns:
         if not self._open:
             return
         self.steps.append(self._open[-1]["step"])
-        self.status.append(max((r["status"] for r in self._open), key=_rank))
+        self.status.append(str(worst(r["status"] for r in self._open)))
         for name, column in self.values.items():
             column.append(_mean([r.get(name) for r in self._open]))
         self._open = []
@@ -180,13 +180,9 @@ class Columns:
     def _halve(self) -> None:
         pairs = range(0, len(self.steps) - 1, 2)
         self.steps = array("d", (self.steps[i + 1] for i in pairs))
-        self.status = [max(self.status[i : i + 2], key=_rank) for i in pairs]
+        self.status = [str(worst(self.status[i : i + 2])) for i in pairs]
         self.values = {k: array("d", (_mean(list(v[i : i + 2])) for i in pairs)) for k, v in self.values.items()}
         self.width *= 2
-
-
-def _rank(status: str) -> int:
-    return SEVERITY.index(Status(status) if status in SEVERITY else Status.ERROR)
 
 
 def _mean(values: list[float | None]) -> float:

@@ -51,7 +51,8 @@ def score_tokens(
         chunk_bytes: bound on all temporaries together, besides a few vectors of N (of N x M with ``top``); one row of
             everything is always allowed.
         backend: "triton" (GPUs), "torch" (every device), or "auto": Triton on CUDA devices of compute capability 8
-            and up, where it is installed and the dtypes fit (no low-rank head), else torch.
+            and up, where it is installed, the dtypes fit (no low-rank head) and its first numbers are torch's, else
+            torch.
         top: (N, M) fp32 to fill with the log-probs of the M most likely tokens, descending; M up to V_used. A target
             among them has the same number there. In Triton that takes the product twice and waits for the device
             once; tokens it can't do it for (many equals), and all where M is near V_used / 256, are left to torch.
@@ -62,6 +63,7 @@ def score_tokens(
     Raises:
         ValueError: shapes, dtypes or a backend that do not fit; on the CPU also a target outside the vocabulary. On an
             accelerator that check would wait for the device; there such a target gets log-prob -inf.
+        RuntimeError: with backend="triton", its first numbers are not torch's.
     """
     check(hidden, head)
     check_targets(hidden, targets, head)
@@ -122,13 +124,55 @@ def _tried_on_chip(
 ) -> HeadScores | None:
     """By the Triton kernels; None where they can't, which is not tried again unless it ``must`` be they."""
     try:
-        return _score_on_chip(hidden, targets, head, chunk_bytes, top)
+        scores = _score_on_chip(hidden, targets, head, chunk_bytes, top)
+        if scores is not None:
+            _prove(scores, hidden, targets, head, chunk_bytes, top)
+        return scores
     except Exception as e:  # a compiler that does not know this GPU, say
         if must:
             raise
         _without_triton.add(hidden.device)
-        logger.warning("the head's Triton kernel can't run here (%s: %s); torch does its work.", type(e).__name__, e)
+        logger.warning("the head's Triton kernel fails here (%s: %s); torch does its work.", type(e).__name__, e)
         return None
+
+
+_proven: set[tuple[object, ...]] = set()  # kinds of heads whose first numbers were torch's
+
+_PROOF_TOKENS, _PROOF_NATS = 256, 1e-3  # both add up in fp32: logits near 30 are off by 1e-5, near 1000 by 1e-4
+
+
+def _prove(
+    scores: HeadScores,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    head: Head,
+    chunk_bytes: int,
+    top: torch.Tensor | None,
+) -> None:
+    """Compare the kernels' first numbers of each kind with torch's on some tokens; RuntimeError where they differ."""
+    kind = (
+        hidden.device, hidden.dtype, head.weight.dtype, head.weight.shape, head.bias is None, head.softcap is None,
+        head.logits_dtype, top is None,
+    )  # fmt: skip
+    if kind in _proven:
+        return
+    at = torch.linspace(0, len(hidden) - 1, min(_PROOF_TOKENS, len(hidden)), device=hidden.device).long()
+    most = None if top is None else torch.empty_like(top[at])
+    expected = score_tokens(hidden[at], targets[at], head, chunk_bytes=chunk_bytes, backend="torch", top=most)
+    pairs = [*zip(scores, expected, strict=True), *([] if top is None or most is None else [(top, most)])]
+    gap = max(_largest_gap(got[at], want) for got, want in pairs)
+    # logits rounded to few digits may round to either side: a last digit of theirs
+    allowed = _PROOF_NATS if head.logits_dtype in (None, torch.float32) else 1.0
+    if gap > allowed:
+        raise RuntimeError(f"its numbers are off by up to {gap:.3g} nats from torch's on {len(at)} tokens")
+    _proven.add(kind)
+    logger.info("the head's Triton kernel gives torch's numbers on %d tokens, to %.1g nats", len(at), gap)
+
+
+def _largest_gap(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Nats; infinite where one of two numbers is finite and the other is not."""
+    gaps = (got.double() - want.double()).abs().nan_to_num(torch.inf, torch.inf)
+    return float(torch.where(got.isfinite() | want.isfinite(), gaps, 0.0).max())
 
 
 def _score_on_chip(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,6 +27,8 @@ class Head:
     logits_dtype: torch.dtype | None = None  # round W h + b to this dtype, as a head of that dtype does (None: fp32)
     # LoRA on the head: (A (r, H), B (V, r), scaling), each adds scaling * B A to W
     low_rank: tuple[tuple[torch.Tensor, torch.Tensor, float], ...] = ()
+    # hidden (n, H) to logits (n, V) in fp32, instead of W h + b: of a head that is more than a matrix
+    module: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @property
     def vocab_used(self) -> int:

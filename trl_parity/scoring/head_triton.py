@@ -129,7 +129,8 @@ def _logits(
     if HAS_SOFTCAP:
         # tanh by an exponential that cannot overflow
         e = tl.exp(-2.0 * tl.abs(z) / softcap)
-        z = tl.where(z < 0, -softcap, softcap) * ((1.0 - e) / (1.0 + e))
+        capped = tl.where(z < 0, -softcap, softcap) * ((1.0 - e) / (1.0 + e))
+        z = tl.where(z == float("-inf"), z, capped)  # what the bias takes out stays out
     z *= inverse_temperature
     z = tl.where(entry[None, :] < vocab, z, float("-inf"))
     return z, token, entry, vocab_block
@@ -226,13 +227,14 @@ _ROUNDED: dict[torch.dtype | None, Any] = {torch.bfloat16: tl.bfloat16, torch.fl
 
 
 def takes(hidden: torch.Tensor, head: Head) -> bool:
-    """Whether this is for us: on a GPU (or interpreted), 16 or 32 bits, rows in one piece, no low-rank term."""
+    """Whether this is for us: on a GPU (or interpreted), 16 or 32 bits, rows in one piece, a matrix alone."""
     tensors = (hidden, head.weight)
     return (
         (hidden.is_cuda or triton.knobs.runtime.interpret)
         and all(t.dtype in _TERMS and t.stride(1) == 1 for t in tensors)
         and head.logits_dtype in (None, torch.float32, *_ROUNDED)
         and not head.low_rank
+        and head.module is None
     )
 
 

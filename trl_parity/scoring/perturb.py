@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 __all__ = [
@@ -171,7 +173,12 @@ def rounding_noise(backbone: torch.nn.Module, dtype: torch.dtype, seed: int) -> 
 
 @contextmanager
 def own_random_numbers() -> Iterator[None]:
-    """The random state of the CPU and of this process's CUDA device is after the block what it was before."""
+    """The random state of torch (CPU and this process's CUDA device), numpy and ``random`` is as before afterwards."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        yield
+    python, arrays = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)

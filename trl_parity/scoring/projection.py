@@ -35,7 +35,12 @@ class Projection:
         self.inner = _HALF_INNER if self.direct or self.precision == "bf16" else _FP32_INNER
         copy_hidden = not self.direct and (hidden.dtype != torch.float32 or hidden.stride(1) != 1)
         copy_weight = not self.direct and head.weight.dtype != torch.float32
-        self.block_tokens, self.rows, self.cols = _tile_sizes(hidden, head, chunk_bytes, copy_hidden, copy_weight)
+        if head.module is not None:  # whole rows; what it holds besides its output is its own
+            copy_hidden = copy_weight = False
+            few = max(1, min(len(hidden), chunk_bytes // (16 * head.weight.shape[0])))
+            self.block_tokens, self.rows, self.cols = few, few, head.vocab_used
+        else:
+            self.block_tokens, self.rows, self.cols = _tile_sizes(hidden, head, chunk_bytes, copy_hidden, copy_weight)
         fp32: dict[str, Any] = {"dtype": torch.float32, "device": device}  # whatever torch.set_default_dtype says
         self.buffers = [torch.empty(self.rows, self.cols, **fp32) for _ in range(2)]
         self.hidden32 = torch.empty(self.block_tokens, width, **fp32) if copy_hidden else None
@@ -67,6 +72,25 @@ class Projection:
     def _logits(self, h: torch.Tensor, w: torch.Tensor, low: list[torch.Tensor], cols: slice, z: torch.Tensor) -> None:
         """z = softcap(logit_scale * (W h + b))."""
         head = self.head
+        if head.module is not None:
+            with _fp32_products(z.device, "ieee"):
+                z.copy_(head.module(h)[:, cols])
+        else:
+            self._product(h, w, low, cols, z)
+        if head.logits_dtype is not None:
+            z.copy_(z.to(head.logits_dtype))
+        if head.logit_scale != 1.0:
+            z.mul_(head.logit_scale)
+        if head.softcap is not None:
+            z.div_(head.softcap).tanh_().mul_(head.softcap)
+            if head.bias is not None:  # what it takes out stays out
+                z.masked_fill_(head.bias[cols] == -torch.inf, -torch.inf)
+
+    def _product(
+        self, h: torch.Tensor, w: torch.Tensor, low: list[torch.Tensor], cols: slice, z: torch.Tensor
+    ) -> None:
+        """z = W h + b."""
+        head = self.head
         as_fp32: dict[str, Any] = {"out_dtype": torch.float32} if self.direct else {}
         with _fp32_products(z.device, self.precision):
             if w.shape[1] <= self.inner:
@@ -80,12 +104,6 @@ class Projection:
                 z.addmm_(x, b[cols].float().t(), alpha=scaling)
         if head.bias is not None:
             z.add_(head.bias[cols])
-        if head.logits_dtype is not None:
-            z.copy_(z.to(head.logits_dtype))
-        if head.logit_scale != 1.0:
-            z.mul_(head.logit_scale)
-        if head.softcap is not None:
-            z.div_(head.softcap).tanh_().mul_(head.softcap)
 
 
 def _tile_sizes(

@@ -14,7 +14,17 @@ import torch
 
 from ..records import SamplingSettings
 
-__all__ = ["ReplayScores", "candidates", "cut", "kept_mask", "penalize", "replay", "replay_top", "settings_of"]
+__all__ = [
+    "ReplayScores",
+    "candidates",
+    "cut",
+    "kept_mask",
+    "penalize",
+    "replay",
+    "replay_top",
+    "settings_of",
+    "turns",
+]
 
 # How many of the most likely tokens are looked at, first and where these are too few: sorting a whole vocabulary costs
 # as much as many heads, and what a policy in RL samples from is seldom more than a few dozen.
@@ -30,10 +40,22 @@ class ReplayScores(NamedTuple):
     out_of_support: torch.Tensor  # the target is outside the kept set: it was added to it, to keep the log finite
 
 
+def turns(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a (B, C) mask of engine tokens: which run of them a token is in, and where in that run; (B, C) from 0.
+
+    A run is what one request sampled; everything before it was that request's prompt.
+    """
+    column = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    start = mask & ~torch.nn.functional.pad(mask, (1, 0))[:, :-1]
+    began = torch.where(start, column, 0).cummax(-1).values
+    return (start.long().cumsum(-1) - 1).clamp(min=0), column - began
+
+
 def penalize(
     logits: torch.Tensor, seen: torch.Tensor, output_counts: torch.Tensor, settings: SamplingSettings
 ) -> torch.Tensor:
-    """Logits after vLLM's penalties. ``seen`` (N, V) bool: in prompt or output so far; ``output_counts`` (N, V)."""
+    """Logits after vLLM's penalties. ``seen`` (N, V) bool: in prompt or output so far; ``output_counts`` (N, V): how
+    often in the output, which is what the request at hand has sampled: turns before it are its prompt."""
     if settings.repetition_penalty != 1.0:
         r = settings.repetition_penalty
         logits = torch.where(seen, torch.where(logits > 0, logits / r, logits * r), logits)

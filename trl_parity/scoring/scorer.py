@@ -8,25 +8,26 @@ and no hidden states outlive their mini-batch.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 
 from ..records import SamplingSettings
 from .head import logits_chunk, score_tokens
 from .head_spec import Head, HeadScores
-from .sampling import ReplayScores, candidates, replay, replay_top
+from .model_head import causal_lm, materialized_head
+from .own_head import OwnHeadRounding
+from .sampling import ReplayScores, candidates, replay, replay_top, turns
 
-__all__ = ["CompletionScorer", "CompletionScores", "Located", "causal_lm", "materialized_head"]
+__all__ = ["CompletionScorer", "CompletionScores", "Located"]
 
 
 class CompletionScores(NamedTuple):
     """Scores of completion tokens, all (B, C); zero where the attention mask is zero."""
 
     logprobs: torch.Tensor  # fp32 head, engine's processing replayed when asked
+    plain: torch.Tensor  # the same before any replay
     entropy: torch.Tensor  # of the plain fp32-head law, nats
     law_entropy: torch.Tensor  # of the law that logprobs belongs to: after replayed processing, else the same
     log_kept: torch.Tensor | None
@@ -42,87 +43,8 @@ class Located(NamedTuple):
     rows: torch.Tensor  # (N,) int64, in [0, B), ascending
     columns: torch.Tensor  # (N,) int64, in [0, C)
     keep: int  # C
-
-
-def causal_lm(model: Any) -> Any:
-    """The model that owns backbone and head, without PEFT around it (its adapters stay active inside)."""
-    # asked of the class: a module that lacks an attribute is slow to say so
-    return model.get_base_model() if hasattr(type(model), "get_base_model") else model
-
-
-def _logit_scale(config: Any) -> float:
-    """What the architecture multiplies logits by, before any soft cap (transformers' config names)."""
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            return float(getattr(config, name))
-    scaling = getattr(config, "logits_scaling", None)
-    if scaling is None:
-        return 1.0
-    # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies
-    return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
-
-
-_constants: WeakKeyDictionary[Any, tuple[float, float | None, int]] = WeakKeyDictionary()
-
-
-def _logit_constants(lm: Any) -> tuple[float, float | None, int]:
-    """Logit scale, soft cap, vocabulary size; read once a model (a config's attribute look-ups are slow)."""
-    if lm not in _constants:
-        config = lm.config.get_text_config()
-        softcap = getattr(config, "final_logit_softcapping", None)
-        _constants[lm] = (_logit_scale(config), None if softcap is None else float(softcap), int(config.vocab_size))
-    return _constants[lm]
-
-
-@contextmanager
-def materialized_head(
-    model: torch.nn.Module, temperature: float, logits_dtype: torch.dtype | None = None
-) -> Iterator[Head]:
-    """The head of ``model`` with whole weights, for the duration of the block.
-
-    Sharded weights are gathered: FSDP2 DTensors and DeepSpeed ZeRO-3 parameters. A collective there: every rank must
-    enter. LoRA on the head is added as a low-rank term with the active adapters' scaling.
-    """
-    lm = causal_lm(model)
-    scale, softcap, vocab_size = _logit_constants(lm)
-    module = lm.get_output_embeddings()
-    if module is None:
-        raise ValueError(
-            f"{type(lm).__name__} has no output embeddings. Expected a causal language model with an lm_head."
-        )
-    low_rank = []
-    if hasattr(module, "lora_A") and not module.disable_adapters and not module.merged:
-        for name in module.active_adapters:
-            if name in module.lora_A:
-                low_rank.append((module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]))
-    params = [p for p in (module.weight, getattr(module, "bias", None)) if p is not None]
-    params += [p for a, b, _ in low_rank for p in (a, b)]
-    with _zero3_gathered(params):
-
-        def whole(p: Any) -> Any:
-            return p.full_tensor() if hasattr(p, "full_tensor") else p
-
-        bias = getattr(module, "bias", None)
-        weight = whole(module.weight)
-        yield Head(
-            weight=weight,
-            bias=None if bias is None else whole(bias),
-            temperature=temperature,
-            logit_scale=scale,
-            softcap=softcap,
-            vocab_size=min(vocab_size, weight.shape[0]),
-            low_rank=tuple((whole(a), whole(b), float(s)) for a, b, s in low_rank),
-            logits_dtype=logits_dtype,
-        )
-
-
-def _zero3_gathered(params: list[Any]) -> AbstractContextManager[Any]:
-    sharded = {id(p): p for p in params if hasattr(p, "ds_status") and p.ds_status.name != "AVAILABLE"}
-    if not sharded:
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(list(sharded.values()))
+    # (B, C) bool: what the engine sampled, each run of it by one request; None: the whole completion, by one
+    engine_mask: torch.Tensor | None = None
 
 
 def _joined(parts: list[ReplayScores]) -> ReplayScores:
@@ -136,7 +58,9 @@ class CompletionScorer:
     truncation and penalties are applied to the trainer's logits; ``logits_dtype`` rounds them as a head of that dtype
     would. A failure inside never reaches the forward: it is kept in ``error``, and ``scores()`` re-raises it.
 
-    ``locate`` finds the tokens in a forward, from its hidden states and the backbone's arguments.
+    ``locate`` finds the tokens in a forward, from its hidden states and the backbone's arguments. ``engine_mask``
+    (rows of all forwards, C): what the engine sampled, where it is not the whole completion by one request.
+    ``rounding``: asked for, how far a head of the forward's own dtype moves log-probs.
     """
 
     def __init__(
@@ -150,6 +74,7 @@ class CompletionScorer:
         chunk_bytes: int,
         backend: str = "auto",
         logits_dtype: torch.dtype | None = None,
+        rounding: OwnHeadRounding | None = None,
     ):
         self._model = model
         self._keep = logits_to_keep
@@ -160,11 +85,16 @@ class CompletionScorer:
         self._backend = backend
         self._logits_dtype = logits_dtype
         self._parts: list[CompletionScores] = []
+        self._rows = 0  # of the forwards so far
+        self.rounding = rounding
+        self.engine_mask: torch.Tensor | None = None
         self.locate: Callable[[torch.Tensor, Mapping[str, Any]], Located] = self._right_columns
         self.error: Exception | None = None
         self.seconds = 0.0
 
     def __enter__(self) -> CompletionScorer:
+        if self.rounding is not None:
+            self.rounding.begin_pass()
         self._handle = causal_lm(self._model).base_model.register_forward_hook(self._hook, with_kwargs=True)
         return self
 
@@ -184,12 +114,22 @@ class CompletionScorer:
             self.error = e
         self.seconds += time.perf_counter() - start
 
+    @property
+    def ran(self) -> bool:
+        """Whether a forward of the backbone was seen."""
+        return bool(self._parts) or self.error is not None
+
     def _right_columns(self, hidden: torch.Tensor, given: Mapping[str, Any]) -> Located:
-        attention_mask, keep = given["attention_mask"], self._keep
+        attention_mask, keep = given.get("attention_mask"), self._keep
+        if attention_mask is None or attention_mask.ndim != 2:  # another's forward: everything is scored
+            attention_mask = torch.ones_like(given["input_ids"])
+        part = slice(self._rows, self._rows + len(hidden))
+        self._rows = part.stop
+        engine_mask = None if self.engine_mask is None else self.engine_mask[part]
         rows, columns = attention_mask[:, -keep:].bool().nonzero(as_tuple=True)  # on an accelerator: one sync a pass
         before = rows * hidden.shape[1] + columns + (hidden.shape[1] - keep - 1)  # t - 1 predicts token t
         states = hidden.flatten(0, 1).index_select(0, before)  # copies rows; hidden[rows, columns] copies numbers
-        return Located(states, given["input_ids"], attention_mask, rows, columns, keep)
+        return Located(states, given["input_ids"], attention_mask, rows, columns, keep, engine_mask)
 
     def _score(self, head: Head, located: Located) -> CompletionScores:
         ids, keep, device = located.ids, located.keep, head.weight.device
@@ -198,15 +138,18 @@ class CompletionScorer:
         if self._replay:
             located = located._replace(states=states, rows=located.rows.to(device), columns=located.columns.to(device))
             plain, replayed = self._replay_tokens(targets, head, located, candidates(self._sampling, head.vocab_used))
-            entropy = (plain or self._plain(states, targets, head)).entropy
-            found = [replayed.logprobs, entropy, replayed.entropy, replayed.log_kept, replayed.out_of_support.float()]
+            plain = plain or self._plain(states, targets, head)
+            found = [*plain, replayed.logprobs, replayed.entropy, replayed.log_kept, replayed.out_of_support.float()]
         else:
-            found = list(self._plain(states, targets, head))
+            plain = self._plain(states, targets, head)
+            found = list(plain)
+        if self.rounding is not None:
+            self.rounding.add(states, targets, head, plain.logprobs, self._chunk_bytes)
         placed = torch.zeros(len(found), len(ids), keep, dtype=torch.float32, device=device)
         placed[:, located.rows.to(device), located.columns.to(device)] = torch.stack(found)
         if not self._replay:
-            return CompletionScores(placed[0], placed[1], placed[1], None, None)
-        return CompletionScores(placed[0], placed[1], placed[2], placed[3], placed[4].bool())
+            return CompletionScores(placed[0], placed[0], placed[1], placed[1], None, None)
+        return CompletionScores(placed[2], placed[0], placed[1], placed[3], placed[4], placed[5].bool())
 
     def _plain(
         self, states: torch.Tensor, targets: torch.Tensor, head: Head, top: torch.Tensor | None = None
@@ -257,12 +200,16 @@ class CompletionScorer:
     @staticmethod
     def _context(located: Located, part: slice, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What penalties look at, (n, V): the tokens in prompt or completion before each target, and how often each
-        stands in the completion."""
+        was sampled by the request that sampled the target: to it, what came before is prompt."""
         rows, columns, width = located.rows[part], located.columns[part], located.ids.shape[1]
+        mask, sampled = located.engine_mask, columns
+        if mask is not None:
+            sampled = turns(mask.to(rows.device))[1][rows, columns]
         ids, real = located.ids[rows], located.attention_mask[rows].bool()
         position = torch.arange(width, device=ids.device)
-        before = real & (position < width - located.keep + columns.unsqueeze(-1))
-        output = before & (position >= width - located.keep)
+        target = width - located.keep + columns.unsqueeze(-1)
+        before = real & (position < target)
+        output = before & (position >= target - sampled.unsqueeze(-1))
         # padding goes to an extra column that is cut off
         zeros = torch.zeros(len(ids), vocab + 1, dtype=torch.float32, device=ids.device)
         seen = zeros.scatter(1, ids.masked_fill(~before, vocab), 1.0)[:, :vocab] > 0

@@ -30,7 +30,6 @@ from ..engine.cache_stats import CacheUse
 from ..engine.requests import Request
 from ..errors import DataError
 from ..records import RolloutBatch
-from ..scoring.perturb import own_random_numbers
 from ..scoring.scorer import Located
 from .async_probe import Answer, sampling_settings
 from .async_run import AsyncRun, RememberingQueue
@@ -91,6 +90,8 @@ def _around_collation(original: Callable[..., Any], collator: Any, examples: Any
         batch[_PREFIX + name] = pad_sequence([of(row.samples) for row in rows], batch_first=True)
     rewards = [float(s["metrics"].get("reward", torch.nan)) for row in rows for s in row.samples]
     batch[_PREFIX + "rewards"] = torch.tensor([rewards] * len(rows))
+    groups = [int(s["group_id"]) for row in rows for s in row.samples]
+    batch[_PREFIX + "reward_groups"] = torch.tensor([groups] * len(rows))
     return batch
 
 
@@ -140,7 +141,7 @@ def _around_loss(
 class AsyncGRPOCapture(Capture):
     """The samples of one rank's packed row, at their loss."""
 
-    generation_period = 1
+    micro_batches = 1
 
     def __init__(self, trainer: Any, observer: Observer, inputs: Mapping[str, torch.Tensor]):
         super().__init__(trainer, observer, training=True)
@@ -193,7 +194,8 @@ class AsyncGRPOCapture(Capture):
         ids = torch.cat([samples.prompt_ids, samples.completion_ids], dim=1)
         attention = torch.cat([samples.prompt_mask, samples.completion_mask], dim=1)
         rows, columns = samples.engine_mask.nonzero(as_tuple=True)
-        return Located(hidden[0][index], ids, attention, rows, columns, samples.engine_mask.shape[1])
+        width = samples.engine_mask.shape[1]
+        return Located(hidden[0][index], ids, attention, rows, columns, width, samples.engine_mask)
 
     @functools.cached_property
     def samples(self) -> RolloutBatch:
@@ -260,6 +262,10 @@ class AsyncGRPOCapture(Capture):
         """Of all ranks' samples, as the worker scored them; NaN where no function gave one."""
         return self.output[_PREFIX + "rewards"][0].tolist()
 
+    def reward_prompts(self) -> list[int]:
+        """The worker's numbers of their groups."""
+        return self.output[_PREFIX + "reward_groups"][0].tolist()
+
     def log(self, values: dict[str, float]) -> None:
         """One value a key, so nothing is averaged."""
         for name, value in values.items():
@@ -276,7 +282,6 @@ class AsyncGRPOCapture(Capture):
         parts = []
         with (
             torch.no_grad(),
-            own_random_numbers(),
             disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs),
             padded_attention(self.policy),
             trainer.compute_loss_context_manager(),

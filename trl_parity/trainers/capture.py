@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 from accelerate.utils import DistributedType
 
+from ..errors import InterceptionError
 from ..records import RolloutBatch, SamplingSettings, ScoredBatch
+from ..scoring.own_head import OwnHeadRounding
+from ..scoring.perturb import own_random_numbers
 from ..scoring.scorer import CompletionScorer, CompletionScores
+from .row_keys import row_keys
 
 if TYPE_CHECKING:
     from ..engine.base import Engine
@@ -18,6 +24,16 @@ if TYPE_CHECKING:
     from ..engine.requests import Request
 
 __all__ = ["Capture", "MeasurementSettings"]
+
+_WIDEST = 16  # times the completion tokens wanted, prompts and padding included
+
+logger = logging.getLogger(__name__)
+
+# The own head's log-probs differ from the fp32 head's by rounding alone: by no more nats a token, in the mean, than a
+# rule would look at, and a few times what rounding logits to its dtype does (TRL before 1.16 rounds more than logits).
+_SAME, _SAME_ROUNDINGS = 0.003, 3.0
+
+_told: WeakSet[Any] = WeakSet()  # trainers whose own numbers are not those of the pass that was watched
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +57,7 @@ class Capture(ABC):
     sampling: SamplingSettings  # what the engine was asked for
     step: int  # optimizer steps done
     last_in_step: bool  # no further generation before the next optimizer step
-    generation_period: int  # optimizer steps that one generation batch feeds
+    micro_batches: int  # that this batch feeds, of a trainer that accumulates gradients over some
 
     def __init__(self, trainer: Any, observer: Any, training: bool):
         self.trainer = trainer
@@ -60,6 +76,10 @@ class Capture(ABC):
     @abstractmethod
     def rewards(self) -> list[float]:
         """Rewards of this batch over all ranks, the same on each; NaN where none was given."""
+
+    def reward_prompts(self) -> list[int] | None:
+        """For each of ``rewards`` a number that is the same for completions of one prompt; None: each has its own."""
+        return None
 
     @abstractmethod
     def run_policy(
@@ -121,8 +141,10 @@ class Capture(ABC):
         """What its requests did to the engine's caches, as far as that is known."""
         return [request.cache_use for request in self.requests if request.cache_use is not None]
 
-    def new_scorer(self, logits_to_keep: int, logits_dtype: torch.dtype | None = None) -> CompletionScorer:
-        """A scorer of one pass over the policy."""
+    def new_scorer(
+        self, logits_to_keep: int, logits_dtype: torch.dtype | None = None, *, compared: bool = True
+    ) -> CompletionScorer:
+        """A scorer of one pass over the policy. ``compared``: with the numbers of the trainer's own head."""
         settings = self._observer.measurement
         return CompletionScorer(
             self.policy,
@@ -133,29 +155,40 @@ class Capture(ABC):
             chunk_bytes=settings.chunk_bytes,
             backend=settings.head_backend,
             logits_dtype=logits_dtype,
+            rounding=OwnHeadRounding.of(self.policy) if compared else None,
         )
 
     def score(self, rollout: RolloutBatch, token_budget: int) -> ScoredBatch:
-        """The trainer's scores, from its own pass where it made one, else from a forward over sampled rows."""
+        """The trainer's scores, from its own pass where it made one, else from a forward over sampled rows.
+
+        ``own_logprobs`` are those the trainer has, where it has any. Where the pass that was watched is not what made
+        them, they are all there is to judge.
+        """
         rows: Any = slice(None)
-        if rollout.own_logprobs is not None and self.scorer is not None:
-            scores, own = self.scorer.scores(), rollout.own_logprobs
-        else:
+        own, scorer = rollout.own_logprobs, self.scorer
+        scores: CompletionScores | None
+        if own is None or scorer is None:
             rows = self.rows_within(rollout, token_budget)
-            scores, own = self.forward(rollout, rows)
+            scores, again = self.forward(rollout, rows, compared=True)
+            own = again if own is None else self._or_again(rollout, own, again, rows)
+        elif rollout.loss_mask is not None and scorer.ran:
+            rows, scores, own = self._with_what_the_loss_leaves_out(rollout, scorer.scores(), own, token_budget)
+        else:
+            scores = scorer.scores() if scorer.ran else None
         mask, stale = rollout.engine_mask[rows], None
+        scores = self._behind(scores, own, mask)
         lags, in_flight = (None if x is None else x[rows] for x in (rollout.lags, rollout.in_flight))
         if lags is not None:  # what older weights generated differs by rights: only the rest is a mismatch
             mask, stale = mask & (lags == 0)[:, None], mask & (lags != 0)[:, None]
         return ScoredBatch(
             mask=mask,
             rollout_logprobs=rollout.rollout_logprobs[rows],
-            trainer_logprobs=scores.logprobs,
+            trainer_logprobs=own if scores is None else scores.logprobs,
             own_logprobs=own,
-            entropy=scores.entropy,
-            law_entropy=scores.law_entropy,
-            log_kept=scores.log_kept,
-            out_of_support=scores.out_of_support,
+            entropy=None if scores is None else scores.entropy,
+            law_entropy=None if scores is None else scores.law_entropy,
+            log_kept=None if scores is None else scores.log_kept,
+            out_of_support=None if scores is None else scores.out_of_support,
             rows=None if isinstance(rows, slice) else rows,
             lag=rollout.lag,
             lags=lags,
@@ -163,16 +196,119 @@ class Capture(ABC):
             stale=stale,
             probe=rollout.probe,
             correction_weights=None if rollout.correction_weights is None else rollout.correction_weights[rows],
+            keys=row_keys(rollout)[rows],
         )
 
-    def rows_within(self, rollout: RolloutBatch, token_budget: int) -> torch.Tensor:
-        """Rows of the batch, evenly spaced, that fit the budget (at least one); another set from step to step."""
+    def _behind(
+        self, scores: CompletionScores | None, own: torch.Tensor, mask: torch.Tensor
+    ) -> CompletionScores | None:
+        """The scores, if the own head on the same hidden states can have given the trainer's numbers; else None.
+
+        Raises InterceptionError where replaying the engine's sampling would need them.
+        """
+        if scores is None:
+            seen = "come from no forward of the policy's backbone"
+        elif scores.plain.shape != own.shape:
+            seen = f"are {tuple(own.shape)} where the policy's passes give {tuple(scores.plain.shape)}"
+        else:
+            theirs = own.to(scores.plain)
+            gaps = (theirs - scores.plain)[mask & (theirs.isfinite() | scores.plain.isfinite())]
+            gap = float(gaps.double().abs().mean()) if len(gaps) else 0.0  # waits for the device
+            rounding = OwnHeadRounding.of(self.policy).nats
+            if gap <= _SAME + _SAME_ROUNDINGS * rounding:  # a number that one side alone has is no agreement
+                return scores
+            seen = (
+                f"are {gap:.3g} nats a token from what its head makes of the hidden states of the same pass (rounding "
+                f"explains {rounding:.1g})"
+            )
+        text = (
+            f"the trainer's own log-probs (old_per_token_logps) {seen}. Expected TRL's method. Is "
+            "_get_per_token_logps_and_entropies replaced by a subclass or a library, or is there an adapter on the LM "
+            "head that TRL's fused head leaves out?"
+        )
+        if self._observer.measurement.replay_sampling and (self.sampling.truncates or self.sampling.penalizes):
+            raise InterceptionError(
+                f"{text} The engine's truncation can't be replayed on such numbers: use TRL's method, or "
+                "truncation='ignore'."
+            )
+        if self.trainer not in _told:
+            _told.add(self.trainer)
+            logger.warning("%s The verdict is about these numbers, without entropy and the fp32 head's share.", text)
+        return None
+
+    def _or_again(self, rollout: RolloutBatch, own: torch.Tensor, again: torch.Tensor, rows: Any) -> torch.Tensor:
+        """The trainer's numbers of some rows; where its pass left tokens out, those of another pass over them."""
+        if rollout.loss_mask is None:
+            return own[rows]
+        return torch.where(rollout.loss_mask[rows].bool(), own[rows].to(again), again)
+
+    def _with_what_the_loss_leaves_out(
+        self, rollout: RolloutBatch, scores: CompletionScores, own: torch.Tensor, token_budget: int
+    ) -> tuple[Any, CompletionScores, torch.Tensor]:
+        """Scores with those of rows that the trainer's pass did not see, from a pass of ours over them, and the rows.
+
+        Those that came to an end are no fair sample of what the engine does: tokens that end a sequence are among
+        them more often than the law says. So no more of these are kept than of the others can be passed again: a
+        quarter of the batch, or the budget.
+        """
+        assert rollout.loss_mask is not None
+        left_out = (rollout.completion_mask > rollout.loss_mask).any(-1)
         width = rollout.prompt_ids.shape[1] + rollout.completion_ids.shape[1]
+        most = max(1, len(left_out) // 4, token_budget // width)
+        some, others = (x.nonzero()[:, 0] for x in (left_out, ~left_out))
+        picked = _spread(some, min(len(some), most))
+        rows = picked
+        if self.sharded:  # every rank must run as many rows
+            counts = self.trainer.accelerator.gather(torch.tensor([len(picked)], device=own.device))
+            rows = torch.cat([picked, picked.new_zeros(int(counts.max()) - len(picked))])
+        if not len(rows) or scores.plain.shape != own.shape:
+            return slice(None), scores, own
+        more, again = self.forward(rollout, rows)
+        kept: Any = slice(None)
+        if len(picked) < len(some):
+            kept = torch.cat([picked, _spread(others, len(others) * len(picked) // len(some))]).sort().values
+
+        def merged(ours: Any, theirs: Any) -> Any:
+            return None if ours is None else ours.index_copy(0, picked, theirs[: len(picked)].to(ours))[kept]
+
+        return kept, CompletionScores(*map(merged, scores, more)), merged(own, again)
+
+    def rows_within(self, rollout: RolloutBatch, token_budget: int) -> torch.Tensor:
+        """Rows of the batch, evenly spaced, that fit the budget (at least one); another set from step to step.
+
+        Rows with a token to compare; others only where a sharded model wants as many rows of every rank.
+        """
+        width = rollout.prompt_ids.shape[1] + rollout.completion_ids.shape[1]
+        some = rollout.engine_mask.any(1)
+        count = min(max(1, int(some.sum())), max(1, token_budget // width))
+        return self._spread(rollout, some, count)
+
+    def rows_of_tokens(self, rollout: RolloutBatch, tokens: int, least: int) -> torch.Tensor:
+        """As ``rows_within``: different rows with about so many completion tokens to compare; none where no rank has any.
+
+        At least ``least`` rows over all ranks, as far as there are; no more than are 16 times as many tokens wide, prompts
+        and padding included.
+        """
+        compared = rollout.engine_mask.sum(1)
+        _, kind = row_keys(rollout).unique(return_inverse=True)
+        first = torch.full_like(kind, len(kind)).scatter_reduce_(0, kind, torch.arange(len(kind), device=kind.device), "amin")
+        some = (compared > 0) & (first[kind] == torch.arange(len(kind), device=kind.device))
+        have = int(some.sum())
+        width = rollout.prompt_ids.shape[1] + rollout.completion_ids.shape[1]
+        wanted = -(-tokens * have // max(1, int(compared[some].sum())))
+        needed = -(-least // self.trainer.accelerator.num_processes)
+        return self._spread(rollout, some, min(have, max(needed, min(wanted, _WIDEST * tokens // width))))
+
+    def _spread(self, rollout: RolloutBatch, some: torch.Tensor, count: int) -> torch.Tensor:
+        """``count`` rows of ``some`` (B,) bool, evenly spaced, from another one on at each step."""
         device, total = rollout.prompt_ids.device, len(rollout.prompt_ids)
-        count = min(total, max(1, token_budget // width))
         if self.sharded:  # a sharded model's forward is a collective: every rank must run as many rows
-            count = int(self.trainer.accelerator.gather(torch.tensor([count], device=device)).min())
-        return (torch.arange(count, device=device) * total // count + self.step) % total
+            counts = self.trainer.accelerator.gather(torch.tensor([count], device=device))
+            count = min(int(counts[counts > 0].min()), total) if bool((counts > 0).any()) else 0
+        rows = some.nonzero()[:, 0]
+        if len(rows) < count:
+            rows = torch.cat([rows, (~some).nonzero()[:, 0]])[:count]
+        return rows[(torch.arange(count, device=device) * len(rows) // max(count, 1) + self.step) % max(len(rows), 1)]
 
     def forward(
         self,
@@ -181,11 +317,21 @@ class Capture(ABC):
         *,
         batch_size: int | None = None,
         logits_dtype: torch.dtype | None = None,
+        compared: bool = False,
     ) -> tuple[CompletionScores, torch.Tensor]:
-        """Scores of some rows and the own head's log-probs, from a no-grad pass made the way the trainer makes its."""
+        """Scores of some rows and the own head's log-probs, from a no-grad pass made the way the trainer makes its.
+
+        It draws from random numbers of its own.
+        """
         ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1)[rows]
         attention = torch.cat([rollout.prompt_mask, rollout.completion_mask], dim=1)[rows]
         keep = rollout.completion_ids.shape[1]
-        with self.new_scorer(keep, logits_dtype) as scorer:
+        with self.new_scorer(keep, logits_dtype, compared=compared) as scorer, own_random_numbers():
+            scorer.engine_mask = rollout.engine_mask[rows]
             own = self.run_policy(ids, attention, keep, batch_size)
         return scorer.scores(), own
+
+
+def _spread(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """``count`` of the rows, evenly spaced."""
+    return rows[torch.arange(count, device=rows.device) * len(rows) // max(1, count)]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from ..credentials import without_credentials
 from ..engine.base import Engine
 from ..engine.config import checked, read_engine_config, serve_line
 from ..engine.requested_vs_live import differences
@@ -114,11 +115,12 @@ class TRLEngineArguments:
         found = [f"{name}: asked {want!r}, runs with {is_!r}" for name, want, is_ in differences(asked, engine)]
         if not found:
             return ""
+        model = str(engine.setting("model_config", "model"))
         mend = (
             "vLLM changed it on the way (its log says why), or something else built the engine: ask for what it runs "
             "with, or take the argument out."
             if colocated
-            else f"Start the server with: {serve_line(self.args, str(engine.setting('model_config', 'model')))}"
+            else f"Start the server with: {serve_line(without_credentials(self.args), model)}"
         )
         return f"the engine does not run with engine_args as asked. {'; '.join(found)}. {mend}"
 

@@ -1,7 +1,8 @@
 """From a GRPOTrainer with vLLM to rollout batches. Written against TRL 1.16; private names used:
 
-GRPOTrainer: ``_generate_and_score_completions``, ``_get_per_token_logps_and_entropies``, ``_compute_loss``,
-``_metrics``, ``_logs``, ``_step``, ``_last_loaded_step``, ``vllm_generation`` (attributes of VLLMGeneration).
+GRPOTrainer: ``_generate_and_score_completions``, ``_generate``, ``_get_per_token_logps_and_entropies``,
+``_compute_loss``, ``_metrics``, ``_logs``, ``_step``, ``_last_loaded_step``, ``vllm_generation`` (attributes of
+VLLMGeneration).
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -21,9 +23,9 @@ from ..errors import InterceptionError
 from ..records import UNREPLAYED, RolloutBatch, SamplingSettings
 from . import instrumentation
 from .capture import Capture
-from .instrumentation import Wrapper
+from .instrumentation import Wrapper, replaced
 
-PRIVATE_NAMES = ("_generate_and_score_completions", "_get_per_token_logps_and_entropies", "_compute_loss")
+_GENERATE, _SCORE, _LOSS = "_generate_and_score_completions", "_get_per_token_logps_and_entropies", "_compute_loss"
 
 _TRAINER = ("_metrics", "_logs", "_step", "reward_func_names", "reward_weights", "temperature", "num_iterations")
 
@@ -33,10 +35,6 @@ _GENERATION = (
     "mode", "logprobs", "generation_kwargs", "structured_outputs_regex", "temperature", "top_k", "top_p", "min_p",
     "repetition_penalty", "tensor_parallel_size", "enable_sleep_mode",
 )  # fmt: skip
-
-_ACTIVE = "_trl_parity_capture"
-
-_LOSS = "_trl_parity_loss"
 
 
 def wrappers() -> Iterator[Wrapper]:
@@ -48,12 +46,10 @@ def wrappers() -> Iterator[Wrapper]:
 
 def wrappers_of(cls: type, capture: type[GRPOCapture]) -> Iterator[Wrapper]:
     """For a trainer class that works the way GRPOTrainer does."""
-    around: tuple[Callable[..., Any], ...] = (
-        functools.partial(_around_generation, capture),
-        _around_scoring,
-        _around_loss,
-    )
-    return ((cls, name, wrapper) for name, wrapper in zip(PRIVATE_NAMES, around, strict=True))
+    if not hasattr(cls, _SCORE):
+        raise instrumentation.moved(cls, _SCORE)
+    yield cls, _GENERATE, functools.partial(_around_generation, capture)
+    yield cls, _LOSS, _around_loss
 
 
 def _around_generation(kind: type[GRPOCapture], original: Callable[..., Any], trainer: Any, inputs: Any) -> Any:
@@ -63,48 +59,15 @@ def _around_generation(kind: type[GRPOCapture], original: Callable[..., Any], tr
         return original(trainer, inputs)
     kind.require_interceptable(trainer)
     capture = kind(trainer, observer, training)
-    setattr(trainer, _ACTIVE, capture)
-    try:
-        start = time.perf_counter()
-        with recorded_requests(trainer.vllm_generation) as capture.requests, capture.recording():
-            capture.output = original(trainer, inputs)
-        capture.batch_seconds = time.perf_counter() - start - capture.seconds
-    finally:
-        delattr(trainer, _ACTIVE)
+    start = time.perf_counter()
+    with recorded_requests(trainer.vllm_generation) as capture.requests, capture.recording():
+        capture.output = original(trainer, inputs)
+    capture.batch_seconds = time.perf_counter() - start - capture.seconds
     try:
         observer.on_generation(capture)
     finally:
         capture.requests = [replace(request, outputs=None) for request in capture.requests]  # many small objects
     return capture.output
-
-
-def _around_scoring(
-    original: Callable[..., Any],
-    trainer: Any,
-    model: Any,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    logits_to_keep: int,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    def run() -> Any:
-        return original(trainer, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
-
-    capture: GRPOCapture | None = getattr(trainer, _ACTIVE, None)
-    # Only the first pass over the policy can be the one behind old_per_token_logps; later ones are reference passes.
-    if capture is not None and capture.scorer is None and model is trainer.model:
-        capture.scorer = capture.new_scorer(logits_to_keep)
-        with capture.scorer:
-            result = run()
-        capture.pass_logprobs = result[0]
-        return result
-    loss = getattr(trainer, _LOSS, None)
-    result = run()
-    if loss is not None:
-        observer, old, mask = loss
-        observer.on_update(result[0].detach(), old, mask)
-    return result
 
 
 def _around_loss(original: Callable[..., Any], trainer: Any, model: Any, inputs: dict[str, Any]) -> Any:
@@ -113,11 +76,17 @@ def _around_loss(original: Callable[..., Any], trainer: Any, model: Any, inputs:
     if observer is None or old is None or not trainer.model.training:
         return original(trainer, model, inputs)
     mask = inputs["completion_mask"]
-    setattr(trainer, _LOSS, (observer, old, mask if "tool_mask" not in inputs else mask * inputs["tool_mask"]))
-    try:
+    if "tool_mask" in inputs:
+        mask = mask * inputs["tool_mask"]
+    score = getattr(trainer, _SCORE)
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        result = score(*args, **kwargs)
+        observer.on_update(result[0].detach(), old, mask)
+        return result
+
+    with replaced(trainer, _SCORE, watched):
         return original(trainer, model, inputs)
-    finally:
-        delattr(trainer, _LOSS)
 
 
 def sampling_settings(generation: Any) -> SamplingSettings:
@@ -140,11 +109,14 @@ class GRPOCapture(Capture):
         super().__init__(trainer, observer, training)
         args = trainer.args
         generate_every = args.steps_per_generation * trainer.num_iterations  # micro-batches per generation
-        accumulate = args.gradient_accumulation_steps
         self.step = int(trainer.state.global_step)
-        self.last_in_step = trainer._step % accumulate + generate_every >= accumulate
-        self.generation_period = -(-generate_every // accumulate)
+        self.micro_batches = generate_every - trainer._step % generate_every
+        self.last_in_step = training and (
+            trainer.accelerator.sync_gradients  # the update comes right after this micro-batch
+            or self.micro_batches >= trainer.current_gradient_accumulation_steps - observer.accumulated
+        )
         self.sampling = sampling_settings(trainer.vllm_generation)
+        self._generated: Any = None  # what TRL's _generate returned: prompt ids, completion ids, tool mask, ...
 
     @classmethod
     def require_interceptable(cls, trainer: Any) -> None:
@@ -169,9 +141,59 @@ class GRPOCapture(Capture):
             require_live_weights(generation.llm)
             generation._trl_parity_checked = True
 
-    def recording(self) -> AbstractContextManager[None]:
-        """Open while the trainer generates and scores."""
-        return nullcontext()
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Open while the trainer generates and scores: looks on at what this trainer does both with.
+
+        That is whatever it finds by these names, a subclass's or another library's as well as TRL's.
+        """
+        with replaced(self.trainer, _SCORE, self._watched(getattr(self.trainer, _SCORE))), ExitStack() as stack:
+            if (generate := getattr(self.trainer, "_generate", None)) is not None:
+                stack.enter_context(replaced(self.trainer, "_generate", self._remembered(generate)))
+            yield
+
+    def _watched(self, score: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(
+            model: Any, input_ids: Any, attention_mask: Any, logits_to_keep: int, *args: Any, **kwargs: Any
+        ) -> Any:
+            # only the first pass over the policy can be the one behind old_per_token_logps; later ones are reference
+            if self.scorer is not None or model is not self.trainer.model:
+                return score(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+            self.scorer = self.new_scorer(logits_to_keep)
+            if self.sampling.penalizes and len(self._tool_mask()):
+                self.scorer.engine_mask = self._sampled(input_ids[:, -logits_to_keep:]).bool()
+            with self.scorer:
+                result = score(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+            self.pass_logprobs = result[0]
+            return result
+
+        return watched
+
+    def _remembered(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        def remembered(*args: Any, **kwargs: Any) -> Any:
+            self._generated = generate(*args, **kwargs)
+            return self._generated
+
+        return remembered
+
+    def _sampled(self, like: torch.Tensor) -> torch.Tensor:
+        """(B, C): 1 for what the engine sampled, 0 for what tools or an environment said, of truncated ones, too."""
+        sampled = torch.ones_like(like)
+        for row, values in zip(sampled, self._tool_mask(), strict=False):
+            row[: len(values)] = torch.as_tensor(values)
+        return sampled
+
+    def _tool_mask(self) -> Sequence[Any]:
+        """By completion, as ``_generate`` returned it; empty: the engine sampled everything."""
+        return (None if self._generated is None else self._generated[2]) or ()
+
+    def _completion_mask(self, out: dict[str, Any]) -> torch.Tensor:
+        """(B, C): which completion tokens there are, also in completions that TRL has taken out as truncated."""
+        mask = out["completion_mask"]
+        if self._generated is None or not getattr(self.trainer, "mask_truncated_completions", False):
+            return mask
+        lengths = torch.tensor([len(ids) for ids in self._generated[1]], device=mask.device)
+        return (torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]).to(mask.dtype)
 
     def rewards(self) -> list[float]:
         """Weighted sums of this batch's rewards over all ranks, as TRL logs them; NaN where no function gave one."""
@@ -183,6 +205,11 @@ class GRPOCapture(Capture):
             known = [weight * value for weight, value in zip(weights, given, strict=True) if value == value]
             total.append(sum(known) if known else math.nan)
         return total
+
+    def reward_prompts(self) -> list[int]:
+        """A checksum of each completion's prompt, as TRL logs it."""
+        prompts = list(self.trainer._logs["prompt"])[-self._global_batch() :]
+        return [zlib.crc32(repr(prompt).encode()) for prompt in prompts]
 
     def _global_batch(self) -> int:
         return len(self.output["completion_ids"]) * self.trainer.accelerator.num_processes
@@ -200,16 +227,18 @@ class GRPOCapture(Capture):
                 "the prompts hold images, which trl-parity does not measure. Expected prompts of text alone. Train "
                 "this model without ParityCallback."
             )
-        own = out.get("old_per_token_logps")
-        mask = out["completion_mask"]
+        mask, loss_mask, tools = self._completion_mask(out), out["completion_mask"], out.get("tool_mask")
+        if tools is not None and mask is not loss_mask:
+            tools = self._sampled(mask)
         return RolloutBatch(
             prompt_ids=out["prompt_ids"],
             prompt_mask=out["prompt_mask"],
             completion_ids=out["completion_ids"],
             completion_mask=mask,
-            engine_mask=(mask if "tool_mask" not in out else mask * out["tool_mask"]).bool(),
+            engine_mask=(mask if tools is None else mask * tools).bool(),
+            loss_mask=None if mask is loss_mask else loss_mask,
             rollout_logprobs=self.rollout_logprobs(),
-            own_logprobs=own if own is not None and own is self.pass_logprobs else None,
+            own_logprobs=out.get("old_per_token_logps"),
             sampling=self.sampling,
             trainer_temperature=self.temperature,
             step=self.step,
@@ -237,7 +266,7 @@ class GRPOCapture(Capture):
 
         trainer, args = self.trainer, self.trainer.args
         size = batch_size or (args.per_device_train_batch_size if self.training else args.per_device_eval_batch_size)
-        score = instrumentation.original(type(trainer), PRIVATE_NAMES[1])
+        score = getattr(trainer, _SCORE)  # as the trainer finds it: what the run learns with
         # DDP's own forward may sync buffers over ranks, and ranks may run different passes here
         model = trainer.model if self.sharded else self.policy
         with torch.no_grad(), disable_gradient_checkpointing(trainer.model, args.gradient_checkpointing_kwargs):

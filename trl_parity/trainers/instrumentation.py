@@ -1,7 +1,8 @@
 """Wrapping TRL's trainer classes, once and reversibly, and finding the callback that wants the rollouts.
 
 A trainer without an observer among its callbacks pays one look through that list per call. Subclasses that call
-``super()`` are covered, those that replace a wrapped method are not: the callback notices at the first step.
+``super()`` are covered, those that replace a wrapped method are not: the callback notices at the first step. Other
+libraries may wrap what is wrapped here, be wrapped, or put a class of their own in the place of TRL's.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import importlib
 import sys
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
@@ -35,13 +37,14 @@ _TAPS = {
     "async_grpo": "trl.experimental.async_grpo.async_grpo_trainer",
 }
 
-_originals: dict[tuple[type, str], Callable[..., Any]] = {}
+_wraps: list[_Wrap] = []  # in the order they were laid on
 
 
 class Observer(ABC):
     """Base of callbacks that are handed rollouts."""
 
     measurement: MeasurementSettings
+    accumulated = 0  # micro-batches whose gradient waits for the update
     engine_handle: EngineHandle  # of the run
     engine_request: TRLEngineArguments | None = None  # what an engine that TRL builds for the trainer has to get
 
@@ -65,33 +68,91 @@ def observer_of(trainer: Any) -> Observer | None:
 def instrument() -> set[str]:
     """Wrap the rollout methods of every supported TRL trainer class imported so far. Idempotent.
 
-    Returns the taps that were not wrapped before.
+    A method is wrapped where the class that TRL's module holds finds it, and where its bases do; again only where
+    something else has been put over it since. Returns the taps that were not wrapped before.
     Raises InterceptionError where the installed TRL lacks a method that has to be wrapped.
     """
-    new = set()
+    before = {wrap.tap for wrap in _wraps}
     for tap, trainer_module in _TAPS.items():
-        if trainer_module not in sys.modules or any(cls.__module__ == trainer_module for cls, _ in _originals):
+        if trainer_module not in sys.modules:
             continue
         _warn_untested()
         found = list(importlib.import_module(f".{tap}", __package__).wrappers())
-        for cls, name, _ in found:
-            if name not in cls.__dict__:
-                raise _moved(cls, name)
-        for cls, name, wrapper in found:
-            _originals[cls, name] = original = cls.__dict__[name]
-            setattr(cls, name, _wrapped(original, wrapper))
-        new.add(tap)
-    return new
+        owners = [(owner, name, wrapper) for cls, name, wrapper in found for owner in _owners(cls, name)]
+        ours = [wrap.method for wrap in _wraps]
+        for owner, name, wrapper in owners:
+            if vars(owner)[name] not in ours:
+                _wraps.append(_Wrap(tap, owner, name, wrapper))
+    return {wrap.tap for wrap in _wraps} - before
+
+
+class _Wrap:
+    """One method of one class with a wrapper around it."""
+
+    def __init__(self, tap: str, cls: type, name: str, wrapper: Callable[..., Any]):
+        self.tap, self._cls, self._name = tap, cls, name
+        self._active = True
+        self._original = original = vars(cls)[name]
+
+        @functools.wraps(original)
+        def method(owner: Any, *args: Any, **kwargs: Any) -> Any:
+            # inside another wrapper of the same call (of a base, or under another library's), this one lets through
+            running = _running.setdefault(name, set())
+            if not self._active or id(owner) in running:
+                return original(owner, *args, **kwargs)
+            running.add(id(owner))
+            try:
+                return wrapper(original, owner, *args, **kwargs)
+            finally:
+                running.discard(id(owner))
+
+        self.method = method
+        setattr(cls, name, method)
+
+    def undo(self) -> None:
+        """Take it off; where another library has wrapped it, it stays there and does nothing."""
+        self._active = False
+        if vars(self._cls).get(self._name) is self.method:
+            setattr(self._cls, self._name, self._original)
+
+
+_running: dict[str, set[int]] = {}  # whose method of that name is in a wrapper
+
+
+def _owners(cls: type, name: str) -> list[type]:
+    """The class that a method is found in, and TRL's own where that is another library's over it.
+
+    Raises InterceptionError where TRL has no such method.
+    """
+    owners = [base for base in cls.__mro__ if name in vars(base)]
+    if not owners or owners[0].__module__.startswith(("transformers.", "torch.")):
+        raise moved(cls, name)
+    return [base for base in owners if base is owners[0] or base.__module__.startswith("trl.")]
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """``owner.name`` is ``value`` inside the block."""
+    own = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
 
 
 def require_attributes(owner: Any, names: Iterable[str]) -> None:
     """Raise InterceptionError for the first private name that this TRL has moved."""
     for name in names:
         if not hasattr(owner, name):
-            raise _moved(type(owner), name)
+            raise moved(type(owner), name)
 
 
-def _moved(cls: type, name: str) -> InterceptionError:
+def moved(cls: type, name: str) -> InterceptionError:
+    """The error for a private name that this TRL has not."""
     import trl
 
     return InterceptionError(
@@ -105,7 +166,7 @@ def _warn_untested() -> None:
 
     oldest, *_, newest = (Version(version) for version in TESTED_TRL)
     minor = Version(".".join(trl.__version__.split(".")[:2]))
-    if not oldest <= minor <= newest and not _originals:
+    if not oldest <= minor <= newest and not _wraps:
         warnings.warn(
             f"trl {trl.__version__} was not tested with trl-parity (tested: {', '.join(TESTED_TRL)}), which wraps "
             "private methods of the trainers. Should the first step report that no rollout was seen, pin a tested "
@@ -114,24 +175,7 @@ def _warn_untested() -> None:
         )
 
 
-def _wrapped(original: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return wrapper(original, self, *args, **kwargs)
-
-    return method
-
-
-def original(cls: type, name: str) -> Callable[..., Any]:
-    """TRL's own method behind a wrapped one, as ``cls`` would find it."""
-    for base in cls.__mro__:
-        if (base, name) in _originals:
-            return _originals[base, name]
-    raise KeyError(f"{cls.__name__}.{name} is not instrumented")
-
-
 def uninstrument() -> None:
-    """Put TRL's own methods back. Idempotent."""
-    while _originals:
-        (cls, name), method = _originals.popitem()
-        setattr(cls, name, method)
+    """Put TRL's own methods back; what another library has laid over them stays. Idempotent."""
+    while _wraps:
+        _wraps.pop().undo()

@@ -21,7 +21,7 @@ from ..records import RolloutBatch, SamplingSettings
 from . import instrumentation
 from .capture import Capture
 from .grpo import sampling_settings
-from .instrumentation import Wrapper
+from .instrumentation import Wrapper, replaced
 from .ppo_rollouts import ROLLOUTS, VLLMRollouts, policy_logits, temperature_of
 
 # transformers' settings that change the law and are not replayed on the trainer's logits
@@ -77,12 +77,12 @@ class _Interception:
     def intercepted(self) -> Iterator[None]:
         """The loop finds the methods below for the duration of the block."""
         with ExitStack() as stack:
-            stack.enter_context(_replaced(self._module, "batch_generation", self._on_generate))
-            stack.enter_context(_replaced(self._trainer, "generate_completions", self._on_samples))
+            stack.enter_context(replaced(self._module, "batch_generation", self._on_generate))
+            stack.enter_context(replaced(self._trainer, "generate_completions", self._on_samples))
             if self._observer is not None:
-                stack.enter_context(_replaced(self._module, "get_reward", self._on_reward))
-                stack.enter_context(_replaced(self._trainer.optimizer, "step", self._on_step))
-                stack.enter_context(_replaced(self._trainer, "_save_checkpoint", self._on_save))
+                stack.enter_context(replaced(self._module, "get_reward", self._on_reward))
+                stack.enter_context(replaced(self._trainer.optimizer, "step", self._on_step))
+                stack.enter_context(replaced(self._trainer, "_save_checkpoint", self._on_save))
             yield
 
     def _on_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -145,24 +145,10 @@ class _Interception:
             self._save_checkpoint(*args, **kwargs)
             return
         with (
-            _replaced(trainer, "model", trainer.model.module),
-            _replaced(trainer, "is_distributed_loading_by_transformers", False),
+            replaced(trainer, "model", trainer.model.module),
+            replaced(trainer, "is_distributed_loading_by_transformers", False),
         ):
             self._save_checkpoint(*args, **kwargs)
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """``owner.name`` is ``value`` inside the block."""
-    own = vars(owner).get(name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if own is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, own)
 
 
 class PPOCapture(Capture):
@@ -173,7 +159,7 @@ class PPOCapture(Capture):
     """
 
     last_in_step = True
-    generation_period = 1
+    micro_batches = 1  # PPO tells of none: all of an update is one
 
     def __init__(self, trainer: Any, observer: Any, queries: torch.Tensor, pad_token_id: int, generation_config: Any):
         super().__init__(trainer, observer, training=True)

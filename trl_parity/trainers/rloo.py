@@ -7,7 +7,7 @@ trainer's own per-token log-probs, which TRL sums up and drops, ride along in it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 
 from ..errors import DataError
 from .grpo import GRPOCapture, wrappers_of
-from .instrumentation import Wrapper
+from .instrumentation import Wrapper, replaced
 
 
 def wrappers() -> Iterator[Wrapper]:
@@ -47,13 +47,14 @@ class RLOOCapture(GRPOCapture):
             self._reported += [[token[0] for token in sequence] for sequence in out[2]]
             return out
 
-        generation.generate = recorded
-        try:
+        with super().recording(), replaced(generation, "generate", recorded):
             yield
-        finally:
-            del generation.generate
         if self.pass_logprobs is not None:
             self.output["old_per_token_logps"] = self.pass_logprobs
+
+    def _tool_mask(self) -> Sequence[Any]:
+        """RLOOTrainer has no tools."""
+        return ()
 
     def rollout_logprobs(self) -> torch.Tensor:
         """(B, C) what the engine reported."""

@@ -264,6 +264,7 @@ def test_vllms_own_parser_takes_the_serve_line(preset):
     assert parsed["model_tag"] == "a model's folder"
     assert parsed.pop("weight_transfer_config").backend == args.pop("weight_transfer_config")["backend"]
     assert {name: parsed[name] for name in args} == args
+    assert parsed["host"] == "127.0.0.1"
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------

@@ -86,12 +86,13 @@ def test_the_texts_of_what_is_over_and_what_warns():
 # ---- the streak, and how many windows it needs
 
 
-def test_a_warning_of_a_warn_only_rule_ends_a_streak_and_one_of_another_holds_it():
+def test_a_warning_holds_a_streak_whatever_rule_it_is_of():
     parted = window(kl_k3=0.01, reward__parted=1.0)
     both = window(kl_k3=0.08, reward__parted=1.0)
-    assert judged([BAD, parted, BAD, BAD], KL, PARTED) == [
-        ("BREACH", 1, 3), ("WARN", 0, None), ("BREACH", 1, 3), ("BREACH", 2, 3),
+    assert judged([BAD, parted, BAD, parted, BAD], KL, PARTED) == [
+        ("BREACH", 1, 3), ("WARN", 1, 3), ("BREACH", 2, 3), ("WARN", 2, 3), ("HALT", 3, 3),
     ]  # fmt: skip
+    assert judged([parted] * 5, KL, PARTED) == [("WARN", 0, None)] * 5  # and begins none
     assert judged([BAD, both, BAD, NEAR, BAD], KL, PARTED) == [
         ("BREACH", 1, 3), ("WARN", 1, 3), ("BREACH", 2, 3), ("WARN", 2, 3), ("HALT", 3, 3),
     ]  # fmt: skip
@@ -194,5 +195,6 @@ def test_the_default_rules_number_by_number():
         ("entropy/relative", 0.1, None, None, None, 0.5, True, True),
         ("temperature/gap", 1e-6, None, None, None, 0.5, False, True),
         ("reward/parted", 0.5, None, None, None, 1.0, False, True),
+        ("floor/engine_excess", 0.003, None, None, None, 0.5, False, False),
     }
     assert not any(r.immediate or r.consecutive for r in DEFAULT_RULES)

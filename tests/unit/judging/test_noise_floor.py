@@ -1,13 +1,16 @@
 """The noise floor in force, and when it is measured anew."""
 
 import itertools
+import json
 
+import pytest
 import torch
 
 from trl_parity import ParityConfig
-from trl_parity.judging.noise_floor import NoiseFloor
+from trl_parity.judging.noise_floor import GROUPS, MOST, NoiseFloor
+from trl_parity.live.judge import RunJudge
 from trl_parity.metrics.scalars import FLOORED
-from trl_parity.metrics.statistics import measure
+from trl_parity.metrics.statistics import compute, measure
 from trl_parity.metrics.sums import MismatchSums
 from trl_parity.records import ScoredBatch
 
@@ -35,12 +38,15 @@ def test_the_floor_is_the_largest_of_its_sources():
 
 
 def test_a_measurement_without_tokens_leaves_the_floor_as_it_was():
-    floor = NoiseFloor(ParityConfig(floor_every_n_windows=7))
+    floor = NoiseFloor(ParityConfig(floor_every_n_windows=7, floor_cost_share=0.01))
     assert not floor.update({"rounding": MismatchSums.zeros(), "engine": sums(0.01)})
     assert floor.values == {}
-    assert not floor.due  # tried in vain: not again at every window
+    floor.account(0.001, 1.0)
+    assert floor.due  # tried in vain, at no cost: at the next window
+    floor.account(0.5, 1.0)
+    assert not floor.due  # in vain and dear: by its budget
     floor.age += 7
-    assert floor.due
+    assert floor.due  # or after as many windows as between measurements
     floor.update({"rounding": sums(0.01)})
     before = dict(floor.values)
     assert not floor.update({"rounding": MismatchSums.zeros()})
@@ -64,6 +70,164 @@ def test_the_floor_is_measured_at_once_and_then_as_rarely_as_its_budget_says():
     assert min(b - a for a, b in itertools.pairwise(measured)) >= 10
     assert floor.seconds <= 0.01 * floor.wall + 1.0
     assert len(measured) >= 10  # and it is not forgotten
+
+
+# ---- how far the floor may be from what was measured ---------------------------------------------------------------
+
+
+def groups_of(scales, tokens=64, seed=0):
+    """A sequence a group, each with its own size of noise."""
+    generator = torch.Generator().manual_seed(seed)
+    many = []
+    for scale in scales:
+        one = -torch.rand(1, tokens, generator=generator)
+        other = one + scale * torch.randn(1, tokens, generator=generator)
+        mask = torch.ones_like(one, dtype=torch.bool)
+        batch = ScoredBatch(
+            mask=mask, rollout_logprobs=one, trainer_logprobs=other, own_logprobs=other, entropy=None
+        )
+        many.append(measure(batch, bootstrap_samples=2))
+    return many
+
+
+def point(many):
+    total = many[0].copy()
+    for one in many[1:]:
+        total.add_(one)
+    return compute(total)
+
+
+def test_the_floor_is_a_bound_that_knows_how_few_sequences_it_came_from():
+    stat = "logp_abs_diff/mean"
+    factors = []
+    for count in (1, 2, 4, 8):
+        floor = NoiseFloor(ParityConfig())
+        assert floor.update({"rounding": groups_of([0.01] * count)})
+        factors.append(floor.values[f"floor/{stat}"] / point(groups_of([0.01] * count))[f"trimmed/{stat}"])
+    assert factors[0] == pytest.approx(7.31, abs=0.01)  # one: as much again, times t with a degree of freedom
+    assert 1.0 < factors[3] < 1.15  # eight alike
+    alike, apart = NoiseFloor(ParityConfig()), NoiseFloor(ParityConfig())
+    alike.update({"rounding": groups_of([0.01] * 8)})
+    apart.update({"rounding": groups_of([0.001, 0.002, 0.003, 0.005, 0.008, 0.01, 0.015, 0.02])})
+    told = point(groups_of([0.001, 0.002, 0.003, 0.005, 0.008, 0.01, 0.015, 0.02]))
+    assert apart.values[f"floor/{stat}"] > 1.4 * told[f"trimmed/{stat}"]
+    assert apart.values["floor/ess"] < told["trimmed/ess"]
+    assert alike.values["floor/kl_k3"] < 1.4 * point(groups_of([0.01] * 8))["trimmed/kl_k3"]
+
+
+def test_of_sums_that_are_not_apart_the_number_of_sequences_counts():
+    floor = NoiseFloor(ParityConfig())
+    floor.update({"rounding": sums(0.01)})  # four sequences in one
+    x = compute(sums(0.01))["trimmed/kl_k3"]
+    assert floor.values["floor/kl_k3"] == pytest.approx(x * (1 + 2.353 / 2), rel=1e-3)
+
+
+def test_measurements_that_agree_are_pooled_and_the_bound_comes_down():
+    floor, bounds = NoiseFloor(ParityConfig()), []
+    for seed in range(12):
+        assert floor.update({"rounding": groups_of([0.01, 0.02], seed=seed)})
+        bounds.append(floor.values["floor/kl_k3"])
+    assert 1.25e-4 < bounds[-1] < bounds[0] / 2  # 1.25e-4: the mean of σ² / 2
+    assert len(floor._pools["rounding"]) == GROUPS
+    assert sum(one.totals()["sequences"] for one in floor._pools["rounding"]) == 24
+    # in another process: the same floor now, and after the next measurement
+    again = NoiseFloor(ParityConfig())
+    again.load_state(json.loads(json.dumps(floor.state())))
+    assert again.values == floor.values
+    for one in (floor, again):
+        one.update({"rounding": groups_of([0.01, 0.02], seed=99)})
+    assert again.values == floor.values
+
+
+@pytest.mark.parametrize("change", [4.0, 0.25])
+def test_a_measurement_that_differs_begins_anew(change):
+    floor = NoiseFloor(ParityConfig())
+    for seed in range(5):
+        floor.update({"rounding": groups_of([0.01] * 8, seed=seed)})
+    floor.update({"rounding": groups_of([0.01 * change] * 8, seed=7)})
+    alone = NoiseFloor(ParityConfig())
+    alone.update({"rounding": groups_of([0.01 * change] * 8, seed=7)})
+    assert floor.values == alone.values
+
+
+def lognormal_scales(count, seed, sigma=0.01, spread=1.0):
+    """Noise that differs by sequence: sizes of lognormal law."""
+    generator = torch.Generator().manual_seed(seed)
+    return (sigma * (spread * torch.randn(count, generator=generator)).exp()).tolist()
+
+
+def windows_judged(few, seed, windows=6, drift=0.0):
+    """Whether a run halts whose noise differs by sequence, its floor measured on ``few`` of each batch."""
+    judge = RunJudge(ParityConfig(), measured_floor=True)
+    for step in range(windows):
+        own = lognormal_scales(16, 1000 * seed + step)
+
+        def measured(own=own, step=step):
+            return judge.floor.update({"rounding": groups_of(own[:few], seed=1000 + 100 * seed + step)})
+
+        if judge.floor.due:
+            measured()
+        stats = point(groups_of([(scale**2 + drift**2) ** 0.5 for scale in own], seed=100 * seed + step))
+        told = judge.scalars(stats)
+        if judge.doubts_floor(told) and measured():
+            told = judge.scalars(stats)
+        judge.judge(step, told)
+    return any(v.halted for v in judge.verdicts)
+
+
+def test_healthy_runs_whose_noise_differs_by_sequence_do_not_halt():
+    """Of 16 such runs, judged by the floor's point estimate, 6 do with one row and 3 with two; here 2 and 1."""
+    assert sum(windows_judged(1, seed) for seed in range(6)) <= 1
+    assert not any(windows_judged(4, seed) for seed in range(4))
+
+
+def test_a_bound_is_not_so_wide_that_a_faint_drift_is_missed():
+    """16 sequences of 32 tokens, all alike: a drift of a few times the floor halts."""
+    floor = NoiseFloor(ParityConfig())
+    many = groups_of([0.01] * 8, tokens=64)  # two sequences a group
+    floor.update({"rounding": many})
+    for stat in ("kl_k3", "logp_abs_diff/mean", "logp_abs_diff/p99"):
+        assert floor.values[f"floor/{stat}"] < 1.35 * point(many)[f"trimmed/{stat}"]
+    assert all(windows_judged(8, seed, drift=0.15) for seed in range(3))
+
+
+# ---- an engine that disagrees with itself ----------------------------------------------------------------------------
+
+
+def test_an_engine_that_disagrees_with_itself_is_an_alarm_and_not_its_own_excuse():
+    def judged(engine):
+        judge = RunJudge(ParityConfig(), measured_floor=True)
+        for step in range(3):
+            judge.floor.update(
+                {"rounding": groups_of([0.014] * 8, seed=step), "engine": groups_of([engine] * 8, seed=50 + step)}
+            )
+            judge.judge(step, judge.scalars(point(groups_of([0.014] * 16, seed=100 + step))))
+        return judge
+
+    alone = NoiseFloor(ParityConfig())
+    alone.update({"rounding": groups_of([0.014] * 8)})
+    healthy = judged(0.02)  # two noisy passes
+    assert [str(v.status) for v in healthy.verdicts] == ["OK"] * 3
+    assert healthy.verdicts[-1].stats["floor/engine_excess"] == 0.0
+    sick = judged(0.12)
+    assert [str(v.status) for v in sick.verdicts] == ["BREACH", "BREACH", "HALT"]
+    assert all(v.breaches == ("floor/engine_excess",) for v in sick.verdicts)
+    for stat, most in MOST.items():
+        rounding = sick.floor.sources["rounding"][stat]
+        if stat == "ess":
+            assert 1 - sick.floor.values["floor/ess"] <= most * (1 - rounding) * (1 + 1e-9)
+        else:
+            assert sick.floor.values[f"floor/{stat}"] <= max(most * rounding, sick.floor.sources["rounding"][stat])
+    # in fp32 many times nothing is nothing
+    tiny = NoiseFloor(ParityConfig())
+    tiny.update({"rounding": groups_of([1e-7] * 8), "engine": groups_of([1e-5] * 8)})
+    assert tiny.values["floor/engine_excess"] < 1e-4
+
+
+def test_a_floor_without_an_engine_of_its_own_has_no_excess_of_it():
+    floor = NoiseFloor(ParityConfig())
+    floor.update({"rounding": groups_of([0.01] * 8)})
+    assert "floor/engine_excess" not in floor.values
 
 
 def test_without_a_floor_there_is_no_excess():

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from support import ROOT
 
 from trl_parity.cli import main
@@ -50,6 +51,26 @@ def test_healthy_settings_have_no_findings_and_unknown_ones_are_not_guessed():
         ({}, {"engine_defaults": ("top_k=20", "top_p=0.8")}, "truncated_sampling", "warning", "top_k=20, top_p=0.8"),
         ({}, {"prefix_caching": True}, "stale_prefix_cache", "note", "reset_prefix_cache()"),
         ({}, {"trainer_dtype": "float32", "checkpoint_dtype": "bfloat16"}, "dtype_gap", "note", "TRL's default"),
+        ({"unreplayed": ("min_tokens",)}, {"logprobs_mode": "raw_logprobs"}, "raw_logprobs", "error",
+         "penalties and masks"),
+        ({"unreplayed": ("structured_outputs",)}, {"logprobs_mode": "raw_logprobs"}, "constrained_decoding", "warning",
+         "before it copies them"),
+        ({"top_p": 0.95}, {"weighs_sequences": "sequence_mask", "max_completion_length": 128}, "correction_weights",
+         "error", "(top_p alone: down to 0.001 at 128 tokens)"),
+        ({"top_k": 20}, {"weighs_sequences": "sequence_truncate"}, "correction_weights", "error",
+         'vllm_importance_sampling_mode="token_truncate"'),
+        ({}, {"seed": 0}, "duplicate_rollouts", "error", "advantages and gradients are 0"),
+        ({}, {"seed": 0, "group_requests": False}, "duplicate_rollouts", "warning", "the same random numbers"),
+        ({}, {"ends": ("stop",), "masks_truncated": True}, "truncation_accounting", "error", "trainer.eos_token_ids"),
+        ({}, {"thinking_token_budget": 0}, "constrained_decoding", "error", "thinking_token_budget=0"),
+        ({}, {"refused": ("MixtralForCausalLM", "experts")}, "partial_sync", "error",
+         'vllm_model_impl="transformers"'),
+        ({}, {"model_type": "gpt2", "absolute_positions": True}, "model_definition", "warning", "position_ids"),
+        ({}, {"model_type": "phimoe", "draws": ("experts", "input_jitter_noise=0.1")}, "moe_routing", "error",
+         "; input_jitter_noise = 0 in the model's config"),
+        ({}, {"tied_adapter": "modules_to_save"}, "partial_sync", "error", "ensure_weight_tying=True"),
+        ({}, {"tied_adapter": "target_modules"}, "partial_sync", "error", "out of target_modules"),
+        ({}, {"merges_adapter": True, "trainer_dtype": "bfloat16"}, "reference_drift", "warning", "with bf16=True"),
     ],
 )  # fmt: skip
 def test_each_trap_is_named_with_what_mends_it(sampling, settings, cause, severity, words):
@@ -60,6 +81,34 @@ def test_each_trap_is_named_with_what_mends_it(sampling, settings, cause, severi
 
 def test_raw_logprobs_at_temperature_1_without_processing_are_no_trap():
     assert "raw_logprobs" not in found(logprobs_mode="raw_logprobs")
+
+
+@pytest.mark.parametrize(
+    ("sampling", "settings"),
+    [
+        ({"top_p": 0.95}, {"weighs_sequences": None}),  # a token mode, or no correction
+        ({}, {"weighs_sequences": "sequence_mask"}),
+        ({}, {"ends": ("stop",)}),
+        ({}, {"masks_truncated": True}),
+        ({"unreplayed": ("structured_outputs",)}, {"logprobs_mode": "processed_logprobs"}),
+        ({}, {"merges_adapter": True, "trainer_dtype": "float32"}),
+        ({}, {"model_type": "llama"}),
+    ],
+)
+def test_half_of_a_trap_is_none(sampling, settings):
+    told = found(sampling, **settings)
+    assert set(told) <= {"truncated_sampling", "constrained_decoding"}  # what truncation or a constraint is by itself
+    assert "copies" not in str(told.get("constrained_decoding"))
+
+
+def test_the_weight_told_of_a_truncated_answer_is_the_least_it_can_have():
+    from trl_parity.scoring.sampling import kept_mask
+
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(128, 50)
+    kept = kept_mask(logits, SamplingSettings(top_p=0.95))
+    weight = (logits.softmax(-1) * kept).sum(-1).prod().item()
+    assert 0.95**128 <= weight < 0.1
 
 
 # ---- before anything runs: trl-parity lint -------------------------------------------------------------------------
@@ -88,6 +137,54 @@ def test_facts_from_settings_alone(checkpoint):
     f = configured_facts(values | off, trainer="rloo")
     assert (f.dropout, f.trainer_dtype, f.compute_dtype) == (0.0, "bfloat16", "bfloat16")
     assert (f.masks_sequences, f.has_logprobs) == (None, False)
+
+
+def test_what_requests_ask_for_beside_the_law(checkpoint):
+    def facts(trainer="grpo", **values):
+        return configured_facts({"model_name_or_path": checkpoint} | values, trainer=trainer)
+
+    clean = facts(generation_kwargs={"seed": -1, "thinking_token_budget": -1, "stop": [], "stop_token_ids": [50256]})
+    assert (clean.seed, clean.thinking_token_budget, clean.ends) == (None, None, ())  # -1: none; 50256: its own EOS
+    asked = {"seed": 0, "thinking_token_budget": 0, "stop": "</a>", "stop_token_ids": [50256, 7]}
+    f = facts(generation_kwargs=asked, mask_truncated_completions=True)
+    assert (f.seed, f.thinking_token_budget, f.ends) == (0, 0, ("stop", "stop_token_ids=[7]"))
+    assert f.masks_truncated
+    assert (f.group_requests, facts(vllm_mode="server").group_requests) == (True, False)
+    assert (f.weighs_sequences, f.max_completion_length) == ("sequence_mask", 512)
+    for values, expected in (
+        ({"vllm_importance_sampling_mode": "token_mask"}, None),
+        ({"vllm_importance_sampling_mode": "sequence_truncate"}, "sequence_truncate"),
+        ({"vllm_importance_sampling_mode": "sequence_truncate", "vllm_importance_sampling_clip_min": 0.5}, None),
+        ({"vllm_importance_sampling_correction": False}, None),
+    ):
+        assert facts(**values).weighs_sequences == expected
+    rloo = facts("rloo")
+    assert (rloo.weighs_sequences, rloo.masks_sequences) == (None, None)  # it has no such correction
+    assert (f.model_type, f.absolute_positions, f.merges_adapter, f.tied_adapter) == ("gpt2", True, False, None)
+    lora = facts(use_peft=True, lora_modules_to_save=["lm_head"])
+    assert (lora.merges_adapter, lora.tied_adapter) == (True, "modules_to_save")
+
+
+def test_trl_looks_for_an_answers_end_where_the_fix_puts_it():
+    import inspect
+
+    from trl import GRPOTrainer, RLOOTrainer
+
+    for trainer in (GRPOTrainer, RLOOTrainer):
+        source = inspect.getsource(trainer._generate_and_score_completions)
+        masking = source[source.index("if self.mask_truncated_completions:") :][:400]
+        assert "[*self.eos_token_ids, self._tokenizer.pad_token_id]" in masking
+        assert "ids[-1] not in eos_and_pad" in masking
+
+
+def test_a_clean_run_has_notes_at_most(tmp_path):
+    from transformers import LlamaConfig
+
+    LlamaConfig(hidden_size=32, num_attention_heads=2, tie_word_embeddings=True).save_pretrained(tmp_path)
+    values = {"model_name_or_path": str(tmp_path), "use_vllm": True, "mask_truncated_completions": True, "bf16": True}
+    assert {f.severity for f in lint(configured_facts(values))} <= {"note"}
+    lora = {"use_peft": True, "lora_target_modules": "all-linear"}
+    assert {f.severity for f in lint(configured_facts(values | lora))} <= {"note"}
 
 
 def test_facts_of_a_server_from_the_line_that_starts_it(checkpoint):

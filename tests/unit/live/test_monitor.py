@@ -1,5 +1,6 @@
 """ParityMonitor, the judge outside a trainer; the entropy, temperature and reward watches."""
 
+import fcntl
 import json
 import math
 import random
@@ -173,3 +174,41 @@ def test_rewards_that_part_from_their_history_warn(tmp_path):
     assert far.stats["reward/effect_size"] < -0.4
     assert far.warnings == ("reward/parted",)
     assert math.isclose(far.stats["reward/mean"], 0.4, abs_tol=0.1)
+
+
+# ---- the folder of a run
+
+
+def test_one_process_at_a_time_writes_a_runs_folder(tmp_path):
+    monitor = ParityMonitor(output_dir=tmp_path)
+    with open(tmp_path / "parity" / ".lock", "r+b") as other:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        monitor.close()
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as another process's
+        with pytest.raises(ConfigError, match=r"parity is in use by process \d+ on .*set another output_dir"):
+            ParityMonitor(output_dir=tmp_path)
+    (left := tmp_path / "parity" / "incidents" / ".step-3.0123456789ab.tmp").mkdir(parents=True)
+    ParityMonitor(output_dir=tmp_path).close()
+    assert not left.exists()
+
+
+def test_a_foreign_runs_links_lead_nowhere(tmp_path):
+    (theirs := tmp_path / "theirs").mkdir()
+    (theirs / "config.json").write_text("untouched")
+    (run := tmp_path / "run").mkdir()
+    (run / "parity").symlink_to(theirs)
+    with pytest.raises(ConfigError, match="parity is a symbolic link, and what it points to is not written"):
+        ParityMonitor(output_dir=run)
+    ParityMonitor(parity_dir=str(run / "own")).close()  # what a user names may be one
+    (run / "parity").unlink()
+    (run / "parity").mkdir()
+    for name in ("config.json", "run.json", "rewards.json"):
+        (run / "parity" / name).symlink_to(theirs / "config.json")
+    monitor = ParityMonitor(output_dir=run)
+    monitor.log_step(1, **batch(1, noise=0.01), rewards=[0.1 * i for i in range(30)])
+    monitor.write_run({"engine": {"url": "http://me:Zq81xVbn27Lk@host"}})
+    monitor.close()
+    assert [path.name for path in theirs.iterdir()] == ["config.json"]
+    assert (theirs / "config.json").read_text() == "untouched"
+    assert json.loads((run / "parity" / "run.json").read_text())["engine"]["url"] == "http://***@host"

@@ -1,5 +1,7 @@
 """What follows when a window closes, in its order, without a trainer."""
 
+import time
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from trl_parity import ParityConfig, ParityMonitor
 from trl_parity.judging.noise_floor import SOURCES
 from trl_parity.live.judge import RunJudge
 from trl_parity.live.pipeline import Pipeline, Surroundings
+from trl_parity.live.window import UnloggedWindows
 from trl_parity.records import ScoredBatch
 
 
@@ -33,13 +36,16 @@ class Recording(Surroundings):
 
     def floor_sums(self):
         self.seen.append("floor")
-        return {name: self.judge.sums_of(scored(1e-3), 0) for name in SOURCES}
+        return {name: [self.judge.sums_of(scored(1e-3), 0)] for name in SOURCES}
 
     def on_verdict(self, verdict, sums):
         self.seen.append(f"verdict {verdict.status}")
 
     def diagnose(self, verdict):
         self.seen.append("diagnose")
+        if verdict.halted:
+            with self.pipeline.stopwatch.account("diagnosis"):
+                time.sleep(0.05)
 
     def announce(self, verdict):
         self.seen.append("announce")
@@ -49,7 +55,7 @@ class Recording(Surroundings):
 def run(noises, **settings):
     judge = RunJudge(ParityConfig(**settings), measured_floor=True)
     surroundings = Recording(judge)
-    pipeline = Pipeline(judge, surroundings)
+    pipeline = surroundings.pipeline = Pipeline(judge, surroundings)
     for step, noise in enumerate(noises, 1):
         pipeline.window.add(judge.sums_of(scored(noise, step), 0), "")
         pipeline.close_window(step)
@@ -78,6 +84,19 @@ def test_what_measuring_cost_is_in_the_window_but_what_the_floor_took_is_not():
     assert stats["cost/share"] is not None
     assert judge.floor.seconds > 0
     assert judge.floor.wall >= judge.floor.seconds
+
+
+def test_what_a_diagnosis_took_is_in_the_next_window_and_in_no_other_account():
+    judge, _, _ = run([1.0, 1e-3, 1e-3], consecutive=1, floor_tokens=0)
+    told = [v.stats["cost/diagnosis_seconds"] for v in judge.verdicts]
+    assert (told[0], told[2]) == (None, None)
+    assert told[1] >= 0.05
+    assert all(v.stats["cost/incident_seconds"] is None for v in judge.verdicts)
+    unlogged = UnloggedWindows()
+    for verdict in judge.verdicts:
+        unlogged.add(verdict, judge.sums_of(scored(1e-3), 0))
+    assert unlogged.scalars(judge)["cost/diagnosis_seconds"] == told[1]
+    assert unlogged.scalars(judge)["breaker/status"] == 3
 
 
 @pytest.mark.parametrize("noise", [1e-3, 1.0])

@@ -1,5 +1,9 @@
 """Which resamples a sequence is in: by its number over batches and ranks, never twice the same by accident."""
 
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support.batches import random_batch, scored
@@ -8,6 +12,7 @@ from trl_parity import ParityMonitor
 from trl_parity.metrics import statistics
 from trl_parity.metrics.statistics import compute, measure
 from trl_parity.metrics.sums import MismatchSums
+from trl_parity.trainers.row_keys import row_keys
 
 
 def batch(rows=6, seed=0):
@@ -61,19 +66,133 @@ def test_ranks_and_batches_of_a_monitor_have_numbers_of_their_own():
     assert torch.equal(second.bootstrap, measure(batch(4, seed=1), first_sequence=1009 + 6).bootstrap)
 
 
-def test_intervals_are_the_resamples_outermost_half_percents():
-    """200 resamples: one is left out at each end."""
-    rollout = torch.full((16, 5), -1.0, dtype=torch.float64)
-    trainer = rollout + torch.linspace(-0.3, 0.3, 16, dtype=torch.float64)[:, None]
-    mask = torch.ones(16, 5, dtype=torch.bool)
-    sums = measure(scored(rollout, trainer, mask, entropy=torch.ones_like(rollout)))
-    stats = compute(sums)
-    means = (sums.bootstrap[:, 0] / sums.bootstrap[:, 2]).sort().values
-    assert (stats["honesty_low"], stats["honesty_high"]) == (float(means[1]), float(means[-2]))
-    assert stats["honesty_gap"] == max(0.0, stats["honesty_low"] - 1.0, 1.0 - stats["honesty_high"])
-    few = measure(scored(rollout[:7], trainer[:7], mask[:7]))
-    assert compute(few)["honesty_low"] is None
-    assert compute(measure(scored(rollout[:8], trainer[:8], mask[:8])))["honesty_low"] is not None
+def means(x, lengths, keys=None):
+    """A batch whose sequences have the given Σ (H + rollout log-prob)."""
+    lengths = torch.as_tensor(lengths)
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    rollout = torch.full(mask.shape, -1.0, dtype=torch.float64)
+    one = scored(rollout, rollout, mask, entropy=1.0 + (x / lengths)[:, None].expand(mask.shape))
+    return replace(one, keys=keys)
+
+
+def test_an_interval_is_students_where_nothing_is_skewed():
+    """Σ e² and Σ n² from 200 resamples: each within three of its standard errors, of a tenth."""
+    x = torch.linspace(-1, 1, 16, dtype=torch.float64).repeat(4)
+    stats = compute(measure(means(x, [10] * 64)))
+    error = float((x**2).sum().sqrt()) / 640 * (64 / 63) ** 0.5
+    assert stats["entropy/drift_high"] == pytest.approx(2.66 * error, rel=0.16)
+    assert stats["entropy/drift_low"] == pytest.approx(-stats["entropy/drift_high"], rel=1e-6)
+    assert stats["entropy/drift_gap"] == 0.0
+    shifted = compute(measure(means(x + 100.0, [10] * 64)))
+    assert shifted["entropy/drift_gap"] == pytest.approx(shifted["entropy/drift_low"])
+    assert shifted["entropy/drift_low"] == pytest.approx(10.0 + stats["entropy/drift_low"], rel=1e-6)
+
+
+def test_a_skewed_mean_has_room_where_the_tail_may_be():
+    x = torch.zeros(32, dtype=torch.float64)
+    x[3] = 10.0
+    right, left = (compute(measure(means(sign * x, [10] * 32))) for sign in (1, -1))
+    mean = float(x.sum()) / 320
+    assert right["entropy/drift_high"] - mean > 1.5 * (mean - right["entropy/drift_low"])
+    assert right["entropy/drift_high"] == pytest.approx(-left["entropy/drift_low"], rel=1e-6)
+
+
+def test_seven_sequences_have_no_interval_and_eight_a_wide_one():
+    x = torch.tensor([1.0, -1.0] * 8, dtype=torch.float64)
+    assert compute(measure(means(x[:7], [5] * 7)))["entropy/drift_low"] is None
+    widths = [compute(measure(means(x[:n], [5] * n)))["entropy/drift_high"] * n**0.5 for n in (8, 16)]
+    assert widths[0] > 1.3 * widths[1]
+
+
+def test_copies_of_a_sequence_are_one_piece_of_evidence_in_whatever_batch_or_rank():
+    generator = torch.Generator().manual_seed(5)
+    x, keys = torch.linspace(-1, 1, 12, dtype=torch.float64), torch.arange(12) * 7919
+
+    def width(*parts):
+        total = MismatchSums.zeros()
+        for rank, part in enumerate(parts):
+            total.add_(measure(means(x[part], [10] * len(part), keys[part]), first_sequence=1009 * rank))
+        stats = compute(total)
+        return stats["entropy/drift_high"] - stats["entropy/drift_low"]
+
+    once = width(torch.arange(12))
+    for parts in (
+        [torch.arange(12).repeat(8)],  # eight copies of each, side by side
+        [torch.arange(12)] * 8,  # a copy a batch, or a rank
+        [torch.arange(6).repeat(8), torch.arange(6, 12).repeat_interleave(8)],
+    ):
+        assert width(*parts) == pytest.approx(once, rel=0.05)
+    # other sequences on each rank: twice as many are more, not as if both ranks were resampled with the same weights
+    other = compute_width(torch.cat([x, torch.randn(84, generator=generator, dtype=torch.float64)]))
+    assert other < 0.5 * once
+
+
+def compute_width(x):
+    stats = compute(measure(means(x, [10] * len(x), torch.arange(len(x)) * 104729 + 3)))
+    return stats["entropy/drift_high"] - stats["entropy/drift_low"]
+
+
+def test_ranks_together_have_an_interval_as_narrow_as_one_rank_with_all_sequences():
+    """With the same weights on every rank it would be as wide as that of one rank."""
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    monitors = [ParityMonitor() for _ in range(4)]
+    total = MismatchSums.zeros()
+    for rank, monitor in enumerate(monitors):
+        total.add_(monitor.sums_of(means(x[rank], [10] * 32), rank))
+    together = compute(total)
+    alone = compute(measure(means(x.flatten(), [10] * 128)))
+    widths = [s["entropy/drift_high"] - s["entropy/drift_low"] for s in (together, alone)]
+    assert widths[0] == pytest.approx(widths[1], rel=0.2)
+
+
+def draws(law, count, generator):
+    if law == "lognormal":
+        return torch.randn(count, generator=generator, dtype=torch.float64).exp() - math.exp(0.5)
+    normal = torch.randn(count, 4, generator=generator, dtype=torch.float64)
+    return normal[:, 0] if law == "normal" else normal[:, 0] / normal[:, 1:].square().mean(1).sqrt()
+
+
+@pytest.mark.slow_unit
+@pytest.mark.parametrize("equal", [True, False])
+@pytest.mark.parametrize(
+    ("law", "count", "least"),
+    [("normal", 8, 0.985), ("normal", 16, 0.985), ("normal", 64, 0.985), ("t3", 8, 0.985), ("t3", 16, 0.985),
+     ("t3", 64, 0.985), ("lognormal", 8, 0.965), ("lognormal", 16, 0.975), ("lognormal", 64, 0.985)],
+)  # fmt: skip
+def test_a_99_percent_interval_covers(law, count, least, equal):
+    generator, windows, covered = torch.Generator().manual_seed(count), 1500, 0
+    for i in range(windows):
+        lengths = torch.full((count,), 16)
+        if not equal:
+            lengths = (16 * (0.7 * torch.randn(count, generator=generator)).exp()).long().clamp(min=1)
+        x = draws(law, count, generator) * lengths.double().sqrt()
+        stats = compute(measure(means(x, lengths), first_sequence=i * count))
+        covered += stats["entropy/drift_low"] <= 0.0 <= stats["entropy/drift_high"]
+    assert covered / windows >= least
+
+
+def test_equal_rows_have_equal_keys_whatever_their_padding():
+    def batch_of(*rows, prompt=6, completion=8):
+        prompts, completions = torch.zeros(len(rows), prompt, dtype=torch.long), torch.zeros(len(rows), completion)
+        masks = torch.zeros_like(prompts), torch.zeros_like(completions)
+        completions = completions.long()
+        for i, (p, c) in enumerate(rows):
+            prompts[i, prompt - len(p) :], masks[0][i, prompt - len(p) :] = torch.tensor(p), 1
+            completions[i, : len(c)], masks[1][i, : len(c)] = torch.tensor(c), 1
+        return SimpleNamespace(
+            prompt_ids=prompts, prompt_mask=masks[0], completion_ids=completions, completion_mask=masks[1]
+        )
+
+    rows = [([5, 6], [7, 8]), ([5, 6], [7, 8]), ([5, 6], [8, 7]), ([6, 5], [7, 8]), ([5], [6, 7, 8]), ([5, 6], [7, 8, 0]),
+            ([0, 5, 6], [7, 8]), ([5, 6], [7])]  # fmt: skip
+    keys, wider = row_keys(batch_of(*rows)), row_keys(batch_of(*rows, prompt=11, completion=30))
+    assert keys.dtype == torch.int64
+    assert torch.equal(keys, wider)
+    assert keys[0] == keys[1]
+    assert len(set(keys.tolist())) == len(rows) - 1
+    # spread over the pool: of 4,096 random rows no resampling number is drawn far more often than chance has it
+    many = [([int(a)], [int(b)]) for a, b in torch.randint(0, 50_000, (4096, 2))]
+    assert (row_keys(batch_of(*many)) % 4096).bincount().max() < 10
 
 
 def test_merged_sums_keep_each_part():

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy.stats import mannwhitneyu
 
 from trl_parity.errors import ConfigError, DataError
-from trl_parity.metrics.rewards import RewardBaseline, RewardComparison, RewardWindow
+from trl_parity.metrics.rewards import RewardBaseline, RewardComparison, RewardWindow, design_effect
 
 # few distinct values, so that ties abound, next to continuous ones that float32 holds exactly
 REWARDS = st.lists(
@@ -103,6 +103,50 @@ def test_false_alarms_stay_at_alpha(draw, most, n):
     alarms = sum(baseline(draw(rng, 1000)).compare(draw(rng, n)).parted(0.0, 0.05) for _ in range(draws))
     # three standard deviations above the expected count
     assert alarms <= most * draws + 3 * math.sqrt(most * draws)
+
+
+def grouped(rng, prompts, size, correlation, cut=None):
+    """(rewards, prompts): each prompt's ``size`` rewards share a part of it; ``cut``: 0/1, whether they are over it."""
+    shared = rng.normal(size=(prompts, 1)) * correlation**0.5
+    values = (shared + rng.normal(size=(prompts, size)) * (1 - correlation) ** 0.5).ravel()
+    return values if cut is None else (values > cut).astype(float), np.repeat(np.arange(prompts), size)
+
+
+@pytest.mark.parametrize(("prompts", "size", "correlation", "cut"), [
+    (125, 8, 0.5, None), (40, 8, 0.5, None), (20, 16, 0.9, None), (125, 8, 0.5, 0.0), (6, 4, 0.5, None),
+])  # fmt: skip
+def test_completions_of_one_prompt_are_no_independent_rewards(prompts, size, correlation, cut):
+    """False alarms at most alpha, where they were many times that; ``RewardWindow`` hands on what it was told."""
+    rng, alarms, naive, draws = np.random.default_rng(11), 0, 0, 200
+    for _ in range(draws):
+        old = baseline(grouped(rng, 125, size, correlation, cut)[0])
+        window = RewardWindow()
+        window.extend(*grouped(rng, prompts, size, correlation, cut))
+        alarms += old.compare(window.rewards, window.prompts).parted(0.0, 0.05)
+        naive += old.compare(window.rewards).parted(0.0, 0.05)
+    assert alarms <= 0.05 * draws + 3 * math.sqrt(0.05 * draws)
+    assert naive >= 0.1 * draws or cut is not None
+
+
+def test_a_real_shift_of_grouped_rewards_is_seen():
+    rng = np.random.default_rng(12)
+    old = baseline(grouped(rng, 125, 8, 0.5)[0])
+    rewards, prompts = grouped(rng, 125, 8, 0.5)
+    assert not old.compare(rewards, prompts).parted(0.3, 0.001)
+    assert old.compare(rewards + 1.0, prompts).parted(0.3, 0.001)
+
+
+def test_the_design_effect_of_known_groups():
+    rng = np.random.default_rng(13)
+    apart = rng.normal(size=800)
+    assert design_effect(apart, np.arange(800)) == 1.0  # a prompt each
+    assert design_effect(apart, np.zeros(800)) == 800.0  # one prompt: one piece of evidence
+    assert design_effect(np.repeat(apart[:100], 8), np.repeat(np.arange(100), 8)) == 8.0  # of a prompt all alike
+    assert 1.0 <= design_effect(apart, np.repeat(np.arange(100), 8)) < 1.5
+    rewards, prompts = grouped(rng, 2000, 8, 0.5)
+    assert design_effect(rewards, prompts) == pytest.approx(1 + 7 * 0.5, rel=0.08)  # ranks, and the upper end
+    shuffled = rng.permutation(len(rewards))
+    assert design_effect(rewards[shuffled], prompts[shuffled]) == pytest.approx(design_effect(rewards, prompts))
 
 
 def test_the_p_value_is_no_constant_one():
@@ -273,6 +317,21 @@ def test_a_window_keeps_the_last_rewards():
     assert window.rewards.tolist() == [*range(5, 25)]
     window.rewards[0] = 99  # a copy
     assert window.rewards[0] == 5
+
+
+def test_a_window_keeps_which_rewards_share_a_prompt():
+    window, again = RewardWindow(size=20), RewardWindow(size=20)
+    window.extend([0.0, 1.0])  # nobody says: each has its own
+    window.extend([0.0, math.nan, 1.0, None, 2.0], [7, 7, 7, 9, 9])
+    assert window.rewards.tolist() == [0.0, 1.0, 0.0, 1.0, 2.0]
+    assert window.prompts.tolist() == [10, 11, 7, 7, 9]
+    again.load_state(json.loads(json.dumps(window.state())))
+    assert again.prompts.tolist() == window.prompts.tolist()
+    again.load_state({"rewards": [1.0, 2.0]})  # as 0.6.0 kept it
+    assert again.prompts.tolist() == [1, 2]
+    assert again.state() == {"rewards": [1.0, 2.0]}
+    with pytest.raises(ValueError, match="shorter"):
+        window.extend([1.0, 2.0], [1])
 
 
 def test_window_state_survives_a_restart_through_json():

@@ -1,5 +1,7 @@
 """The entropy over windows, the temperature of a phase."""
 
+import math
+
 import pytest
 
 from trl_parity import ParityConfig
@@ -23,3 +25,20 @@ def test_the_temperature_meant_for_a_phase():
     assert [expected_temperature(phases, "train", step) for step in (0, 9, 10, 99)] == [0.7, 0.7, 1.0, 1.0]
     assert expected_temperature(phases, "eval", 5) == 0.0
     assert expected_temperature({}, "train", 5) is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_an_entropy_that_is_not_finite_is_nan_in_its_window_and_forgotten_after_it(bad):
+    watch, spared = EntropyWatch(), EntropyWatch()
+    for i in range(8):
+        watch.update(2.0 - 0.1 * i)
+        spared.update(2.0 - 0.1 * i)
+    watch.update(bad)
+    assert all(math.isnan(x) for x in watch.scalars().values())
+    assert set(watch.scalars()) == set(spared.scalars())
+    for both in (watch, spared):
+        both.update(1.2)
+    assert watch.scalars() == spared.scalars()
+    again = EntropyWatch()  # of a version that kept them
+    again.load_state({"recent": [2.0, bad, 1.9, 1.8, 1.7], "first": [2.0, bad]})
+    assert again.scalars()["entropy/trend"] == pytest.approx(-0.1)

@@ -118,7 +118,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--max_steps", type=int)
 parser.add_argument("--output_dir")
 parser.add_argument("--fail", action="store_true")
-options = parser.parse_args()
+options, _ = parser.parse_known_args()
 print("training")
 if options.fail:
     sys.exit("out of memory")
@@ -132,11 +132,13 @@ def test_the_command_runs_the_training_with_its_overrides(tmp_path, capfd):
     script.write_text(TRAIN.format(tests=str(TESTS)))
     output, kept = tmp_path / "run", tmp_path / "rewards.json"
     pilot = ["pilot", "--steps", "6", "--output", str(output), "--save-baseline", str(kept), "--json"]
-    assert main([*pilot, "--", sys.executable, str(script)]) == 0
+    assert main([*pilot, "--", sys.executable, str(script), "--hub_token", "Zq81xVbn27Lk"]) == 0
     out, err = capfd.readouterr()
     result = json.loads(out)
     assert "training" in err
     assert result["decision"] == "scale up"
+    assert result["command"][2:4] == ["--hub_token", "***"]
+    assert "Zq81xVbn27Lk" not in out + (output / "pilot.json").read_text()
     assert result["command"][-4:] == ["--max_steps", "6", "--output_dir", str(output)]
     assert json.loads((output / "pilot.json").read_text()) == result
     assert len(read_windows(output)) == 6

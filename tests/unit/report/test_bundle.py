@@ -330,6 +330,42 @@ def test_a_redacted_bundle_holds_no_ids_text_or_prompts(tmp_path):
     assert "-0.500" in report  # the numbers stay
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_no_bundle_holds_keys_or_passwords(tmp_path):
+    secret = "Zq81xVbn27Lk"
+    failed = f"ConnectionError: no answer from http://me:{secret}@host:8000/v1"
+    found = diagnosis(details={"tokens": 512, "token": " kept"})
+    found["evidence"][3]["error"] = failed
+    given = make(
+        diagnosis=found, engine={"mode": "server", "url": f"http://me:{secret}@host:8000"}, text=f"halted: {failed}",
+        config={**ParityConfig().to_dict(), "engine_args": {"hf_token": secret, "dtype": "bfloat16"}},
+    )  # fmt: skip
+    folder = write_incident(tmp_path, given, hostile_rows("a"))
+    assert not any(secret.encode() in path.read_bytes() for path in folder.iterdir())
+    back = read_incident(folder)
+    assert back.engine["url"] == "http://***@host:8000"
+    assert back.config["engine_args"] == {"hf_token": "***", "dtype": "bfloat16"}
+    assert back.diagnosis["details"]["token"] == " kept"
+    assert secret not in report_markdown(given, [], [])  # of an incident that was written before
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_bundle_with_text_is_for_its_user_alone_and_goes_through_no_link(tmp_path):
+    for redacted, mode in ((False, 0o700), (True, 0o755)):
+        before = os.umask(0o022)
+        try:
+            folder = write_incident(tmp_path, make(redacted=redacted), [])
+        finally:
+            os.umask(before)
+        assert folder.stat().st_mode & 0o777 == mode
+    (theirs := tmp_path / "theirs").mkdir()
+    (run := tmp_path / "run").mkdir()
+    (run / "incidents").symlink_to(theirs)
+    with pytest.raises(ConfigError, match="incidents is a symbolic link"):
+        write_incident(run, make(), [])
+    assert list(theirs.iterdir()) == []
+
+
 def test_rows_made_without_a_decoder_hold_no_ids():
     assert not {"token_id", "token", "prompt"} & set(sequence_rows(*batch(), None)[0])
 

@@ -42,6 +42,23 @@ def test_runs_that_do_not_differ_are_rarely_said_to(n, phi):
     assert wrong / 200 < 0.05 + 3 * (0.05 * 0.95 / 200) ** 0.5
 
 
+@pytest.mark.slow_unit
+@pytest.mark.parametrize("phi", [0.5, 0.8])
+@pytest.mark.parametrize("n", [10, 15, 20, 30, 50])
+def test_a_few_autocorrelated_windows_rarely_differ_by_chance(n, phi):
+    x = ar1(np.random.default_rng(n), n, phi, 600)
+    y = ar1(np.random.default_rng(n + 1), n, phi, 600)
+    wrong = sum(answers(a, b).get("kl_k3") == "differs" for a, b in zip(x, y, strict=True))
+    assert wrong / 600 <= 0.05
+
+
+@pytest.mark.parametrize(("n", "phi", "shift"), [(20, 0.0, 2.5), (50, 0.5, 2.5), (50, 0.8, 5.0)])
+def test_a_real_difference_is_still_found(n, phi, shift):
+    x, y = (ar1(np.random.default_rng(seed), n, phi, 40) for seed in (0, 1))
+    found = sum(answers(a, b + shift).get("kl_k3") == "differs" for a, b in zip(x, y, strict=True))
+    assert found >= 34
+
+
 def test_taking_neighbours_for_independent_would_be_wrong_far_more_often():
     """The same, without looking at the autocorrelation: what the estimate of τ is for."""
     from scipy import stats

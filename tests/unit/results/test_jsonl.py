@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import pytest
 from support import TESTS
@@ -12,6 +13,7 @@ from support.windows import sums_of, verdict
 
 from trl_parity.errors import ConfigError
 from trl_parity.metrics.statistics import compute
+from trl_parity.results import jsonl
 from trl_parity.results.jsonl import JsonlSink
 from trl_parity.verdict import Status, Verdict
 
@@ -54,6 +56,53 @@ def test_a_resumed_run_neither_repeats_nor_loses_windows(tmp_path):
     superseded = (tmp_path / "metrics.superseded.jsonl").read_text()
     assert superseded.count("\n") == 3  # 6, 7 and the torn line: kept, apart
     assert not (tmp_path / "metrics.jsonl.tmp").exists()
+
+
+def test_a_long_runs_file_is_cut_without_being_read(tmp_path):
+    """Of 40 MB two windows and a torn line are moved: neither memory nor reading grows with what is kept."""
+    path, padding = tmp_path / "metrics.jsonl", "x" * 4000
+    with open(path, "w") as f:
+        f.writelines(json.dumps({"step": step, "padding": padding}) + "\n" for step in range(1, 10_001))
+        f.write('{"step": 10001, "padding": "' + padding)
+    size, inode = path.stat().st_size, path.stat().st_ino
+    tracemalloc.start()
+    JsonlSink(tmp_path, resume_step=9998).close()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20 < size / 30
+    assert path.stat().st_ino == inode  # no copy of it was made
+    kept = path.read_bytes()
+    assert kept.count(b"\n") == 9998
+    assert json.loads(kept[kept.rindex(b"\n", 0, -1) :])["step"] == 9998
+    superseded = (tmp_path / "metrics.superseded.jsonl").read_text()
+    assert superseded.count("\n") == 3
+    assert [json.loads(line)["step"] for line in superseded.splitlines()[:2]] == [9999, 10_000]
+
+
+@pytest.mark.parametrize(
+    ("content", "kept", "moved"),
+    [
+        (b'{"step": 1}\n{"step": 2}\n', b'{"step": 1}\n{"step": 2}\n', None),  # nothing later
+        (b'{"step": 7}\n{"step": 8}', b"", b'{"step": 7}\n{"step": 8}\n'),  # all later
+        (b'{"step": 3}\n\n[1]\n{"step": "x"}\n', b'{"step": 3}\n', b'\n[1]\n{"step": "x"}\n'),  # foreign lines
+        (b"no newline", b"", b"no newline\n"),
+        (b'{"step": 4}\n' + b"z" * 200_000 + b"\n", b'{"step": 4}\n', b"z" * 200_000 + b"\n"),  # over many blocks
+        (b'{"step": 5}', b"", b'{"step": 5}\n'),  # torn, if at its newline only
+    ],
+)
+def test_what_is_kept_ends_with_the_last_whole_window_up_to_the_step(tmp_path, content, kept, moved):
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    JsonlSink(tmp_path, resume_step=5).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == kept
+    superseded = tmp_path / "metrics.superseded.jsonl"
+    assert (superseded.read_bytes() if superseded.exists() else None) == moved
+
+
+def test_a_line_longer_than_any_window_is_foreign_and_never_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl, "_LONGEST_LINE", 100)
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2, "x": "' + b"y" * 100 + b'"}\n')
+    JsonlSink(tmp_path, resume_step=5).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 1}\n'
 
 
 def test_a_new_run_keeps_an_old_runs_file(tmp_path):
@@ -107,6 +156,25 @@ def test_a_killed_writer_leaves_a_readable_file(tmp_path, kill):
         assert json.loads(line)["status"] == "OK"
     kept = len(lines) if lines[-1].endswith(b"\n") else len(lines) - 1
     assert len(rows(JsonlSink(tmp_path, resume_step=1).path)) == kept
+
+
+@pytest.mark.parametrize("linked", ["metrics.jsonl", "metrics.superseded.jsonl"])
+def test_a_foreign_folders_links_are_not_followed(tmp_path, linked):
+    run = tmp_path / "run"
+    sink = JsonlSink(run)
+    for step in (1, 2, 3):
+        sink.write(verdict(step))
+    sink.close()
+    target = tmp_path / "theirs"
+    if linked == "metrics.jsonl":
+        (run / linked).rename(target)
+    else:
+        target.write_text("untouched")
+    before = target.read_bytes()
+    (run / linked).symlink_to(target)
+    with pytest.raises(ConfigError, match="symbolic link, which is not followed"):
+        JsonlSink(run, resume_step=2)
+    assert target.read_bytes() == before
 
 
 def test_the_sample_of_tokens_lies_beside_the_windows(tmp_path):

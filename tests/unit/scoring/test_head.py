@@ -149,6 +149,81 @@ def test_minus_infinity_bias_takes_tokens_out_without_nan():
         torch.testing.assert_close(scores.entropy.double(), expected[1], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("chunk_bytes", [500, 1 << 20])
+def test_a_soft_cap_does_not_lift_what_the_bias_takes_out(chunk_bytes):
+    bias = torch.zeros(300)
+    bias[:200] = -torch.inf
+    hidden, targets, head = make(9, 16, 300, bias=bias, softcap=4.0)
+    targets = 200 + targets % 100
+    scores = score_tokens(hidden, targets, head, chunk_bytes=chunk_bytes)
+    logits = 4.0 * torch.tanh(hidden.double() @ head.weight[200:].double().T / 4.0)
+    law = logits.log_softmax(-1)
+    torch.testing.assert_close(scores.logprobs.double(), law[range(9), targets - 200], atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores.entropy.double(), -(law.exp() * law).sum(-1), atol=1e-5, rtol=0)
+    assert (logits_chunk(hidden, head)[:, :200] == -torch.inf).all()
+
+
+class OnChip:
+    """Stands for kernels of a GPU, which give these numbers."""
+
+    def __init__(self, monkeypatch, spoil):
+        from trl_parity.scoring import head as module
+
+        self.calls, self._spoil = 0, spoil
+        monkeypatch.setattr(module, "_use_triton", self._fits)
+        monkeypatch.setattr(module, "_score_on_chip", self._score)
+        monkeypatch.setattr(module, "_without_triton", set())
+        monkeypatch.setattr(module, "_proven", set())
+        self._without = module._without_triton
+
+    def _fits(self, hidden, head, backend):
+        return backend == "triton" or (backend == "auto" and hidden.device not in self._without)
+
+    def _score(self, hidden, targets, head, chunk_bytes, top):
+        self.calls += 1
+        scores = score_tokens(hidden, targets, head, chunk_bytes=chunk_bytes, backend="torch", top=top)
+        self._spoil(scores, top)
+        return scores
+
+
+SPOILT = {
+    "a log-prob": lambda scores, top: scores.logprobs[3].add_(0.01),
+    "an entropy": lambda scores, top: scores.entropy.mul_(1.01),
+    "no number": lambda scores, top: scores.logprobs[3].fill_(torch.nan),
+    "the most likely": lambda scores, top: top[:, 1].sub_(0.01),
+}
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_a_kernel_with_wrong_numbers_is_found_out_and_not_used_again(monkeypatch, caplog, what):
+    hidden, targets, head = make(40, 16, 90, std=4.0)
+    chip, top, expected_top = OnChip(monkeypatch, SPOILT[what]), torch.empty(40, 3), torch.empty(40, 3)
+    expected = score_tokens(hidden, targets, head, backend="torch", top=expected_top)
+    for _ in range(3):
+        scores = score_tokens(hidden, targets, head, top=top)
+        assert torch.equal(scores.logprobs, expected.logprobs)
+        assert torch.equal(scores.entropy, expected.entropy)
+        assert torch.equal(top, expected_top)
+    assert chip.calls == 1
+    [told] = [r.message for r in caplog.records if "Triton" in r.message]
+    assert "nats from torch's on 40 tokens" in told
+    with pytest.raises(RuntimeError, match="nats from torch's"):
+        score_tokens(hidden, targets, head, top=top, backend="triton")
+
+
+def test_a_kernel_is_compared_once_for_each_kind_of_head(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    chip = OnChip(monkeypatch, lambda scores, top: scores.logprobs.add_(1e-5))
+    hidden, targets, head = make(600, 16, 90, bias=torch.full((90,), -torch.inf).index_fill(0, torch.arange(9), 0.0))
+    hidden[7] = torch.nan
+    for softcap in (None, 2.0, None, 2.0):
+        score_tokens(hidden, targets, Head(weight=head.weight, bias=head.bias, softcap=softcap))
+    assert chip.calls == 4
+    told = [r.message for r in caplog.records]
+    assert len(told) == 2
+    assert all("gives torch's numbers on 256 tokens" in text for text in told)
+
+
 @pytest.mark.parametrize("chunk_bytes", [300, 1 << 20])
 def test_extreme_logits_keep_entropy_exact(chunk_bytes):
     """Thousands of nats from zero; a common offset cancels, and entropy must not lose digits to it."""

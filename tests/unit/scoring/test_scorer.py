@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trl.trainer.utils import add_fused_lm_head
 
 from trl_parity.records import SamplingSettings
-from trl_parity.scoring.scorer import CompletionScorer, causal_lm
+from trl_parity.scoring.model_head import causal_lm
+from trl_parity.scoring.scorer import CompletionScorer
 
 SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 61}
 GQA = SIZE | {"num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 64}
@@ -67,11 +68,16 @@ def score(model, ids, mask, keep, temperature=0.7, sampling=None, chunk=1 << 20,
         replay_sampling=sampling is not None,
         chunk_bytes=chunk,
     )
-    # the call GRPOTrainer makes, mini-batch by mini-batch
+    # the call GRPOTrainer makes, mini-batch by mini-batch (its fused head can't take a head without a bias attribute)
+    fused = hasattr(causal_lm(model).get_output_embeddings(), "bias")
     add_fused_lm_head(causal_lm(model), temperature=temperature)
     with scorer, torch.no_grad():
         for part_ids, part_mask in zip(ids.split(splits), mask.split(splits), strict=True):
-            model(input_ids=part_ids, attention_mask=part_mask, labels=part_ids, fused_lm_head=True)
+            model(
+                input_ids=part_ids,
+                attention_mask=part_mask,
+                **({"labels": part_ids, "fused_lm_head": True} if fused else {}),
+            )
     return scorer.scores()
 
 
@@ -81,8 +87,9 @@ def assert_scores(model, keep=7, temperature=0.7):
     scores = score(model, ids, mask, keep, temperature)
     real = mask[:, -keep:].bool()
     # the backbone runs in fp32 here and in fp64 in the oracle: its rounding is most of what is left
-    torch.testing.assert_close(scores.logprobs.double()[real], logprobs[real], atol=5e-5, rtol=0)
-    torch.testing.assert_close(scores.entropy.double()[real], entropy[real], atol=5e-5, rtol=0)
+    # (some of PEFT's adapters compute in fp32 whatever they are given)
+    torch.testing.assert_close(scores.logprobs.double()[real], logprobs.double()[real], atol=5e-5, rtol=0)
+    torch.testing.assert_close(scores.entropy.double()[real], entropy.double()[real], atol=5e-5, rtol=0)
     assert (scores.logprobs[~real] == 0).all()
 
 
@@ -113,6 +120,84 @@ def lora(model, **config):
 )
 def test_peft_adapters_count_as_in_training(config):
     assert_scores(lora(build("qwen3-untied"), **config))
+
+
+def on_the_head(kind):
+    """A PEFT configuration that puts adapters of some kind on the head."""
+    import peft
+
+    head = {"target_modules": ["q_proj", "lm_head"]}
+    return {
+        "dora": lambda: peft.LoraConfig(r=4, use_dora=True, **head),
+        "lora_bias": lambda: peft.LoraConfig(r=4, lora_bias=True, **head),
+        "rslora": lambda: peft.LoraConfig(r=4, use_rslora=True, **head),
+        "vera": lambda: peft.VeraConfig(r=4, target_modules=["lm_head"]),
+        "oft": lambda: peft.OFTConfig(oft_block_size=4, use_cayley_neumann=False, **head),
+        "ia3": lambda: peft.IA3Config(feedforward_modules=["q_proj"], **head),
+        "ia3 on what goes in": lambda: peft.IA3Config(feedforward_modules=["lm_head"], **head),
+        "loha": lambda: peft.LoHaConfig(r=4, **head),
+        "adalora": lambda: peft.AdaLoraConfig(init_r=4, target_r=4, total_step=9, **head),
+        "trainable tokens": lambda: peft.LoraConfig(
+            r=4, target_modules=["q_proj"], trainable_token_indices={"lm_head": [3, 20]}
+        ),
+    }[kind]()
+
+
+ON_THE_HEAD = (
+    "dora", "lora_bias", "rslora", "vera", "oft", "ia3", "ia3 on what goes in", "loha", "adalora", "trainable tokens"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ON_THE_HEAD)
+def test_a_head_that_is_more_than_a_matrix_is_scored_as_it_is(kind):
+    import peft
+
+    model = build("phi-head-bias" if kind == "lora_bias" else "qwen3-untied")
+    wrapped = peft.get_peft_model(model, on_the_head(kind)).eval()
+    assert_scores(wrapped)
+    base = copy.deepcopy(score(wrapped, *batch(), 7))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if parameter.requires_grad and "modules_to_save" not in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+    assert_scores(wrapped)
+    assert (score(wrapped, *batch(), 7).logprobs - base.logprobs).abs().max() > 0.01
+
+
+def test_a_head_of_bf16_that_is_more_than_a_matrix_makes_its_products_in_fp32():
+    import peft
+
+    model = peft.get_peft_model(build("qwen3-untied").bfloat16(), on_the_head("dora")).eval()
+    ids, mask = batch()
+    before = torch.random.get_rng_state()
+    scores = score(model.train(), ids, mask, 7)
+    assert torch.equal(before, torch.random.get_rng_state())
+    with torch.no_grad():
+        hidden = model.get_base_model().base_model(input_ids=ids, attention_mask=mask).last_hidden_state[:, -8:-1]
+        logits = copy.deepcopy(model.get_output_embeddings()).float()(hidden.float()) / 0.7
+    exact = logits.log_softmax(-1).gather(-1, ids[:, -7:].unsqueeze(-1)).squeeze(-1)
+    real = mask[:, -7:].bool()
+    torch.testing.assert_close(scores.logprobs[real], exact[real], atol=1e-5, rtol=0)
+
+
+def test_a_head_that_can_not_be_had_in_fp32_is_refused():
+    from trl_parity.errors import InterceptionError
+
+    class Stubborn(torch.nn.Linear):
+        def forward(self, hidden):
+            raise NotImplementedError("no fp32 here")
+
+    model = build("qwen3-untied")
+    model.lm_head.__class__ = Stubborn
+    scorer = CompletionScorer(
+        model, 7, temperature=1.0, sampling=SamplingSettings(), replay_sampling=False, chunk_bytes=1 << 20
+    )
+    ids, mask = batch()
+    with scorer, torch.no_grad():
+        model.base_model(input_ids=ids, attention_mask=mask)
+    with pytest.raises(InterceptionError, match=r"Stubborn.*no fp32 here.*Leave lm_head out"):
+        scorer.scores()
 
 
 def test_disabled_adapters_do_not_count():
@@ -174,6 +259,40 @@ def test_replayed_sampling_equals_a_loop_over_tokens(sampling, chunk, few, monke
             kept[0, ids[b, column]] = True
             expected = z.masked_fill(~kept, -torch.inf).log_softmax(-1)[0, ids[b, column]]
             assert float(scores.logprobs[b, t]) == pytest.approx(float(expected), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [SamplingSettings(repetition_penalty=1.4), SamplingSettings(presence_penalty=0.8, frequency_penalty=0.5)],
+)
+def test_penalties_count_what_the_request_at_hand_sampled(sampling):
+    """Two turns with a tool between them: to the second request, the first turn is prompt."""
+    model, keep = build("qwen3-untied"), 7
+    ids, mask = batch(keep)
+    ids[:, -keep:] = ids[:, -keep:] % 5 + 2  # tokens that come again
+    engine_mask = mask[:, -keep:].bool()
+    engine_mask[:, 3] = False
+    engine_mask[1, 1:3] = False
+    _, _, scaled = oracle(model, ids, mask, keep, 0.7)
+    scorer = CompletionScorer(
+        model, keep, temperature=0.7, sampling=sampling, replay_sampling=True, chunk_bytes=1 << 12
+    )
+    scorer.engine_mask = engine_mask
+    with scorer, torch.no_grad():
+        for rows in ((0, 2), (2, 5)):
+            model(input_ids=ids[slice(*rows)], attention_mask=mask[slice(*rows)])
+    scores = scorer.scores()
+    for b, t in engine_mask.nonzero().tolist():
+        z = scaled[b, t] * 0.7
+        column = ids.shape[1] - keep + t
+        first = max((i + 1 for i in range(t) if not engine_mask[b, i]), default=0)
+        output = ids[b, column - t + first : column].tolist()
+        for token in {int(x) for x, m in zip(ids[b, :column], mask[b, :column], strict=True) if m}:
+            z[token] *= 1 / sampling.repetition_penalty if z[token] > 0 else sampling.repetition_penalty
+        for token in set(output):
+            z[token] -= sampling.frequency_penalty * output.count(token) + sampling.presence_penalty
+        expected = (z / 0.7).log_softmax(-1)[ids[b, column]]
+        assert float(scores.logprobs[b, t]) == pytest.approx(float(expected), abs=1e-4)
 
 
 def test_no_row_of_logits_is_sorted_where_the_most_likely_tokens_suffice(monkeypatch):

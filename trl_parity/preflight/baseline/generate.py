@@ -21,7 +21,7 @@ import torch
 from ...errors import ConfigError, DataError
 from ...files import write_atomic
 from ...scoring.head import logits_chunk
-from ...scoring.scorer import causal_lm, materialized_head
+from ...scoring.model_head import causal_lm, materialized_head
 from ..prompts.cases import Prompt
 from .baseline import MANIFEST, SCHEMA_VERSION, Baseline, file_sha256, open_baseline, read_manifest, versions
 from .settings import Generation

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
-from ...files import check_version
+from ...files import FolderLock, check_version, open_log, sweep, write_atomic
 
 __all__ = ["SCHEMA_VERSION", "Journal"]
 
@@ -30,8 +30,11 @@ class Journal:
         if self.path is None:
             return
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+            self._lock = FolderLock(self.path.parent)
+            sweep(self.path.parent)
+            with open_log(self.path, "a+b", private=True) as file:
+                file.seek(0)
+                lines = file.read().splitlines(keepends=True)
         except OSError as e:
             raise ConfigError(f"cannot use {self.path}: {e.strerror}. Expected a folder that can be written.") from e
         whole = [line for line in lines if line.endswith(b"\n")]
@@ -43,9 +46,9 @@ class Journal:
                 self.resumed = len(self._found)
         if self.resumed:
             if len(whole) < len(lines):
-                self.path.write_bytes(b"".join(whole))
+                write_atomic(self.path, b"".join(whole), private=True)
         else:
-            self.path.write_text(json.dumps(head) + "\n")
+            write_atomic(self.path, json.dumps(head) + "\n", private=True)
 
     def _parsed(self, line: bytes, number: int) -> dict[str, Any]:
         try:
@@ -80,8 +83,8 @@ class Journal:
         line = {"kind": kind, **finding}
         self._found[kind] = line
         if self.path is not None:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            with open_log(self.path, private=True) as file:
+                file.write(json.dumps(line).encode() + b"\n")
         return line
 
 

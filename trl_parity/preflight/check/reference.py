@@ -17,8 +17,8 @@ import torch
 from ...errors import ConfigError
 from ...scoring.head import logits_chunk, score_tokens
 from ...scoring.head_spec import Head
+from ...scoring.model_head import causal_lm, materialized_head
 from ...scoring.perturb import own_random_numbers, rebuilt, rounded_cache, rounding_noise, swapped
-from ...scoring.scorer import causal_lm, materialized_head
 
 __all__ = ["Reference", "Scored"]
 

@@ -179,7 +179,7 @@ def write(result: Result, directory: Path) -> list[Path]:
         "check.json": as_json(result),
     }
     for name, content in files.items():
-        write_atomic(directory / name, content)
+        write_atomic(directory / name, content, private=True)  # prompts stand in them
     return [directory / name for name in files]
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from ...config.fields import at_least, check_fields, number
 from ...config.rules import nearest
+from ...credentials import without_credentials
 from ...errors import ConfigError
 from .rows import CheckOutcome, Limits, Row, outcome
 
@@ -108,7 +109,8 @@ class CheckSettings:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return json.loads(json.dumps(asdict(self), default=str))
+        kept: dict[str, Any] = without_credentials(json.loads(json.dumps(asdict(self), default=str)))
+        return kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
