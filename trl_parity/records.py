@@ -63,6 +63,8 @@ class RolloutBatch:
     lags: torch.Tensor | None = None  # (B,) optimizer steps by sequence, where they differ; None: ``lag``, of all
     in_flight: torch.Tensor | None = None  # (B,) 1: weights may have changed meanwhile, 0: not, -1: not known
     probe: bool = False  # generated only to be compared: nothing is learned from it
+    # (B, 1) or (B, C) what TRL's correction multiplies the loss of a sequence or token by; None: no correction
+    correction_weights: torch.Tensor | None = None
     loss_mask: torch.Tensor | None = None  # (B, C): the part of it the trainer's pass and loss have; None: all
 
     def __post_init__(self) -> None:
@@ -110,6 +112,7 @@ class ScoredBatch:
     in_flight: torch.Tensor | None = None  # (B,) as in RolloutBatch
     stale: torch.Tensor | None = None  # (B, C) bool: engine-generated tokens of sequences at lag > 0
     probe: bool = False
+    correction_weights: torch.Tensor | None = None  # (B, 1) or (B, C) as in RolloutBatch
     keys: torch.Tensor | None = None  # (B,) int64, equal for the same completion of the same prompt; None: all differ
 
 

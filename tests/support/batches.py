@@ -5,7 +5,19 @@ import torch
 from trl_parity.records import ScoredBatch
 
 
-def scored(rollout, trainer, mask, *, own=None, entropy=None, law_entropy=None, log_kept=None, outside=None, lag=0):
+def scored(
+    rollout,
+    trainer,
+    mask,
+    *,
+    own=None,
+    entropy=None,
+    law_entropy=None,
+    log_kept=None,
+    outside=None,
+    lag=0,
+    weights=None,
+):
     return ScoredBatch(
         mask=mask,
         rollout_logprobs=rollout,
@@ -16,6 +28,7 @@ def scored(rollout, trainer, mask, *, own=None, entropy=None, law_entropy=None, 
         log_kept=log_kept,
         out_of_support=outside,
         lag=lag,
+        correction_weights=weights,
     )
 
 

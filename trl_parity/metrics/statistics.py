@@ -8,7 +8,7 @@ it is summed. Formulas: ``SCALARS``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from dataclasses import fields, replace
 from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -17,9 +17,12 @@ import numpy as np
 
 from ..records import ScoredBatch
 from ..verdict import MismatchStats
+from .correction import add_correction, correction_scalars
+from .histogram import log_ratio_histogram, quantiles, quantiles_abs
 from .intervals import intervals
 from .scalars import LAG_BUCKETS, SCALARS
-from .sums import BINS, DECADES, INDEX, PER_DECADE, SUMS, MismatchSums
+from .sums import BINS, DECADES, INDEX, PER_DECADE, SCALES, SUMS, MismatchSums
+from .trimmed import EXTREME, trimmed
 
 if TYPE_CHECKING:
     import torch
@@ -28,11 +31,15 @@ __all__ = ["compute", "log_ratio_histogram", "measure", "measure_policy_drift"]
 
 _HALF = math.log(0.5)
 
-_EXP_CLAMP = 300.0  # Δ in e^Δ, of tokens and sequences: e^600 still fits a double
+_EXP_CLAMP = 300.0  # Δ in e^Δ of tokens: e^600 still fits a double
 
 BAND = 0.1  # a ratio outside [1 - BAND, 1 + BAND] counts as out_of_band (the band of TRL issue 6789)
 
-TRIM = 1000  # one token of so many, the worst ones, at least one, is left out of trimmed/*
+_SCALE = 600.0  # nats between the scales of sequence weights: within one, e^2S fits a double
+
+_APART = 1.0  # nats by which a sequence's last token is more than rounding off
+
+_BLOCK = 1 << 17  # tokens summed at once: temporaries of about 40 MiB, whatever the batch
 
 _CUBED = 1e100  # what is cubed still fits a double
 
@@ -53,16 +60,67 @@ def measure(batch: ScoredBatch, *, bootstrap_samples: int = 200, first_sequence:
     mask = batch.mask
     out = MismatchSums.zeros(mask.device, bootstrap_samples)
     if mask.numel():
+        rows = max(1, _BLOCK // mask.shape[1])
         with torch.no_grad():
-            _add_tokens(out, batch, first_sequence)
+            if len(mask) <= rows:
+                _add_sequences(out, batch, first_sequence)
+            else:
+                for low in range(0, len(mask), rows):
+                    part = MismatchSums.zeros(mask.device, bootstrap_samples)
+                    _add_sequences(part, _part(batch, slice(low, low + rows)), first_sequence + low)
+                    out.add_(part)
     out.bump(batches=1)
     if batch.lags is None and not batch.probe:
         out.bump(lag=batch.lag, lags=1)
     return out
 
 
-def _add_tokens(out: MismatchSums, batch: ScoredBatch, first_sequence: int) -> None:
-    """Add what a batch's tokens say, in place."""
+def _part(batch: ScoredBatch, rows: slice, columns: slice = slice(None)) -> ScoredBatch:
+    """Some sequences of a batch, or some positions of all."""
+    import torch
+
+    tensors = {f.name: x for f in fields(batch) if isinstance(x := getattr(batch, f.name), torch.Tensor)}
+    return replace(batch, **{name: x[rows] if x.dim() == 1 else x[rows, columns] for name, x in tensors.items()})
+
+
+def _add_sequences(out: MismatchSums, batch: ScoredBatch, first_sequence: int) -> None:
+    """Add what a batch's sequences say to empty sums, in place."""
+    import torch
+
+    mask = batch.mask
+    columns = mask.shape[1]
+    blocks = [slice(low, low + _BLOCK) for low in range(0, columns, _BLOCK)]
+    parts = [batch] if len(blocks) == 1 else (_part(batch, slice(None), block) for block in blocks)
+    by_sequence = sum(_add_tokens(out, part) for part in parts)
+    assert isinstance(by_sequence, torch.Tensor)
+
+    seq_delta, tokens = by_sequence[0], by_sequence[INDEX["tokens"]]
+    has_tokens = tokens.clamp(max=1.0)
+    sums = torch.cat([by_sequence, has_tokens[None]])
+    out.span(*SUMS[: len(sums)]).copy_(sums.sum(-1))
+    out.peak_span("seq_abs_delta").copy_(seq_delta.abs().amax())
+    scale = (seq_delta / _SCALE).round_().clamp_(-(SCALES // 2), SCALES // 2)
+    half = _SCALE / 2
+    seq_w = torch.add(seq_delta, scale, alpha=-_SCALE).clamp_(-half, half).exp_().mul_(has_tokens)
+    scales = (scale + SCALES // 2).long().expand(2, -1)
+    out.sequence_weights.scatter_add_(1, scales, torch.stack([seq_w, seq_w * seq_w]))
+
+    drift = by_sequence[INDEX["law_entropy"]] + by_sequence[INDEX["rollout_logprob"]]
+    _add_resamples(out, torch.stack([by_sequence[INDEX["w"]], drift, tokens], dim=-1), batch.keys, first_sequence)
+
+    known = tokens if batch.entropy is None else by_sequence[INDEX["entropy_tokens"]]
+    more = torch.stack([tokens - known, *_last_tokens(batch)]).sum(-1)
+    out.span("entropy_nonfinite", "last_tokens", "last_abs_delta", "last_apart").copy_(more)
+    if batch.correction_weights is not None:
+        add_correction(out, batch.correction_weights, mask)
+    if batch.probe:
+        out.span("probe_tokens").copy_(tokens.sum())
+    if batch.lags is not None:
+        _by_lag(out, batch, batch.lags.to(mask.device))
+
+
+def _add_tokens(out: MismatchSums, batch: ScoredBatch) -> torch.Tensor:
+    """The first of ``SUMS`` by sequence (sums, B); what is no sum over sequences is added in place."""
     import torch
 
     # few kernels, few kinds of kernels, on stacked tensors: on small batches the launches are what costs
@@ -78,8 +136,10 @@ def _add_tokens(out: MismatchSums, batch: ScoredBatch, first_sequence: int) -> N
     less_1 = torch.expm1(deltas.clamp(max=_EXP_CLAMP))  # so that sums of w² still fit a double
     magnitudes = deltas.abs()
     w = less_1[:1] + valid
-    values = torch.where(valid, given[2:], 0.0)
-    known = torch.zeros_like(valid) if batch.entropy is None else valid
+    entropies = given[3] + given[4]
+    finite = (entropies - entropies == 0) & valid  # x - x is NaN where x is no number
+    values = torch.where(torch.stack([valid, finite, finite]), given[2:], 0.0)
+    known = torch.zeros_like(valid) if batch.entropy is None else finite
     confident = (values[0] >= _HALF) & (delta < -2.0)
     flags = torch.stack([valid, valids[1], less_1[0].abs() > BAND, confident, mask, known]).double()
     named = {
@@ -91,32 +151,34 @@ def _add_tokens(out: MismatchSums, batch: ScoredBatch, first_sequence: int) -> N
         ("rollout_logprob", "entropy", "law_entropy"): values,
         ("tokens", "own_tokens", "out_of_band", "confident", "compared", "entropy_tokens"): flags,
     }
-    by_sequence = torch.cat([*named.values()]).sum(-1)  # the first of SUMS: INDEX holds for it
-    seq_delta, tokens = by_sequence[0], by_sequence[INDEX["tokens"]]
-    has_tokens = tokens.clamp(max=1.0)
-    seq_w = seq_delta.clamp(max=_EXP_CLAMP).exp() * has_tokens
-    sums = torch.cat([by_sequence, torch.stack([has_tokens, seq_w, seq_w * seq_w])])
-    out.span(*chain(*named), "sequences", "seq_w", "seq_w2").copy_(sums.sum(-1))
+    by_sequence = torch.cat([*named.values()]).sum(-1)
+    assert tuple(chain(*named)) == SUMS[: len(by_sequence)]
     if batch.log_kept is not None and batch.out_of_support is not None:
         log_kept = torch.where(valid, batch.log_kept.double(), 0.0)
         truncation = _stacked(valid, log_kept.exp() * valid, log_kept, valid & batch.out_of_support)
-        out.span("trunc_tokens", "kept_mass", "log_kept", "out_of_support").copy_(truncation.sum((1, 2)))
+        out.span("trunc_tokens", "kept_mass", "log_kept", "out_of_support").add_(truncation.sum((1, 2)))
 
     # scatter, not bincount: bincount syncs with the device to learn its size. log10(0) = -inf ends in bin 0
     bins = magnitudes[0].log10().mul_(PER_DECADE).add_(1 - DECADES[0] * PER_DECADE).clamp_(0, BINS - 1).long()
     bins = torch.where(delta < 0, bins, bins + BINS)
-    out.additive[len(SUMS) :].scatter_add_(0, bins.view(-1), flags[0].view(-1))
-
-    drift = by_sequence[INDEX["law_entropy"]] + by_sequence[INDEX["rollout_logprob"]]
-    _add_resamples(out, torch.stack([by_sequence[INDEX["w"]], drift, tokens], dim=-1), batch.keys, first_sequence)
+    out.histogram.view(-1).scatter_add_(0, bins.view(-1), flags[0].view(-1))
 
     largest = torch.where(valid, torch.stack([delta, -delta]), -math.inf).amax((1, 2))
-    out.peak_span("delta", "neg_delta").copy_(largest)
-    out.peak_span("seq_abs_delta").copy_(seq_delta.abs().amax())
-    if batch.probe:
-        out.span("probe_tokens").copy_(tokens.sum())
-    if batch.lags is not None:
-        _by_lag(out, batch, batch.lags.to(mask.device))
+    peaks = out.peak_span("delta", "neg_delta")
+    torch.maximum(peaks, largest, out=peaks)
+    return by_sequence
+
+
+def _last_tokens(batch: ScoredBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(B,) of each sequence's last token: whether both sides scored it, its |Δ|, whether that is above ``_APART``."""
+    import torch
+
+    mask = batch.mask
+    last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(-1, keepdim=True)
+    size = (batch.trainer_logprobs - batch.rollout_logprobs).gather(1, last)[:, 0].abs().double()
+    valid = (size < math.inf) & mask.gather(1, last)[:, 0]
+    size = torch.where(valid, size, 0.0)
+    return valid.double(), size, (size > _APART).double()
 
 
 def _by_lag(out: MismatchSums, batch: ScoredBatch, lags: torch.Tensor) -> None:
@@ -223,6 +285,8 @@ _SHARES = {
     "truncation/kept_mass": ("kept_mass", "trunc_tokens"),
     "truncation/log_bias": ("log_kept", "trunc_tokens"),
     "truncation/out_of_support": ("out_of_support", "trunc_tokens"),
+    "last_token/logp_abs_diff/mean": ("last_abs_delta", "last_tokens"),
+    "last_token/disagreement": ("last_apart", "last_tokens"),
     "policy_drift/kl_k3": ("drift_k3", "drift_tokens"),
     "lag": ("lag", "lags"),
     "lag/nonfinite_rate": ("stale_nonfinite", "stale_compared"),
@@ -255,31 +319,52 @@ def compute(sums: MismatchSums) -> MismatchStats:
         histogram = sums.histogram.numpy()
         values |= _ratios(s, maxima, histogram) | _entropies(s)
         values |= intervals(s, sums.bootstrap.numpy(), sums.third_moments.tolist()) | trimmed(histogram, s)
+        values |= _of_sequences(s, sums.sequence_weights.numpy(), values["honesty_gap"])
+        values |= correction_scalars(s, sums.correction_weights.numpy())
+        if s["entropy_nonfinite"]:
+            unknown = ("entropy/trainer", "entropy/drift", "entropy/drift_gap", "kl_over_entropy")
+            values |= dict.fromkeys(unknown, math.nan)
     return MismatchStats(int(s["tokens"]), int(s["sequences"]), int(s["batches"]), int(s["errors"]), values)
 
 
 def _ratios(s: dict[str, float], maxima: dict[str, float], histogram: np.ndarray) -> dict[str, float | None]:
     """Of Δ and w beyond plain means; there is a token."""
-    n, seqs = s["tokens"], s["sequences"]
-    p01, p50, p99 = map(_exp, _quantiles(histogram, (0.01, 0.50, 0.99), maxima))
+    n = s["tokens"]
+    p01, p50, p99 = map(_exp, quantiles(histogram, (0.01, 0.50, 0.99), maxima))
     return {
         "kl_k1": -s["delta"] / n,
-        "logp_abs_diff/p99": _quantiles_abs(histogram, (0.99,), maxima)[0],
+        "logp_abs_diff/p99": quantiles_abs(histogram, (0.99,), maxima)[0],
         "logp_abs_diff/max": maxima["abs_delta"],
         "ratio/p01": p01,
         "ratio/p50": p50,
         "ratio/p99": p99,
         "ratio/max": _exp(maxima["delta"]),
         "ess": s["w"] ** 2 / (n * s["w2"]) if s["w2"] > 0 else 0.0,
-        "chi2": s["w2"] / n - 1.0,
+        "ratio/extreme": float(histogram[:, EXTREME:].sum()) / n,
+        "chi2": max(0.0, (s["w2"] - 2.0 * s["w"]) / n + 1.0),  # of rounding: a mean of squares
         "seq/log_ratio_max": maxima["seq_abs_delta"],
-        "seq/ess": s["seq_w"] ** 2 / (seqs * s["seq_w2"]) if s["seq_w2"] > 0 else 0.0,
     }
+
+
+def _of_sequences(s: dict[str, float], weights: np.ndarray, honesty_gap: float | None) -> dict[str, float | None]:
+    """``weights``: (2, SCALES) of sequences by scale."""
+    weights = weights.copy()
+    weights[:, SCALES // 2] += s["seq_w"], s["seq_w2"]
+    # of the largest scale that has any, and the one below: the others are e^-600 of it
+    top = int(weights[1].nonzero()[0].max(initial=0))
+    step = math.exp(-_SCALE)
+    seq_w, seq_w2 = weights[:, top] + weights[:, top - 1] * step * (1.0, step)
+    found: dict[str, float | None] = {"seq/ess": float(seq_w**2 / (s["sequences"] * seq_w2)) if seq_w2 else 0.0}
+    if honesty_gap is not None:
+        found["seq/bias_gap"] = honesty_gap * s["tokens"] / s["sequences"]
+    return found
 
 
 def _entropies(s: dict[str, float]) -> dict[str, float | None]:
     n = s["tokens"]
     found: dict[str, float | None] = {"entropy/rollout": -s["rollout_logprob"] / n}
+    if s["entropy_tokens"] or s["entropy_nonfinite"]:
+        found["entropy/nonfinite_rate"] = s["entropy_nonfinite"] / (s["entropy_tokens"] + s["entropy_nonfinite"])
     if s["entropy_tokens"] == n:
         found["entropy/trainer"] = s["entropy"] / n
         found["entropy/drift"] = (s["law_entropy"] + s["rollout_logprob"]) / n
@@ -288,85 +373,7 @@ def _entropies(s: dict[str, float]) -> dict[str, float | None]:
     return found
 
 
-def trimmed(histogram: np.ndarray, s: dict[str, float]) -> dict[str, float | None]:
-    """``trimmed/*``: statistics without the worst tokens, so that a single one, of any size, can't move a verdict.
-
-    From the histogram, without the ``max(1, n // TRIM)`` tokens of largest |Δ|: off by a bin's width (3.7 %) at most
-    per token, and far less in the mean. Rates are exact, without the left-out tokens (or one of them).
-    """
-    values: dict[str, float | None] = {}
-    n = int(s["tokens"])
-    left = n - max(1, n // TRIM)
-    if s["compared"] > 1:
-        values["trimmed/nonfinite_rate"] = max(0.0, s["compared"] - n - 1) / s["compared"]
-    if left <= 0:
-        return values
-    # both signs side by side, |Δ| ascending, cut off after `left` tokens
-    totals = histogram.sum(0)
-    cumulative = totals.cumsum()
-    cut = int(cumulative.searchsorted(left))
-    counts = histogram[:, : cut + 1].copy()
-    counts[:, cut] *= (left - cumulative[cut] + totals[cut]) / totals[cut]
-
-    def total(values: np.ndarray) -> float:
-        return float(np.vdot(counts, values[:, : cut + 1]))
-
-    sum_w, sum_w2 = total(_W), total(_W2)
-    return values | {
-        "trimmed/kl_k3": total(_K3) / left,
-        "trimmed/logp_abs_diff/mean": total(_ABS) / left,
-        "trimmed/logp_abs_diff/p99": float(_CENTERS[cumulative.searchsorted(max(1.0, math.ceil(0.99 * left)) - 1e-6)]),
-        "trimmed/ratio/out_of_band": max(0.0, s["out_of_band"] - (n - left)) / left,
-        "trimmed/ess": sum_w**2 / (left * sum_w2) if sum_w2 > 0 else 0.0,
-        "trimmed/confident_disagreement": max(0.0, s["confident"] - 1) / n,
-    }
 
 
 def _exp(x: float) -> float:
     return math.exp(x) if x < 709.0 else math.inf
-
-
-# |Δ| at the middle of each bin on the log scale, 0 for the first; and Δ over all signed bins in ascending order
-_CENTERS = np.where(np.arange(BINS) == 0, 0.0, 10.0 ** (DECADES[0] + (np.arange(BINS) - 0.5) / PER_DECADE))
-
-_SIGNED_CENTERS = np.concatenate([-_CENTERS[::-1], _CENTERS])
-
-# (2, bins), as the histogram: what a token in the middle of its bin adds
-_DELTA = np.stack([-_CENTERS, _CENTERS])
-
-_ABS, _W = np.abs(_DELTA), np.exp(_DELTA.clip(max=_EXP_CLAMP))
-
-_W2, _K3 = _W * _W, np.expm1(_DELTA.clip(max=_EXP_CLAMP)) - _DELTA
-
-
-def _quantiles_abs(histogram: np.ndarray, qs: Sequence[float], maxima: dict[str, float]) -> list[float]:
-    return _pick(histogram.sum(0), _CENTERS, qs, 0.0, maxima["abs_delta"])
-
-
-def _quantiles(histogram: np.ndarray, qs: Sequence[float], maxima: dict[str, float]) -> list[float]:
-    counts = np.concatenate([histogram[0][::-1], histogram[1]])
-    return _pick(counts, _SIGNED_CENTERS, qs, -maxima["neg_delta"], maxima["delta"])
-
-
-def _pick(counts: np.ndarray, values: np.ndarray, qs: Sequence[float], low: float, high: float) -> list[float]:
-    """The values at ranks ceil(q n), kept inside the observed range."""
-    cumulative = counts.cumsum()
-    ranks = [max(1.0, math.ceil(q * cumulative[-1])) for q in qs]
-    return [min(max(x, low), high) for x in values[cumulative.searchsorted(ranks)].tolist()]
-
-
-def log_ratio_histogram(sums: MismatchSums, bins: int = 64) -> tuple[np.ndarray, np.ndarray] | None:
-    """Counts and edges of Δ on a linear scale, over the range that holds all but the outermost 0.1 % at each end.
-
-    Rebinned from the log histogram for trackers; tails are counted in the end bins. ``None`` without tokens.
-    """
-    sums = sums.cpu()
-    histogram = sums.histogram.numpy()
-    if histogram.sum() == 0:
-        return None
-    low, high = _quantiles(histogram, (0.001, 0.999), sums.peaks())
-    if high - low < 1e-8:
-        low, high = low - 1e-8, high + 1e-8
-    values = _SIGNED_CENTERS.clip(low, high)
-    counts = np.concatenate([histogram[0][::-1], histogram[1]])
-    return np.histogram(values, bins=bins, range=(low, high), weights=counts)

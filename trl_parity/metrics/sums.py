@@ -14,7 +14,7 @@ from .scalars import LAG_BUCKETS
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ADDED", "BINS", "DECADES", "INDEX", "PER_DECADE", "SUMS", "MismatchSums"]
+__all__ = ["ADDED", "BINS", "DECADES", "INDEX", "PER_DECADE", "SCALES", "SUMS", "WEIGHT_BINS", "MismatchSums"]
 
 # Histogram of Δ: by sign, |Δ| on a log scale. A quantile read from it is off by half a bin at most, 1.8 %.
 DECADES = (-9, 3)  # |Δ| from 1e-9 (below: zero) to 1e3 nats (above: the last bin)
@@ -25,6 +25,11 @@ BINS = (DECADES[1] - DECADES[0]) * PER_DECADE + 1  # bin 0 holds |Δ| < 1e-9
 
 _BOOT = 3  # sums a resample keeps
 
+WEIGHT_BINS = 62  # of the weights the trainer's correction gave to sequences
+
+# What a sequence's e^S is divided by before it is added to those of its scale, the nearest: e^(600 k), |k| <= 32
+SCALES = 65
+
 SUMS = (
     # over tokens that both sides scored with a finite number; own_*: by the trainer's own head
     "delta", "own_delta", "k3", "own_k3", "abs_delta", "own_abs_delta", "w", "w2",
@@ -32,7 +37,7 @@ SUMS = (
     "rollout_logprob", "entropy", "law_entropy",
     # how many they are, and how many were to be compared
     "tokens", "own_tokens", "out_of_band", "confident", "compared", "entropy_tokens",
-    # sequences with at least one such token
+    # sequences with at least one such token; of windows that 0.6.0 began, e^S and its square
     "sequences", "seq_w", "seq_w2",
     # truncation replay
     "trunc_tokens", "kept_mass", "log_kept", "out_of_support",
@@ -56,7 +61,16 @@ INDEX = {name: i for i, name in enumerate(SUMS)}
 ADDED = (
     # over sequences: the square of w - tokens, H + rollout log-prob and tokens, each times each of the three
     *(f"third_moment/{i}{j}" for i in range(3) for j in range(3)),
-)
+    # tokens with an entropy that is no number
+    "entropy_nonfinite",
+    # sequences whose last token both sides scored; of that token |Δ|, and whether it is above 1 nat
+    "last_tokens", "last_abs_delta", "last_apart",
+    # sequences the trainer's correction gave weights: how many, shares of tokens with weight 0, means of min(w, 1), of
+    # w, and its square
+    "corrected", "corrected_zeroed", "corrected_kept", "corrected_w", "corrected_w2",
+    # the same of those longer than their batch's mean
+    "long_corrected", "long_zeroed", "long_kept",
+)  # fmt: skip
 
 MAXIMA = ("delta", "neg_delta", "seq_abs_delta", "temperature_gap", "kv_cache_usage")
 
@@ -65,8 +79,9 @@ class MismatchSums:
     """Everything a window needs, in two vectors: one that adds and one that takes the maximum.
 
     ``additive``: fp64, the sums named in ``SUMS``, then the histogram (2 signs x ``BINS``), then the bootstrap
-    (R resamples x [Σ w, Σ (H + rollout log-prob), Σ tokens]) and the sums named in ``ADDED``. ``maxima``: fp64,
-    ``-inf`` where nothing was seen. About 17 KiB with R = 200, whatever the number of tokens.
+    (R resamples x [Σ w, Σ (H + rollout log-prob), Σ tokens]), sequence weights by scale (2 x ``SCALES``), the
+    histogram of the correction's weights (``WEIGHT_BINS``), and the sums named in ``ADDED``. ``maxima``: fp64,
+    ``-inf`` where nothing was seen. About 19 KiB with R = 200, whatever the number of tokens.
     """
 
     __slots__ = ("_additive", "_bumps", "_maxima", "_raises", "bootstrap_samples")
@@ -113,7 +128,7 @@ class MismatchSums:
         """The sums of no tokens."""
         import torch
 
-        size = len(SUMS) + 2 * BINS + _BOOT * bootstrap_samples + len(ADDED)
+        size = len(SUMS) + 2 * BINS + _BOOT * bootstrap_samples + 2 * SCALES + WEIGHT_BINS + len(ADDED)
         return cls(
             torch.zeros(size, dtype=torch.float64, device=device),
             torch.full((len(MAXIMA),), -math.inf, dtype=torch.float64, device=device),
@@ -203,6 +218,17 @@ class MismatchSums:
         """(R, 3): per resample Σ w, Σ (H + rollout log-prob) and Σ tokens."""
         first = len(SUMS) + 2 * BINS
         return self._additive[first : first + _BOOT * self.bootstrap_samples].view(self.bootstrap_samples, _BOOT)
+
+    @property
+    def sequence_weights(self) -> torch.Tensor:
+        """(2, SCALES): Σ e^S and Σ e^2S over the sequences of each scale, divided by it (its square)."""
+        end = self._additive.numel() - len(ADDED) - WEIGHT_BINS
+        return self._additive[end - 2 * SCALES : end].view(2, SCALES)
+
+    @property
+    def correction_weights(self) -> torch.Tensor:
+        """(WEIGHT_BINS,) counts of sequences by the weight the trainer's correction gave them."""
+        return self._additive[-len(ADDED) - WEIGHT_BINS : -len(ADDED)]
 
     @property
     def third_moments(self) -> torch.Tensor:

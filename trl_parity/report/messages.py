@@ -107,7 +107,8 @@ def _cause(diagnosis: Diagnosis) -> Iterator[str]:
 def alert_text(verdict: Verdict) -> str:
     """A few words for a WARN-level alert."""
     told = f"trl-parity: {verdict.status} at step {verdict.step}: {verdict.reason}. Training goes on."
-    return " ".join([told, *findings(verdict)]) if verdict.breaches or "entropy/relative" in verdict.warnings else told
+    explained = verdict.breaches or {"entropy/relative", "correction/lost"} & {*verdict.warnings}
+    return " ".join([told, *findings(verdict)]) if explained else told
 
 
 def _wrap(label: str, text: str) -> list[str]:
@@ -133,6 +134,13 @@ def findings(verdict: Verdict) -> Iterator[str]:
             )
     if own and fp32 is not None and own > 2 * fp32:
         yield f"The trainer's own head drifts more ({own:.3g}) than an fp32 head ({fp32:.3g})."
+    if any(name.startswith("correction/") for name in (*verdict.breaches, *verdict.warnings)):
+        zeroed, lost = stats.get("correction/zeroed") or 0.0, stats.get("correction/lost") or 0.0
+        yield (
+            f"TRL's correction multiplies the loss of {zeroed:.0%} of the sequences by 0, and takes {lost:.0%} of the "
+            "weight of all away. Log-ratios of sequences grow with length: vllm_importance_sampling_mode="
+            "'token_truncate' weighs tokens one by one."
+        )
     rate, left = stats.get("nonfinite_rate"), stats.get("entropy/relative")
     if rate:
         yield f"{rate:.2%} of the tokens have no finite log-prob."

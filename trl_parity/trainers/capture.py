@@ -195,6 +195,7 @@ class Capture(ABC):
             in_flight=in_flight,
             stale=stale,
             probe=rollout.probe,
+            correction_weights=None if rollout.correction_weights is None else rollout.correction_weights[rows],
             keys=row_keys(rollout)[rows],
         )
 

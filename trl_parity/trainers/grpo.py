@@ -245,6 +245,7 @@ class GRPOCapture(Capture):
             sync_step=int(self.trainer._last_loaded_step),
             training=self.training,
             last_in_step=self.last_in_step,
+            correction_weights=out.get("importance_sampling_ratio"),
         )
 
     def rollout_logprobs(self) -> torch.Tensor:

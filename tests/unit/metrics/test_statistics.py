@@ -47,7 +47,7 @@ def oracle(batches):
         "ratio/max": max(w),
         "ratio/out_of_band": mean([x < 0.9 or x > 1.1 for x in w]),
         "ess": sum(w) ** 2 / (n * sum(x * x for x in w)),
-        "chi2": mean([x * x for x in w]) - 1,
+        "chi2": mean([(x - 1) ** 2 for x in w]),
         "seq/log_ratio_mean": mean(seqs),
         "seq/log_ratio_max": max(abs(x) for x in seqs),
         "seq/ess": sum(seq_w) ** 2 / (len(seqs) * sum(x * x for x in seq_w)),
