@@ -11,7 +11,7 @@ import math
 from dataclasses import fields, replace
 from functools import lru_cache
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -80,7 +80,8 @@ def _part(batch: ScoredBatch, rows: slice, columns: slice = slice(None)) -> Scor
     import torch
 
     tensors = {f.name: x for f in fields(batch) if isinstance(x := getattr(batch, f.name), torch.Tensor)}
-    return replace(batch, **{name: x[rows] if x.dim() == 1 else x[rows, columns] for name, x in tensors.items()})
+    part: dict[str, Any] = {name: x[rows] if x.dim() == 1 else x[rows, columns] for name, x in tensors.items()}
+    return replace(batch, **part)
 
 
 def _add_sequences(out: MismatchSums, batch: ScoredBatch, first_sequence: int) -> None:
@@ -371,8 +372,6 @@ def _entropies(s: dict[str, float]) -> dict[str, float | None]:
         if s["entropy"] > 0:
             found["kl_over_entropy"] = s["k3"] / s["entropy"]
     return found
-
-
 
 
 def _exp(x: float) -> float:
