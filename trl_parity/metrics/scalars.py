@@ -30,9 +30,9 @@ SCALARS: dict[str, str] = {
     "seq/bias_gap": "honesty_gap x mean tokens of a sequence: nats a sequence is off, beyond chance and honest noise",
     "last_token/logp_abs_diff/mean": "mean |Δ| of the last token of each sequence",
     "last_token/disagreement": "share of last tokens with |Δ| > 1",
-    "correction/zeroed": "share of sequences (token_*: of a sequence's tokens, mean over sequences) whose loss TRL's "
+    "correction/zeroed": "share of sequences (token modes: of a sequence's tokens, mean over sequences) whose loss TRL's "
     "correction multiplies by 0",
-    "correction/lost": "1 - mean(min(u, 1)), u the weight the correction gave a sequence (token_*: its tokens' mean)",
+    "correction/lost": "1 - mean(min(u, 1)), u the weight the correction gave a sequence (token modes: its tokens' mean)",
     "correction/weight_median": "median of u (from a histogram, bins 21 % wide)",
     "correction/ess": "(Σu)² / (N Σu²) over sequences; 0 where all are 0",
     "correction/long/zeroed": "correction/zeroed of sequences longer than their batch's mean",
