@@ -30,9 +30,10 @@ SCALARS: dict[str, str] = {
     "seq/bias_gap": "honesty_gap x mean tokens of a sequence: nats a sequence is off, beyond chance and honest noise",
     "last_token/logp_abs_diff/mean": "mean |Δ| of the last token of each sequence",
     "last_token/disagreement": "share of last tokens with |Δ| > 1",
-    "correction/zeroed": "share of sequences (token modes: of a sequence's tokens, mean over sequences) whose loss TRL's "
-    "correction multiplies by 0",
-    "correction/lost": "1 - mean(min(u, 1)), u the weight the correction gave a sequence (token modes: its tokens' mean)",
+    "correction/zeroed": "share of sequences (token modes: of a sequence's tokens, mean over sequences) whose loss "
+    "TRL's correction multiplies by 0",
+    "correction/lost": "1 - mean(min(u, 1)), u the weight that the correction gave a sequence (token modes: the mean "
+    "of its tokens)",
     "correction/weight_median": "median of u (from a histogram, bins 21 % wide)",
     "correction/ess": "(Σu)² / (N Σu²) over sequences; 0 where all are 0",
     "correction/long/zeroed": "correction/zeroed of sequences longer than their batch's mean",
@@ -48,8 +49,8 @@ SCALARS: dict[str, str] = {
     "entropy/drift_high": "upper end of its 99 % interval",
     "entropy/drift_gap": "distance of that interval from 0; 0 where it contains 0",
     "kl_over_entropy": "kl_k3 / entropy/trainer: drift against the uncertainty it can show in",
-    "entropy/nonfinite_rate": "share of tokens with finite log-probs whose trainer entropy is NaN or infinite; "
-    "entropy/* of the trainer are NaN where there is one",
+    "entropy/nonfinite_rate": "share of tokens with finite log-probs whose trainer entropy is NaN or infinite; all "
+    "entropies of the trainer are NaN where there is one",
     "entropy/trend": "slope of entropy/trainer over the last 20 windows (least squares), nats per window",
     "entropy/relative": "entropy/trainer / its median over the run's first 5 windows",
     "truncation/kept_mass": "mean probability the trainer gives to the support the engine sampled from",
