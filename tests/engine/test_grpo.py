@@ -418,7 +418,8 @@ def test_truncated_sampling_is_reported_apart_when_replayed(make_trainer, tmp_pa
         monkeypatch.setattr(f"trl_parity.scoring.sampling.{name}", n)
     callback = ParityCallback()
     make_trainer(tmp_path, callback, max_steps=3, top_p=0.9, learning_rate=1e-5).train()
-    assert statuses(callback) == ["OK"] * 3
+    # the two sides agree; what TRL's correction takes away of the loss, which knows no truncation, is told
+    assert [(v.status, v.warnings, v.breaches) for v in callback.verdicts] == [("WARN", ("correction/lost",), ())] * 3
     stats = callback.verdicts[-1].stats
     assert stats["kl_k3"] < 1e-3
     assert 0.88 < stats["truncation/kept_mass"] < 0.99
@@ -697,13 +698,15 @@ def test_nonfinite_logprobs_from_the_engine_are_counted_and_training_survives(ma
     assert math.isfinite(callback.verdicts[-1].stats["kl_k3"])
 
 
-def test_a_fully_masked_batch_is_no_data(make_trainer, tmp_path):
+def test_a_batch_that_the_loss_leaves_out_is_measured_all_the_same(make_trainer, tmp_path, caplog):
     callback = ParityCallback()
-    # no completion may end: every one is truncated, and so masked
+    # no completion may end: every one is truncated, and so masked, and comes from another law than the policy's
     never = {"logit_bias": {0: -100.0, 1: -100.0}}
     make_trainer(tmp_path, callback, max_steps=2, mask_truncated_completions=True, generation_kwargs=never).train()
-    assert statuses(callback) == ["NO_DATA", "NO_DATA"]
-    assert jsonl(tmp_path)[-1]["kl_k3"] is None
+    assert statuses(callback) == ["BREACH", "BREACH"]
+    assert {window["num_tokens"] for window in jsonl(tmp_path)} == {16 * 24}
+    assert all(window["entropy/trainer"] > 0.1 for window in jsonl(tmp_path))
+    assert "the trainer's own log-probs" not in caplog.text
 
 
 def test_our_own_failure_is_an_error_window_and_training_goes_on(make_trainer, tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ def test_a_short_real_run_of_the_recipe(tmp_path, capfd, monkeypatch):
     result = json.loads(capfd.readouterr().out)
     seen = {check["name"]: (check["outcome"], check["text"]) for check in result["checks"]}
     assert seen["training"] == ("pass", "went through, 3 steps")
-    assert seen["parity"] == ("pass", "3 OK")
+    assert seen["parity"] == ("pass", "3 of 3 windows judged: 3 OK")
     assert seen["drift"][0] == seen["entropy"][0] == "pass"
     assert seen["rewards"][0] == "fail"  # no completion can get more than 1.5
     assert seen["rewards"][1].endswith("lower than the baseline's")

@@ -121,7 +121,11 @@ def findings(verdict: Verdict) -> Iterator[str]:
     if stats is None:
         return
     low, high, own, fp32 = (stats.get(k) for k in ("honesty_low", "honesty_high", "own_head/kl_k3", "kl_k3"))
-    if low is not None and high is not None and math.isfinite(low) and math.isfinite(high):
+    named = (*verdict.breaches, *verdict.warnings)
+    corrected = [name for name in named if name.startswith("correction/")]
+    if len(corrected) == len(named) > 0:  # what the correction takes away is no word on the two sides
+        pass
+    elif low is not None and high is not None and math.isfinite(low) and math.isfinite(high):
         if low > 1.0 or high < 1.0:
             yield (
                 f"The reported log-probs are not those of the law that was sampled: mean ratio in [{low:.4f}, "
@@ -133,8 +137,11 @@ def findings(verdict: Verdict) -> Iterator[str]:
                 "1), so the two sides seem to hold different models (stale or partial weights, precision, cache)."
             )
     if own and fp32 is not None and own > 2 * fp32:
-        yield f"The trainer's own head drifts more ({own:.3g}) than an fp32 head ({fp32:.3g})."
-    if any(name.startswith("correction/") for name in (*verdict.breaches, *verdict.warnings)):
+        if stats.get("truncation/kept_mass") is None:
+            yield f"The trainer's own head drifts more ({own:.3g}) than an fp32 head ({fp32:.3g})."
+        else:
+            yield f"The loss, which knows no truncation, drifts more ({own:.3g}) than the replayed law ({fp32:.3g})."
+    if corrected:
         zeroed, lost = stats.get("correction/zeroed") or 0.0, stats.get("correction/lost") or 0.0
         yield (
             f"TRL's correction multiplies the loss of {zeroed:.0%} of the sequences by 0, and takes {lost:.0%} of the "

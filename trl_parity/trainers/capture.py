@@ -263,7 +263,7 @@ class Capture(ABC):
             rows = torch.cat([picked, picked.new_zeros(int(counts.max()) - len(picked))])
         if not len(rows) or scores.plain.shape != own.shape:
             return slice(None), scores, own
-        more, again = self.forward(rollout, rows)
+        more, again = self.forward(rollout, rows, compared=True)
         kept: Any = slice(None)
         if len(picked) < len(some):
             kept = torch.cat([picked, _spread(others, len(others) * len(picked) // len(some))]).sort().values
