@@ -147,7 +147,7 @@ def test_the_command_runs_the_training_with_its_overrides(tmp_path, capfd):
     other = tmp_path / "other"
     placed = [sys.executable, str(script), "--max_steps", "{steps}", "--output_dir={output}"]
     assert main(["pilot", "--steps", "3", "--output", str(other), "--baseline", str(kept), "--", *placed]) == 0
-    assert "as the baseline's" in capfd.readouterr().out.replace("\n", " ")
+    assert "as the baseline's" in " ".join(capfd.readouterr().out.split())
     assert len(read_windows(other)) == 3
     assert main(["pilot", "--output", str(other), "--baseline", str(kept)]) == 0  # a run that is over
     assert main([*pilot, "--", sys.executable, str(script)]) == 2
