@@ -10,6 +10,7 @@ from trl_parity import ParityConfig
 # ---- what it must not know ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_unit
 def test_the_package_does_not_know_the_drills(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "recipes" / "drill"))
     import drills

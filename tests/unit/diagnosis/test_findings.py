@@ -251,6 +251,7 @@ def test_a_cache_as_coarse_as_the_engines_is_handed_on(make_batch):
     assert diagnosis.details["cache_moved"] == moved
 
 
+@pytest.mark.slow_unit
 def test_the_order_of_independent_probes_changes_nothing(make_batch):
     free = [p for p in PROBES if not (p.needs or p.uses or p.gives)]
     bound = [p for p in PROBES if p not in free]

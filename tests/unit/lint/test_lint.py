@@ -165,6 +165,7 @@ def test_what_requests_ask_for_beside_the_law(checkpoint):
     assert (lora.merges_adapter, lora.tied_adapter) == (True, "modules_to_save")
 
 
+@pytest.mark.slow_unit
 def test_trl_looks_for_an_answers_end_where_the_fix_puts_it():
     import inspect
 

@@ -112,6 +112,7 @@ def grouped(rng, prompts, size, correlation, cut=None):
     return values if cut is None else (values > cut).astype(float), np.repeat(np.arange(prompts), size)
 
 
+@pytest.mark.slow_unit
 @pytest.mark.parametrize(("prompts", "size", "correlation", "cut"), [
     (125, 8, 0.5, None), (40, 8, 0.5, None), (20, 16, 0.9, None), (125, 8, 0.5, 0.0), (6, 4, 0.5, None),
 ])  # fmt: skip

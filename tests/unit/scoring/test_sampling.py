@@ -83,6 +83,7 @@ def test_penalties_without_the_context_are_refused():
         replay(logits_of(0), torch.zeros(6, dtype=torch.long), SamplingSettings(presence_penalty=1.0), 1.0)
 
 
+@pytest.mark.slow_unit
 @given(
     seed=st.integers(0, 10_000),
     most=st.sampled_from([1, 2, 7, 20, 40]),

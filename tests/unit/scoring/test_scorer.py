@@ -227,8 +227,21 @@ def test_padding_rows_of_the_head_are_left_out():
         SamplingSettings(presence_penalty=0.8, frequency_penalty=0.5, top_p=0.9),
     ],
 )
-@pytest.mark.parametrize("chunk", [1 << 12, 1 << 22], ids=["token-by-token", "all-at-once"])
-@pytest.mark.parametrize("few", [(2, 4), (2, 90), (64, 1024)], ids=["too-few", "some-too-few", "enough"])
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        pytest.param(1 << 12, id="token-by-token", marks=pytest.mark.slow_unit),
+        pytest.param(1 << 22, id="all-at-once"),
+    ],
+)
+@pytest.mark.parametrize(
+    "few",
+    [
+        pytest.param((2, 4), id="too-few", marks=pytest.mark.slow_unit),
+        pytest.param((2, 90), id="some-too-few"),
+        pytest.param((64, 1024), id="enough"),
+    ],
+)
 def test_replayed_sampling_equals_a_loop_over_tokens(sampling, chunk, few, monkeypatch):
     """Token by token, in fp64, with python lists: penalties on the context, then vLLM's truncation."""
     from support.sampling import vllm_kept
