@@ -186,7 +186,7 @@ def test_a_head_that_can_not_be_had_in_fp32_is_refused():
 
     class Stubborn(torch.nn.Linear):
         def forward(self, hidden):
-            raise NotImplementedError("no fp32 here")
+            raise RuntimeError("no fp32 here")
 
     model = build("qwen3-untied")
     model.lm_head.__class__ = Stubborn
