@@ -80,6 +80,13 @@ CAUSES: dict[str, Cause] = {
         "A sequence begins under one policy and ends under another.",
         "drain the engine before a sync, or keep the weight version of each token and correct for it.",
     ),
+    "engine_state": Cause(
+        "The engine's weights are the trainer's, but what it derived from them or keeps beside them is not.",
+        "Every batch comes from a policy that no weights describe, and the next sync does not mend it.",
+        "find what wrote to the parts listed here: a sync into weights that were packed at load, a table or scale "
+        "that sleep, wake or a patch changed. Build the engine anew (a restart), and deliver weights by a way that "
+        "finishes the load (vLLM's process_weights_after_loading), or turn packing off.",
+    ),
     "head_precision": Cause(
         "One side rounds its logits (lm_head in half precision), the other does not.",
         "Errors grow with the size of the logits; likely tokens are hit most.",

@@ -77,6 +77,7 @@ class Findings:
     engine_weights: EngineWeights | None = None
     cache_moved: float | None = None  # nats that the trainer moves when its cache is as coarse as the engine's
     asked_again: AskedAgain | None = None
+    engine_parts: tuple[str, ...] | None = None  # what the engine holds and not as one built anew on these weights
     prefill: Prefill | None = None
     rescored: Rescored | None = None
     why_missing: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))

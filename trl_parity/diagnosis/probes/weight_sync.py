@@ -21,6 +21,8 @@ _FP8 = 256  # values at most that an 8-bit number has
 
 _ARRIVED = 20  # elements that would differ, had a tensor not arrived, from which on "none does" means it did
 
+_SAMPLE = 65_536  # elements of a tensor that its rounding step is looked up for
+
 
 def engine_weights(
     batch: DiagnosedBatch, current: Counterfactual, findings: Findings
@@ -31,7 +33,7 @@ def engine_weights(
         raise NotPossible("a server does not hand out its weights")
     held = findings.engine_weights
     if held is None or batch.sharded:  # reading shards is a collective: all ranks do it or none
-        held = _read(batch.model, batch.engine.model)
+        held = _read(batch.model, batch.engine.model, batch.engine.dtype)
     found = Findings(engine_weights=held)
     if not held.differing:
         return None, found
@@ -51,7 +53,7 @@ def engine_weights(
     return candidate, found
 
 
-def _read(policy: torch.nn.Module, model: Any) -> EngineWeights:
+def _read(policy: torch.nn.Module, model: Any, dtype: torch.dtype) -> EngineWeights:
     """What the engine's module holds of each of the policy's tensors."""
     named = list(policy_tensors(policy))
     held = read_back(model.load_weights, model, ((t.name, t.tensor) for t in named))
@@ -67,7 +69,7 @@ def _read(policy: torch.nn.Module, model: Any) -> EngineWeights:
     differing = [h for h in held if h.differing]
     ignored = tuple(h.name for h in trained if h.name in deaf)
     wide = [h for h in differing if h.numel >= 1024] or differing
-    arrived = _arrived(trained, wide)
+    arrived = _arrived([(h, ours[h.name].tensor) for h in trained], [(h, ours[h.name].tensor) for h in wide], dtype)
     return EngineWeights(
         total=len(held),
         differing={h.name: {"differing": h.differing / max(1, h.written), "gap": h.gap} for h in differing},
@@ -80,12 +82,40 @@ def _read(policy: torch.nn.Module, model: Any) -> EngineWeights:
     )
 
 
-def _arrived(trained: Sequence[HeldTensor], differing: Sequence[HeldTensor]) -> int:
-    """How many trained tensors are alike, of those that would hardly be if they were as old as the differing ones."""
+_Tensors = Sequence[tuple[HeldTensor, torch.Tensor]]
+
+
+def _arrived(trained: _Tensors, differing: _Tensors, dtype: torch.dtype) -> int:
+    """How many trained tensors are alike, of those that would hardly be if they were as old as the differing ones.
+
+    An update of size u shows in an element with the probability u / step, 1 at most, step being the distance to the
+    next number in the engine's dtype: .008 beside a norm's 1.0 in bf16, .0001 beside a matrix' .02. u is what makes
+    the differing tensors differ in as many elements as they do; where all do, what they differ by, less the rounding.
+    """
     if not differing:
         return 0
-    rate = sum(h.differing for h in differing) / sum(h.written for h in differing)
-    return sum(h.written > 0 and not h.differing and 0.25 * rate * h.numel >= _ARRIVED for h in trained)
+    steps = [(h.differing / max(1, h.written), _steps(tensor, dtype)) for h, tensor in differing]
+    low, high = 0.0, max(float(step.max()) for _, step in steps)
+    for _ in range(40):
+        update = 0.5 * (low + high)
+        shown = sum(float((update / step).clamp(max=1.0).mean()) for _, step in steps)
+        low, high = (update, high) if shown < sum(share for share, _ in steps) else (low, update)
+    update = max(low, sum(h.gap - 0.5 * float(step.mean()) for (h, _), (_, step) in zip(differing, steps, strict=True))
+                 / len(steps))  # fmt: skip
+    return sum(
+        h.written > 0
+        and not h.differing
+        and 0.25 * h.numel * float((update / _steps(tensor, dtype)).clamp(max=1.0).mean()) >= _ARRIVED
+        for h, tensor in trained
+    )
+
+
+def _steps(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Distance of numbers of ``dtype`` at some of a tensor's elements."""
+    some = tensor.detach().flatten()
+    some = some[:: max(1, len(some) // _SAMPLE)].float().cpu()
+    _, exponent = torch.frexp(some)
+    return torch.finfo(dtype).eps * torch.exp2(exponent.float() - 1.0)
 
 
 def _words(held: EngineWeights, dtype: str) -> str:
