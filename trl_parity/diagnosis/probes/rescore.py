@@ -265,7 +265,9 @@ def engine_state(
         f"them; with these as built anew, its answers move by {moved:.3g} nats{onset_in_words(batch, current)}"
     )
     now = replace(again, anew=told.double())
-    return replace(answered(batch, current, now, words), details={"parts": list(names)}), found
+    law = all(".logits_processor." in f".{name}" for name in names)  # a scale or soft cap at the model's end
+    candidate = answered(batch, current, now, words, "temperature" if law else "")
+    return replace(candidate, details={"parts": list(names)}), found
 
 
 RESCORE: tuple[Probe, ...] = (
