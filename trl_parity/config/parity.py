@@ -163,8 +163,9 @@ class ParityConfig:
     diagnose_budget: Annotated[float, BATCHES] = field(
         default=2.0,
         metadata={
-            "help": "Time a diagnosis may take, in rollout batches (generating and scoring one). Probes on one "
-            "recompute are always run; dearer ones are left out, and listed as such, once it is spent."
+            "help": "Time the first diagnosis of an episode may take, in rollout batches (generating and scoring "
+            "one). Where it is spent before all is asked that could have another answer, nothing is named before the "
+            "halt, whose diagnosis asks all, as does one that is asked for."
         },
     )
     server_timeout: Annotated[float, SECONDS] = field(

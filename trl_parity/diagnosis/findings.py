@@ -31,6 +31,8 @@ class EngineWeights:
     partial: bool  # some of the trained ones are the trainer's and others not
     coarse: bool  # the engine's have as few values as 8 bits hold
     values: Mapping[torch.nn.Parameter, torch.Tensor]  # what parameters must be for the policy to hold what it does
+    readable: bool = True  # all that differs could be read whole
+    adapted: bool = False  # adapters are merged into these: switched off, they hold
 
     @property
     def unheard(self) -> tuple[str, ...]:

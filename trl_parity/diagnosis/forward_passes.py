@@ -17,7 +17,7 @@ from ..engine.base import Engine, in_process
 from ..records import RolloutBatch
 from ..scoring.head_spec import Head
 from ..scoring.model_head import causal_lm, materialized_head
-from ..scoring.perturb import eval_mode, own_random_numbers, rebuilt, rounded_cache, swapped
+from ..scoring.perturb import eval_mode, own_random_numbers, rebuilt, rounded_cache, swapped, without_adapters
 from ..trainers.capture import Capture
 from .findings import EnginePrompts, EngineWeights
 
@@ -147,6 +147,8 @@ class ForwardPasses:
             stack.enter_context(own_random_numbers())
             if forward.weights != "own":
                 stack.enter_context(swapped(self._weights(forward.weights)))
+                if not isinstance(forward.weights, str) and forward.weights.adapted:
+                    stack.enter_context(without_adapters(self._model))
             if forward.kv_dtype is not None:
                 stack.enter_context(rounded_cache(causal_lm(model).base_model, forward.kv_dtype, forward.kv_truncated))
             yield model

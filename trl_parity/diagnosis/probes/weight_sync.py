@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def engine_weights(
     if not held.differing:
         return None, found
     words = _words(held, dtype_name(batch.engine.dtype))
-    if batch.sharded or len(held.values) < len(held.differing):
+    if batch.sharded or not held.readable:
         raise NotPossible(f"{words}; the policy's weights can't be swapped here to see what that does", found)
     candidate = Candidate(
         counterfactual=with_forward(current, weights=held),
@@ -78,7 +78,9 @@ def _read(policy: torch.nn.Module, model: Any, dtype: torch.dtype) -> EngineWeig
         missing=(*ignored, *(h.name for h in differing if h.name not in deaf)),
         partial=arrived > 0 or 0 < len(ignored) < len(trained),
         coarse=bool(wide) and all(_is_coarse(h.values, ours[h.name].tensor) for h in wide),
-        values=dict(_swap(ours[h.name], h.values) for h in differing if h.values is not None),
+        values=_swaps(ours, differing) if differing else {},
+        readable=all(h.values is not None for h in differing),
+        adapted=any(t.adapted for t in named),
     )
 
 
@@ -139,11 +141,12 @@ def _is_coarse(held: torch.Tensor | None, ours: torch.Tensor) -> bool:
     return some <= _FP8 < all_ // 2
 
 
-def _swap(ours: PolicyTensor, held: torch.Tensor) -> tuple[torch.nn.Parameter, torch.Tensor]:
-    """What a parameter has to be for the policy to hold what the engine does: adapters go on being added to it."""
-    if ours.parameter.shape != held.shape:  # a shard, which is not swapped
-        return ours.parameter, held
-    return ours.parameter, held - (ours.tensor - ours.parameter.detach())
+def _swaps(
+    ours: Mapping[str, PolicyTensor], differing: Sequence[HeldTensor]
+) -> dict[torch.nn.Parameter, torch.Tensor]:
+    """What parameters have to be, adapters switched off, for the policy to hold what the engine does."""
+    values = {t.parameter: t.tensor for t in ours.values() if t.adapted}
+    return values | {ours[h.name].parameter: h.values for h in differing if h.values is not None}
 
 
 def rounded_weights(batch: DiagnosedBatch, current: Counterfactual) -> Candidate | None:
