@@ -118,6 +118,13 @@ CAUSES: dict[str, Cause] = {
         "one config on both sides: compare the engine's hf_config (hf_overrides, max_model_len) with the trainer's "
         "model.config, field by field.",
     ),
+    "duplicate_rollouts": Cause(
+        "Completions of one prompt are one draw, handed out several times.",
+        "Their rewards are equal, so advantages and gradients are 0 in a group, while every statistic of drift is "
+        "fine; where seeds repeat over batches, the same few draws are learned from again and again.",
+        "take seed out of generation_kwargs (TRL sends each completion as a request of its own, and all get that one "
+        "seed), or give each request another.",
+    ),
     "unknown": Cause(
         "Nothing that was tried explains at least half of the drift.",
         "The two sides are not the same policy, for a reason not found.",

@@ -398,6 +398,15 @@ def test_once_an_episode_or_when_asked(make_trainer, tmp_path, monkeypatch):
     assert never.diagnosis.cause == "truncated_sampling"
 
 
+def test_one_seed_for_all_requests_is_no_mismatch_and_is_named(make_trainer, tmp_path):
+    callback = ParityCallback(action="log")
+    callback.diagnose()
+    make_trainer(tmp_path, callback, max_steps=2, generation_kwargs={"seed": 0}).train()
+    assert callback.diagnosis.cause == "duplicate_rollouts"
+    assert "pairs of completions of one prompt are equal" in callback.diagnosis.summary
+    assert "take seed out of generation_kwargs" in callback.diagnosis.fix
+
+
 def test_a_clean_batch_has_nothing_to_explain(make_trainer, tmp_path):
     callback = ParityCallback()
     callback.diagnose()

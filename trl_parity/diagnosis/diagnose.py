@@ -17,6 +17,7 @@ from ..causes import CAUSES
 from ..collectives import gather_rows
 from ..records import Diagnosis, Evidence, NamedCause
 from .counterfactual import Counterfactual, DiagnosedBatch
+from .duplicates import collisions, duplicates_in_words
 from .findings import NOTHING
 from .probes import PROBES
 from .probes.asking import prefill_of
@@ -78,8 +79,9 @@ def diagnose(
         "residual": drift, "floor": batch.floor, "tokens": int(sums[:, 1].sum()), "sequences": len(sums),
     }  # fmt: skip
     if drift <= batch.floor or not len(sums):
+        words = runner.duplicates()
         details["seconds"] = runner.seconds
-        return _nothing(step, details)
+        return _one_draw(step, words, details) if words else _nothing(step, details)
     explained = _Explained()
     evidence: list[Evidence] = []
     for turn in range(_ROUNDS):
@@ -122,6 +124,12 @@ class _ProbeRunner:
         """(sequences, 2) of all ranks."""
         rows = self._gather({"sums": sums.tolist()})
         return torch.tensor([s for row in rows for s in row["sums"]], dtype=torch.float64).reshape(-1, 2)
+
+    def duplicates(self) -> str:
+        """Of all ranks' batches: whether completions of a prompt are one draw; "" where they are not."""
+        found = self._gather({"counts": collisions(self._batch.rollout)})
+        pairs, equal, chance = (sum(row["counts"][i] for row in found) for i in range(3))
+        return duplicates_in_words(pairs, equal, chance)
 
     def run(self, current: Counterfactual, turn: int) -> list[Result]:
         """Probes cheapest first, until one explains enough for sure. ``turn``: causes that are explained already."""
@@ -328,6 +336,20 @@ class _Explained:
 
 def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + "."
+
+
+def _one_draw(step: int, words: str, details: dict[str, Any]) -> Diagnosis:
+    cause = CAUSES["duplicate_rollouts"]
+    return Diagnosis(
+        step=step,
+        cause="duplicate_rollouts",
+        explained=0.0,
+        confidence=1.0,
+        summary=f"{cause.what} {_sentence(words)} The drift ({details['residual']:.3g}, Huber) is within the noise "
+        f"floor ({details['floor']:.3g}): engine and trainer are one policy.",
+        fix=cause.fix,
+        details=details,
+    )
 
 
 def _nothing(step: int, details: dict[str, Any]) -> Diagnosis:

@@ -30,6 +30,8 @@ class EngineWeights:
     missing: tuple[str, ...]  # the ignored ones, and what else differs
     partial: bool  # some of the trained ones are the trainer's and others not
     coarse: bool  # the engine's have as few values as 8 bits hold
+    rounded: Mapping[str, str]  # by name: the narrower dtype that the trainer's, rounded to it, are the engine's in
+    exchanged: Mapping[str, str]  # by name: another tensor of the trainer's, which the engine holds in its place
     values: Mapping[torch.nn.Parameter, torch.Tensor]  # what parameters must be for the policy to hold what it does
     readable: bool = True  # all that differs could be read whole
     adapted: bool = False  # adapters are merged into these: switched off, they hold

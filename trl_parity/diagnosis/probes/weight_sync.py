@@ -42,15 +42,30 @@ def engine_weights(
         raise NotPossible(f"{words}; the policy's weights can't be swapped here to see what that does", found)
     candidate = Candidate(
         counterfactual=with_forward(current, weights=held),
-        cause="kv_cache_precision" if held.coarse else "partial_sync" if held.partial else "stale_weights",
+        cause=_cause(held),
         finding=words,
+        fix="" if not held.rounded or held.coarse else _ONE_DTYPE.format(_some(held.missing)),
         details={
             "tensors": {name: dict(sizes) for name, sizes in held.differing.items()},
             "ignored": list(held.ignored),
             "arrived": held.arrived,
+            "rounded": dict(held.rounded),
+            "exchanged": dict(held.exchanged),
         },
     )
     return candidate, found
+
+
+_ONE_DTYPE = "hold these in one dtype on both sides: {}; they are the trainer's, rounded."
+
+
+def _cause(held: EngineWeights) -> str:
+    """Rounding first: tensors that are the trainer's, rounded, did arrive."""
+    if held.coarse:
+        return "kv_cache_precision"
+    if held.differing.keys() == held.rounded.keys():
+        return "dtype_gap"
+    return "partial_sync" if held.partial else "stale_weights"
 
 
 def _read(policy: torch.nn.Module, model: Any, dtype: torch.dtype) -> EngineWeights:
@@ -70,6 +85,7 @@ def _read(policy: torch.nn.Module, model: Any, dtype: torch.dtype) -> EngineWeig
     ignored = tuple(h.name for h in trained if h.name in deaf)
     wide = [h for h in differing if h.numel >= 1024] or differing
     arrived = _arrived([(h, ours[h.name].tensor) for h in trained], [(h, ours[h.name].tensor) for h in wide], dtype)
+    rounded = {h.name: name for h in differing if (name := _rounded_to(h.values, ours[h.name].tensor))}
     return EngineWeights(
         total=len(held),
         differing={h.name: {"differing": h.differing / max(1, h.written), "gap": h.gap} for h in differing},
@@ -77,6 +93,8 @@ def _read(policy: torch.nn.Module, model: Any, dtype: torch.dtype) -> EngineWeig
         arrived=arrived,
         missing=(*ignored, *(h.name for h in differing if h.name not in deaf)),
         partial=arrived > 0 or 0 < len(ignored) < len(trained),
+        rounded=rounded,
+        exchanged=_exchanged(differing, ours),
         coarse=bool(wide) and all(_is_coarse(h.values, ours[h.name].tensor) for h in wide),
         values=_swaps(ours, differing) if differing else {},
         readable=all(h.values is not None for h in differing),
@@ -128,9 +146,53 @@ def _words(held: EngineWeights, dtype: str) -> str:
         words += f", {held.arrived} arrived"
     if held.ignored:
         words += f", {len(held.ignored)} are ignored by its load_weights"
-    if held.partial and not held.coarse:
-        words += ": " + ", ".join(held.missing[:8]) + (" …" if len(held.missing) > 8 else "")
+    if held.rounded and not held.coarse:
+        words += f", {len(held.rounded)} of them rounded to {', '.join(sorted(set(held.rounded.values())))}"
+    if held.partial or held.rounded:
+        words += f": {_some(held.missing)}"
+    if held.exchanged:
+        words += f"; {_some([f'{name} holds {other}' for name, other in held.exchanged.items()])}"
     return words
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (" …" if len(names) > 8 else "")
+
+
+def _rounded_to(held: torch.Tensor | None, ours: torch.Tensor) -> str:
+    """The narrower dtype in which the trainer's tensor is what the engine holds; "" where there is none."""
+    if held is None:
+        return ""
+    for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2):
+        if _bits(dtype) < _bits(ours.dtype) and torch.equal(ours.to(dtype).to(held.dtype), held):
+            return dtype_name(dtype)
+    return ""
+
+
+def _exchanged(differing: Sequence[HeldTensor], ours: Mapping[str, PolicyTensor]) -> dict[str, str]:
+    """Which of the differing tensors hold what belongs to another of the same shape."""
+    found: dict[str, str] = {}
+    samples = {name: _sample(t.tensor) for name, t in ours.items()} if differing else {}
+    for h in differing:
+        if h.values is None or h.numel < _ARRIVED:
+            continue
+        mine = _sample(h.values)
+        for name, other in ours.items():
+            same = name != h.name and other.tensor.shape == h.values.shape and _apart(samples[name], mine) < 0.01
+            # far nearer than to its own, too: norms are all alike
+            if same and _apart(other.tensor, h.values) < min(0.01, 0.1 * _apart(ours[h.name].tensor, h.values)):
+                found[h.name] = name
+                break
+    return found
+
+
+def _sample(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().flatten()[:: max(1, tensor.numel() // 256)]
+
+
+def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Mean |a - b| over mean |a|."""
+    return float((a.to(b.dtype) - b).abs().mean()) / max(float(a.abs().mean()), 1e-30)
 
 
 def _is_coarse(held: torch.Tensor | None, ours: torch.Tensor) -> bool:
