@@ -13,6 +13,7 @@ of ``CPUUnquantizedExperts`` that pack experts and hand them to the kernel. Repl
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 from typing import Any
@@ -69,7 +70,7 @@ def prepare_cpu_engine() -> bool:
 def _keep_experts_live() -> None:
     """Experts stay as loaded and are packed for the kernel at each call; where they are padded too, vLLM's own way."""
     try:
-        from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+        cpu_moe: Any = importlib.import_module("vllm.model_executor.layers.fused_moe.experts.cpu_moe")
     except ImportError:  # another vLLM: what it packs is refused by ``require_live_weights``
         return
     experts = cpu_moe.CPUUnquantizedExperts

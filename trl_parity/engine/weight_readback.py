@@ -61,7 +61,7 @@ def policy_tensors(model: torch.nn.Module) -> Iterator[PolicyTensor]:
         tuners = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     merged: tuple[str, dict[str, torch.Tensor]] = ("", {})  # of one layer at a time
     for name, parameter in model.named_parameters():
-        if adapted and ("original_module" in name or _of_adapters(name, model.prefix)):
+        if adapted and ("original_module" in name or _of_adapters(name, str(model.prefix))):
             continue
         owner, _, leaf = name.partition(".base_layer.")
         layer = tuners.get(owner) if leaf else None
@@ -69,7 +69,7 @@ def policy_tensors(model: torch.nn.Module) -> Iterator[PolicyTensor]:
         if not tuned:
             whole, trained = _whole(parameter).detach(), parameter.requires_grad
         elif _is_shard(parameter):
-            whole, trained, tuned = *_with_lora(layer, leaf, parameter), False  # type: ignore[assignment]
+            whole, trained, tuned = *_with_lora(layer, leaf, parameter), False
         else:
             if merged[0] != owner:
                 merged = owner, _merged(layer)
@@ -96,9 +96,8 @@ def _merged(layer: Any) -> dict[str, torch.Tensor]:
         for module in list(twin.modules()):
             if isinstance(module, BaseTunerLayer) and not module.disable_adapters and not module.merged:
                 module.merge()
-    while isinstance(twin, BaseTunerLayer):
-        twin = twin.base_layer
-    return dict(twin.named_parameters())
+    base = twin.get_base_layer()
+    return dict(base.named_parameters())
 
 
 def _with_lora(layer: Any, leaf: str, parameter: torch.nn.Parameter) -> tuple[torch.Tensor, bool]:
