@@ -34,7 +34,7 @@ _MARGIN = 1.25  # of the engine's bytes that must be free: modules are finished 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """One thing the two modules hold and not alike: a tensor, or a number (None: none)."""
+    """One thing the two modules hold and not alike: a tensor, or a plain setting (a number, a window, a name)."""
 
     name: str
     owner: Any  # in the live engine
@@ -92,8 +92,8 @@ def built_anew(
 def parted(live: torch.nn.Module, anew: torch.nn.Module, unreached: frozenset[str] = frozenset()) -> list[Part]:
     """What the live module holds and not as the new one does, in the live one's order.
 
-    Tensors (parameters, buffers and plain attributes) are equal where all elements are, numbers where they are to
-    1e-9. What only one of the two has is left out, and so is what no weight reached.
+    Tensors (parameters, buffers and plain attributes) are equal where all elements are, numbers to 1e-9. What only one
+    of the two has is left out, and so is what no weight reached.
     """
     theirs = {name: value for name, _, _, value in _state(anew)}
     found: list[Part] = []
@@ -146,10 +146,14 @@ def _state(module: torch.nn.Module) -> Iterator[tuple[str, Any, str, Any]]:
 
 def _plain(owner: Any) -> Mapping[str, Any]:
     return {
-        name: value
-        for name, value in vars(owner).items()
-        if value is None or isinstance(value, torch.Tensor | bool | int | float)
+        name: value for name, value in vars(owner).items() if isinstance(value, torch.Tensor) or _is_setting(value)
     }
+
+
+def _is_setting(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_setting(x) for x in value)
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _named(path: str, owner: Any, values: Mapping[str, Any]) -> Iterator[tuple[str, Any, str, Any]]:
@@ -163,7 +167,8 @@ def _alike(a: Any, b: Any) -> bool:
         return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b.to(a.device))
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor) or a is None or b is None:
         return a is b
-    return a == b or math.isclose(a, b, rel_tol=1e-9)
+    numbers = isinstance(a, int | float) and isinstance(b, int | float)
+    return bool(a == b) or (numbers and math.isclose(a, b, rel_tol=1e-9)) or (a != a and b != b)
 
 
 class _Writes(TorchDispatchMode):

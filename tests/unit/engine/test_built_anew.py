@@ -14,6 +14,7 @@ class Layer(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(2, 3))
         self.register_buffer("table", torch.arange(4.0))
         self.scale, self.cap, self.neox, self.kv_cache = 0.5, None, True, torch.zeros(3)
+        self.window, self.nan = (31, 0), float("nan")
         self.plain = torch.zeros(2)
 
 
@@ -30,7 +31,14 @@ def test_modules_alike_have_no_parts():
 
 @pytest.mark.parametrize(
     ("attribute", "value"),
-    [("scale", 2.0), ("cap", 30.0), ("neox", False), ("plain", torch.ones(2)), ("table", torch.zeros(4))],
+    [
+        ("scale", 2.0),
+        ("cap", 30.0),
+        ("neox", False),
+        ("window", (32, 0)),
+        ("plain", torch.ones(2)),
+        ("table", torch.zeros(4)),
+    ],
 )
 def test_each_kind_of_part_is_found_put_in_and_put_back(attribute, value):
     live, anew = pair()
