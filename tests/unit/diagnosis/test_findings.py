@@ -248,6 +248,7 @@ def test_older_weights_of_an_engine_that_hands_out_none_are_named_from_what_prob
     assert batch.engine.calls == ["cached", "anew", "rescore"]
 
 
+@pytest.mark.slow_unit
 def test_time_does_not_decide_what_is_true(make_batch):
     """Without any, nothing is named that a probe which was left out could overturn; with all, the same always."""
     hurried, unhurried = (diagnose(make_batch(), 7, budget=budget) for budget in (0.0, None))
