@@ -187,6 +187,19 @@ def test_a_state_comes_back_whole():
     assert again == breaker
 
 
+def test_a_healthy_window_without_a_floor_ends_a_halt():
+    breaker = Breaker((Rule(stat="kl_k3", limit=1e-4, k=5.0, ceiling=0.1),), consecutive=1)
+    assert str(breaker.judge(1, BAD).status) == "HALT"
+    assert breaker.halting
+    assert str(breaker.judge(2, window(kl_k3=1e-9)).status) == "CALIBRATING"
+    assert not breaker.halting
+
+
+def test_what_breaches_is_no_warning_beside_it():
+    verdict = Breaker((KL, Rule(stat="chi2", limit=0.1))).judge(1, window(kl_k3=0.2, chi2=0.08))
+    assert (verdict.breaches, verdict.warnings) == (("kl_k3",), ("chi2",))
+
+
 def test_the_reason_of_a_failure_names_it_or_the_rank():
     assert Breaker((KL,)).judge(1, None, "no memory").reason == "measurement failed: no memory"
     assert Breaker((KL,)).judge(1, FAILED).reason == "measurement failed on another rank"
