@@ -148,6 +148,7 @@ def test_nonfinite_logprobs_are_counted_and_leave_the_other_tokens_exact(bad, si
     assert stats["nonfinite_rate"] == pytest.approx(1 / 80)
     assert stats.num_tokens == int(sums.histogram.sum()) == 79
     assert stats["kl_k1"] == pytest.approx(0.1, rel=1e-6)
+    assert stats["ratio/max"] == pytest.approx(math.exp(-0.1), rel=1e-6)  # no Δ of 0 in its place
     assert all(value is None or math.isfinite(value) for value in stats.values())
 
 
