@@ -123,6 +123,10 @@ def test_the_fewest_windows_that_any_rule_of_the_streak_asked_for_are_needed(ord
     assert judged([window(kl_k3=0.2, chi2=0.2)] * 2, two, four) == [("BREACH", 1, 2), ("HALT", 2, 2)]
 
 
+def test_what_halts_at_once_asks_for_one_window():
+    assert judged([BAD], Rule(stat="kl_k3", limit=0.1, immediate=True, consecutive=4)) == [("HALT", 1, 1)]
+
+
 def test_the_need_ends_with_the_streak():
     two = Rule(stat="kl_k3", limit=0.1, consecutive=2)
     four = Rule(stat="chi2", limit=0.1, consecutive=4)
