@@ -91,8 +91,7 @@ class Pipeline:
         if accelerator is not None:
             sums = reduce_sums(sums, accelerator)
         sums = sums.cpu()
-        totals = sums.totals()
-        self._judge.floor.account(totals["floor_seconds"], totals["wall_seconds"])
+        self._judge.floor.account(*sums.span("floor_seconds", "wall_seconds").tolist())
         return sums, spent
 
     def _spent(self, seconds: Mapping[str, float]) -> dict[str, float | None]:
