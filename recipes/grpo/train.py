@@ -10,8 +10,8 @@ On GPUs, the same file:
 
 Every field of the YAML file is also an option, e.g. ``--max_steps 5 --action log``.
 
-Exit codes: 0 the run went through; 3 trl-parity halted it (``accelerate launch`` reports that as a
-CalledProcessError with "exit status 3" and exits with 1 itself); anything else is an error.
+Exit codes: 0 the run went through; 3 trl-parity halted it, and the last line of stderr says why (``accelerate launch``
+exits with 1 then; with ``--quiet`` it adds no traceback of its own to that line); anything else is an error.
 """
 
 from __future__ import annotations
@@ -151,23 +151,29 @@ def main(argv: list[str]) -> int:
     halted = train_watched(trainer, parity, resume_from_checkpoint=args.resume_from_checkpoint)
     if trainer.accelerator.is_main_process:
         path = metrics_path(args, parity_args)
-        summarize(read_windows(path), path, trainer.state.log_history, args, halted)
-    return HALTED if halted else 0
+        summarize(read_windows(path), path, trainer.state.log_history, args, halted is not None)
+    return exit_code(halted)
 
 
-def train_watched(trainer: Any, parity: Any, **train_args: Any) -> bool:
-    """Train and save the model; True, and nothing saved, where trl-parity halted the run."""
+def train_watched(trainer: Any, parity: Any, **train_args: Any) -> Exception | None:
+    """Train and save the model; where trl-parity halted the run, nothing is saved, and what it says is returned."""
     from trl_parity import ParityHalt
 
     try:
         trainer.train(**train_args)
-    except ParityHalt:  # action: raise
-        halted = True
-    else:  # the verdict, not the file: it is the same on every rank, and saving needs all of them
-        halted = parity.config.action == "stop" and parity.status == "HALT"
-    if not halted:
-        trainer.save_model(trainer.args.output_dir)
-    return halted
+        parity.raise_if_halted()  # on every rank, as saving needs all of them
+    except ParityHalt as halt:
+        return halt
+    trainer.save_model(trainer.args.output_dir)
+    return None
+
+
+def exit_code(halted: Exception | None) -> int:
+    """0; of a halted run 3, and the reason is the last line of stderr."""
+    if halted is None:
+        return 0
+    print(str(halted).splitlines()[-1], file=sys.stderr, flush=True)
+    return HALTED
 
 
 def short_progress(trainer: Any) -> None:

@@ -403,6 +403,12 @@ def test_a_lost_weight_sync_halts_with_a_checkpoint_and_a_reason(make_trainer, t
     assert "action='log'" in told
     assert jsonl(tmp_path)[-1]["status"] == "HALT"
     assert trainer.state.log_history[-2]["parity/breaker/status"] == 3
+    lines = [line.split("\r")[-1] for line in told.splitlines()]
+    assert len([line for line in lines if line.startswith("trl-parity") and "watches GRPOTrainer" in line]) == 1
+    [ended] = [line for line in lines if line.startswith(f"trl-parity: HALT, halted at step {halted}: ")]
+    assert f"cause: {callback.diagnosis.cause}" in ended
+    with pytest.raises(ParityHalt, match=f"halted at step {halted}"):
+        callback.raise_if_halted()
 
 
 def test_truncated_sampling_halts_when_not_replayed(make_trainer, tmp_path):

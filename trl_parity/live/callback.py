@@ -17,6 +17,7 @@ from ..config.parity import ParityConfig
 from ..engine.cpu import prepare_cpu_engine
 from ..engine.handle import EngineHandle
 from ..errors import ConfigError, InterceptionError, ParityHalt
+from ..lines import say
 from ..lint.facts import tell_traps
 from ..metrics.reduction import reduce_sums
 from ..metrics.statistics import compute
@@ -174,6 +175,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
             error = self.engine_request.disagreement(capture.generation, capture.engine)
             fail_together(error, trainer.args.world_size)
         if trainer.accelerator.is_main_process:
+            self._run.say_start()
             self.monitor.write_run(self._run.investigator.surroundings(capture))
             tell_traps(capture, self.measurement.replay_sampling)
 
@@ -188,12 +190,21 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
     def _act(self, verdict: Verdict) -> None:
         action, condemned = self.config.action, verdict.halted
         if action == "raise" and verdict.halted:
-            raise ParityHalt(verdict, self.halt_message or verdict.reason)
+            raise ParityHalt(verdict, f"{self.halt_message or verdict.reason}\n{self._run.ending()}")
         if action == "skip_update" and self.monitor.breaker.halting:  # what is not known is not learned from, either
             condemned |= verdict.status in (Status.NO_DATA, Status.ERROR)
         if condemned and action in ("skip_update", "stop"):
             self._condemned, self._renewed = True, False
         self._stop |= action == "stop" and verdict.halted
+
+    def raise_if_halted(self) -> None:
+        """Raise ``ParityHalt`` where a halt stands: where no window since the last HALT was OK.
+
+        Called after ``train()``, it keeps a job that was halted, or whose updates are dropped, from ending like a
+        success. Never with ``action="log"``. The same on every rank.
+        """
+        if (halt := self._run.halt) is not None and self.config.action != "log":
+            raise ParityHalt(halt, self._run.ending())
 
     # ---- causes -----------------------------------------------------------------------------------------------
 
@@ -260,6 +271,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
                 self._judge_batch(step)
         if self._condemned:
             drop_gradient(optimizer, run.accelerator)
+            run.skip()
         else:
             run.moved = True
 
@@ -300,7 +312,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
                 control.should_training_stop = control.should_save = control.should_log = True
             if control.should_log and run.unlogged:
                 assert run.capture is not None
-                run.capture.log(_scalars(run.unlogged.scalars(self.monitor)))
+                run.capture.log(_scalars(run.unlogged.scalars(self.monitor) | run.skips("log")))
                 run.unlogged = UnloggedWindows()
             if control.should_save:  # the same on every rank
                 self._pipeline.window.carry(run.accelerator)
@@ -314,6 +326,8 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         if self._pipeline.window.batches and not self._stop:  # the same on every rank: batches come together
             with self._run.watching():
                 self._pipeline.close_window(int(state.global_step))
+        if state.is_world_process_zero and self._run.trainer is not None:
+            say(self._run.ending())
         self.monitor.close()
 
     # ---- checkpoints ------------------------------------------------------------------------------------------
@@ -322,6 +336,8 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         """What the trainer's checkpoint keeps: the settings and the monitor's memory."""
         instrument()  # PPOTrainer sends no on_init_end, but asks for this while it is built
         checkpoint = self.monitor.state() | self._pipeline.window.state()
+        if self._run.skipped:
+            checkpoint["skipped"] = self._run.skipped
         return {"args": self.config.to_dict(), "attributes": {"checkpoint": checkpoint}}
 
     def _restore(self, args: Any, state: Any) -> None:
@@ -336,6 +352,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
                 state.global_step,
             )
             return
+        self._run.resume_skipped(int(checkpoint.get("skipped", 0)))
         window = self._pipeline.window
         if not window.load_state(checkpoint, args.device, state.is_world_process_zero):
             logger.warning("bootstrap_samples changed: the first part of the window open at the checkpoint is dropped")

@@ -15,6 +15,7 @@ from ..credentials import masked, without_credentials
 from ..errors import ConfigError
 from ..files import FolderLock, jsonable, require_no_link, sweep, write_atomic
 from ..judging.breaker import Breaker
+from ..judging.course import Course
 from ..judging.noise_floor import NoiseFloor
 from ..metrics.rewards import MIN_REWARDS, REWARDS_NAME, RewardBaseline, RewardWindow
 from ..metrics.scalars import SCALARS
@@ -53,6 +54,7 @@ class RunJudge:
         self._sequences = 0
         self.verdicts: deque[Verdict] = deque(maxlen=_KEEP_VERDICTS)
         self.breaker = Breaker.from_config(config)
+        self.course = Course()
         self.floor = NoiseFloor(config)
         self.entropy = EntropyWatch()
         self.rewards = RewardWindow(self.config.reward_window)
@@ -163,6 +165,7 @@ class RunJudge:
         """The verdict on a window's (reduced) statistics; kept and written."""
         verdict = self.breaker.judge(step, stats, masked(error) if error else "")
         self.verdicts.append(verdict)
+        self.course.add(verdict.step, verdict.status)
         self.floor.age += 1
         if self._jsonl is not None:
             self._jsonl.write(verdict)
@@ -197,7 +200,8 @@ class RunJudge:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: JSON."""
-        return {
+        course = {"course": self.course.state()} if self.course.counts else {}
+        return course | {
             "state_version": STATE_VERSION,
             "breaker": self.breaker.state(),
             "floor": self.floor.state(),
@@ -218,6 +222,7 @@ class RunJudge:
                 )
             return False
         self.breaker.load_state(state["breaker"])
+        self.course = Course.of_state(state.get("course") or Course().state())
         self.floor.load_state(state["floor"])
         self.entropy.load_state(state["entropy"])
         self.rewards.load_state(state["rewards"])

@@ -120,6 +120,10 @@ SCALARS: dict[str, str] = {
     "cost/incident_seconds": "the same of incidents left behind, their pictures included",
     "breaker/status": "0 OK, 1 WARN, 2 BREACH, 3 HALT, -1 NO_DATA, -2 ERROR, -3 CALIBRATING",
     "breaker/streak": "breached windows in a row",
+    "breaker/skipped": "updates dropped since the row before (action=skip_update)",
+    "breaker/skipped_total": "updates dropped in all",
+    "breaker/windows": "windows that this row of the trackers holds, merged as one: above 1 where logging_steps > "
+    "every_n_steps; not in metrics.jsonl",
 }
 
 # statistics with a noise floor; ``ess`` falls with noise, the others rise

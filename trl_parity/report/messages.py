@@ -7,14 +7,18 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from .._version import __version__
 from ..causes import CAUSES
 from ..config.parity import ParityConfig
 from ..judging.breaker import read
+from ..judging.course import Course
 from ..records import Diagnosis
 from ..verdict import Status, Verdict
-from .format import number
+from .escape import one_line
+from .format import cut, number
+from .outcome import outcome
 
-__all__ = ["alert_text", "halt_text"]
+__all__ = ["alert_text", "ending_text", "halt_text", "skipped_text", "start_text"]
 
 _CONSEQUENCE = {
     "log": "Training goes on (action=log): it learns from batches another policy produced.",
@@ -109,6 +113,35 @@ def alert_text(verdict: Verdict) -> str:
     told = f"trl-parity: {verdict.status} at step {verdict.step}: {verdict.reason}. Training goes on."
     explained = verdict.breaches or {"entropy/relative", "correction/lost"} & {*verdict.warnings}
     return " ".join([told, *findings(verdict)]) if explained else told
+
+
+def start_text(trainer: str, config: ParityConfig, folder: Path, logging_steps: int = 1) -> str:
+    """One line at a run's start: what is watched, how, and where it is written."""
+    n = config.every_n_steps
+    text = f"trl-parity {__version__} watches {trainer}: windows of {n} step{'s' * (n != 1)}, action={config.action}"
+    if logging_steps > n:
+        text += f", a row in the trackers merges those of {logging_steps} steps (logging_steps)"
+    return f"{text}; files in {folder}"
+
+
+def ending_text(
+    course: Course, config: ParityConfig, last: Verdict | None, cause: str | None, skipped: int, look: Path
+) -> str:
+    """One line at a run's end: what it came to, why, and where to look. ``last``: the last HALT, if it stands."""
+    status, text = outcome(course, action=config.action)
+    if last is not None:
+        text += f": {cut(one_line(last.reason), 400)}" + (f"; cause: {cause}" if cause else "")
+    if skipped:
+        text += f"; {skipped:,} update{'s' * (skipped != 1)} dropped"
+    return f"trl-parity: {status}, {text}. Look: {look}"
+
+
+def skipped_text(skipped: int, last: Verdict) -> str:
+    """A reminder that nothing is learned while a halt stands."""
+    return (
+        f"trl-parity: {skipped:,} updates dropped so far (action=skip_update), still halted at step {last.step}: "
+        f"{cut(one_line(last.reason), 200)}"
+    )
 
 
 def _wrap(label: str, text: str) -> list[str]:

@@ -18,7 +18,8 @@ from ..results.incident import Incident, read_incident
 from ..results.paths import is_run, metrics_path
 from ..results.reader import Columns, Sample, as_number, iter_windows, recorded_config, run_facts, samples
 from ..results.redaction import bare
-from ..verdict import JUDGED, Status, enough_judged, judged, worst
+from ..verdict import Status
+from .outcome import outcome
 
 __all__ = ["SHOWN", "Statistic", "Summary", "headline", "statistics", "summarize", "summary_of"]
 
@@ -210,38 +211,15 @@ def _sample_worst(summary: Summary) -> None:
 
 def headline(summary: Summary) -> tuple[str, str]:
     """The status a run came to, and one sentence: healthy or not, since when, and why."""
-    c = summary.columns
-    if not c.count:
-        return "NO_DATA", "no window was measured."
-    last = c.last
-    status, missing = worst(c.statuses), c.count - judged(c.statuses)
-    of = f"{c.statuses[status]:,} of {c.count:,} windows"
-    if status is Status.HALT:
-        text = f"halted at step {c.first_halt}"
-    elif status is Status.BREACH:
-        text = f"{of} over a limit, none halted"
-    elif status is Status.ERROR:
-        text = f"{of} could not be measured"
-    elif status is Status.WARN:
-        text = f"never over a limit; {of} near one or watched"
-    elif missing == c.count:
-        status = Status(max(c.statuses, key=c.statuses.__getitem__))
-        text = f"{c.count:,} windows, none judged healthy or ill ({last['reason'] or 'no noise floor yet'})"
-    elif not missing:
-        text = f"healthy in all {c.count:,} windows, to step {last['step']}"
-    else:  # healthy where it was judged
-        status = Status.OK if enough_judged(c.statuses) else worst(s for s in c.statuses if s not in JUDGED)
-        text = f"healthy in {c.statuses['OK']:,} of {c.count:,} windows, to step {last['step']}"
-    if 0 < missing < c.count:
-        names = ", ".join(f"{n:,} {name}" for name, n in c.statuses.items() if name not in JUDGED)
-        text += f"; {missing:,} not judged ({names})"
-    if c.onset is not None:
+    c, incident = summary.columns, summary.incident
+    action = "stop" if summary.config is None else summary.config.action
+    status, text = outcome(c.course, action=action, reason=str(c.last.get("reason") or ""))
+    if c.onset is not None and c.course.since is None:
         healthy = sum(1 for step in c.steps if step < c.onset) * c.width
         began = "its first window" if not healthy else f"step {c.onset}"
         text += f"; over the limit since {began}"
-    if summary.incident is not None and summary.incident.diagnosis is not None:
-        cause = str(summary.incident.diagnosis.get("cause"))
-        text += f"; cause: {cause}"
+    if incident is not None and incident.diagnosis is not None and (c.course.halts or status is Status.BREACH):
+        text += f"; cause: {incident.diagnosis.get('cause')}"
     return str(status), text + "."
 
 

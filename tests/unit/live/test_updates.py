@@ -1,13 +1,14 @@
 """Which updates are applied: the trainer's events in their order, without a model."""
 
 import random
+import traceback
 
 import numpy as np
 import pytest
 import torch
 from support.trainer_loop import Loop
 
-from trl_parity import ParityCallback
+from trl_parity import ParityCallback, ParityHalt, __version__
 from trl_parity.records import Diagnosis
 
 
@@ -127,3 +128,71 @@ def test_watching_draws_no_random_number_of_the_run(tmp_path):
     drawn = float(torch.rand(1)), random.random(), float(np.random.rand())
     torch.manual_seed(1), random.seed(1), np.random.seed(1)
     assert drawn == (float(torch.rand(1)), random.random(), float(np.random.rand()))
+
+
+def end(watch, loop):
+    loop.state.is_world_process_zero = True
+    watch.on_train_end(loop.args, loop.state, loop.control)
+
+
+def test_a_halted_run_raises_when_asked_and_a_healthy_or_healed_one_does_not(tmp_path, capfd):
+    for action, shifts, halted in (
+        ("stop", [0.0, 1.0], 2), ("skip_update", [1.0, 1.0], 2), ("skip_update", [1.0, 0.0], None),
+        ("log", [1.0, 1.0], None), ("stop", [0.0, 0.0], None),
+    ):  # fmt: skip
+        watch = callback(action=action)
+        loop = Loop(watch, tmp_path, feeds=1, accumulate=1, shifts=lambda batch, shifts=shifts: shifts[batch])
+        loop.run(2)
+        end(watch, loop)
+        ended = capfd.readouterr().err.splitlines()[-1]
+        if halted is None:
+            watch.raise_if_halted()
+            assert ended.startswith("trl-parity: HALT" if action == "log" else "trl-parity: OK, healthy in"), ended
+            continue
+        with pytest.raises(ParityHalt) as raised:
+            watch.raise_if_halted()
+        assert raised.value.verdict.step == halted
+        told = traceback.format_exception(raised.value)  # what a scheduler's log ends with
+        assert told[-1] == f"trl_parity.errors.ParityHalt: {ended}\n"
+        assert "halted at step" in ended
+        assert f"{raised.value.verdict.reason[:60]}" in ended
+
+
+def test_the_halt_raised_before_learning_ends_with_its_reason(tmp_path):
+    watch = callback(action="raise")
+    with pytest.raises(ParityHalt) as raised:
+        Loop(watch, tmp_path, feeds=1, accumulate=1, shifts=lambda batch: 1.0).run(1)
+    assert str(raised.value).splitlines()[-1].startswith("trl-parity: HALT, halted at step 1: ")
+
+
+def test_dropped_updates_are_counted_in_every_row_and_told_again_and_again(tmp_path, monkeypatch, capfd):
+    rows = []
+    monkeypatch.setattr("support.trainer_loop.GivenCapture.log", lambda self, values: rows.append(values))
+    watch = callback(action="skip_update", redact_text=True)
+    loop = Loop(watch, tmp_path, feeds=1, accumulate=1, shifts=lambda batch: float(1 <= batch < 24))
+    loop.control.should_log = True
+    loop.accelerator.is_main_process = True
+    loop.run(25)
+    skipped = [(row["parity/breaker/skipped"], row["parity/breaker/skipped_total"]) for row in rows]
+    assert skipped == [(0, 0), *((1, n) for n in range(1, 24)), (0, 23)]
+    windows = [v.stats["breaker/skipped"] for v in watch.verdicts]  # what was dropped since the window before
+    assert windows == [0, 0, *[1] * 23]
+    told = capfd.readouterr().err
+    assert [n for n in (10, 20, 23) if f"{n} updates dropped so far" in told] == [10, 20]
+    saved = watch.state()["attributes"]["checkpoint"]
+    assert saved["skipped"] == 23
+    end(watch, loop)
+    assert "its updates dropped; 23 updates dropped" in capfd.readouterr().err
+
+
+def test_a_run_begins_with_a_line_of_what_is_watched(tmp_path, capfd):
+    watch = callback(every_n_steps=2)
+    loop = Loop(watch, tmp_path, feeds=1, accumulate=1, shifts=lambda batch: 0.0)
+    loop.accelerator.is_main_process = True
+    loop.args.logging_steps = 10
+    loop.run(2)
+    first = capfd.readouterr().err.splitlines()[0]
+    assert first.startswith(
+        f"trl-parity {__version__} watches SimpleNamespace: windows of 2 steps, action=skip_update"
+    )
+    assert first.endswith(f"merges those of 10 steps (logging_steps); files in {tmp_path}/parity")
