@@ -18,9 +18,11 @@ class Course:
 
     ``counts``: windows by status; ``recent``: those since the last halt was over, all of a run never halted.
     ``since``: step of the OK that ended the last halt; None: there was none, or it stands. ``halts``: how often the
-    run was halted, ``first_halt`` and ``last_halt`` at which steps. ``step``: the last window's.
+    run was halted, ``first_halt`` and ``last_halt`` at which steps. ``step``: the last window's. ``action``: the
+    run's setting; what learned from condemned batches (``log``) is not healed by an OK.
     """
 
+    action: str = "stop"
     counts: Counter[str] = field(default_factory=Counter)
     recent: Counter[str] = field(default_factory=Counter)
     step: int = 0
@@ -46,6 +48,16 @@ class Course:
     def standing(self) -> bool:
         """Whether the run was halted, and no window since then was OK."""
         return self.halts > 0 and self.since is None
+
+    @property
+    def halted(self) -> bool:
+        """Whether that is what the run came to."""
+        return self.standing or (self.halts > 0 and self.action == "log")
+
+    @property
+    def recovered(self) -> bool:
+        """Whether the run was halted, and that is over."""
+        return self.halts > 0 and not self.halted
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: JSON."""

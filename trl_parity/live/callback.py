@@ -310,12 +310,23 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
             self._require_interception(f"step {state.global_step} is over")  # PPO's loop announces no optimizer step
             if self._stop:
                 control.should_training_stop = control.should_save = control.should_log = True
+            if control.should_training_stop:  # the last row that every tracker gets
+                self._close_last_window(int(state.global_step))
+                control.should_log |= bool(run.unlogged)
             if control.should_log and run.unlogged:
                 assert run.capture is not None
+                for sink in self.monitor.sinks:
+                    sink.before_row(int(state.global_step))
                 run.capture.log(_scalars(run.unlogged.scalars(self.monitor) | run.skips("log")))
                 run.unlogged = UnloggedWindows()
             if control.should_save:  # the same on every rank
                 self._pipeline.window.carry(run.accelerator)
+
+    def _close_last_window(self, step: int) -> None:
+        """Judge what the window holds that no step will fill. Collective: batches come together."""
+        if self._pipeline.window.batches and not self._stop:
+            with self._run.watching():
+                self._pipeline.close_window(step)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """An evaluation is over: the next one starts from nothing."""
@@ -323,9 +334,14 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Judge what an unfinished window holds, and close the file."""
-        if self._pipeline.window.batches and not self._stop:  # the same on every rank: batches come together
-            with self._run.watching():
-                self._pipeline.close_window(int(state.global_step))
+        run = self._run
+        self._close_last_window(int(state.global_step))
+        if run.unlogged:  # the loop was left otherwise than by its last step: the trainer logs no row any more
+            scalars = _scalars(run.unlogged.scalars(self.monitor) | run.skips("log"))
+            for sink in self.monitor.sinks:
+                if isinstance(sink, WandbSink):  # trackio's run is over
+                    sink.log(int(state.global_step), {f"train/{name}": value for name, value in scalars.items()})
+            run.unlogged = UnloggedWindows()
         if state.is_world_process_zero and self._run.trainer is not None:
             say(self._run.ending())
         self.monitor.close()

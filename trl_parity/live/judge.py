@@ -16,6 +16,7 @@ from ..errors import ConfigError
 from ..files import FolderLock, jsonable, require_no_link, sweep, write_atomic
 from ..judging.breaker import Breaker
 from ..judging.course import Course
+from ..judging.limits import allowed
 from ..judging.noise_floor import NoiseFloor
 from ..metrics.rewards import MIN_REWARDS, REWARDS_NAME, RewardBaseline, RewardWindow
 from ..metrics.scalars import SCALARS
@@ -54,7 +55,7 @@ class RunJudge:
         self._sequences = 0
         self.verdicts: deque[Verdict] = deque(maxlen=_KEEP_VERDICTS)
         self.breaker = Breaker.from_config(config)
-        self.course = Course()
+        self.course = Course(action=self.config.action)
         self.floor = NoiseFloor(config)
         self.entropy = EntropyWatch()
         self.rewards = RewardWindow(self.config.reward_window)
@@ -137,8 +138,9 @@ class RunJudge:
             self.entropy.update(stats.get("entropy/trainer"))
         extra = self.floor.scalars(stats.values_by_name) | self.entropy.scalars()
         for reading in self.breaker.readings(stats.values_by_name | extra):
-            if (name := f"limit/{reading.rule.stat}") in SCALARS and reading.seen.startswith("excess/"):
-                extra[name] = reading.limit
+            limit = allowed(reading.rule, extra.get(f"floor/{reading.rule.stat}"))
+            if (name := f"limit/{reading.rule.stat}") in SCALARS and limit is not None:
+                extra[name] = limit
         if self.baseline is not None:
             comparison = self.baseline.compare(self.rewards.rewards, self.rewards.prompts)
             if comparison is not None:
@@ -222,7 +224,8 @@ class RunJudge:
                 )
             return False
         self.breaker.load_state(state["breaker"])
-        self.course = Course.of_state(state.get("course") or Course().state())
+        if course := state.get("course"):
+            self.course = Course.of_state({**course, "action": self.config.action})
         self.floor.load_state(state["floor"])
         self.entropy.load_state(state["entropy"])
         self.rewards.load_state(state["rewards"])

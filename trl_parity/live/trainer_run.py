@@ -16,6 +16,7 @@ from ..metrics.sums import MismatchSums
 from ..metrics.tokens import tokens_of_all
 from ..records import Diagnosis
 from ..report.messages import alert_text, ending_text, halt_text, skipped_text, start_text
+from ..report.outcome import window_in_words
 from ..scoring.perturb import own_random_numbers
 from ..tracking.sinks import RichLog
 from ..trainers.capture import Capture
@@ -126,14 +127,19 @@ class TrainerRun(Surroundings):
         worse = verdict.status in (Status.BREACH, Status.HALT) and verdict.status is not before
         due = every and (worse or verdict.alert or self._windows % every == 0)
         self._windows += 1
-        if not due:
-            return
+        if due:
+            self._log_rich(verdict, sums)
+        for sink in self._judge.sinks:
+            sink.tell(window_in_words(verdict, self._judge.course))
+
+    def _log_rich(self, verdict: Verdict, sums: MismatchSums) -> None:
+        """Collective."""
         config = self.config
         decode = None if config.redact_text else self.trainer.processing_class.decode
         worst, sample = tokens_of_all(
             self.batches.last, verdict.step, config.worst_tokens, config.sample_tokens, decode, self.accelerator
         )
-        self._judge.log_rich(RichLog(verdict.step, sums, worst, sample, list(verdicts)))
+        self._judge.log_rich(RichLog(verdict.step, sums, worst, sample, list(self._judge.verdicts)))
 
     def diagnose(self, verdict: Verdict) -> None:
         """Once an episode, of the batch at hand."""
@@ -210,7 +216,7 @@ class TrainerRun(Surroundings):
         diagnosis = self.investigator.diagnosis
         cause = None if diagnosis is None else diagnosis.cause
         look = self.parity_dir if self.halt is None or self.incident is None else self.incident / "report.md"
-        return ending_text(self._judge.course, self.config, self.halt, cause, self.skipped, look)
+        return ending_text(self._judge.course, self.halt, cause, self.skipped, look)
 
     def skip(self) -> None:
         """An update was dropped. While a halt stands, that is said again from time to time."""

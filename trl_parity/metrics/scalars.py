@@ -86,7 +86,7 @@ SCALARS: dict[str, str] = {
     "excess/logp_abs_diff/p99": "trimmed - floor of logp_abs_diff/p99",
     "excess/ratio/out_of_band": "trimmed - floor of ratio/out_of_band",
     "excess/ess": "floor/ess - trimmed/ess: effective sample size lost beyond noise",
-    "limit/kl_k3": "what the rule on kl_k3 lets its excess be: max(limit, (k - 1) x floor)",
+    "limit/kl_k3": "what the rule on kl_k3 lets its excess be: max(limit, (k - 1) x floor), at most ceiling - floor",
     "limit/logp_abs_diff/mean": "the same for logp_abs_diff/mean",
     "temperature/trainer": "what the loss divides logits by",
     "temperature/engine": "what the requests of the window's last batch asked the engine for",

@@ -10,7 +10,7 @@ from pathlib import Path
 from .._version import __version__
 from ..causes import CAUSES
 from ..config.parity import ParityConfig
-from ..judging.breaker import read
+from ..judging.breaker import Reading, read
 from ..judging.course import Course
 from ..records import Diagnosis
 from ..verdict import Status, Verdict
@@ -79,13 +79,24 @@ def _seen(verdict: Verdict, config: ParityConfig, verdicts: Sequence[Verdict]) -
     rules = {rule.stat: rule for rule in config.resolved_rules()}
     for name in verdict.breaches:
         readings = [None if v.stats is None else read(rules[name], v.stats) for v in streak[-5:]]
-        trail = " → ".join(number(None if r is None else r.value) for r in readings)
-        if (last := readings[-1]) is not None:
-            sign = ">=" if last.rule.below else "<="
-            yield f"             {last.seen:<26} {trail}   (limit {sign} {number(last.limit)})"
+        looks = list(dict.fromkeys((r.seen, _kind(r)) for r in readings if r is not None))
+        for look in looks:  # the excess over the floor in one window may be the statistic over its ceiling in another
+            mine = [r for r in readings if (r is None and len(looks) == 1) or (r and (r.seen, _kind(r)) == look)]
+            known = [r for r in mine if r is not None]
+            trail = " → ".join(number(None if r is None else r.value) for r in mine)
+            limits = dict.fromkeys(number(r.limit) for r in known)
+            sign = ">=" if known[0].rule.below else "<="
+            told = f"{look[1]}{'s' * (len(limits) > 1)} {sign} {' → '.join(limits)}"
+            yield f"             {look[0]:<26} {trail}   ({told})"
     if stats is not None:
         yield f"           in {stats.num_tokens:,} tokens of {stats.num_sequences:,} sequences of the last window:"
         yield from _wrap("", ", ".join(f"{name}\xa0{number(stats.get(name))}" for name in _SHOWN))
+
+
+def _kind(reading: Reading) -> str:
+    """What its limit is."""
+    above_floor = reading.missing or reading.seen.startswith("excess/")
+    return "limit" if reading.rule.k is None or above_floor else "ceiling"
 
 
 def _cause(diagnosis: Diagnosis) -> Iterator[str]:
@@ -124,11 +135,9 @@ def start_text(trainer: str, config: ParityConfig, folder: Path, logging_steps: 
     return f"{text}; files in {folder}"
 
 
-def ending_text(
-    course: Course, config: ParityConfig, last: Verdict | None, cause: str | None, skipped: int, look: Path
-) -> str:
+def ending_text(course: Course, last: Verdict | None, cause: str | None, skipped: int, look: Path) -> str:
     """One line at a run's end: what it came to, why, and where to look. ``last``: the last HALT, if it stands."""
-    status, text = outcome(course, action=config.action)
+    status, text = outcome(course)
     if last is not None:
         text += f": {cut(one_line(last.reason), 400)}" + (f"; cause: {cause}" if cause else "")
     if skipped:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from ..judging.course import Course
-from ..verdict import JUDGED, Status, enough_judged, judged, worst
+from ..verdict import JUDGED, Status, Verdict, enough_judged, judged, worst
 
-__all__ = ["halts_in_words", "outcome"]
+__all__ = ["halts_in_words", "outcome", "window_in_words"]
 
 
-def outcome(course: Course, *, action: str = "stop", reason: str = "") -> tuple[Status, str]:
+def outcome(course: Course, *, reason: str = "") -> tuple[Status, str]:
     """The status a run came to, and half a sentence: healthy or not, since when.
 
-    A halt that is over is told, and is no longer the status; where a run learned from what it condemned
-    (``action="log"``) it stays. ``reason``: the last window's.
+    A halt that is over is told, and is no longer the status. ``reason``: the last window's.
     """
     if not course.counts:
         return Status.NO_DATA, "no window was measured"
-    over = course.halts > 0 and not course.standing
-    if course.standing or (over and action == "log"):
-        return Status.HALT, halts_in_words(course, action)
+    over = course.recovered
+    if course.halted:
+        return Status.HALT, halts_in_words(course)
     counts = course.recent
     status, total = worst(counts), sum(counts.values())
     missing = total - judged(counts)
@@ -41,10 +40,10 @@ def outcome(course: Course, *, action: str = "stop", reason: str = "") -> tuple[
     if 0 < missing < total:
         names = ", ".join(f"{n:,} {name}" for name, n in counts.items() if name not in JUDGED)
         text += f"; {missing:,} not judged ({names})"
-    return status, f"{text}; {halts_in_words(course, action)}" if over else text
+    return status, f"{text}; {halts_in_words(course)}" if over else text
 
 
-def halts_in_words(course: Course, action: str = "stop") -> str:
+def halts_in_words(course: Course) -> str:
     """``halted at step 3``, or of a halt that is over ``halted once at step 3, resumed``; nothing without one."""
     if not course.halts:
         return ""
@@ -53,4 +52,10 @@ def halts_in_words(course: Course, action: str = "stop") -> str:
         return f"halted at step {at}" + (f", {course.halts} times since step {first}" if course.halts > 1 else "")
     often = f"once at step {at}" if course.halts == 1 else f"{course.halts} times, at steps {first} to {at}"
     after = {"log": f"and learned on; OK since step {course.since}", "skip_update": "its updates dropped"}
-    return f"halted {often}, {after.get(action, 'resumed')}"
+    return f"halted {often}, {after.get(course.action, 'resumed')}"
+
+
+def window_in_words(verdict: Verdict, course: Course) -> str:
+    """The last window, and that the run was halted before it."""
+    text = f"{verdict.status} at step {verdict.step}" + (f": {verdict.reason}" if verdict.reason else "")
+    return text if course.standing or not course.halts else f"{text}; {halts_in_words(course)}"

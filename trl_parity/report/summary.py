@@ -14,6 +14,7 @@ from ..config.parity import ParityConfig
 from ..config.rules import Rule
 from ..errors import ConfigError, DataError
 from ..judging.breaker import read
+from ..judging.limits import allowed
 from ..results.incident import Incident, read_incident
 from ..results.paths import is_run, metrics_path
 from ..results.reader import Columns, Sample, as_number, iter_windows, recorded_config, run_facts, samples
@@ -212,9 +213,10 @@ def _sample_worst(summary: Summary) -> None:
 def headline(summary: Summary) -> tuple[str, str]:
     """The status a run came to, and one sentence: healthy or not, since when, and why."""
     c, incident = summary.columns, summary.incident
-    action = "stop" if summary.config is None else summary.config.action
-    status, text = outcome(c.course, action=action, reason=str(c.last.get("reason") or ""))
-    if c.onset is not None and c.course.since is None:
+    if summary.config is not None:
+        c.course.action = summary.config.action
+    status, text = outcome(c.course, reason=str(c.last.get("reason") or ""))
+    if c.onset is not None and not c.course.recovered:
         healthy = sum(1 for step in c.steps if step < c.onset) * c.width
         began = "its first window" if not healthy else f"step {c.onset}"
         text += f"; over the limit since {began}"
@@ -236,6 +238,25 @@ class Statistic:
     worst: float
 
 
+def used(rule: Rule, window: Mapping[str, Any]) -> float | None:
+    """Share of its limit that a statistic uses in a window; infinite for what is no number, None if it is not known.
+
+    Of a rule over a noise floor both are taken above the floor, and the limit is the nearest that applied.
+    """
+    reading, floor = read(rule, window), as_number(window.get(f"floor/{rule.stat}"))
+    if reading is None:
+        return None
+    value, limit = reading.value, allowed(rule, floor)
+    if limit is None:
+        limit = reading.limit
+    elif not reading.seen.startswith("excess/"):  # over the ceiling: the statistic itself
+        value -= floor if rule.stat != "ess" else 1.0 - floor
+    if limit <= 0:
+        return math.inf if reading.over else None
+    share = value / limit
+    return max(0.0, share) if math.isfinite(share) else math.inf
+
+
 def statistics(
     names: Iterable[str],
     series: Mapping[str, Sequence[float | None]],
@@ -250,10 +271,7 @@ def statistics(
         known = sorted(v for v in values if v is not None)
         if not known:
             continue
-        reading = read(rules[name], last) if name in rules else None
-        share = None if reading is None or not reading.limit else reading.value / reading.limit
-        if share is not None:  # no number: over any limit
-            share = max(0.0, share) if math.isfinite(share) else math.inf
+        share = used(rules[name], last) if name in rules else None
         worst = known[0] if name in _WORST_IS_LOW else known[-1]
         now, floor = (as_number(last.get(key)) for key in (name, f"floor/{name}"))
         out.append(Statistic(name, values, now, floor, share, known[len(known) // 2], worst))

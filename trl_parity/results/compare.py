@@ -105,8 +105,8 @@ def halts_apart(a: Columns, b: Columns) -> bool:
 
 
 def standing_halt(run: Columns) -> int | None:
-    """Step at which a run was halted; None where it was not, or where windows were OK again after it."""
-    return run.first_halt if run.course.since is None else None
+    """Step at which a run was first halted; None where it was not, or where that is over."""
+    return None if run.course.recovered else run.first_halt
 
 
 def _one(a: Columns, b: Columns, run: int, stat: str, alpha: float) -> Comparison | None:

@@ -8,8 +8,8 @@ from trl_parity.judging.course import Course
 from trl_parity.report.outcome import outcome
 
 
-def course(statuses):
-    found = Course()
+def course(statuses, action="stop"):
+    found = Course(action=action)
     for step, status in enumerate(statuses.split(), start=1):
         found.add(step, status)
     return found
@@ -35,7 +35,7 @@ def course(statuses):
     ],
 )  # fmt: skip
 def test_a_halt_is_told_for_good_and_is_the_status_while_it_stands(statuses, action, told):
-    assert outcome(course(statuses), action=action) == told
+    assert outcome(course(statuses, action)) == told
 
 
 def test_a_checkpoint_carries_it():

@@ -196,3 +196,40 @@ def test_a_run_begins_with_a_line_of_what_is_watched(tmp_path, capfd):
         f"trl-parity {__version__} watches SimpleNamespace: windows of 2 steps, action=skip_update"
     )
     assert first.endswith(f"merges those of 10 steps (logging_steps); files in {tmp_path}/parity")
+
+
+class Told:
+    """A tracker that keeps what it is told."""
+
+    def __init__(self):
+        self.verdicts, self.rows = [], []
+
+    def tell(self, verdict):
+        self.verdicts.append(verdict)
+
+    def before_row(self, step):
+        self.rows.append(step)
+
+    def alert(self, verdict, text):
+        """Not looked at."""
+
+
+def test_the_last_partial_window_is_in_the_last_row_and_in_words(tmp_path, monkeypatch):
+    rows, told = [], Told()
+    monkeypatch.setattr("support.trainer_loop.GivenCapture.log", lambda self, values: rows.append(values))
+    watch = callback(every_n_steps=2, action="log", consecutive=9)
+
+    def shift(batch):
+        watch.monitor.sinks = [told]
+        loop.control.should_log = batch == 3  # logging_steps=4
+        loop.control.should_training_stop = batch == 4
+        return float(batch == 4)
+
+    loop = Loop(watch, tmp_path, feeds=1, accumulate=1, shifts=shift)
+    loop.run(9)
+    assert loop.control.should_log  # whatever logging_steps says, the trainer logs once more
+    assert [(row["parity/breaker/status"], row["parity/breaker/windows"]) for row in rows] == [(0, 2), (2, 1)]
+    assert told.rows == [4, 5]
+    assert [verdict.split(":")[0] for verdict in told.verdicts] == ["OK at step 2", "OK at step 4", "BREACH at step 5"]
+    end(watch, loop)
+    assert len(watch.verdicts) == 3
