@@ -6,7 +6,7 @@ On a CPU, with a tiny model that this recipe trains first (a minute or two in al
 
 On GPUs, the same file:
 
-    accelerate launch recipes/grpo/train.py --config configs/grpo_gpu.yaml
+    accelerate launch --main_process_port 0 recipes/grpo/train.py --config configs/grpo_gpu.yaml
 
 Every field of the YAML file is also an option, e.g. ``--max_steps 5 --action log``.
 
@@ -21,6 +21,7 @@ import contextlib
 import json
 import netrc
 import os
+import socket
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,10 +72,18 @@ def set_environment(argv: list[str]) -> None:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; the default takes half of the memory
+    if "WORLD_SIZE" not in os.environ:  # else the launcher's; two runs that start at once would find the same one free
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("WANDB_PROJECT", "trl-parity")
     if not wandb_login():
         os.environ.setdefault("WANDB_MODE", "offline")
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def wandb_login() -> bool:
@@ -186,11 +195,19 @@ def short_progress(trainer: Any) -> None:
                 shown = (("accuracy", "rewards/exact/mean", ".2f"), ("reward", "reward", ".2f"))
                 shown += (("entropy", "entropy", ".2f"), ("k3 KL", "parity/kl_k3", ".1e"))
                 shown += (("max |log-ratio|", "parity/logp_abs_diff/max", ".1e"),)
-                parts = [f"{name} {logs[key]:{form}}" for name, key, form in shown if key in logs]
+                parts = [status_name(logs.get("parity/breaker/status"))]
+                parts += [f"{name} {logs[key]:{form}}" for name, key, form in shown if key in logs]
                 self.training_bar.write("  ".join([f"step {state.global_step:>4}", *parts]))
 
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(StepLines)
+
+
+def status_name(code: float | None) -> str:
+    """The verdict behind the number that trackers plot; '-' where none was logged."""
+    from trl_parity import Status
+
+    return next((str(status) for status in Status if status.code == code), "-")
 
 
 def metrics_path(args: Any, parity_args: Any) -> Path:
@@ -248,17 +265,31 @@ def summarize(
     table.add_row("entropy, nats/token", trend(history, "entropy"))
     console = Console(soft_wrap=True)
     console.print(table)
-    console.print(f"Every window:      {path}", highlight=False)
+    page = Path(args.output_dir) / "report.html"
+    lines = {
+        "Every window": path,
+        "What it came to": f"{command('trl-parity')} report {args.output_dir}",
+        "As a page": f"{command('trl-parity')} report {args.output_dir} --html {page}",
+    }
     if wandb_dir is not None:
-        console.print(f"In this terminal:  wandb leet {wandb_dir}", highlight=False)
-        console.print(f"As JSON:           wandb leet inspect --json {wandb_dir}", highlight=False)
+        wandb = command("wandb")
+        lines |= {"Curves, here": f"{wandb} leet {wandb_dir}", "As JSON": f"{wandb} leet inspect --json {wandb_dir}"}
         if wandb_dir.name.startswith("offline-"):
-            console.print(f"In the browser:    wandb sync {wandb_dir}", highlight=False)
+            lines["In the browser"] = f"{wandb} sync {wandb_dir}"
+    for name, line in lines.items():
+        console.print(f"{name + ':':<18} {line}", highlight=False)
     if halted:
         console.print(
             "[bold red]trl-parity halted this run[/]: the engine that sampled and the trainer that learns were not "
             f"the same policy. The condemned batch was not learned from. Exit code {HALTED}."
         )
+
+
+def command(name: str) -> str:
+    """A program of this environment as it can be typed: by its name where the environment is activated."""
+    folder = Path(sys.executable).parent
+    active = os.environ.get("VIRTUAL_ENV") == str(folder.parent) or not (folder / name).exists()
+    return name if active else os.path.relpath(folder / name)
 
 
 def count_statuses(windows: list[dict[str, Any]]) -> str:

@@ -268,7 +268,7 @@ def _write(options: Any, names: Any, runs: Any, found: Any, code: int) -> None:
     def markdown(*, picture: bool) -> str:
         answer = sentence(code, found, names, runs, options.alpha)
         rows = _rows(names, found, options.alpha)
-        method_said = (method or "").strip()
+        method_said = (method or "").strip().replace("``", "")
         return render_markdown(
             "compare.md.j2", answer=answer, picture=picture, note=note, heads=_HEAD, rows=rows, method=method_said
         )

@@ -23,6 +23,7 @@ from ..metrics.reduction import reduce_sums
 from ..metrics.statistics import compute
 from ..metrics.sums import MismatchSums
 from ..records import Diagnosis
+from ..report.outcome import outcome
 from ..scoring.perturb import own_random_numbers
 from ..tracking.sinks import WandbSink
 from ..trainers.capture import Capture, MeasurementSettings
@@ -30,6 +31,7 @@ from ..trainers.engine_args import TRLEngineArguments
 from ..trainers.instrumentation import Observer, instrument
 from ..trainers.server_client import sync_without_cuda
 from ..verdict import Status, Verdict
+from .console import shorten_console
 from .monitor import ParityMonitor
 from .pipeline import Pipeline
 from .trainer_run import TrainerRun
@@ -79,6 +81,13 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         instrument()
         source = self.config.engine_source()
         self.engine_request = None if source is None else TRLEngineArguments(source)
+
+    def __repr__(self) -> str:
+        n, run = self.config.every_n_steps, self._run
+        files = "" if run.trainer is None else f"; files in {run.parity_dir}"
+        status, text = outcome(self.monitor.course)
+        windows = f"windows of {n} step{'s' * (n != 1)}, action={self.config.action}"
+        return f"<ParityCallback {status}: {text}; {windows}{files}>"
 
     @property
     def verdicts(self) -> deque[Verdict]:
@@ -175,6 +184,8 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
             error = self.engine_request.disagreement(capture.generation, capture.engine)
             fail_together(error, trainer.args.world_size)
         if trainer.accelerator.is_main_process:
+            if self.config.console == "short":
+                shorten_console(trainer)
             self._run.say_start()
             self.monitor.write_run(self._run.investigator.surroundings(capture))
             tell_traps(capture, self.measurement.replay_sampling)

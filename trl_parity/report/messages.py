@@ -16,6 +16,7 @@ from ..records import Diagnosis
 from ..verdict import Status, Verdict
 from .escape import one_line
 from .format import cut, number
+from .looser import looser_rules
 from .outcome import outcome
 
 __all__ = ["alert_text", "ending_text", "halt_text", "skipped_text", "start_text"]
@@ -41,7 +42,7 @@ def halt_text(
 
     ``path``: the file to look at.
     """
-    onward = ", ".join(f"'{name}': ..." for name in verdict.breaches)
+    onward = looser_rules(verdict.breaches, verdict.stats or {}, config)
     lines = [
         "",
         f"trl-parity: HALT at step {verdict.step}. The engine that samples is not the policy that learns.",
@@ -62,7 +63,7 @@ def halt_text(
         f"  Look     {path}",
         *_wrap(
             "Go on",
-            f"anyway: ParityConfig(action='log'), or other rules if this drift is expected: rules={{{onward}}}; "
+            f"anyway: ParityConfig(action='log'), or, if this drift is expected, wider rules={onward}; "
             "trl-parity replay shows what they would have done.",
         ),
         "",

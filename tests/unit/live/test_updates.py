@@ -2,6 +2,7 @@
 
 import random
 import traceback
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ import torch
 from support.trainer_loop import Loop
 
 from trl_parity import ParityCallback, ParityHalt, __version__
+from trl_parity.errors import ConfigError
 from trl_parity.records import Diagnosis
+from trl_parity.trainers.instrumentation import observer_of
 
 
 @pytest.fixture(autouse=True)
@@ -233,3 +236,19 @@ def test_the_last_partial_window_is_in_the_last_row_and_in_words(tmp_path, monke
     assert [verdict.split(":")[0] for verdict in told.verdicts] == ["OK at step 2", "OK at step 4", "BREACH at step 5"]
     end(watch, loop)
     assert len(watch.verdicts) == 3
+
+
+def test_two_callbacks_are_called_that():
+    both = SimpleNamespace(callback_handler=SimpleNamespace(callbacks=[object(), callback(), callback()]))
+    with pytest.raises(ConfigError, match="the trainer has 2 ParityCallbacks"):
+        observer_of(both)
+
+
+def test_a_callback_in_a_notebook_says_what_it_watches_and_saw(tmp_path):
+    watch = callback(action="log", every_n_steps=2)
+    assert repr(watch) == "<ParityCallback NO_DATA: no window was measured; windows of 2 steps, action=log>"
+    Loop(watch, tmp_path, feeds=1, accumulate=1, shifts=lambda batch: 0.0).run(4)
+    assert repr(watch) == (
+        "<ParityCallback OK: healthy in all 2 windows, to step 4; windows of 2 steps, action=log; "
+        f"files in {tmp_path}/parity>"
+    )
