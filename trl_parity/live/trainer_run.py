@@ -187,9 +187,10 @@ class TrainerRun(Surroundings):
         verdicts, diagnosis = list(self._judge.verdicts), self.investigator.diagnosis
 
         def text(look: Path) -> str:
-            return halt_text(verdict, self.config, verdicts, look, diagnosis)
+            return halt_text(verdict, self.config, verdicts, look, diagnosis, checkpoints)
 
-        parity_dir = self.parity_dir
+        parity_dir, args = self.parity_dir, self.trainer.args
+        checkpoints = None if hasattr(args, "num_ppo_epochs") else Path(args.output_dir)  # PPOTrainer can't resume
         last = self.batches.last if self._at_hand else None
         self.incident = self.investigator.write(
             parity_dir, verdict, verdicts, last, lambda folder: text(folder / "report.md"), self.capture

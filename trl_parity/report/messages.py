@@ -18,6 +18,7 @@ from .escape import one_line
 from .format import cut, number
 from .looser import looser_rules
 from .outcome import outcome
+from .recovery import last_checkpoint_before, learned_from, recovery
 
 __all__ = ["alert_text", "ending_text", "halt_text", "skipped_text", "start_text"]
 
@@ -37,10 +38,11 @@ def halt_text(
     verdicts: Sequence[Verdict],
     path: Path,
     diagnosis: Diagnosis | None = None,
+    output_dir: Path | None = None,
 ) -> str:
     """What was seen with counts, what it does, the cause with its evidence, what mends it, how to go on anyway.
 
-    ``path``: the file to look at.
+    ``path``: the file to look at. ``output_dir``: where the trainer's checkpoints are; None: it has none to resume.
     """
     onward = looser_rules(verdict.breaches, verdict.stats or {}, config)
     lines = [
@@ -56,6 +58,11 @@ def halt_text(
             lines += _wrap("", finding)
     else:
         lines += _wrap("", CAUSES[diagnosis.cause].harm)
+    learned = learned_from(verdict, verdicts, config)
+    if output_dir is not None:
+        checkpoint = last_checkpoint_before(output_dir, learned.first)
+        told, command = recovery(learned, checkpoint, config.action)
+        lines += ["", *_wrap("Learned", told), *([f"           {command}"] if command else [])]
     if diagnosis is not None:
         lines += ["", *_cause(diagnosis)]
     lines += [
