@@ -229,6 +229,14 @@ class ParityConfig:
             "online and the project has none of this version."
         },
     )
+    console: str = field(
+        default="short",
+        metadata={
+            "help": "How many of the parity/* scalars are on the line that transformers prints at each log: 'short' "
+            "those looked at first, 'all'. Trackers and files get all of them.",
+            "choices": ["short", "all"],
+        },
+    )
     worst_tokens: Annotated[int, at_least(0)] = field(default=20, metadata={"help": "Rows of the worst-token table."})
     sample_tokens: Annotated[int, at_least(0)] = field(
         default=512,
