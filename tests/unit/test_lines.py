@@ -2,8 +2,6 @@
 
 import logging
 
-import pytest
-
 from trl_parity.lines import LastResort, say
 
 
@@ -20,15 +18,9 @@ def test_a_line_stands_above_a_bar_that_is_being_drawn(capfd):
     assert "trl-parity: HALT at step 3." in lines
 
 
-@pytest.fixture
-def handler(monkeypatch):
-    """As it is where nobody has set up logging."""
-    monkeypatch.setattr(logging.getLogger(), "handlers", [])
-    [handler] = [h for h in logging.getLogger("trl_parity").handlers if isinstance(h, LastResort)]
-    return handler
-
-
-def test_a_warning_says_who_speaks_unless_somebody_set_up_logging(handler, capfd, monkeypatch):
+def test_a_warning_says_who_speaks_unless_somebody_set_up_logging(capfd, monkeypatch):
+    assert sum(isinstance(h, LastResort) for h in logging.getLogger("trl_parity").handlers) == 1
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # as it is where nobody has
     logger = logging.getLogger("trl_parity.live.batches")
     logger.warning("parity measurement failed at step %d", 3)
     logger.info("not loud enough")
