@@ -255,7 +255,7 @@ def used(rule: Rule, window: Mapping[str, Any]) -> float | None:
     value, limit = reading.value, allowed(rule, floor)
     if limit is None:
         limit = reading.limit
-    elif not reading.seen.startswith("excess/"):  # over the ceiling: the statistic itself
+    elif floor is not None and not reading.seen.startswith("excess/"):  # over the ceiling: the statistic itself
         value -= floor if rule.stat != "ess" else 1.0 - floor
     if limit <= 0:
         return math.inf if reading.over else None
