@@ -305,8 +305,8 @@ def describe(distribution: Distribution, base: Distribution, *, ids: bool = True
         words.append(f"only {len(distribution.allowed)} token id{'s' * (len(distribution.allowed) > 1)} allowed")
     if distribution.late_from != base.late_from:
         which = f"token{'s' * (len(distribution.late) > 1)} {', '.join(map(str, distribution.late))}"
-        none = f"{len(distribution.late)} token id(s)"
-        words.append(f"{which if ids else none} never among the first {distribution.late_from}")
+        count = f"{len(distribution.late)} token id(s)"
+        words.append(f"{which if ids else count} never among the first {distribution.late_from}")
     if distribution.logits_dtype is not None and distribution.logits_dtype != base.logits_dtype:
         words.append(f"logits rounded to {dtype_name(distribution.logits_dtype)}")
     if distribution.curvature != base.curvature:
