@@ -33,7 +33,7 @@ def engine_head(
         raise NotPossible("a server does not tell its hidden states")
     if weights is None or batch.sharded:
         raise NotPossible("the engine's head was not read, or the policy's is sharded over ranks")
-    if weights.differing:
+    if weights.differing or weights.ignored:  # other weights, perhaps the head's
         return None, NOTHING
     base = recomputed(current)
     reported, over = base.reported.clone(), torch.zeros(len(batch), dtype=torch.bool)
