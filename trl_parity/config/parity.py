@@ -48,6 +48,13 @@ class ParityConfig:
         default=3,
         metadata={"help": "Breached windows in a row that halt, for rules that do not set their own number."},
     )
+    breach_memory: Annotated[int, at_least(0)] = field(
+        default=20,
+        metadata={
+            "help": "Healthy windows that a breached one is remembered for: as many breaches as `consecutive` halt "
+            "though they are not in a row, where fewer healthy windows than this lie between them. 0: none is."
+        },
+    )
     rules: dict[str, Any] | str | None = field(
         default=None,
         metadata={

@@ -42,6 +42,7 @@ class NoiseFloor:
 
     ``values``: ``floor/<stat>`` for every statistic of ``FLOORED``, the largest of its sources
     (``ess``: the smallest); empty before the first measurement. ``sources``: the same by source. Both are bounds.
+    ``sequences``: how many rounding's is of; None where it was not measured here.
     """
 
     def __init__(self, config: ParityConfig):
@@ -49,6 +50,7 @@ class NoiseFloor:
         self.enabled = config.floor_tokens > 0
         self.sources: dict[str, dict[str, float]] = {}
         self.values: dict[str, float] = {}
+        self.sequences: float | None = None
         self.age = 0  # windows since it was measured, or last tried in vain
         self._tried = False
         self._pools: dict[str, list[MismatchSums]] = {}  # by source and group, of all measurements that agree
@@ -79,7 +81,7 @@ class NoiseFloor:
             return False
         for name in SOURCES:
             self._pool(name, measured.get(name, []))
-        self.age = 0
+        self.age, self.sequences = 0, _sequences(self._pools["rounding"])
         bounds = {name: found for name, pool in self._pools.items() if (found := _bounds(pool))}
         highs = {name: {stat: high for stat, (_, _, high) in found.items()} for name, found in bounds.items()}
         self.sources = {name: {stat: _told(stat, x) for stat, x in found.items()} for name, found in highs.items()}
@@ -121,7 +123,7 @@ class NoiseFloor:
         out: dict[str, float | None] = dict(self.values)
         if self.enabled:
             out["cost/floor_share"] = self.seconds / self.wall if self.wall else None
-            out["floor/age"] = float(self.age)
+            out |= {"floor/age": float(self.age), "floor/sequences": self.sequences}
         for stat in FLOORED:
             value, floor = stats.get(f"trimmed/{stat}"), self.values.get(f"floor/{stat}")
             if value is not None and floor is not None:
@@ -142,12 +144,17 @@ class NoiseFloor:
         if self.enabled:
             pools = state.get("pools", {})
             self._pools = {name: [MismatchSums.from_sparse(sums) for sums in pool] for name, pool in pools.items()}
+            self.sequences = _sequences(self._pools["rounding"]) if self._pools else None
             for name in state.keys() - {"pools"}:
                 setattr(self, name, state[name])
 
 
 def _tokens(sums: MismatchSums) -> float:
     return sums.totals()["tokens"]
+
+
+def _sequences(pool: Sequence[MismatchSums]) -> float:
+    return sum(sums.totals()["sequences"] for sums in pool)
 
 
 def _stats(pool: Sequence[MismatchSums]) -> dict[str, float] | None:
@@ -171,7 +178,7 @@ def _bounds(pool: Sequence[MismatchSums]) -> dict[str, tuple[float, float, float
         return {}
     without = [_stats([*pool[:i], *pool[i + 1 :]]) for i in range(len(pool))] if len(pool) > 1 else []
     known = [one for one in without if one is not None]
-    groups, sequences = len(known), max(1.0, sum(sums.totals()["sequences"] for sums in pool))
+    groups, sequences = len(known), max(1.0, _sequences(pool))
     out = {}
     t = float(stdtrit(max(1.0, (groups if groups > 1 else sequences) - 1), 0.95))
     for stat, x in points.items():

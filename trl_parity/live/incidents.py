@@ -30,7 +30,9 @@ _SEQUENCES = 16  # in the bundle
 class Investigator:
     """Diagnoses once an episode (at its first BREACH, or WARN), and again at its first HALT if that named nothing.
 
-    An episode goes from the first window that is not healthy to the next OK. One asked for by name counts for none.
+    An episode goes from the first window that is not healthy to the next OK at which no breach is remembered
+    (``Verdict.level``). What was named before a healthy window is not taken for the cause of a halt after it: that may
+    be another fault. One asked for by name counts for none.
     """
 
     def __init__(self, config: ParityConfig):
@@ -57,7 +59,9 @@ class Investigator:
     def due(self, verdict: Verdict) -> bool:
         """Whether this window is to be diagnosed; the same on every rank."""
         if verdict.status is Status.OK:
-            self._episode()
+            self._named = False
+            if not verdict.level:
+                self._episode()
         breached = verdict.status in (Status.BREACH, Status.HALT)
         warned = self.config.diagnose == "warn" and verdict.status is Status.WARN and bool(verdict.warnings)
         due = self.config.diagnose != "never" and (breached or warned)

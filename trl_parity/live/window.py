@@ -98,7 +98,7 @@ class UnloggedWindows:
 
     def __init__(self) -> None:
         self._sums: MismatchSums | None = None
-        self._status, self._streak = Status.OK, 0  # the worst, the longest
+        self._status, self._streak, self._level = Status.OK, 0, 0.0  # the worst, the longest, the highest
         self._only: MismatchStats | None = None  # while it is one
         self._spent: dict[str, float | None] = {}
 
@@ -110,7 +110,7 @@ class UnloggedWindows:
         self._only = verdict.stats if self._sums is None else None
         self._sums = added(self._sums, sums)
         self._status = worst((self._status, verdict.status))
-        self._streak = max(self._streak, verdict.streak)
+        self._streak, self._level = max(self._streak, verdict.streak), max(self._level, verdict.level)
         for name in SPENT:
             if verdict.stats is not None and (seconds := verdict.stats.get(name)) is not None:
                 self._spent[name] = (self._spent.get(name) or 0.0) + seconds
@@ -124,6 +124,7 @@ class UnloggedWindows:
             **self._spent,
             "breaker/status": self._status.code,
             "breaker/streak": self._streak,
+            "breaker/level": self._level,
         }
 
 

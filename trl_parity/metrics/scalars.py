@@ -81,6 +81,7 @@ SCALARS: dict[str, str] = {
     "floor/engine_excess": "95 % lower bound of the engine's mean |Δ| against itself - 3 x rounding's upper bound, at "
     "least 0",
     "floor/age": "windows since the floor was measured",
+    "floor/sequences": "sequences the floor is measured on, of all measurements that agree",
     "excess/kl_k3": "trimmed/kl_k3 - floor/kl_k3",
     "excess/logp_abs_diff/mean": "trimmed - floor of logp_abs_diff/mean",
     "excess/logp_abs_diff/p99": "trimmed - floor of logp_abs_diff/p99",
@@ -120,6 +121,8 @@ SCALARS: dict[str, str] = {
     "cost/incident_seconds": "the same of incidents left behind, their pictures included",
     "breaker/status": "0 OK, 1 WARN, 2 BREACH, 3 HALT, -1 NO_DATA, -2 ERROR, -3 CALIBRATING",
     "breaker/streak": "breached windows in a row",
+    "breaker/level": "breached windows remembered: each adds 1, a healthy one takes 1 / breach_memory; halts above "
+    "consecutive - 1",
 }
 
 # statistics with a noise floor; ``ess`` falls with noise, the others rise

@@ -67,12 +67,19 @@ def halt_text(
 
 
 def _seen(verdict: Verdict, config: ParityConfig, verdicts: Sequence[Verdict]) -> Iterator[str]:
-    """The windows of the streak, what they breached and by how much."""
+    """The windows that the halt counts, what they breached and by how much."""
     stats = verdict.stats
-    streak = [v for v in verdicts if v.status in (Status.BREACH, Status.HALT, Status.ERROR)][-verdict.streak :]
-    steps = f", steps {streak[0].step} to {verdict.step}" if streak and streak[0].step != verdict.step else ""
-    yield f"  Seen     {verdict.streak} window(s) in a row over the limit{steps}:"
     rules = {rule.stat: rule for rule in config.resolved_rules()}
+    streak = [v for v in verdicts if v.status in (Status.BREACH, Status.HALT, Status.ERROR)][-verdict.streak :]
+    asked = [1 if (rule := rules[name]).immediate else rule.consecutive for v in streak for name in v.breaches]
+    needed = min((n for n in asked if n is not None), default=config.consecutive)
+    count = f"{verdict.streak} window(s) in a row over the limit"
+    if verdict.streak < needed:
+        window = _remembered(config, verdicts, needed)
+        streak = [v for v in window if _counts(v, config)]
+        count = f"{len(streak)} breaches in the last {len(window)} windows"
+    steps = f", steps {streak[0].step} to {verdict.step}" if streak and streak[0].step != verdict.step else ""
+    yield f"  Seen     {count}{steps}:"
     for name in verdict.breaches:
         readings = [None if v.stats is None else read(rules[name], v.stats) for v in streak[-5:]]
         trail = " → ".join(number(None if r is None else r.value) for r in readings)
@@ -82,6 +89,24 @@ def _seen(verdict: Verdict, config: ParityConfig, verdicts: Sequence[Verdict]) -
     if stats is not None:
         yield f"           in {stats.num_tokens:,} tokens of {stats.num_sequences:,} sequences of the last window:"
         yield from _wrap("", ", ".join(f"{name}\xa0{number(stats.get(name))}" for name in _SHOWN))
+
+
+def _counts(verdict: Verdict, config: ParityConfig) -> bool:
+    """Whether the breaker remembers this window as a breach."""
+    return bool(verdict.breaches) or (verdict.status is Status.ERROR and config.halt_on_error)
+
+
+def _remembered(config: ParityConfig, verdicts: Sequence[Verdict], needed: int) -> Sequence[Verdict]:
+    """The fewest last windows whose breaches, less what the healthy ones between took, are more than needed - 1."""
+    memory = first = 0
+    for i in range(len(verdicts) - 1, -1, -1):
+        if _counts(verdicts[i], config):
+            memory, first = memory + config.breach_memory, i
+            if memory > (needed - 1) * config.breach_memory:
+                break
+        elif verdicts[i].status in (Status.OK, Status.CALIBRATING):
+            memory -= 1
+    return verdicts[first:]
 
 
 def _cause(diagnosis: Diagnosis) -> Iterator[str]:

@@ -34,6 +34,16 @@ def test_a_cause_is_asked_for_twice_an_episode_at_most(statuses, named_by, steps
     assert asked(statuses, named_by, action="log") == steps
 
 
+def test_an_intermittent_fault_is_one_episode_and_its_halt_asks_again():
+    """What was named before a healthy window may be another fault's."""
+    investigator, steps = Investigator(ParityConfig(action="log")), []
+    for step, status in enumerate(["BREACH", "OK", "BREACH", "OK", "HALT", "OK", "HALT"], start=1):
+        if investigator.due(Verdict(step=step, status=Status(status), streak=0, level=1.0)):
+            steps.append(step)
+            investigator._named = True
+    assert steps == [1, 5]
+
+
 def test_from_a_warning_on_where_that_is_set_and_never_where_that_is():
     assert asked(["WARN", "WARN", "BREACH", "HALT", "HALT"], diagnose="warn") == [1, 4]
     assert asked(["BREACH", "HALT"], diagnose="never") == []
