@@ -15,6 +15,7 @@ from ..credentials import masked, without_credentials
 from ..errors import ConfigError
 from ..files import FolderLock, jsonable, require_no_link, sweep, write_atomic
 from ..judging.breaker import Breaker
+from ..judging.evidence import Evidence
 from ..judging.noise_floor import NoiseFloor
 from ..metrics.rewards import MIN_REWARDS, REWARDS_NAME, RewardBaseline, RewardWindow
 from ..metrics.scalars import SCALARS
@@ -40,7 +41,7 @@ _REWARD_ALPHA = 0.001
 
 
 class RunJudge:
-    """Breaker, noise floor, entropy and reward watch, files and alerts of one run."""
+    """Breaker, noise floor, evidence, entropy and reward watch, files and alerts of one run."""
 
     def __init__(self, config: ParityConfig, *, measured_floor: bool):
         self.config = config
@@ -54,6 +55,7 @@ class RunJudge:
         self.verdicts: deque[Verdict] = deque(maxlen=_KEEP_VERDICTS)
         self.breaker = Breaker.from_config(config)
         self.floor = NoiseFloor(config)
+        self.evidence = Evidence.from_config(config)
         self.entropy = EntropyWatch()
         self.rewards = RewardWindow(self.config.reward_window)
         path = self.config.reward_baseline
@@ -151,17 +153,20 @@ class RunJudge:
     def doubts_floor(self, stats: MismatchStats) -> bool:
         """Whether an older floor should be measured anew before this window is judged.
 
-        So before a rule that rests on it breaches (until the run is halted), or begins an episode with a WARN.
+        So before a rule that rests on it breaches (until the run is halted), or begins an episode with a WARN; and
+        while the evidence of a drift over it is half of what decides.
         """
         if not self.floor.age or self.status is Status.HALT:
             return False
+        if self.evidence.suspects_floor:
+            return True
         readings = self.breaker.readings(stats.values_by_name)
         resting = [r for r in readings if r.rule.k is not None or r.rule.stat.startswith("floor/")]
         return any(r.over or (r.warns and not self.breaker.alerted) for r in resting)
 
     def judge(self, step: int, stats: MismatchStats | None, error: str = "") -> Verdict:
         """The verdict on a window's (reduced) statistics; kept and written."""
-        verdict = self.breaker.judge(step, stats, masked(error) if error else "")
+        verdict = self.breaker.judge(step, self.evidence.add(step, stats), masked(error) if error else "")
         self.verdicts.append(verdict)
         self.floor.age += 1
         if self._jsonl is not None:
@@ -204,7 +209,7 @@ class RunJudge:
             "entropy": self.entropy.state(),
             "rewards": self.rewards.state(),
             "sequences": self._sequences,
-        }
+        } | ({"evidence": evidence} if (evidence := self.evidence.state()) else {})
 
     def load_state(self, state: Any) -> bool:
         """Restore ``state``. A state of another version: False and an empty start, or ConfigError, as set."""
@@ -221,5 +226,6 @@ class RunJudge:
         self.floor.load_state(state["floor"])
         self.entropy.load_state(state["entropy"])
         self.rewards.load_state(state["rewards"])
+        self.evidence.load_state(state.get("evidence", {}))
         self._sequences = int(state["sequences"])
         return True

@@ -118,7 +118,9 @@ class UnloggedWindows:
     def scalars(self, judge: RunJudge) -> dict[str, float | None]:
         """Every scalar of them as one window, with the worst status and the longest streak."""
         assert self._sums is not None
-        stats = judge.scalars(compute(self._sums)) if self._only is None else self._only
+        stats = self._only
+        if stats is None:
+            stats = judge.scalars(compute(self._sums)).updated(judge.evidence.scalars())
         return {
             **stats.values_by_name,
             **self._spent,

@@ -20,6 +20,13 @@ SCALARS: dict[str, str] = {
     "ratio/p50": "median of w (from the histogram of Δ)",
     "ratio/p99": "99th percentile of w (from the histogram of Δ)",
     "ratio/max": "largest w",
+    "ratio/clipped": "mean(min(w, 2))",
+    "ratio/clipped_square": "mean((min(w, 2) - 1)²)",
+    "copies": "the largest number of equal rows in a batch (the same completion of the same prompt), or over all "
+    "batches and ranks the mean one, where that is more",
+    "se/kl_k1": "standard error of kl_k1, over independent sequences (equal ones are one)",
+    "se/logp_abs_diff/mean": "the same of logp_abs_diff/mean",
+    "se/kl_k3": "the same of kl_k3",
     "ratio/out_of_band": "share of tokens with w outside [0.9, 1.1]",
     "ratio/extreme": "share of tokens with |Δ| above 4.07 nats, w outside [1/58, 58] (from the histogram)",
     "ess": "(Σw)² / (N Σw²): effective sample size of the tokens, as a share of N",
@@ -78,6 +85,8 @@ SCALARS: dict[str, str] = {
     "floor/logp_abs_diff/p99": "the same for logp_abs_diff/p99 (at most 2 x rounding's)",
     "floor/ratio/out_of_band": "the same for ratio/out_of_band",
     "floor/ess": "the same for ess: the lower bound, and the smallest",
+    "floor_upper/kl_k3": "99.9 % upper bound, as floor/kl_k3 is of 95 %",
+    "floor_upper/logp_abs_diff/mean": "the same of logp_abs_diff/mean",
     "floor/engine_excess": "95 % lower bound of the engine's mean |Δ| against itself - 3 x rounding's upper bound, at "
     "least 0",
     "floor/age": "windows since the floor was measured",
@@ -119,6 +128,10 @@ SCALARS: dict[str, str] = {
     "its own (floor, diagnosis, incident) is not in it",
     "cost/diagnosis_seconds": "host seconds of diagnoses since the window before was judged, mean over ranks",
     "cost/incident_seconds": "the same of incidents left behind, their pictures included",
+    "evidence/honesty": "log10 of the evidence of a run's windows that the mean ratio is not 1; 4 decides",
+    "evidence/drift": "the same that mean Δ, mean |Δ| or k3 are above what the noise floor allows",
+    "evidence/change": "the same that mean |Δ| or k3 are above what they were in the run's past",
+    "evidence/onset": "step since when the strongest of these rises",
     "breaker/status": "0 OK, 1 WARN, 2 BREACH, 3 HALT, -1 NO_DATA, -2 ERROR, -3 CALIBRATING",
     "breaker/streak": "breached windows in a row",
     "breaker/level": "breached windows remembered: each adds 1, a healthy one takes 1 / breach_memory; halts above "

@@ -21,6 +21,7 @@ from .correction import add_correction, correction_scalars
 from .histogram import log_ratio_histogram, quantiles, quantiles_abs
 from .intervals import intervals
 from .scalars import LAG_BUCKETS, SCALARS
+from .standard_errors import add_second_moments, evidence_inputs
 from .sums import BINS, DECADES, INDEX, PER_DECADE, SCALES, SUMS, MismatchSums
 from .trimmed import EXTREME, trimmed
 
@@ -32,6 +33,8 @@ __all__ = ["compute", "log_ratio_histogram", "measure", "measure_policy_drift"]
 _HALF = math.log(0.5)
 
 _EXP_CLAMP = 300.0  # Δ in e^Δ of tokens: e^600 still fits a double
+
+CLIP = 2.0  # ratios count up to it in the test of honesty
 
 BAND = 0.1  # a ratio outside [1 - BAND, 1 + BAND] counts as out_of_band (the band of TRL issue 6789)
 
@@ -108,6 +111,8 @@ def _add_sequences(out: MismatchSums, batch: ScoredBatch, first_sequence: int) -
 
     drift = by_sequence[INDEX["law_entropy"]] + by_sequence[INDEX["rollout_logprob"]]
     _add_resamples(out, torch.stack([by_sequence[INDEX["w"]], drift, tokens], dim=-1), batch.keys, first_sequence)
+    sizes = [seq_delta, by_sequence[INDEX["abs_delta"]], by_sequence[INDEX["k3"]], tokens]
+    add_second_moments(out, torch.stack(sizes, dim=-1), None if batch.keys is None else batch.keys.to(mask.device))
 
     known = tokens if batch.entropy is None else by_sequence[INDEX["entropy_tokens"]]
     more = torch.stack([tokens - known, *_last_tokens(batch)]).sum(-1)
@@ -142,6 +147,9 @@ def _add_tokens(out: MismatchSums, batch: ScoredBatch) -> torch.Tensor:
     values = torch.where(torch.stack([valid, finite, finite]), given[2:], 0.0)
     known = torch.zeros_like(valid) if batch.entropy is None else finite
     confident = (values[0] >= _HALF) & (delta < -2.0)
+    clipped = less_1[0].clamp(max=CLIP - 1.0).flatten()
+    more = torch.stack([clipped.sum(), clipped.dot(clipped), valid.sum().double()])
+    out.span("clipped", "clipped_square", "clipped_tokens").add_(more)
     flags = torch.stack([valid, valids[1], less_1[0].abs() > BAND, confident, mask, known]).double()
     named = {
         ("delta", "own_delta"): deltas,
@@ -322,6 +330,7 @@ def compute(sums: MismatchSums) -> MismatchStats:
         values |= intervals(s, sums.bootstrap.numpy(), sums.third_moments.tolist()) | trimmed(histogram, s)
         values |= _of_sequences(s, sums.sequence_weights.numpy(), values["honesty_gap"])
         values |= correction_scalars(s, sums.correction_weights.numpy())
+        values |= evidence_inputs(s, maxima["copies"], sums.bootstrap.numpy())
         if s["entropy_nonfinite"]:
             unknown = ("entropy/trainer", "entropy/drift", "entropy/drift_gap", "kl_over_entropy")
             values |= dict.fromkeys(unknown, math.nan)

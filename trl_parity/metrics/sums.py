@@ -14,7 +14,18 @@ from .scalars import LAG_BUCKETS
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ADDED", "BINS", "DECADES", "INDEX", "PER_DECADE", "SCALES", "SUMS", "WEIGHT_BINS", "MismatchSums"]
+__all__ = [
+    "ADDED",
+    "BINS",
+    "DECADES",
+    "INDEX",
+    "PER_DECADE",
+    "SCALES",
+    "SECOND_MOMENTS",
+    "SUMS",
+    "WEIGHT_BINS",
+    "MismatchSums",
+]
 
 # Histogram of Δ: by sign, |Δ| on a log scale. A quantile read from it is off by half a bin at most, 1.8 %.
 DECADES = (-9, 3)  # |Δ| from 1e-9 (below: zero) to 1e3 nats (above: the last bin)
@@ -57,6 +68,8 @@ SUMS = (
 
 INDEX = {name: i for i, name in enumerate(SUMS)}
 
+SECOND_MOMENTS = (*(f"second_moment/{i}{j}" for i in range(4) for j in range(4)), "row_tokens_square")
+
 # behind all that 0.6.0 kept, whose checkpoints are read by place
 ADDED = (
     # over sequences: the square of w - tokens, H + rollout log-prob and tokens, each times each of the three
@@ -70,9 +83,16 @@ ADDED = (
     "corrected", "corrected_zeroed", "corrected_kept", "corrected_w", "corrected_w2",
     # the same of those longer than their batch's mean
     "long_corrected", "long_zeroed", "long_kept",
+    # over tokens: x = min(w, 2) - 1 and its square, and how many they are
+    "clipped", "clipped_square", "clipped_tokens",
+    # over clusters of equal rows of a batch: products of Σ Δ, Σ |Δ|, Σ k3 and tokens; over rows: tokens squared
+    *SECOND_MOMENTS,
 )  # fmt: skip
 
-MAXIMA = ("delta", "neg_delta", "seq_abs_delta", "temperature_gap", "kv_cache_usage")
+# ``copies``: the largest number of equal rows in a batch; behind all that 0.6.0 kept
+MAXIMA = ("delta", "neg_delta", "seq_abs_delta", "temperature_gap", "kv_cache_usage", "copies")
+
+_FIRST_MAXIMA = 5  # of 0.6.0
 
 
 class MismatchSums:
@@ -154,6 +174,8 @@ class MismatchSums:
     def to_sparse(self) -> dict[str, Any]:
         """Plain JSON numbers, zeros left out; exact (Python prints the shortest digits that give a double back)."""
         maxima = [x if math.isfinite(x) else str(x) for x in self.maxima.tolist()]
+        while len(maxima) > _FIRST_MAXIMA and maxima[-1] == "-inf":
+            maxima.pop()
         additive = {str(i): x if math.isfinite(x) else str(x) for i, x in enumerate(self.additive.tolist()) if x != 0}
         return {"additive": additive, "maxima": maxima, "bootstrap_samples": self.bootstrap_samples}
 
@@ -165,7 +187,8 @@ class MismatchSums:
         out = cls.zeros(bootstrap_samples=int(saved["bootstrap_samples"]))
         for i, x in saved["additive"].items():
             out.additive[int(i)] = float(x)
-        out.maxima.copy_(torch.tensor([float(x) for x in saved["maxima"]], dtype=torch.float64))
+        maxima = torch.tensor([float(x) for x in saved["maxima"]], dtype=torch.float64)
+        out.maxima[: len(maxima)].copy_(maxima)
         return out
 
     def bump(self, **amounts: float) -> None:
