@@ -17,7 +17,8 @@ from ..config.parity import ParityConfig
 from ..engine.cpu import prepare_cpu_engine
 from ..engine.handle import EngineHandle
 from ..errors import ConfigError, InterceptionError, ParityHalt
-from ..lint.facts import tell_traps
+from ..lint.facts import live_traps, tell
+from ..lint.rules import Finding
 from ..metrics.reduction import reduce_sums
 from ..metrics.statistics import compute
 from ..metrics.sums import MismatchSums
@@ -119,6 +120,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         self._condemned = False  # the gradient being accumulated has, or will have, a condemned batch in it
         self._renewed = False  # a batch has come since the condemned one
         self._stop = False
+        self._advice: list[Finding] = []  # of lint, on the settings; told at the first window without an alarm
 
     # ---- rollouts in (called by trainers) ---------------------------------------------------------------------
 
@@ -175,7 +177,9 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
             fail_together(error, trainer.args.world_size)
         if trainer.accelerator.is_main_process:
             self.monitor.write_run(self._run.investigator.surroundings(capture))
-            tell_traps(capture, self.measurement.replay_sampling)
+            found = live_traps(capture, self.measurement.replay_sampling)
+            tell(finding for finding in found if finding.severity == "error")
+            self._advice = [finding for finding in found if finding.severity != "error"]
 
     def _on_eval_batch(self, capture: Capture) -> None:
         with own_random_numbers():
@@ -186,6 +190,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         capture.log(_scalars(compute(self._eval)))
 
     def _act(self, verdict: Verdict) -> None:
+        self._tell_advice()
         action, condemned = self.config.action, verdict.halted
         if action == "raise" and verdict.halted:
             raise ParityHalt(verdict, self.halt_message or verdict.reason)
@@ -194,6 +199,12 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         if condemned and action in ("skip_update", "stop"):
             self._condemned, self._renewed = True, False
         self._stop |= action == "stop" and verdict.halted
+
+    def _tell_advice(self) -> None:
+        """Say what lint advises, once; while an alarm stands nobody wants it."""
+        if not self.monitor.breaker.alerted:
+            tell(self._advice)
+            self._advice = []
 
     # ---- causes -----------------------------------------------------------------------------------------------
 
@@ -314,6 +325,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         if self._pipeline.window.batches and not self._stop:  # the same on every rank: batches come together
             with self._run.watching():
                 self._pipeline.close_window(int(state.global_step))
+        self._tell_advice()
         self.monitor.close()
 
     # ---- checkpoints ------------------------------------------------------------------------------------------
