@@ -130,9 +130,12 @@ class TrainerRun(Surroundings):
         self._judge.log_rich(RichLog(verdict.step, sums, worst, sample, list(verdicts)))
 
     def diagnose(self, verdict: Verdict) -> None:
-        """Once an episode, of the batch at hand."""
+        """Once an episode, of the batch at hand; its first breach leaves an incident, as a halt does."""
         if self._at_hand and self.investigator.due(verdict):
             self.diagnose_batch(verdict.step)
+        if self.investigator.leaves(verdict):
+            with self.pipeline.stopwatch.account("incident"):
+                self._leave_incident(verdict)
 
     def diagnose_batch(self, step: int) -> Diagnosis | None:
         """Collective. Our own failure is a warning: the verdict stands without a cause."""
@@ -171,6 +174,11 @@ class TrainerRun(Surroundings):
         return text
 
     def _halted(self, verdict: Verdict) -> str:
+        self.incident, self.halt_message = self._leave_incident(verdict)
+        return self.halt_message
+
+    def _leave_incident(self, verdict: Verdict) -> tuple[Path | None, str]:
+        """Its folder, and what it says."""
         assert self.capture is not None
         verdicts, diagnosis = list(self._judge.verdicts), self.investigator.diagnosis
 
@@ -180,10 +188,8 @@ class TrainerRun(Surroundings):
         args = self.trainer.args
         parity_dir = Path(self.config.parity_dir or Path(args.output_dir) / "parity")
         last = self.batches.last if self._at_hand else None
-        self.incident = self.investigator.write(
+        folder = self.investigator.write(
             parity_dir, verdict, verdicts, last, lambda folder: text(folder / "report.md"), self.capture
         )
         # nothing was written: on other ranks, or on a full disk
-        look = parity_dir / "metrics.jsonl" if self.incident is None else self.incident / "report.md"
-        self.halt_message = text(look)
-        return self.halt_message
+        return folder, text(parity_dir / "metrics.jsonl" if folder is None else folder / "report.md")
