@@ -58,7 +58,7 @@ class Rule:
         self._number("limit", self.limit, None)
         if self.k is not None:
             self._number("k", self.k, 1.0)
-            if self.stat not in FLOORED:
+            if self.stat.removeprefix("replica/") not in FLOORED:
                 raise ConfigError(
                     f"rule {self.stat!r} sets k={self.k:g}, but that statistic has no noise floor. Expected k only "
                     f"for: {', '.join(FLOORED)}."
@@ -108,6 +108,9 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     Rule(stat="temperature/gap", limit=1e-6, warn_only=True),
     Rule(stat="reward/parted", limit=0.5, warn=1.0, warn_only=True),
     Rule(stat="floor/engine_excess", limit=0.003),
+    # as of all ranks together, in a bound of ``consecutive`` windows: the first at it halts
+    Rule(stat="replica/kl_k3", limit=1e-4, k=5.0, absolute=0.01, consecutive=1),
+    Rule(stat="replica/logp_abs_diff/mean", limit=0.003, k=3.0, absolute=0.06, consecutive=1),
     # limit: -log10(evidence_alpha). Each is decided over the whole run: the first window at it halts
     Rule(stat="evidence/honesty", limit=4.0, warn=0.75, consecutive=1),
     Rule(stat="evidence/drift", limit=4.0, warn=0.75, consecutive=1),

@@ -76,7 +76,7 @@ def read(rule: Rule, stats: Mapping[str, float | None]) -> Reading | None:
         return None
     seen, limit = rule.stat, rule.limit
     if rule.k is not None:
-        floor = stats.get(f"floor/{rule.stat}")
+        floor = stats.get(f"floor/{rule.stat.removeprefix('replica/')}")
         if rule.stat == "ess":  # 1 without noise, less with it
             seen, value, floor = "1 - ess", 1.0 - value, None if floor is None else 1.0 - floor
         if rule.ceiling is not None and not value <= rule.ceiling:

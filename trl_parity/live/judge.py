@@ -17,6 +17,7 @@ from ..files import FolderLock, jsonable, require_no_link, sweep, write_atomic
 from ..judging.breaker import Breaker
 from ..judging.evidence import Evidence
 from ..judging.noise_floor import NoiseFloor
+from ..judging.replicas import Replicas
 from ..metrics.rewards import MIN_REWARDS, REWARDS_NAME, RewardBaseline, RewardWindow
 from ..metrics.scalars import SCALARS
 from ..metrics.statistics import measure
@@ -56,6 +57,7 @@ class RunJudge:
         self.breaker = Breaker.from_config(config)
         self.floor = NoiseFloor(config)
         self.evidence = Evidence.from_config(config)
+        self.replicas = Replicas(config.consecutive)
         self.entropy = EntropyWatch()
         self.rewards = RewardWindow(self.config.reward_window)
         path = self.config.reward_baseline

@@ -120,7 +120,7 @@ class UnloggedWindows:
         assert self._sums is not None
         stats = self._only
         if stats is None:
-            stats = judge.scalars(compute(self._sums)).updated(judge.evidence.scalars())
+            stats = judge.scalars(compute(self._sums)).updated(judge.evidence.scalars() | judge.replicas.scalars)
         return {
             **stats.values_by_name,
             **self._spent,

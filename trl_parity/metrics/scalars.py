@@ -128,6 +128,11 @@ SCALARS: dict[str, str] = {
     "its own (floor, diagnosis, incident) is not in it",
     "cost/diagnosis_seconds": "host seconds of diagnoses since the window before was judged, mean over ranks",
     "cost/incident_seconds": "the same of incidents left behind, their pictures included",
+    "effective_sequences": "(Σ n)² / Σ n², n the tokens of independent sequences: how many of one length they are",
+    "replica/kl_k3": "lower bound of a rank's own kl_k3, without its largest token: the smallest of its last "
+    "`consecutive` windows, the largest over ranks",
+    "replica/logp_abs_diff/mean": "the same of logp_abs_diff/mean",
+    "replica/rank": "the rank of the largest replica/logp_abs_diff/mean",
     "evidence/honesty": "log10 of the evidence of a run's windows that the mean ratio is not 1; 4 decides",
     "evidence/drift": "the same that mean Δ, mean |Δ| or k3 are above what the noise floor allows",
     "evidence/change": "the same that mean |Δ| or k3 are above what they were in the run's past",

@@ -74,6 +74,7 @@ def evidence_inputs(s: Mapping[str, float], copies: float, bootstrap: np.ndarray
     effective = n * n / spread
     if effective <= 1.0 + 1e-9:  # one draw has no spread
         return found
+    found["effective_sequences"] = effective
     enlarged = spread / clustered * effective / (effective - 1.0)
     for i, (stat, name) in enumerate(zip(_STATS, _SUMS, strict=True)):
         mean = s[name] / n

@@ -101,15 +101,24 @@ class MismatchSums:
     ``additive``: fp64, the sums named in ``SUMS``, then the histogram (2 signs x ``BINS``), then the bootstrap
     (R resamples x [Σ w, Σ (H + rollout log-prob), Σ tokens]), sequence weights by scale (2 x ``SCALES``), the
     histogram of the correction's weights (``WEIGHT_BINS``), and the sums named in ``ADDED``. ``maxima``: fp64,
-    ``-inf`` where nothing was seen. About 19 KiB with R = 200, whatever the number of tokens.
+    ``-inf`` where nothing was seen. About 19 KiB with R = 200, whatever the number of tokens. ``by_rank``: where they
+    were reduced over several ranks, (ranks, 5) tokens, Σ k3, Σ |Δ|, max Δ and max -Δ of each; it does not merge.
     """
 
-    __slots__ = ("_additive", "_bumps", "_maxima", "_raises", "bootstrap_samples")
+    __slots__ = ("_additive", "_bumps", "_maxima", "_raises", "bootstrap_samples", "by_rank")
 
     def __init__(self, additive: torch.Tensor, maxima: torch.Tensor, bootstrap_samples: int):
         self._additive, self._maxima, self.bootstrap_samples = additive, maxima, bootstrap_samples
         self._bumps: dict[str, float] = {}  # plain numbers on their way into them: no kernel for each
         self._raises: dict[str, float] = {}
+        self.by_rank: torch.Tensor | None = None
+
+    @property
+    def replica(self) -> torch.Tensor:
+        """(..., 3) what is told of this rank alone: tokens, Σ k3, Σ |Δ|."""
+        import torch
+
+        return torch.stack([self.additive[..., INDEX[name]] for name in ("tokens", "k3", "abs_delta")], dim=-1)
 
     @property
     def additive(self) -> torch.Tensor:
@@ -141,7 +150,9 @@ class MismatchSums:
         import torch
 
         both = torch.cat([self.additive, self.maxima]).cpu()
-        return MismatchSums(both[: -len(MAXIMA)], both[-len(MAXIMA) :], self.bootstrap_samples)
+        out = MismatchSums(both[: -len(MAXIMA)], both[-len(MAXIMA) :], self.bootstrap_samples)
+        out.by_rank = None if self.by_rank is None else self.by_rank.cpu()
+        return out
 
     @classmethod
     def zeros(cls, device: torch.device | str = "cpu", bootstrap_samples: int = 200) -> MismatchSums:

@@ -22,6 +22,7 @@ _APART = "The engine that samples is not the policy that learns."
 _SAYS = (
     (("kl_", "logp_abs_diff/", "ratio/", "ess", "chi2", "confident_", "last_token/", "seq/", "own_head/", "trimmed/",
       "excess/", "truncation/", "honesty", "evidence/honesty", "evidence/drift"), _APART),
+    (("replica/",), "The rollouts of one rank are not of the policy that learns."),
     (("evidence/change",), "The two sides are further apart than they were in this run's past."),
     (("entropy/drift",), "The sampled tokens do not have the entropy of the policy that learns."),
     (("nonfinite_rate",), "Log-probs are no finite numbers."),
@@ -100,6 +101,8 @@ def _seen(verdict: Verdict, config: ParityConfig, verdicts: Sequence[Verdict]) -
     asked = [1 if (rule := rules[name]).immediate else rule.consecutive for v in streak for name in v.breaches]
     needed = min((n for n in asked if n is not None), default=config.consecutive)
     count = f"{verdict.streak} window(s) in a row over the limit"
+    if verdict.breaches and all(name.startswith("evidence/") for name in verdict.breaches):
+        count = "decided over all windows of the run, by log10 of the evidence"
     if verdict.halted and verdict.streak < needed:
         window = _remembered(config, verdicts, needed)
         streak = [v for v in window if _counts(v, config)]
@@ -212,6 +215,12 @@ def findings(verdict: Verdict) -> Iterator[str]:
             f"TRL's correction multiplies the loss of {zeroed:.0%} of the sequences by 0, and takes {lost:.0%} of the "
             "weight of all away. Log-ratios of sequences grow with length: vllm_importance_sampling_mode="
             "'token_truncate' weighs tokens one by one."
+        )
+    rank, own_mean = stats.get("replica/rank"), stats.get("replica/logp_abs_diff/mean")
+    if any(name.startswith("replica/") for name in named) and rank is not None and own_mean is not None:
+        yield (
+            f"Rank {rank:.0f} drifts in each of the last windows, by a mean |Δ| of {own_mean:.3g} at least (all ranks "
+            f"together: {number(stats.get('logp_abs_diff/mean'))})."
         )
     yield from _accumulated(stats, named)
     rate, left = stats.get("nonfinite_rate"), stats.get("entropy/relative")

@@ -73,7 +73,8 @@ GOLDEN = {
     "an engine of two minds": (("floor/engine_excess",), (), AT_ONE, "The engine does not agree with itself.", (),
         (FITS, DISHONEST, APART)),
     "a faint bias": (("evidence/honesty",), (), WITHIN | {"evidence/honesty": 4.2, "evidence/onset": 17.0}, APART,
-        ("the mean ratio of its tokens is not 1, since step 17: one healthy run in 10^4.2", DISHONEST), (FITS,)),
+        ("Seen decided over all windows of the run, by log10 of the evidence: evidence/honesty 4.2 (limit <= 4)",
+         "the mean ratio of its tokens is not 1, since step 17: one healthy run in 10^4.2", DISHONEST), (FITS,)),
     "a faint drift": (("evidence/drift",), (), {"evidence/drift": 4.5}, APART,
         ("its drift is above what the noise floor allows: one healthy run in 10^4.5 gets there",), (FITS, DISHONEST)),
     "a change": (("evidence/change",), (), {"evidence/change": 5.0},
@@ -82,6 +83,10 @@ GOLDEN = {
         ()),
     "a watch beside a breach": (("kl_k3",), ("entropy/relative", "correction/lost"), {"entropy/relative": 0.05}, APART,
         (), ("entropy is down", "TRL's correction")),
+    "one rank": (("replica/logp_abs_diff/mean",), (), {"replica/rank": 3.0, "logp_abs_diff/mean": 0.01},
+        "The rollouts of one rank are not of the policy that learns.",
+        ("Rank 3 drifts in each of the last windows, by a mean |Δ| of 0.5 at least (all ranks together: 0.01)",),
+        (APART, FITS)),
     "a rule of one's own": (("reward/parted",), (), AT_ONE, "What was measured is over its limit.", (), (FITS, APART)),
 }  # fmt: skip
 
