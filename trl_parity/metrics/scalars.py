@@ -96,7 +96,7 @@ SCALARS: dict[str, str] = {
     "excess/logp_abs_diff/p99": "trimmed - floor of logp_abs_diff/p99",
     "excess/ratio/out_of_band": "trimmed - floor of ratio/out_of_band",
     "excess/ess": "floor/ess - trimmed/ess: effective sample size lost beyond noise",
-    "limit/kl_k3": "what the rule on kl_k3 lets its excess be: max(limit, (k - 1) x floor)",
+    "limit/kl_k3": "what the rule on kl_k3 lets its excess be: max(limit, (k - 1) x floor), at most ceiling - floor",
     "limit/logp_abs_diff/mean": "the same for logp_abs_diff/mean",
     "temperature/trainer": "what the loss divides logits by",
     "temperature/engine": "what the requests of the window's last batch asked the engine for",
@@ -141,6 +141,10 @@ SCALARS: dict[str, str] = {
     "breaker/streak": "breached windows in a row",
     "breaker/level": "breached windows remembered: each adds 1, a healthy one takes 1 / breach_memory; halts above "
     "consecutive - 1",
+    "breaker/skipped": "updates dropped since the row before (action=skip_update)",
+    "breaker/skipped_total": "updates dropped in all",
+    "breaker/windows": "windows that this row of the trackers holds, merged as one: above 1 where logging_steps > "
+    "every_n_steps; not in metrics.jsonl",
 }
 
 # statistics with a noise floor; ``ess`` falls with noise, the others rise

@@ -14,16 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .sums import SECOND_MOMENTS, MismatchSums
+from .sums import SECOND_MOMENTS
 
-if TYPE_CHECKING:
-    import torch
-
-__all__ = ["add_second_moments", "evidence_inputs"]
+__all__ = ["evidence_inputs", "second_moments"]
 
 _STATS = ("kl_k1", "logp_abs_diff/mean", "kl_k3")
 
@@ -34,20 +30,16 @@ _POOL = 4096  # as that of the resamples
 _MOST = 1e100  # what is squared still fits a double
 
 
-def add_second_moments(out: MismatchSums, x: torch.Tensor, keys: torch.Tensor | None) -> None:
-    """Write into empty sums, from (B, 4) Σ Δ, Σ |Δ|, Σ k3 and tokens of sequences and what tells equal ones."""
-    import torch
+def second_moments(x: np.ndarray, keys: np.ndarray) -> tuple[list[float], float]:
+    """``SECOND_MOMENTS`` of (4, B) Σ Δ, Σ |Δ|, Σ k3 and tokens of sequences, and the largest number of equal ones.
 
-    x = x.clamp(-_MOST, _MOST)
-    whole, rows = x, torch.ones_like(x[:, 0])
-    if keys is not None:
-        ordered, keys = keys.sort().values, keys.contiguous()
-        first = torch.searchsorted(ordered, keys)
-        rows = (torch.searchsorted(ordered, keys, right=True) - first).double() * x[:, 3].clamp(max=1.0)
-        whole = torch.zeros_like(x).index_add_(0, first, x)[first]
-    squares = torch.mm(whole.t(), x)
-    out.span(*SECOND_MOMENTS).copy_(torch.cat([squares.flatten(), (x[:, 3] * x[:, 3]).sum()[None]]))
-    out.peak_span("copies").copy_(rows.amax())
+    ``keys``: what tells equal ones, (B,).
+    """
+    x = np.minimum(np.maximum(x, -_MOST), _MOST)
+    cluster = np.unique(keys, return_inverse=True)[1]
+    whole = np.array([np.bincount(cluster, one) for one in x])
+    rows = np.bincount(cluster, x[3] > 0)
+    return [*(whole @ whole.T).ravel().tolist(), float(x[3] @ x[3])], float(rows.max())
 
 
 def evidence_inputs(s: Mapping[str, float], copies: float, bootstrap: np.ndarray) -> dict[str, float | None]:
