@@ -29,7 +29,7 @@ def counted(verdict: Verdict, config: ParityConfig, verdicts: Sequence[Verdict])
     rules = {rule.stat: rule for rule in config.resolved_rules()}
     asked = [1 if (rule := rules[name]).immediate else rule.consecutive for v in streak for name in v.breaches]
     needed = min((n for n in asked if n is not None), default=config.consecutive)
-    if verdict.halted and verdict.streak < needed:
+    if verdict.halted and verdict.streak < needed < verdict.level + 1:
         window = _remembered(config, verdicts, needed)
         over = [v for v in window if _counts(v, config)]
         return Counted(over, f"{len(over)} breaches in the last {len(window)} windows")
