@@ -113,6 +113,22 @@ def test_the_floor_is_a_bound_that_knows_how_few_sequences_it_came_from():
     assert alike.values["floor/kl_k3"] < 1.4 * point(groups_of([0.01] * 8))["trimmed/kl_k3"]
 
 
+def test_the_bound_that_is_bet_against_is_further_out_and_of_the_largest_source():
+    groups = groups_of([0.01, 0.011, 0.012, 0.013] * 2)
+    floor = NoiseFloor(ParityConfig())
+    floor.update({"rounding": groups})
+    for stat in ("kl_k3", "logp_abs_diff/mean"):
+        x, bound = point(groups)[f"trimmed/{stat}"], floor.values[f"floor/{stat}"]
+        assert floor.upper[f"floor_upper/{stat}"] - x == pytest.approx(4.785 / 1.895 * (bound - x), rel=1e-3)
+    assert floor.scalars({})["floor/sequences"] == sum(one.totals()["sequences"] for one in groups)
+    again = NoiseFloor(ParityConfig())
+    again.load_state(json.loads(json.dumps(floor.state())))
+    assert again.scalars({}) == floor.scalars({})
+    shaped = NoiseFloor(ParityConfig())
+    shaped.update({"rounding": groups, "batch_shape": groups_of([0.03] * 8)})
+    assert shaped.upper["floor_upper/kl_k3"] > 2 * floor.upper["floor_upper/kl_k3"]
+
+
 def test_of_sums_that_are_not_apart_the_number_of_sequences_counts():
     floor = NoiseFloor(ParityConfig())
     floor.update({"rounding": sums(0.01)})  # four sequences in one
