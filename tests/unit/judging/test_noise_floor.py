@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import math
 
 import pytest
+import scipy.stats
 import torch
 
 from trl_parity import ParityConfig
@@ -111,6 +113,42 @@ def test_the_floor_is_a_bound_that_knows_how_few_sequences_it_came_from():
     assert apart.values[f"floor/{stat}"] > 1.4 * told[f"trimmed/{stat}"]
     assert apart.values["floor/ess"] < told["trimmed/ess"]
     assert alike.values["floor/kl_k3"] < 1.4 * point(groups_of([0.01] * 8))["trimmed/kl_k3"]
+
+
+def jackknifed(groups, stat):
+    """(low, high), of ess those of 1 - ess."""
+
+    def of(some):
+        value = point(some)[f"trimmed/{stat}"]
+        return 1 - value if stat == "ess" else value
+
+    n, x = len(groups), of(groups)
+    without = [of(groups[:i] + groups[i + 1 :]) for i in range(n)]
+    error = math.sqrt((n - 1) / n * sum((other - sum(without) / n) ** 2 for other in without))
+    return max(0.0, x - scipy.stats.t.ppf(0.95, n - 1) * error), x + scipy.stats.t.ppf(0.95, n - 1) * error
+
+
+def test_the_bound_is_the_jackknifes_by_groups_of_any_length_and_the_engines_is_capped():
+    some = ((0.010, 16), (0.012, 64), (0.011, 300))
+    rounding = [one for i, (scale, n) in enumerate(some) for one in groups_of([scale], tokens=n, seed=i)]
+    engine = groups_of([0.10, 0.11, 0.10, 0.12], tokens=200, seed=9)
+    before = [one.copy() for one in rounding]
+    floor = NoiseFloor(ParityConfig())
+    assert floor.update({"rounding": rounding, "engine": engine})
+    for stat in FLOORED:
+        high, other = jackknifed(rounding, stat)[1], jackknifed(engine, stat)[1]
+        highest = max(high, min(other, MOST[stat] * high))
+        for found, bound in (
+            (floor.sources["rounding"][stat], high), (floor.sources["engine"][stat], other),
+            (floor.values[f"floor/{stat}"], highest),
+        ):  # fmt: skip
+            assert (1 - found if stat == "ess" else found) == pytest.approx(bound, rel=1e-9), stat
+    size = "logp_abs_diff/mean"
+    excess = jackknifed(engine, size)[0] - 3 * jackknifed(rounding, size)[1]
+    assert floor.values["floor/engine_excess"] == pytest.approx(excess)
+    assert excess > 0
+    for one, kept in zip(rounding, before, strict=True):
+        assert torch.equal(one.additive, kept.additive)
 
 
 def test_of_sums_that_are_not_apart_the_number_of_sequences_counts():
