@@ -160,12 +160,15 @@ def test_of_sums_that_are_not_apart_the_number_of_sequences_counts():
 
 def test_measurements_that_agree_are_pooled_and_the_bound_comes_down():
     floor, bounds = NoiseFloor(ParityConfig()), []
-    for seed in range(12):
-        assert floor.update({"rounding": groups_of([0.01, 0.02], seed=seed)})
+    measured = [groups_of([0.01, 0.02], seed=seed) for seed in range(12)]
+    as_given = [[one.additive.clone() for one in groups] for groups in measured]
+    for groups in measured:
+        assert floor.update({"rounding": groups})
         bounds.append(floor.values["floor/kl_k3"])
     assert 1.25e-4 < bounds[-1] < bounds[0] / 2  # 1.25e-4: the mean of σ² / 2
-    assert len(floor._pools["rounding"]) == GROUPS
-    assert sum(one.totals()["sequences"] for one in floor._pools["rounding"]) == 24
+    assert [one.totals()["sequences"] for one in floor._pools["rounding"]] == [24 / GROUPS] * GROUPS
+    for groups, given in zip(measured, as_given, strict=True):
+        assert all(torch.equal(one.additive, x) for one, x in zip(groups, given, strict=True))
     # in another process: the same floor now, and after the next measurement
     again = NoiseFloor(ParityConfig())
     again.load_state(json.loads(json.dumps(floor.state())))
@@ -184,6 +187,13 @@ def test_a_measurement_that_differs_begins_anew(change):
     alone = NoiseFloor(ParityConfig())
     alone.update({"rounding": groups_of([0.01 * change] * 8, seed=7)})
     assert floor.values == alone.values
+
+
+def test_a_measurement_too_small_to_tell_is_pooled():
+    floor = NoiseFloor(ParityConfig())
+    floor.update({"rounding": groups_of([0.01] * 8)})
+    floor.update({"rounding": groups_of([0.03], seed=1)})  # beyond the bounds, were it not for its own
+    assert sum(one.totals()["sequences"] for one in floor._pools["rounding"]) == 9
 
 
 def lognormal_scales(count, seed, sigma=0.01, spread=1.0):
