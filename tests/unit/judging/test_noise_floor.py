@@ -49,10 +49,13 @@ def test_a_measurement_without_tokens_leaves_the_floor_as_it_was():
     assert not floor.due  # in vain and dear: by its budget
     floor.age += 7
     assert floor.due  # or after as many windows as between measurements
+    assert not floor.update({"rounding": MismatchSums.zeros()})
+    assert not floor.due  # counted from the last time it was tried
     floor.update({"rounding": sums(0.01)})
     before = dict(floor.values)
+    floor.age += 9
     assert not floor.update({"rounding": MismatchSums.zeros()})
-    assert floor.values == before
+    assert (floor.values, floor.age) == (before, 9)  # as old as it was
 
 
 def test_the_floor_is_measured_at_once_and_then_as_rarely_as_its_budget_says():
@@ -72,6 +75,54 @@ def test_the_floor_is_measured_at_once_and_then_as_rarely_as_its_budget_says():
     assert min(b - a for a, b in itertools.pairwise(measured)) >= 10
     assert floor.seconds <= 0.01 * floor.wall + 1.0
     assert len(measured) >= 10  # and it is not forgotten
+
+
+def test_a_floor_that_costs_little_is_measured_every_so_many_windows():
+    floor, measured = NoiseFloor(ParityConfig(floor_every_n_windows=10, floor_cost_share=0.5)), []
+    for window in range(45):
+        if floor.due:
+            measured.append(window)
+            floor.update({"rounding": sums(0.01)})
+        floor.account(0.1 * (measured[-1] == window), 2.0)
+        floor.age += 1
+    assert measured == [0, 10, 20, 30, 40]
+    assert floor.scalars({})["floor/age"] == 5.0
+    assert floor.scalars({})["cost/floor_share"] == pytest.approx(0.5 / 90)
+
+
+def test_it_is_due_when_the_next_measurement_still_fits_the_budget():
+    floor, windows = NoiseFloor(ParityConfig(floor_every_n_windows=1, floor_cost_share=0.125)), 0
+    floor.update({"rounding": sums(0.01)})
+    floor.account(1.0, 2.0)
+    floor.age = 1
+    while not floor.due:
+        floor.account(0.0, 2.0)
+        windows += 1
+    assert windows == 7  # 1 s spent and 1 s to come are an eighth of 16
+
+
+def test_an_excess_is_of_what_is_trimmed_and_of_ess_what_is_lost():
+    floor = NoiseFloor(ParityConfig())
+    floor.values = {"floor/kl_k3": 0.25, "floor/ess": 0.75}
+    stats = {"trimmed/kl_k3": 1.0, "kl_k3": 9.0, "trimmed/ess": 0.5, "ess": 0.1, "trimmed/logp_abs_diff/mean": 1.0}
+    excess = {name: value for name, value in floor.scalars(stats).items() if name.startswith("excess/")}
+    assert excess == {"excess/kl_k3": 0.75, "excess/ess": 0.25}
+    assert not any(name.startswith("excess/") for name in floor.scalars({"trimmed/kl_k3": None}))
+
+
+def test_a_floor_comes_back_whole_unless_it_was_switched_off():
+    floor, again, off = NoiseFloor(ParityConfig()), NoiseFloor(ParityConfig()), NoiseFloor(ParityConfig(floor_tokens=0))
+    floor.update({"rounding": sums(0.01), "engine": sums(0.02)})
+    floor.account(1.5, 40.0)
+    floor.account(0.0, 2.0)
+    floor.age = 3
+    state = json.loads(json.dumps(floor.state()))
+    again.load_state(state)
+    assert again.state() == state
+    for name in ("values", "sources", "age", "seconds", "last_seconds", "wall"):
+        assert getattr(again, name) == getattr(floor, name), name
+    off.load_state(state)
+    assert (off.values, off.scalars({"trimmed/kl_k3": 1.0})) == ({}, {})
 
 
 # ---- how far the floor may be from what was measured ---------------------------------------------------------------
