@@ -111,7 +111,8 @@ def test_an_excess_is_of_what_is_trimmed_and_of_ess_what_is_lost():
 
 
 def test_a_floor_comes_back_whole_unless_it_was_switched_off():
-    floor, again, off = NoiseFloor(ParityConfig()), NoiseFloor(ParityConfig()), NoiseFloor(ParityConfig(floor_tokens=0))
+    floor, again = NoiseFloor(ParityConfig()), NoiseFloor(ParityConfig())
+    off = NoiseFloor(ParityConfig(floor_tokens=0))
     floor.update({"rounding": sums(0.01), "engine": sums(0.02)})
     floor.account(1.5, 40.0)
     floor.account(0.0, 2.0)
