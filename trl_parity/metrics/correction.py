@@ -12,44 +12,54 @@ sequences, which falls with length: 2 Φ(-s/2) for S ~ N(-s²/2, s²), s² = len
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .sums import WEIGHT_BINS, MismatchSums
+from .sums import WEIGHT_BINS
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["add_correction", "correction_scalars"]
+__all__ = ["CORRECTION_ROWS", "add_correction", "correction_rows", "correction_scalars"]
+
+# of each sequence: the mean of w; where tokens have weights of their own, the share of w = 0 and the mean of min(w, 1)
+CORRECTION_ROWS = ("weight", "zeroed", "kept")
 
 _LEAST, _PER_DECADE = -4, 12  # of the histogram, a bin about 1e-4, ..., 1, ... 10: bin 0 holds w below
+
+_EDGES = 10.0 ** (_LEAST + (np.arange(1, WEIGHT_BINS) - 1.5) / _PER_DECADE)
 
 _LARGEST = 1e6  # a weight, where the correction has no upper bound
 
 
-def add_correction(out: MismatchSums, weights: torch.Tensor, mask: torch.Tensor) -> None:
-    """Add the weights of a batch's sequences, in place. ``weights``: (B, 1) or (B, C); ``mask``: (B, C) bool."""
+def correction_rows(weights: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The ``CORRECTION_ROWS`` there are. ``weights``: (B, 1) or (B, C); ``mask``: (B, C) bool."""
     import torch
 
-    lengths = mask.sum(-1).double()
-    has_tokens = (lengths > 0).double()
-    # a weight that is no number teaches nothing either
-    w = weights.to(mask.device).double().nan_to_num(nan=0.0, posinf=_LARGEST).clamp(0.0, _LARGEST)
-    terms = torch.stack([(w == 0).double(), w.clamp(max=1.0), w])
-    if w.shape[1] == 1:
-        terms = terms[..., 0] * has_tokens
-    else:
-        terms = (terms * mask).sum(-1) / lengths.clamp(min=1.0)
-    mean = terms[2]
-    long = has_tokens * (lengths * has_tokens.sum() > lengths.sum())
-    sums = torch.cat([torch.stack([has_tokens, *terms, mean * mean, long]), terms[:2] * long]).sum(-1)
-    out.span(
-        "corrected", "corrected_zeroed", "corrected_kept", "corrected_w", "corrected_w2",
-        "long_corrected", "long_zeroed", "long_kept",
-    ).add_(sums)  # fmt: skip
-    bins = mean.log10().mul(_PER_DECADE).add(1.5 - _LEAST * _PER_DECADE).clamp(0, WEIGHT_BINS - 1).long()
-    out.correction_weights.scatter_add_(0, bins, has_tokens)
+    if weights.shape[1] == 1:
+        return weights.t()
+    w = weights.double().nan_to_num(nan=0.0).clamp(0.0, _LARGEST)
+    return (torch.stack([w, (w == 0).double(), w.clamp(max=1.0)]) * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+
+
+def add_correction(histogram: np.ndarray, at: Mapping[str, np.ndarray]) -> tuple[float, ...]:
+    """Count the weights of a batch's sequences, rows by name; ``corrected`` and the sums behind it are returned."""
+    if "weight" not in at:
+        return (0.0,) * 8
+    lengths, w = at["compared"], at["weight"]
+    w = np.where(w > 0, np.minimum(w, _LARGEST), 0.0)  # a weight that is no number teaches nothing either
+    zeroed, kept = at.get("zeroed", w == 0), at.get("kept", np.minimum(w, 1.0))
+    has_tokens = np.minimum(lengths, 1.0)
+    count = has_tokens.sum()
+    histogram += np.bincount(_EDGES.searchsorted(w, side="right"), has_tokens, WEIGHT_BINS)
+    long = (lengths * count > lengths.sum()).astype(np.float64)
+    weighted = w * has_tokens
+    return (
+        count, zeroed @ has_tokens, kept @ has_tokens, weighted.sum(), weighted @ weighted,
+        long.sum(), zeroed @ long, kept @ long,
+    )  # fmt: skip
 
 
 def correction_scalars(s: dict[str, float], weights: np.ndarray) -> dict[str, float | None]:

@@ -17,21 +17,21 @@ CENTERS = np.where(np.arange(BINS) == 0, 0.0, 10.0 ** (DECADES[0] + (np.arange(B
 _SIGNED_CENTERS = np.concatenate([-CENTERS[::-1], CENTERS])  # Δ over all signed bins in ascending order
 
 
-def quantiles_abs(histogram: np.ndarray, qs: Sequence[float], maxima: dict[str, float]) -> list[float]:
-    """Of |Δ|."""
-    return _pick(histogram.sum(0), CENTERS, qs, 0.0, maxima["abs_delta"])
+def quantiles_abs(cumulative: np.ndarray, qs: Sequence[float], maxima: dict[str, float]) -> list[float]:
+    """Of |Δ|, from the cumulated counts of both signs."""
+    return _pick(cumulative, CENTERS, qs, 0.0, maxima["abs_delta"])
 
 
 def quantiles(histogram: np.ndarray, qs: Sequence[float], maxima: dict[str, float]) -> list[float]:
     """Of Δ, off by half a bin at most."""
     counts = np.concatenate([histogram[0][::-1], histogram[1]])
-    return _pick(counts, _SIGNED_CENTERS, qs, -maxima["neg_delta"], maxima["delta"])
+    return _pick(counts.cumsum(), _SIGNED_CENTERS, qs, -maxima["neg_delta"], maxima["delta"])
 
 
-def _pick(counts: np.ndarray, values: np.ndarray, qs: Sequence[float], low: float, high: float) -> list[float]:
+def _pick(cumulative: np.ndarray, values: np.ndarray, qs: Sequence[float], low: float, high: float) -> list[float]:
     """The values at ranks ceil(q n), kept inside the observed range."""
-    cumulative = counts.cumsum()
-    ranks = [max(1.0, math.ceil(q * cumulative[-1])) for q in qs]
+    n = float(cumulative[-1])
+    ranks = [max(1.0, math.ceil(q * n)) for q in qs]
     return [min(max(x, low), high) for x in values[cumulative.searchsorted(ranks)].tolist()]
 
 

@@ -38,38 +38,34 @@ def intervals(s: Mapping[str, float], bootstrap: np.ndarray, moments: Moments) -
 
     ``s``: sums by name. ``bootstrap``: (R, 3), ``moments``: (3, 3), as ``MismatchSums`` has them.
     """
+    n = s["tokens"]
     if s["sequences"] < MIN_BOOTSTRAP_SEQUENCES:
         return {}
-    found = _interval("honesty", 1.0, 0, s["w"], s["tokens"], bootstrap, moments)
-    if s["entropy_tokens"] == s["tokens"]:
-        drift = s["law_entropy"] + s["rollout_logprob"]
-        found |= _interval("entropy/drift", 0.0, 1, drift, s["tokens"], bootstrap, moments)
+    t, effective = _student(bootstrap[:, 2], n)
+    spread = math.sqrt(effective / max(effective - 1.0, 0.5))
+    found: dict[str, float | None] = {}
+    means = {"honesty": (s["w"] / n, 1.0)}
+    if s["entropy_tokens"] == n:
+        means["entropy/drift"] = ((s["law_entropy"] + s["rollout_logprob"]) / n, 0.0)
+    for i, (name, (mean, expected)) in enumerate(means.items()):
+        e = bootstrap[:, i] - mean * bootstrap[:, 2]
+        deviation = math.sqrt(float(e @ e) / len(e))
+        error, skew = deviation * spread / n, _skewness(deviation, mean - expected, i, moments)
+        room = t * t / 3.0 + 1.0 / 6.0
+        low, high = mean - error * (t + room * max(0.0, -skew)), mean + error * (t + room * max(0.0, skew))
+        gap = max(0.0, low - expected, expected - high)
+        found |= {f"{name}_low": low, f"{name}_high": high, f"{name}_gap": gap}
     return found
 
 
-def _interval(
-    name: str, expected: float, i: int, total: float, n: float, bootstrap: np.ndarray, moments: Moments
-) -> dict[str, float | None]:
-    """Both ends, and the distance from what is expected of ``total / n``; ``i``: its place in the resamples."""
-    mean = total / n
-    error, t, effective = _student(bootstrap[:, i] - mean * bootstrap[:, 2], bootstrap[:, 2], n)
-    centre = mean - expected if i == 0 else mean  # the moments are of w - tokens
-    skew = _skewness(error * n * math.sqrt(max(effective - 1.0, 0.5) / effective), centre, i, moments)
-    room = t * t / 3.0 + 1.0 / 6.0
-    low, high = mean - error * (t + room * max(0.0, -skew)), mean + error * (t + room * max(0.0, skew))
-    return {f"{name}_low": low, f"{name}_high": high, f"{name}_gap": max(0.0, low - expected, expected - high)}
-
-
-def _student(e: np.ndarray, sizes: np.ndarray, n: float) -> tuple[float, float, float]:
-    """Standard error of the mean, t of 99 %, and G, from resamples of Σ e and Σ tokens: (R,) each."""
+def _student(sizes: np.ndarray, n: float) -> tuple[float, float]:
+    """t of 99 %, and G, from resamples of Σ tokens: (R,)."""
     from scipy.special import stdtrit
 
-    samples = len(e)
-    off = sizes - n
+    samples, off = len(sizes), sizes - n
     effective = n * n * samples / max(float(off @ off), 1e-300)
     known = max(effective - _LOST, _LEAST)
-    t = float(stdtrit(1.0 / (1.0 / known + 1.0 / samples), 0.995))
-    return math.sqrt(float(e @ e) / samples * effective / max(effective - 1.0, 0.5)) / n, t, effective
+    return float(stdtrit(1.0 / (1.0 / known + 1.0 / samples), 0.995)), effective
 
 
 def _skewness(deviation: float, mean: float, i: int, moments: Moments) -> float:

@@ -10,18 +10,18 @@ from __future__ import annotations
 import math
 from dataclasses import fields, replace
 from functools import lru_cache
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..records import ScoredBatch
 from ..verdict import MismatchStats
-from .correction import add_correction, correction_scalars
+from .correction import correction_rows, correction_scalars
 from .histogram import log_ratio_histogram, quantiles, quantiles_abs
 from .intervals import intervals
 from .scalars import LAG_BUCKETS, SCALARS
-from .sums import BINS, DECADES, INDEX, PER_DECADE, SCALES, SUMS, MismatchSums
+from .sequences import POOL, SCALE, TOKEN_ROWS, add_sequences
+from .sums import BINS, DECADES, PER_DECADE, SCALES, MismatchSums
 from .trimmed import EXTREME, trimmed
 
 if TYPE_CHECKING:
@@ -35,15 +35,7 @@ _EXP_CLAMP = 300.0  # Δ in e^Δ of tokens: e^600 still fits a double
 
 BAND = 0.1  # a ratio outside [1 - BAND, 1 + BAND] counts as out_of_band (the band of TRL issue 6789)
 
-_SCALE = 600.0  # nats between the scales of sequence weights: within one, e^2S fits a double
-
-_APART = 1.0  # nats by which a sequence's last token is more than rounding off
-
 _BLOCK = 1 << 17  # tokens summed at once: temporaries of about 40 MiB, whatever the batch
-
-_CUBED = 1e100  # what is cubed still fits a double
-
-_POOL = 4096  # sequences until their resampling weights repeat
 
 _LAG_EDGES = (0, 1, 2, 4)  # the last lag of each bucket but the open one
 
@@ -60,15 +52,11 @@ def measure(batch: ScoredBatch, *, bootstrap_samples: int = 200, first_sequence:
     mask = batch.mask
     out = MismatchSums.zeros(mask.device, bootstrap_samples)
     if mask.numel():
-        rows = max(1, _BLOCK // mask.shape[1])
+        rows = min(POOL, max(1, _BLOCK // mask.shape[1]))
         with torch.no_grad():
-            if len(mask) <= rows:
-                _add_sequences(out, batch, first_sequence)
-            else:
-                for low in range(0, len(mask), rows):
-                    part = MismatchSums.zeros(mask.device, bootstrap_samples)
-                    _add_sequences(part, _part(batch, slice(low, low + rows)), first_sequence + low)
-                    out.add_(part)
+            for low in range(0, len(mask), rows):
+                part = batch if len(mask) <= rows else _part(batch, slice(low, low + rows))
+                _add_sequences(out, part, first_sequence + low)
     out.bump(batches=1)
     if batch.lags is None and not batch.probe:
         out.bump(lag=batch.lag, lags=1)
@@ -85,43 +73,28 @@ def _part(batch: ScoredBatch, rows: slice, columns: slice = slice(None)) -> Scor
 
 
 def _add_sequences(out: MismatchSums, batch: ScoredBatch, first_sequence: int) -> None:
-    """Add what a batch's sequences say to empty sums, in place."""
+    """Add what a batch's sequences say, in place."""
     import torch
 
     mask = batch.mask
-    columns = mask.shape[1]
-    blocks = [slice(low, low + _BLOCK) for low in range(0, columns, _BLOCK)]
+    blocks = [slice(low, low + _BLOCK) for low in range(0, mask.shape[1], _BLOCK)]
     parts = [batch] if len(blocks) == 1 else (_part(batch, slice(None), block) for block in blocks)
-    by_sequence = sum(_add_tokens(out, part) for part in parts)
-    assert isinstance(by_sequence, torch.Tensor)
-
-    seq_delta, tokens = by_sequence[0], by_sequence[INDEX["tokens"]]
-    has_tokens = tokens.clamp(max=1.0)
-    sums = torch.cat([by_sequence, has_tokens[None]])
-    out.span(*SUMS[: len(sums)]).copy_(sums.sum(-1))
-    out.peak_span("seq_abs_delta").copy_(seq_delta.abs().amax())
-    scale = (seq_delta / _SCALE).round_().clamp_(-(SCALES // 2), SCALES // 2)
-    half = _SCALE / 2
-    seq_w = torch.add(seq_delta, scale, alpha=-_SCALE).clamp_(-half, half).exp_().mul_(has_tokens)
-    scales = (scale + SCALES // 2).long().expand(2, -1)
-    out.sequence_weights.scatter_add_(1, scales, torch.stack([seq_w, seq_w * seq_w]))
-
-    drift = by_sequence[INDEX["law_entropy"]] + by_sequence[INDEX["rollout_logprob"]]
-    _add_resamples(out, torch.stack([by_sequence[INDEX["w"]], drift, tokens], dim=-1), batch.keys, first_sequence)
-
-    known = tokens if batch.entropy is None else by_sequence[INDEX["entropy_tokens"]]
-    more = torch.stack([tokens - known, *_last_tokens(batch)]).sum(-1)
-    out.span("entropy_nonfinite", "last_tokens", "last_abs_delta", "last_apart").copy_(more)
+    by_sequence = [_add_tokens(out, part) for part in parts]
+    last = mask.cumsum(-1).argmax(-1, keepdim=True)  # the first of equal ones
+    last_delta = batch.trainer_logprobs.gather(1, last) - batch.rollout_logprobs.gather(1, last)
+    numbers = torch.arange(first_sequence, first_sequence + len(mask)) if batch.keys is None else batch.keys
+    rows = [sum(by_sequence[1:], by_sequence[0]), last_delta.t(), (numbers.to(mask.device) & (POOL - 1))[None]]
     if batch.correction_weights is not None:
-        add_correction(out, batch.correction_weights, mask)
+        rows.append(correction_rows(batch.correction_weights.to(mask.device), mask))
+    out.wait(add_sequences, torch.cat(rows))
     if batch.probe:
-        out.span("probe_tokens").copy_(tokens.sum())
+        out.span("probe_tokens").add_(rows[0][TOKEN_ROWS.index("tokens")].sum())
     if batch.lags is not None:
         _by_lag(out, batch, batch.lags.to(mask.device))
 
 
 def _add_tokens(out: MismatchSums, batch: ScoredBatch) -> torch.Tensor:
-    """The first of ``SUMS`` by sequence (sums, B); what is no sum over sequences is added in place."""
+    """(rows, B): ``TOKEN_ROWS`` and ``entropy_nonfinite``. What is no sum over sequences is added in place."""
     import torch
 
     # few kernels, few kinds of kernels, on stacked tensors: on small batches the launches are what costs
@@ -130,56 +103,36 @@ def _add_tokens(out: MismatchSums, batch: ScoredBatch) -> torch.Tensor:
     law_entropy = entropy if batch.law_entropy is None else batch.law_entropy
     scores = [batch.trainer_logprobs, batch.own_logprobs, batch.rollout_logprobs, entropy, law_entropy]
     given = torch.stack(scores).double()
-    deltas = given[:2] - given[2]
-    valids = (deltas.abs() < math.inf) & mask  # NaN is not
-    deltas = torch.where(valids, deltas, 0.0)
-    valid, delta = valids[0], deltas[0]
+    given[:2].sub_(given[2])
+    finite = (given.abs() < math.inf) & mask  # NaN is not
+    finite[2:].logical_and_(finite[0])
+    valid, known = finite[0], finite[3] & finite[4]
+
+    plain = torch.where(finite, given, 0.0)
+    deltas, delta = plain[:2], plain[0]
     less_1 = torch.expm1(deltas.clamp(max=_EXP_CLAMP))  # so that sums of w² still fit a double
-    magnitudes = deltas.abs()
-    w = less_1[:1] + valid
-    entropies = given[3] + given[4]
-    finite = (entropies - entropies == 0) & valid  # x - x is NaN where x is no number
-    values = torch.where(torch.stack([valid, finite, finite]), given[2:], 0.0)
-    known = torch.zeros_like(valid) if batch.entropy is None else finite
-    confident = (values[0] >= _HALF) & (delta < -2.0)
-    flags = torch.stack([valid, valids[1], less_1[0].abs() > BAND, confident, mask, known]).double()
-    named = {
-        ("delta", "own_delta"): deltas,
-        ("k3", "own_k3"): less_1 - deltas,
-        ("abs_delta", "own_abs_delta"): magnitudes,
-        ("w",): w,
-        ("w2",): w * w,
-        ("rollout_logprob", "entropy", "law_entropy"): values,
-        ("tokens", "own_tokens", "out_of_band", "confident", "compared", "entropy_tokens"): flags,
-    }
-    by_sequence = torch.cat([*named.values()]).sum(-1)
-    assert tuple(chain(*named)) == SUMS[: len(by_sequence)]
+    sizes, counts = deltas.abs(), valid.double()
+    w = less_1[:1] + counts
+    out_of_band, confident = less_1[0].abs() > BAND, (plain[2] >= _HALF) & (delta < -2.0)
+    unknown = valid ^ known
+    if batch.entropy is None:
+        known = unknown  # nobody asked: neither
+    flags = torch.stack([valid, finite[1], out_of_band, confident, mask, known, unknown])
+    by_sequence = torch.cat([torch.cat([plain, less_1 - deltas, sizes, w, w * w]).sum(-1), flags.sum(-1)])
     if batch.log_kept is not None and batch.out_of_support is not None:
         log_kept = torch.where(valid, batch.log_kept.double(), 0.0)
         truncation = _stacked(valid, log_kept.exp() * valid, log_kept, valid & batch.out_of_support)
         out.span("trunc_tokens", "kept_mass", "log_kept", "out_of_support").add_(truncation.sum((1, 2)))
 
     # scatter, not bincount: bincount syncs with the device to learn its size. log10(0) = -inf ends in bin 0
-    bins = magnitudes[0].log10().mul_(PER_DECADE).add_(1 - DECADES[0] * PER_DECADE).clamp_(0, BINS - 1).long()
-    bins = torch.where(delta < 0, bins, bins + BINS)
-    out.histogram.view(-1).scatter_add_(0, bins.view(-1), flags[0].view(-1))
+    bins = sizes[0].log10().mul_(PER_DECADE).add_(1 - DECADES[0] * PER_DECADE).clamp_(0, BINS - 1)
+    bins.add_(delta >= 0, alpha=BINS)
+    out.histogram.view(-1).scatter_add_(0, bins.view(-1).long(), counts.view(-1))
 
     largest = torch.where(valid, torch.stack([delta, -delta]), -math.inf).amax((1, 2))
     peaks = out.peak_span("delta", "neg_delta")
     torch.maximum(peaks, largest, out=peaks)
     return by_sequence
-
-
-def _last_tokens(batch: ScoredBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(B,) of each sequence's last token: whether both sides scored it, its |Δ|, whether that is above ``_APART``."""
-    import torch
-
-    mask = batch.mask
-    last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(-1, keepdim=True)
-    size = (batch.trainer_logprobs - batch.rollout_logprobs).gather(1, last)[:, 0].abs().double()
-    valid = (size < math.inf) & mask.gather(1, last)[:, 0]
-    size = torch.where(valid, size, 0.0)
-    return valid.double(), size, (size > _APART).double()
 
 
 def _by_lag(out: MismatchSums, batch: ScoredBatch, lags: torch.Tensor) -> None:
@@ -207,49 +160,11 @@ def _by_lag(out: MismatchSums, batch: ScoredBatch, lags: torch.Tensor) -> None:
     out.span("lags").add_(len(lags))
 
 
-def _add_resamples(out: MismatchSums, x: torch.Tensor, keys: torch.Tensor | None, first_sequence: int) -> None:
-    """Write what intervals are made of, from (B, 3) Σ w, Σ (H + rollout log-prob), tokens."""
-    import torch
-
-    if keys is None:
-        weights = _weights_of(len(x), first_sequence, out.bootstrap_samples, x.device)
-    else:
-        keys = keys.to(x.device) % _POOL
-        weights = _resample_weights(out.bootstrap_samples, x.device)[keys]
-    torch.mm(weights.t().double(), x, out=out.bootstrap)
-    x = torch.stack([x[:, 0] - x[:, 2], x[:, 1], x[:, 2]], dim=-1).clamp(-_CUBED, _CUBED)
-    # of all equal sequences together
-    whole = x if keys is None else x.new_zeros(_POOL, 3).index_add_(0, keys, x)[keys]
-    torch.mm((whole * whole).t(), x, out=out.third_moments)
-
-
-def _weights_of(count: int, first: int, samples: int, device: torch.device) -> torch.Tensor:
-    """(count, R) resampling weights of sequences numbered from ``first``."""
-    pool, start = _resample_weights(samples, device), first % _POOL
-    if start + count <= _POOL:
-        return pool[start : start + count]
-    import torch
-
-    return pool[(torch.arange(count, device=device) + start) % _POOL]
-
-
 @lru_cache(maxsize=4)
 def _lag_edges(device: torch.device) -> torch.Tensor:
     import torch
 
     return torch.tensor(_LAG_EDGES, device=device)  # waits for the device: once
-
-
-@lru_cache(maxsize=4)
-def _resample_weights(samples: int, device: torch.device) -> torch.Tensor:
-    """(_POOL, R) int8 draws from Poisson(1): how often each resample holds each sequence. Made once, from one seed.
-
-    Drawing them anew for every batch would cost more than all its sums. The global random state is not touched.
-    """
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    return torch.poisson(torch.ones(_POOL, samples, dtype=torch.float64), generator).to(device, torch.int8)
 
 
 def _stacked(*tensors: torch.Tensor) -> torch.Tensor:
@@ -303,7 +218,7 @@ _SHARES = {
 
 
 def compute(sums: MismatchSums) -> MismatchStats:
-    """All scalars from (reduced) sums. What was not measured is ``None``. One device sync on accelerators."""
+    """All scalars from (reduced) sums. What was not measured is ``None``. Accelerators are waited for."""
     sums = sums.cpu()
     s, maxima = sums.totals(), sums.peaks()
     s["nonfinite"] = s["compared"] - s["tokens"]
@@ -317,31 +232,35 @@ def compute(sums: MismatchSums) -> MismatchStats:
     if s["requests"]:
         values["temperature/gap"] = maxima["temperature_gap"]
     if s["tokens"] > 0:
-        histogram = sums.histogram.numpy()
-        values |= _ratios(s, maxima, histogram) | _entropies(s)
-        values |= intervals(s, sums.bootstrap.numpy(), sums.third_moments.tolist()) | trimmed(histogram, s)
-        values |= _of_sequences(s, sums.sequence_weights.numpy(), values["honesty_gap"])
-        values |= correction_scalars(s, sums.correction_weights.numpy())
+        parts = sums.parts()
+        histogram, moments = parts["histogram"], parts["added"][:9].reshape(3, 3).tolist()
+        cumulative = histogram.sum(0).cumsum()  # both signs side by side, |Δ| ascending
+        values |= _ratios(s, maxima, histogram, cumulative) | _entropies(s)
+        values |= intervals(s, parts["bootstrap"], moments) | trimmed(histogram, cumulative, s)
+        values |= _of_sequences(s, parts["sequence_weights"], values["honesty_gap"])
+        values |= correction_scalars(s, parts["correction_weights"])
         if s["entropy_nonfinite"]:
             unknown = ("entropy/trainer", "entropy/drift", "entropy/drift_gap", "kl_over_entropy")
             values |= dict.fromkeys(unknown, math.nan)
     return MismatchStats(int(s["tokens"]), int(s["sequences"]), int(s["batches"]), int(s["errors"]), values)
 
 
-def _ratios(s: dict[str, float], maxima: dict[str, float], histogram: np.ndarray) -> dict[str, float | None]:
+def _ratios(
+    s: dict[str, float], maxima: dict[str, float], histogram: np.ndarray, cumulative: np.ndarray
+) -> dict[str, float | None]:
     """Of Δ and w beyond plain means; there is a token."""
     n = s["tokens"]
     p01, p50, p99 = map(_exp, quantiles(histogram, (0.01, 0.50, 0.99), maxima))
     return {
         "kl_k1": -s["delta"] / n,
-        "logp_abs_diff/p99": quantiles_abs(histogram, (0.99,), maxima)[0],
+        "logp_abs_diff/p99": quantiles_abs(cumulative, (0.99,), maxima)[0],
         "logp_abs_diff/max": maxima["abs_delta"],
         "ratio/p01": p01,
         "ratio/p50": p50,
         "ratio/p99": p99,
         "ratio/max": _exp(maxima["delta"]),
         "ess": s["w"] ** 2 / (n * s["w2"]) if s["w2"] > 0 else 0.0,
-        "ratio/extreme": float(histogram[:, EXTREME:].sum()) / n,
+        "ratio/extreme": (n - float(cumulative[EXTREME - 1])) / n,
         "chi2": max(0.0, (s["w2"] - 2.0 * s["w"]) / n + 1.0),  # of rounding: a mean of squares
         "seq/log_ratio_max": maxima["seq_abs_delta"],
     }
@@ -353,7 +272,7 @@ def _of_sequences(s: dict[str, float], weights: np.ndarray, honesty_gap: float |
     weights[:, SCALES // 2] += s["seq_w"], s["seq_w2"]
     # of the largest scale that has any, and the one below: the others are e^-600 of it
     top = int(weights[1].nonzero()[0].max(initial=0))
-    step = math.exp(-_SCALE)
+    step = math.exp(-SCALE)
     seq_w, seq_w2 = weights[:, top] + weights[:, top - 1] * step * (1.0, step)
     found: dict[str, float | None] = {"seq/ess": float(seq_w**2 / (s["sequences"] * seq_w2)) if seq_w2 else 0.0}
     if honesty_gap is not None:

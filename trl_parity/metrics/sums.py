@@ -6,13 +6,19 @@ How a batch fills them and what is read from them: ``trl_parity.metrics.statisti
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from .scalars import LAG_BUCKETS
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+
+    Parts = dict[str, np.ndarray]
+    # adds what a batch's sequences, (rows, B) numbers on the host, say to those parts; the largest |S| of them
+    AddSequences = Callable[[Parts, np.ndarray], float]
 
 __all__ = ["ADDED", "BINS", "DECADES", "INDEX", "PER_DECADE", "SCALES", "SUMS", "WEIGHT_BINS", "MismatchSums"]
 
@@ -72,7 +78,32 @@ ADDED = (
     "long_corrected", "long_zeroed", "long_kept",
 )  # fmt: skip
 
+_NAMES = SUMS + ADDED
+
 MAXIMA = ("delta", "neg_delta", "seq_abs_delta", "temperature_gap", "kv_cache_usage")
+
+# of the parts of ``additive``, in this order
+_SHAPES: dict[str, tuple[int, ...]] = {
+    "sums": (len(SUMS),),
+    "histogram": (2, BINS),
+    "bootstrap": (0, _BOOT),  # R of them
+    "sequence_weights": (2, SCALES),  # Σ e^S and Σ e^2S over the sequences of each scale, divided by it (its square)
+    "correction_weights": (WEIGHT_BINS,),  # sequences by the weight the trainer's correction gave them
+    "added": (len(ADDED),),
+}
+
+_SIZE = sum(map(math.prod, _SHAPES.values()))
+
+_WAIT = 16  # batches whose sequences are kept before they are added
+
+
+@lru_cache(maxsize=8)
+def _places(bootstrap_samples: int) -> list[tuple[str, slice, tuple[int, ...]]]:
+    """Name, place and shape of each part of ``additive``."""
+    found, first = [], 0
+    for name, shape in (_SHAPES | {"bootstrap": (bootstrap_samples, _BOOT)}).items():
+        found.append((name, slice(first, first := first + math.prod(shape)), shape))
+    return found
 
 
 class MismatchSums:
@@ -84,43 +115,58 @@ class MismatchSums:
     ``-inf`` where nothing was seen. About 19 KiB with R = 200, whatever the number of tokens.
     """
 
-    __slots__ = ("_additive", "_bumps", "_maxima", "_raises", "bootstrap_samples")
+    __slots__ = ("_additive", "_bumps", "_maxima", "_raises", "_waiting", "bootstrap_samples")
 
     def __init__(self, additive: torch.Tensor, maxima: torch.Tensor, bootstrap_samples: int):
         self._additive, self._maxima, self.bootstrap_samples = additive, maxima, bootstrap_samples
-        self._bumps: dict[str, float] = {}  # plain numbers on their way into them: no kernel for each
+        # on their way into them: plain numbers, and numbers of sequences; no kernel for each
+        self._bumps: dict[str, float] = {}
         self._raises: dict[str, float] = {}
+        self._waiting: list[tuple[AddSequences, torch.Tensor]] = []
 
     @property
     def additive(self) -> torch.Tensor:
-        """Everything that adds."""
-        if self._bumps:
-            import torch
-
-            bumps, self._bumps = self._bumps, {}
-            amounts = torch.tensor([bumps.get(name, 0.0) for name in SUMS], dtype=torch.float64)
-            self._additive[: len(SUMS)] += amounts.to(self._additive.device, non_blocking=True)
+        """Everything that adds. A device sync on accelerators where sequences wait."""
+        self._settle()
         return self._additive
 
     @property
     def maxima(self) -> torch.Tensor:
-        """Everything that takes the maximum."""
-        if self._raises:
-            import torch
-
-            raises, self._raises = self._raises, {}
-            values = torch.tensor([raises.get(name, -math.inf) for name in MAXIMA], dtype=torch.float64)
-            values = values.to(self._maxima.device, non_blocking=True)
-            torch.maximum(self._maxima, values, out=self._maxima)
+        """Everything that takes the maximum. The same."""
+        self._settle()
         return self._maxima
 
+    def _settle(self) -> None:
+        """Add what is on its way, on the host."""
+        if not (self._waiting or self._bumps or self._raises):
+            return
+        waiting, self._waiting = self._waiting, []
+        bumps, self._bumps = self._bumps, {}
+        raises, self._raises = self._raises, {}
+        here = self if self._additive.device.type == "cpu" else MismatchSums.zeros("cpu", self.bootstrap_samples)
+        parts, maxima = here.parts(), here._maxima.numpy()
+        for add, rows in waiting:
+            raises["seq_abs_delta"] = max(add(parts, rows.cpu().numpy()), raises.get("seq_abs_delta", -math.inf))
+        for name, amount in bumps.items():
+            parts["sums"][INDEX[name]] += amount
+        for name, value in raises.items():
+            maxima[MAXIMA.index(name)] = max(value, maxima[MAXIMA.index(name)])
+        if here is not self:
+            self._add(here)
+
+    def parts(self) -> Parts:
+        """Views of ``additive`` by what they are, of sums on the host."""
+        flat = self.additive.numpy()
+        return {name: flat[place].reshape(shape) for name, place, shape in _places(self.bootstrap_samples)}
+
     def cpu(self) -> MismatchSums:
-        """On the host: itself, where it is there. One device sync on accelerators."""
+        """On the host: itself, where it is there. A device sync on accelerators."""
+        self._settle()
         if self._additive.device.type == "cpu":
             return self
         import torch
 
-        both = torch.cat([self.additive, self.maxima]).cpu()
+        both = torch.cat([self._additive, self._maxima]).cpu()
         return MismatchSums(both[: -len(MAXIMA)], both[-len(MAXIMA) :], self.bootstrap_samples)
 
     @classmethod
@@ -128,7 +174,7 @@ class MismatchSums:
         """The sums of no tokens."""
         import torch
 
-        size = len(SUMS) + 2 * BINS + _BOOT * bootstrap_samples + 2 * SCALES + WEIGHT_BINS + len(ADDED)
+        size = _SIZE + _BOOT * bootstrap_samples
         return cls(
             torch.zeros(size, dtype=torch.float64, device=device),
             torch.full((len(MAXIMA),), -math.inf, dtype=torch.float64, device=device),
@@ -142,10 +188,23 @@ class MismatchSums:
                 f"cannot merge sums with {other.bootstrap_samples} and {self.bootstrap_samples} bootstrap samples. "
                 "Use one bootstrap_samples on every rank."
             )
+        self._add(other)
+        self.bump(**other._bumps)
+        self.raise_to(**other._raises)
+        for add, rows in other._waiting:
+            self.wait(add, rows)
+
+    def _add(self, other: MismatchSums) -> None:
         import torch
 
-        self.additive.add_(other.additive.to(self._additive.device))
-        torch.maximum(self.maxima, other.maxima.to(self.maxima.device), out=self.maxima)
+        self._additive.add_(other._additive.to(self._additive.device))
+        torch.maximum(self._maxima, other._maxima.to(self._maxima.device), out=self._maxima)
+
+    def wait(self, add: AddSequences, rows: torch.Tensor) -> None:
+        """Keep (rows, B) numbers of sequences for ``add``, which is called when the sums are read."""
+        self._waiting.append((add, rows))
+        if len(self._waiting) >= _WAIT:
+            self._settle()
 
     def copy(self) -> MismatchSums:
         """A copy with tensors of its own."""
@@ -175,11 +234,10 @@ class MismatchSums:
             self._bumps[name] = self._bumps.get(name, 0.0) + amount
 
     def span(self, *names: str) -> torch.Tensor:
-        """A view of sums that stand side by side, to be filled as one vector in this order."""
-        known, before = (SUMS, 0) if names[0] in INDEX else (ADDED, self._additive.numel() - len(ADDED))
-        first = known.index(names[0])
-        assert known[first : first + len(names)] == names, f"{names} do not stand side by side"
-        return self._additive[before + first : before + first + len(names)]
+        """A view of sums that stand side by side, to be added to as one vector in this order."""
+        first = INDEX[names[0]]
+        assert SUMS[first : first + len(names)] == names, f"{names} do not stand side by side in SUMS"
+        return self._additive[first : first + len(names)]
 
     def peak_span(self, *names: str) -> torch.Tensor:
         """The same of maxima."""
@@ -195,17 +253,12 @@ class MismatchSums:
 
     def totals(self) -> dict[str, float]:
         """All sums by name. A device sync on accelerators, as of the next."""
-        found = dict(zip(SUMS, self._additive[: len(SUMS)].tolist(), strict=True))
-        found |= zip(ADDED, self._additive[-len(ADDED) :].tolist(), strict=True)
-        for name, amount in self._bumps.items():
-            found[name] += amount
-        return found
+        parts = self.cpu().parts()
+        return dict(zip(_NAMES, parts["sums"].tolist() + parts["added"].tolist(), strict=True))
 
     def peaks(self) -> dict[str, float]:
         """All maxima by name."""
-        found = dict(zip(MAXIMA, self._maxima.tolist(), strict=True))
-        for name, value in self._raises.items():
-            found[name] = max(found[name], value)
+        found = dict(zip(MAXIMA, self.maxima.tolist(), strict=True))
         return found | {"abs_delta": max(found["delta"], found["neg_delta"])}
 
     @property
@@ -217,20 +270,4 @@ class MismatchSums:
     def bootstrap(self) -> torch.Tensor:
         """(R, 3): per resample Σ w, Σ (H + rollout log-prob) and Σ tokens."""
         first = len(SUMS) + 2 * BINS
-        return self._additive[first : first + _BOOT * self.bootstrap_samples].view(self.bootstrap_samples, _BOOT)
-
-    @property
-    def sequence_weights(self) -> torch.Tensor:
-        """(2, SCALES): Σ e^S and Σ e^2S over the sequences of each scale, divided by it (its square)."""
-        end = self._additive.numel() - len(ADDED) - WEIGHT_BINS
-        return self._additive[end - 2 * SCALES : end].view(2, SCALES)
-
-    @property
-    def correction_weights(self) -> torch.Tensor:
-        """(WEIGHT_BINS,) counts of sequences by the weight the trainer's correction gave them."""
-        return self._additive[-len(ADDED) - WEIGHT_BINS : -len(ADDED)]
-
-    @property
-    def third_moments(self) -> torch.Tensor:
-        """(3, 3): Σ over sequences of x_i² x_j, of x = w - tokens, H + rollout log-prob, tokens."""
-        return self.span(*(name for name in ADDED if name.startswith("third_moment/"))).view(3, 3)
+        return self.additive[first : first + _BOOT * self.bootstrap_samples].view(self.bootstrap_samples, _BOOT)

@@ -9,7 +9,7 @@ import torch
 from support.batches import random_batch, scored
 
 from trl_parity import ParityMonitor
-from trl_parity.metrics import statistics
+from trl_parity.metrics import sequences
 from trl_parity.metrics.statistics import compute, measure
 from trl_parity.metrics.sums import MismatchSums
 from trl_parity.trainers.row_keys import row_keys
@@ -34,19 +34,22 @@ def test_sequences_are_resampled_by_their_number():
 
 
 def test_the_weights_are_one_poisson_draw_each_and_begin_again_after_the_pool():
-    weights = statistics._weights_of(4096, 0, 200, torch.device("cpu")).double()
+    weights = torch.from_numpy(sequences._resample_weights(200)).double()
     assert weights.shape == (4096, 200)
     assert float(weights.mean()) == pytest.approx(1.0, abs=0.01)
     assert float(weights.var()) == pytest.approx(1.0, abs=0.02)
-    wrapped = statistics._weights_of(10, 4090, 200, torch.device("cpu"))
-    assert torch.equal(wrapped.double(), torch.cat([weights[4090:], weights[:4]]))
-    assert torch.equal(statistics._weights_of(3, 4096 + 7, 200, torch.device("cpu")).double(), weights[7:10])
+    many = batch(10)
+    wrapped = torch.cat([weights[4090:], weights[:4]])
+    held = wrapped.t() @ many.mask.sum(1).double()
+    assert torch.equal(measure(many, first_sequence=4090).bootstrap[:, 2], held)
+    assert torch.equal(measure(many, first_sequence=4096 + 4090).bootstrap[:, 2], held)
+    assert not torch.equal(measure(many, first_sequence=4091).bootstrap[:, 2], held)
 
 
 def test_a_resample_holds_w_drift_and_tokens_of_each_sequence_as_often_as_its_weight():
     one = batch(rows=3)
     sums = measure(one, bootstrap_samples=5, first_sequence=11)
-    weights = statistics._weights_of(3, 11, 5, torch.device("cpu")).double()
+    weights = torch.from_numpy(sequences._resample_weights(5)).double()[11:14]
     delta = torch.where(one.mask, one.trainer_logprobs - one.rollout_logprobs, 0.0)
     w = torch.where(one.mask, delta.exp(), 0.0).sum(1)
     drift = torch.where(one.mask, one.law_entropy + one.rollout_logprobs, 0.0).sum(1)
@@ -65,7 +68,9 @@ def test_third_moments_are_those_of_equal_sequences_together(keys):
     for number in set(numbers):
         whole = sum(row for row, n in zip(x, numbers, strict=True) if n == number)
         expected += torch.outer(whole**2, whole)
-    torch.testing.assert_close(measure(replace(one, keys=keys)).third_moments, expected, rtol=1e-12, atol=1e-12)
+    totals = measure(replace(one, keys=keys)).totals()
+    found = torch.tensor([totals[f"third_moment/{i}{j}"] for i in range(3) for j in range(3)], dtype=torch.float64)
+    torch.testing.assert_close(found.view(3, 3), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_ranks_and_batches_of_a_monitor_have_numbers_of_their_own():

@@ -365,7 +365,7 @@ def test_nothing_is_read_back_from_the_device_before_the_window_ends():
     measure_policy_drift(sums, on_meta().entropy, on_meta().entropy, on_meta().mask)
     sums.bump(cost_seconds=1.0)
     sums.raise_to(temperature_gap=0.1)
-    assert sums.additive.device.type == "meta"
+    assert sums.histogram.device.type == "meta"
     # torch's own error, of whatever asks a meta tensor for numbers: at the window's end they are asked for
     with pytest.raises(NotImplementedError, match="meta tensor"):
         compute(sums)

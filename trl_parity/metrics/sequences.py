@@ -1,0 +1,90 @@
+"""What the sequences of a batch say, from their numbers on the host. Plain numpy: of small vectors, many operations.
+
+The device sums over tokens and hands ``ROWS`` over when the window's sums are read: kernels on vectors this short
+would cost more than those on all tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import numpy as np
+
+from .correction import CORRECTION_ROWS, add_correction
+from .sums import INDEX, SCALES
+
+__all__ = ["POOL", "ROWS", "SCALE", "TOKEN_ROWS", "add_sequences"]
+
+TOKEN_ROWS = (
+    # sums over tokens, as named in ``SUMS``
+    "delta", "own_delta", "rollout_logprob", "entropy", "law_entropy",
+    "k3", "own_k3", "abs_delta", "own_abs_delta", "w", "w2",
+    "tokens", "own_tokens", "out_of_band", "confident", "compared", "entropy_tokens",
+)  # fmt: skip
+
+ROWS = (
+    *TOKEN_ROWS,
+    "entropy_nonfinite",
+    "last_delta",  # of its last token
+    "number",  # of its resampling weights, below ``POOL``
+    # with a correction only
+    *CORRECTION_ROWS,
+)  # fmt: skip
+
+POOL = 4096  # sequences until their resampling weights repeat
+
+SCALE = 600.0  # nats between the scales of sequence weights: within one, e^2S fits a double
+
+_APART = 1.0  # nats by which a sequence's last token is more than rounding off
+
+_CUBED = 1e100  # what is cubed still fits a double
+
+_ENTROPY_NONFINITE = ROWS.index("entropy_nonfinite")
+
+_PLACES = np.array([INDEX[name] for name in TOKEN_ROWS])
+
+
+def add_sequences(parts: dict[str, np.ndarray], rows: np.ndarray) -> float:
+    """Add what (rows, B) numbers, in the order of ``ROWS``, say to the parts of sums; the largest |S| is returned."""
+    at = dict(zip(ROWS, rows, strict=False))
+    totals, tokens, delta = rows.sum(1), at["tokens"], at["delta"]
+    has_tokens = np.minimum(tokens, 1.0)
+    parts["sums"][_PLACES] += totals[: len(TOKEN_ROWS)]
+    parts["sums"][INDEX["sequences"]] += has_tokens.sum()
+
+    scale = np.minimum(np.maximum(np.rint(delta / SCALE), -(SCALES // 2)), SCALES // 2)
+    w = np.exp(np.minimum(np.maximum(delta - SCALE * scale, -SCALE / 2), SCALE / 2)) * has_tokens
+    scales = scale.astype(np.intp) + SCALES // 2
+    for part, x in zip(parts["sequence_weights"], (w, w * w), strict=True):
+        part += np.bincount(scales, x, SCALES)
+
+    numbers = at["number"].astype(np.intp)
+    x = np.array([at["w"], at["law_entropy"] + at["rollout_logprob"], tokens])
+    weights = _resample_weights(len(parts["bootstrap"]))[numbers].astype(np.float64)
+    parts["bootstrap"] += (x @ weights).T
+    x[0] -= tokens
+    x = np.minimum(np.maximum(x, -_CUBED), _CUBED)
+    whole = np.array([np.bincount(numbers, one)[numbers] for one in x])  # of all equal sequences together
+
+    last = np.abs(at["last_delta"])
+    last = last[(last < math.inf) & (at["compared"] > 0)]
+    parts["added"] += (
+        *((whole * whole) @ x.T).ravel().tolist(),
+        totals[_ENTROPY_NONFINITE],
+        len(last), last.sum(), np.count_nonzero(last > _APART),
+        *add_correction(parts["correction_weights"], at),
+    )  # fmt: skip
+    return float(np.abs(delta).max())
+
+
+@lru_cache(maxsize=4)
+def _resample_weights(samples: int) -> np.ndarray:
+    """(POOL, R) int8 draws from Poisson(1): how often each resample holds each sequence. Made once, from one seed.
+
+    Drawing them anew for every batch would cost more than all its sums. The global random state is not touched.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return torch.poisson(torch.ones(POOL, samples, dtype=torch.float64), generator).to(torch.int8).numpy()
