@@ -19,7 +19,7 @@ def test_rules_are_laid_over_the_defaults(tmp_path):
     path = tmp_path / "default.yaml"
     path.write_text(
         "consecutive: 2\nrules:\n  kl_k3: {limit: 0.5, immediate: true}\n  ess: {limit: 0.9, below: true}\n"
-        "  honesty_gap: null\n  logp_abs_diff/p99: 3\n"
+        "  honesty_gap: null\n  seq/bias_gap: false\n  logp_abs_diff/p99: 3\n"
     )
     rules = {rule.stat: rule for rule in ParityConfig.from_yaml(path).resolved_rules()}
     assert rules["kl_k3"] == Rule(
@@ -29,6 +29,7 @@ def test_rules_are_laid_over_the_defaults(tmp_path):
     assert rules["logp_abs_diff/p99"].limit == 3
     assert rules["logp_abs_diff/p99"].k is None  # a bare number is an absolute limit
     assert "honesty_gap" not in rules
+    assert "seq/bias_gap" not in rules
     assert "nonfinite_rate" in rules
 
 
