@@ -7,10 +7,12 @@ Importing this package imports neither vllm nor wandb nor matplotlib, and torch 
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .lines import LastResort
 
 if TYPE_CHECKING:
     from .config.parity import ParityConfig
@@ -55,6 +57,9 @@ _HOME = {
     "Status": "verdict",
     "Verdict": "verdict",
 }
+
+
+logging.getLogger(__name__).addHandler(LastResort())
 
 
 def __getattr__(name: str) -> Any:

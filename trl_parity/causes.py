@@ -80,6 +80,13 @@ CAUSES: dict[str, Cause] = {
         "A sequence begins under one policy and ends under another.",
         "drain the engine before a sync, or keep the weight version of each token and correct for it.",
     ),
+    "engine_state": Cause(
+        "The engine's weights are the trainer's, but what it derived from them or keeps beside them is not.",
+        "Every batch comes from a policy that no weights describe, and the next sync does not mend it.",
+        "find what wrote to the parts listed here: a sync into weights that were packed at load, a table or scale "
+        "that sleep, wake or a patch changed. Build the engine anew (a restart), and deliver weights by a way that "
+        "finishes the load (vLLM's process_weights_after_loading), or turn packing off.",
+    ),
     "head_precision": Cause(
         "One side rounds its logits (lm_head in half precision), the other does not.",
         "Errors grow with the size of the logits; likely tokens are hit most.",
@@ -110,6 +117,13 @@ CAUSES: dict[str, Cause] = {
         "The gap is there from the first step and does not go away with a sync.",
         "one config on both sides: compare the engine's hf_config (hf_overrides, max_model_len) with the trainer's "
         "model.config, field by field.",
+    ),
+    "duplicate_rollouts": Cause(
+        "Completions of one prompt are one draw, handed out several times.",
+        "Their rewards are equal, so advantages and gradients are 0 in a group, while every statistic of drift is "
+        "fine; where seeds repeat over batches, the same few draws are learned from again and again.",
+        "take seed out of generation_kwargs (TRL sends each completion as a request of its own, and all get that one "
+        "seed), or give each request another.",
     ),
     "unknown": Cause(
         "Nothing that was tried explains at least half of the drift.",

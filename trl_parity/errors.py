@@ -4,7 +4,7 @@
     ├── ConfigError (also ValueError)     a setting is wrong: unknown key, value out of range
     ├── DataError (also ValueError)       a rollout batch contradicts itself: lengths, shapes, types
     ├── InterceptionError (RuntimeError)  the rollouts of this run cannot be seen or measured
-    └── ParityHalt                        the breaker stopped the run (``action="raise"``)
+    └── ParityHalt                        the breaker halted the run (``action="raise"``, ``raise_if_halted()``)
 
 Every message says what was seen, what was expected, and what to do.
 """
@@ -36,7 +36,11 @@ class InterceptionError(ParityError, RuntimeError):
 
 
 class ParityHalt(ParityError):
-    """Raised by ``action="raise"`` at a HALT verdict, on every rank, before the batch reaches the weights."""
+    """The run is halted. ``verdict``: its last HALT. The last line of its text is the reason.
+
+    Raised on every rank: with ``action="raise"`` before the batch reaches the weights, and by
+    ``ParityCallback.raise_if_halted``. Uncaught, the process ends with exit code 1.
+    """
 
     def __init__(self, verdict: Verdict, message: str):
         super().__init__(message)

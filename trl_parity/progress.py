@@ -3,20 +3,45 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from .lines import say
 
 __all__ = ["progress_bar"]
 
 
+_PATIENCE = 30.0  # seconds between two lines about the same
+
+
+class _Lines:
+    """Progress as lines."""
+
+    def __init__(self, what: str):
+        self._what, self._told = "", -_PATIENCE
+        self(0, 0, what)
+
+    def __call__(self, done: int, total: int, what: str = "", more: str = "") -> None:
+        what, now = what or self._what, time.monotonic()
+        if what == self._what and now - self._told < _PATIENCE:
+            return
+        self._what, self._told = what, now
+        say(" ".join([what, *([f"{done}/{total}"] if total else []), *([more] if more else [])]))
+
+
 @contextmanager
 def progress_bar(
-    what: str, *, shown: bool = True, counted: bool = True, kept: bool = False
+    what: str, *, shown: bool = True, counted: bool = True, kept: bool = False, logged: bool = False
 ) -> Iterator[Callable[..., None]]:
     """Yields ``update(done, total, what, more)``, the last two optional; it draws nothing where stderr is no terminal.
 
-    ``counted``: as ``3/10``, else in per cent. ``kept``: the bar stays when it is over.
+    ``counted``: as ``3/10``, else in per cent. ``kept``: the bar stays when it is over. ``logged``: where stderr is no
+    terminal, a line when ``what`` changes, and every 30 s.
     """
+    if shown and logged and not sys.stderr.isatty():
+        yield _Lines(what)
+        return
     if not shown or not sys.stderr.isatty():
         yield lambda *_, **__: None
         return

@@ -210,6 +210,37 @@ def update_in_flight(trainer: Any, _: Any) -> Iterator[None]:
         yield
 
 
+# ---- what the engine keeps beside its weights ---------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def other_table(trainer: Any, position: int) -> Iterator[None]:
+    """From a position on, the engine's rotary table is that of the position before.
+
+    In life: a table built for fewer positions and filled up, or one that sleep and wake did not bring back whole.
+    """
+    tables = {m.cos_sin_cache.data_ptr(): m.cos_sin_cache for m in engine_model(trainer).modules()
+              if hasattr(m, "cos_sin_cache")}  # fmt: skip
+    before = {key: table.clone() for key, table in tables.items()}
+    for table in tables.values():
+        table[position:] = table[position - 1 : -1].clone()
+    try:
+        yield
+    finally:
+        for key, table in tables.items():
+            table.copy_(before[key])
+
+
+@contextlib.contextmanager
+def other_scale(trainer: Any, factor: float) -> Iterator[None]:
+    """In life: a query scale that is in the weights already, or a multiplier one implementation leaves out."""
+    with contextlib.ExitStack() as stack:
+        for module in engine_model(trainer).modules():
+            if hasattr(getattr(module, "impl", None), "scale"):
+                stack.enter_context(swapped(module.impl, "scale", module.impl.scale * factor))
+        yield
+
+
 # ---- how the trainer scores ---------------------------------------------------------------------------------------
 
 

@@ -6,12 +6,12 @@ On a CPU, with a tiny model that this recipe trains first (a minute or two in al
 
 On GPUs, the same file:
 
-    accelerate launch recipes/grpo/train.py --config configs/grpo_gpu.yaml
+    accelerate launch --main_process_port 0 recipes/grpo/train.py --config configs/grpo_gpu.yaml
 
 Every field of the YAML file is also an option, e.g. ``--max_steps 5 --action log``.
 
-Exit codes: 0 the run went through; 3 trl-parity halted it (``accelerate launch`` reports that as a
-CalledProcessError with "exit status 3" and exits with 1 itself); anything else is an error.
+Exit codes: 0 the run went through; 3 trl-parity halted it, and the last line of stderr says why (``accelerate launch``
+exits with 1 then; with ``--quiet`` it adds no traceback of its own to that line); anything else is an error.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import contextlib
 import json
 import netrc
 import os
+import socket
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,10 +72,18 @@ def set_environment(argv: list[str]) -> None:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; the default takes half of the memory
+    if "WORLD_SIZE" not in os.environ:  # else the launcher's; two runs that start at once would find the same one free
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("WANDB_PROJECT", "trl-parity")
     if not wandb_login():
         os.environ.setdefault("WANDB_MODE", "offline")
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def wandb_login() -> bool:
@@ -151,23 +160,29 @@ def main(argv: list[str]) -> int:
     halted = train_watched(trainer, parity, resume_from_checkpoint=args.resume_from_checkpoint)
     if trainer.accelerator.is_main_process:
         path = metrics_path(args, parity_args)
-        summarize(read_windows(path), path, trainer.state.log_history, args, halted)
-    return HALTED if halted else 0
+        summarize(read_windows(path), path, trainer.state.log_history, args, halted is not None)
+    return exit_code(halted)
 
 
-def train_watched(trainer: Any, parity: Any, **train_args: Any) -> bool:
-    """Train and save the model; True, and nothing saved, where trl-parity halted the run."""
+def train_watched(trainer: Any, parity: Any, **train_args: Any) -> Exception | None:
+    """Train and save the model; where trl-parity halted the run, nothing is saved, and what it says is returned."""
     from trl_parity import ParityHalt
 
     try:
         trainer.train(**train_args)
-    except ParityHalt:  # action: raise
-        halted = True
-    else:  # the verdict, not the file: it is the same on every rank, and saving needs all of them
-        halted = parity.config.action == "stop" and parity.status == "HALT"
-    if not halted:
-        trainer.save_model(trainer.args.output_dir)
-    return halted
+        parity.raise_if_halted()  # on every rank, as saving needs all of them
+    except ParityHalt as halt:
+        return halt
+    trainer.save_model(trainer.args.output_dir)
+    return None
+
+
+def exit_code(halted: Exception | None) -> int:
+    """0; of a halted run 3, and the reason is the last line of stderr."""
+    if halted is None:
+        return 0
+    print(str(halted).splitlines()[-1], file=sys.stderr, flush=True)
+    return HALTED
 
 
 def short_progress(trainer: Any) -> None:
@@ -180,11 +195,19 @@ def short_progress(trainer: Any) -> None:
                 shown = (("accuracy", "rewards/exact/mean", ".2f"), ("reward", "reward", ".2f"))
                 shown += (("entropy", "entropy", ".2f"), ("k3 KL", "parity/kl_k3", ".1e"))
                 shown += (("max |log-ratio|", "parity/logp_abs_diff/max", ".1e"),)
-                parts = [f"{name} {logs[key]:{form}}" for name, key, form in shown if key in logs]
+                parts = [status_name(logs.get("parity/breaker/status"))]
+                parts += [f"{name} {logs[key]:{form}}" for name, key, form in shown if key in logs]
                 self.training_bar.write("  ".join([f"step {state.global_step:>4}", *parts]))
 
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(StepLines)
+
+
+def status_name(code: float | None) -> str:
+    """The verdict behind the number that trackers plot; '-' where none was logged."""
+    from trl_parity import Status
+
+    return next((str(status) for status in Status if status.code == code), "-")
 
 
 def metrics_path(args: Any, parity_args: Any) -> Path:
@@ -242,17 +265,31 @@ def summarize(
     table.add_row("entropy, nats/token", trend(history, "entropy"))
     console = Console(soft_wrap=True)
     console.print(table)
-    console.print(f"Every window:      {path}", highlight=False)
+    page = Path(args.output_dir) / "report.html"
+    lines = {
+        "Every window": path,
+        "What it came to": f"{command('trl-parity')} report {args.output_dir}",
+        "As a page": f"{command('trl-parity')} report {args.output_dir} --html {page}",
+    }
     if wandb_dir is not None:
-        console.print(f"In this terminal:  wandb leet {wandb_dir}", highlight=False)
-        console.print(f"As JSON:           wandb leet inspect --json {wandb_dir}", highlight=False)
+        wandb = command("wandb")
+        lines |= {"Curves, here": f"{wandb} leet {wandb_dir}", "As JSON": f"{wandb} leet inspect --json {wandb_dir}"}
         if wandb_dir.name.startswith("offline-"):
-            console.print(f"In the browser:    wandb sync {wandb_dir}", highlight=False)
+            lines["In the browser"] = f"{wandb} sync {wandb_dir}"
+    for name, line in lines.items():
+        console.print(f"{name + ':':<18} {line}", highlight=False)
     if halted:
         console.print(
             "[bold red]trl-parity halted this run[/]: the engine that sampled and the trainer that learns were not "
             f"the same policy. The condemned batch was not learned from. Exit code {HALTED}."
         )
+
+
+def command(name: str) -> str:
+    """A program of this environment as it can be typed: by its name where the environment is activated."""
+    folder = Path(sys.executable).parent
+    active = os.environ.get("VIRTUAL_ENV") == str(folder.parent) or not (folder / name).exists()
+    return name if active else os.path.relpath(folder / name)
 
 
 def count_statuses(windows: list[dict[str, Any]]) -> str:

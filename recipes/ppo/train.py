@@ -6,8 +6,8 @@ On a CPU, with the tiny model of the GRPO recipe (``make setup-ppo`` makes the e
 
 Every field of the YAML file is also an option, e.g. ``--total_episodes 128 --action log``.
 
-Exit codes: 0 the run went through; 3 trl-parity halted it (``accelerate launch`` reports that as a
-CalledProcessError with "exit status 3" and exits with 1 itself); anything else is an error.
+Exit codes: 0 the run went through; 3 trl-parity halted it, and the last line of stderr says why (``accelerate launch``
+exits with 1 then; with ``--quiet`` it adds no traceback of its own to that line); anything else is an error.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from grpo.train import (
     HALTED,
     TINY,
     count_statuses,
+    exit_code,
     metrics_path,
     read_windows,
     set_environment,
@@ -132,7 +133,7 @@ def main(argv: list[str]) -> int:
         print(f"every window       {path}")
         if halted:
             print(f"trl-parity halted this run; the condemned batch was not learned from. Exit code {HALTED}.")
-    return HALTED if halted else 0
+    return exit_code(halted)
 
 
 if __name__ == "__main__":

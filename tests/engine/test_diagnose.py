@@ -172,6 +172,21 @@ def other_attention_scale(trainer):
             m.impl.scale = scale
 
 
+@contextlib.contextmanager
+def rotary_table_wrong_from_a_position_on(trainer):
+    """The engine's rotary table is another one from position 40 on."""
+    [table] = {
+        m.cos_sin_cache.data_ptr(): m.cos_sin_cache for m in engine_model(trainer).modules()
+        if hasattr(m, "cos_sin_cache")
+    }.values()  # fmt: skip
+    before = table.clone()
+    table[40:] = table[20 : len(table) - 20].clone()
+    try:
+        yield
+    finally:
+        table.copy_(before)
+
+
 def nothing(trainer):
     return contextlib.nullcontext()
 
@@ -182,7 +197,7 @@ FAULTS = {
     "hidden temperature": ("temperature", requests_get(temperature=1.0), {}),
     "second soft cap": ("temperature", flat_softcap, {}),
     "no soft cap": ("temperature", no_softcap, {"temperature": 1.8}),
-    "layers exchanged": ("model_definition", layers_exchanged, {}),
+    "layers exchanged": ("engine_state", layers_exchanged, {}),
     "hidden top_p": ("truncated_sampling", requests_get(top_p=0.7), {}),
     "hidden frequency penalty": ("penalties", requests_get(frequency_penalty=0.6), {}),
     "hidden allow-list": ("constrained_decoding", requests_get(allowed_token_ids=list(range(1, 34))), {}),
@@ -191,7 +206,8 @@ FAULTS = {
     "lost sync": ("stale_weights", lost_sync, {"learning_rate": 5e-3}),
     "engine tensor scaled": ("partial_sync", engine_tensor_scaled("qkv_proj", 2.5), {}),
     "8-bit matrices": ("kv_cache_precision", eight_bit_matrices, {}),
-    "attention scale": ("model_definition", other_attention_scale, {}),
+    "attention scale": ("engine_state", other_attention_scale, {}),
+    "rotary table": ("engine_state", rotary_table_wrong_from_a_position_on, {}),
 }  # fmt: skip
 
 
@@ -345,14 +361,21 @@ def test_a_diagnosis_that_fails_leaves_the_verdict(make_trainer, tmp_path, monke
     assert read_incident(callback.incident).diagnosis is None
 
 
-def test_over_the_budget_dear_probes_are_left_out_and_listed(make_trainer, tmp_path):
+def test_over_the_budget_dear_probes_are_left_out_and_listed_and_asked_at_the_halt(make_trainer, tmp_path):
     callback = ParityCallback(diagnose_budget=0.0)
+    first = []
+    callback.on_step_end = lambda *args, **kwargs: (
+        first.append(callback.diagnosis), ParityCallback.on_step_end(callback, *args, **kwargs)
+    )[1]  # fmt: skip
     trainer = make_trainer(tmp_path, callback)
     with requests_get(temperature=1.0)(trainer):
         trainer.train()
-    assert callback.diagnosis.cause == "temperature"  # found on one recompute
-    left_out = [e for e in callback.diagnosis.evidence if e.error.startswith("not run")]
+    early = next(found for found in first if found is not None)
+    assert early.cause == "unknown"  # one recompute speaks for a temperature; a scaled head would look the same
+    left_out = [e for e in early.evidence if e.error.startswith("not run")]
     assert {"engine's weights", "engine's config", "prefix cache"} <= {e.name for e in left_out}
+    assert callback.diagnosis.cause == "temperature"
+    assert not [e for e in callback.diagnosis.evidence if e.error.startswith("not run")]
 
 
 def test_once_an_episode_or_when_asked(make_trainer, tmp_path, monkeypatch):
@@ -373,6 +396,15 @@ def test_once_an_episode_or_when_asked(make_trainer, tmp_path, monkeypatch):
         trainer.train()
     assert len(calls) == 2
     assert never.diagnosis.cause == "truncated_sampling"
+
+
+def test_one_seed_for_all_requests_is_no_mismatch_and_is_named(make_trainer, tmp_path):
+    callback = ParityCallback(action="log")
+    callback.diagnose()
+    make_trainer(tmp_path, callback, max_steps=2, generation_kwargs={"seed": 0}).train()
+    assert callback.diagnosis.cause == "duplicate_rollouts"
+    assert "pairs of completions of one prompt are equal" in callback.diagnosis.summary
+    assert "take seed out of generation_kwargs" in callback.diagnosis.fix
 
 
 def test_a_clean_batch_has_nothing_to_explain(make_trainer, tmp_path):

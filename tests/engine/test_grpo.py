@@ -409,6 +409,12 @@ def test_a_lost_weight_sync_halts_with_a_checkpoint_and_a_reason(make_trainer, t
     assert "action='log'" in told
     assert jsonl(tmp_path)[-1]["status"] == "HALT"
     assert trainer.state.log_history[-2]["parity/breaker/status"] == 3
+    lines = [line.split("\r")[-1] for line in told.splitlines()]
+    assert len([line for line in lines if line.startswith("trl-parity") and "watches GRPOTrainer" in line]) == 1
+    [ended] = [line for line in lines if line.startswith(f"trl-parity: HALT, halted at step {halted}: ")]
+    assert f"cause: {callback.diagnosis.cause}" in ended
+    with pytest.raises(ParityHalt, match=f"halted at step {halted}"):
+        callback.raise_if_halted()
 
 
 def test_truncated_sampling_halts_when_not_replayed(make_trainer, tmp_path):
@@ -511,11 +517,13 @@ def test_windows_of_several_steps_and_rarer_logs_aggregate_without_means_of_mean
     lines = jsonl(tmp_path)
     assert [line["step"] for line in lines] == [2, 4, 6, 7]  # the last window is cut short by the end
     assert [line["num_batches"] for line in lines] == [2, 2, 2, 1]
-    [row] = [row for row in trainer.state.log_history if "parity/kl_k3" in row]
+    row, last = [row for row in trainer.state.log_history if "parity/kl_k3" in row]
     tokens = [line["num_tokens"] for line in lines[:2]]
     pooled = sum(n * line["kl_k3"] for n, line in zip(tokens, lines, strict=False)) / sum(tokens)
     assert row["parity/kl_k3"] == pytest.approx(pooled, rel=1e-9)
     assert row["parity/logp_abs_diff/max"] == max(line["logp_abs_diff/max"] for line in lines[:2])
+    assert last["parity/logp_abs_diff/max"] == max(line["logp_abs_diff/max"] for line in lines[2:])
+    assert [(r["step"], r["parity/breaker/windows"]) for r in (row, last)] == [(4, 2), (7, 2)]
 
 
 def test_reused_batches_drift_by_policy_not_by_mismatch(make_trainer, tmp_path):

@@ -100,3 +100,26 @@ def save_tiny_gemma(directory: Path) -> Path:
                 parameter.data.mul_(15.0 if "embed" in name else 3.0)
     model.save_pretrained(directory)
     return directory
+
+
+def save_tiny_moe(directory: Path) -> Path:
+    """A random Qwen3-MoE: 8 experts of which 2 are taken, whose width the CPU's kernel need not pad."""
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    tokenizer = save_tokenizer(directory)
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=32, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64, max_position_embeddings=512,
+        tie_word_embeddings=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Qwen3MoeForCausalLM(config)
+        for name, parameter in model.named_parameters():  # so that which experts are taken matters
+            if "mlp" in name:
+                parameter.data.mul_(5.0)
+        torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.25)
+    model.save_pretrained(directory)
+    return directory

@@ -74,6 +74,7 @@ class Loop:
         self.trainer = SimpleNamespace(
             args=self.args, state=self.state, accelerator=self.accelerator, num_iterations=1, _step=0,
             vllm_generation=generation, is_deepspeed_enabled=False, model=none, processing_class=none, temperature=1.0,
+            callback_handler=SimpleNamespace(callbacks=[callback]),
         )  # fmt: skip
         self.parameter = torch.nn.Parameter(torch.zeros(1))
         self.optimizer = SimpleNamespace(param_groups=[{"params": [self.parameter]}])

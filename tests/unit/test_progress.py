@@ -7,6 +7,8 @@ import sys
 
 from support import ROOT
 
+from trl_parity.progress import progress_bar
+
 SCRIPT = """
 from trl_parity.progress import progress_bar
 with progress_bar("shards", kept=True, shown=%r) as update:
@@ -39,3 +41,15 @@ def test_a_bar_is_drawn_on_a_terminal_alone():
     assert b"trials" in drawn(True, terminal=True)
     assert drawn(False, terminal=True) == b""
     assert drawn(True, terminal=False) == b""
+
+
+def test_where_there_is_no_terminal_a_log_gets_a_line_when_something_else_begins(capfd):
+    with progress_bar("starting", logged=True) as update:
+        for done in range(1, 4):
+            update(done, 100, "trials")
+        update(0, 0, "weights")
+    assert capfd.readouterr().err.splitlines() == [
+        "trl-parity: starting",
+        "trl-parity: trials 1/100",
+        "trl-parity: weights",
+    ]

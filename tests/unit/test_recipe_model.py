@@ -1,10 +1,16 @@
 """The recipe's own parts: the task and its rewards, the tiny model, the summary's inputs."""
 
+import contextlib
 import importlib.util
 import itertools
+import os
 import random
+import shutil
+import socket
 import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -207,3 +213,42 @@ def test_configs_name_only_known_arguments(name, tmp_path, monkeypatch):
     assert (model_args.model_name_or_path == train.TINY) == (name == "grpo_tiny_cpu.yaml")
     assert recipe.train_size * args.num_generations >= args.per_device_train_batch_size
     assert parity_args.action == "stop"
+
+
+def test_the_demo_ends_with_commands_that_can_be_typed_ours_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("VIRTUAL_ENV", raising=False)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(train, "finish_wandb", lambda: Path("runs/wandb/offline-run-1"))
+    windows = [{"status": "OK", "step": 1, "breaches": [], "kl_k3": 1e-5, "logp_abs_diff/max": 0.1}]
+    args = SimpleNamespace(output_dir="runs/mine", report_to=["wandb"])
+    train.summarize(windows, tmp_path / "metrics.jsonl", [], args, halted=False)
+    told = [line.split(":", 1)[1].split() for line in capsys.readouterr().out.splitlines() if line[:1].isalpha()]
+    commands = [words for words in told if len(words) > 1 and "/bin/" in words[0]]
+    assert [Path(words[0]).name for words in commands] == ["trl-parity", "trl-parity", "wandb", "wandb", "wandb"]
+    assert all(shutil.which(words[0]) for words in commands)
+    monkeypatch.setenv("VIRTUAL_ENV", str(Path(sys.executable).parent.parent))
+    assert train.command("trl-parity") == "trl-parity"
+
+
+def test_each_step_of_the_demo_shows_its_status():
+    assert [train.status_name(code) for code in (0, 3.0, -2, None)] == ["OK", "HALT", "ERROR", "-"]
+
+
+def test_two_demos_that_start_at_once_have_ports_of_their_own(monkeypatch):
+    for name in ("MASTER_PORT", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HF_HUB_OFFLINE", "VLLM_CPU_KVCACHE_SPACE", "VLLM_LOGGING_LEVEL", "WANDB_PROJECT", "WANDB_MODE"):
+        monkeypatch.setenv(name, os.environ.get(name, "offline"))
+    taken = []
+    with socket.socket() as first:
+        with contextlib.suppress(OSError):  # somebody has it already
+            first.bind(("127.0.0.1", 29500))
+        for _ in range(2):
+            os.environ.pop("MASTER_PORT", None)
+            train.set_environment([])
+            taken.append(socket.create_server(("127.0.0.1", int(os.environ["MASTER_PORT"]))))
+    for server in taken:
+        server.close()
+    monkeypatch.setenv("MASTER_PORT", "1234")  # the launcher's, or the user's
+    train.set_environment([])
+    assert os.environ["MASTER_PORT"] == "1234"

@@ -22,7 +22,7 @@ EXAMPLES = """examples:
   trl-parity baseline --model Qwen/Qwen3-0.6B --output baselines/qwen3
   trl-parity baseline --model runs/mine --output baselines/mine --prompts prompts.jsonl --dtype bfloat16
   trl-parity baseline --model M --output DIR --num-prompts 10000 --seeds 0 1 --batch-size 64
-  accelerate launch --multi_gpu -m trl_parity baseline --model M --output DIR          # one process a GPU
+  accelerate launch --main_process_port 0 --multi_gpu -m trl_parity baseline --model M --output DIR  # a process a GPU
   torchrun --nproc_per_node 4 -m trl_parity baseline --model M --output DIR --device cpu
 
 exit codes: 0 made, or already there; 2 it can't be made, as where the directory holds another one"""

@@ -32,7 +32,7 @@ With --output a check that was killed goes on where it was: the same command aga
 
 exit codes: 0 fit: no row fails, and whatever misses a limit misses it for noise of the dtype alone;
             1 unfit: at least one row fails;
-            2 could not tell: a row was not run or needs more trials, or the input can't be used"""
+            2 could not tell: a row that is needed was not run or needs more trials, or the input can't be used"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +77,7 @@ def _check(options: argparse.Namespace) -> int:
     directory = Path(options.output) if options.output else None
     limits = fields.from_arguments(Limits, options)
     check = fields.from_arguments(CheckSettings, options, engine_args=args, limits=limits)
-    with progress_bar("starting") as update, redirect_stdout(sys.stderr):  # stdout is the report's alone
+    with progress_bar("starting", logged=True) as update, redirect_stdout(sys.stderr):  # stdout is the report's alone
         result = run_check(check, directory, lambda what, done, of: update(done, of, what))
     if result.resumed:
         print(f"went on with {result.resumed} findings of an earlier run in {directory}", file=sys.stderr)

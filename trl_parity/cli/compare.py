@@ -25,8 +25,8 @@ EXAMPLES = """examples:
   trl-parity compare runs/v0 runs/v1 runs/v1-fp32-head --html compare.html
   trl-parity compare runs/before runs/after --alpha 0.01 --picture compare.png
 
-exit codes: 0 none is shown to differ, 1 at least one differs, 2 it can't be told (too few windows), or the input
-can't be used"""
+exit codes: 0 none is shown to differ, 1 at least one differs or was halted, 2 it can't be told (too few windows), or
+the input can't be used"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
     from ..errors import ConfigError
-    from ..results.compare import COLUMNS, compare, halts_apart
+    from ..results.compare import COLUMNS, compare
     from ..results.reader import Columns, iter_windows
 
     if len(options.runs) < 2:
@@ -50,17 +50,36 @@ def run(options: argparse.Namespace) -> int:
     if not 0 < options.alpha < 1:
         raise ConfigError(f"--alpha is {options.alpha:g}. Expected a number between 0 and 1.")
     runs = [Columns.of(iter_windows(path), COLUMNS) for path in options.runs]
+    for path, columns in zip(options.runs, runs, strict=True):
+        columns.course.action = action_of(path)
     found = compare(runs, options.alpha)
     names = names_of(options.runs)
     verdicts = {c.verdict(options.alpha) for c in found}
-    differs = "differs" in verdicts or any(halts_apart(runs[0], other) for other in runs[1:])
-    code = 1 if differs else 2 if verdicts <= {"too few windows"} else 0
+    code = (
+        1
+        if "differs" in verdicts or any(run.course.halted for run in runs)
+        else 2
+        if verdicts <= {"too few windows"}
+        else 0
+    )
     _write(options, names, runs, found, code)
     if options.json:
         _print_json(options, names, runs, found, code)
     elif options.markdown != "-":
         _print_table(options, names, runs, found, code)
     return code
+
+
+def action_of(path: str) -> str:
+    """What a halt did in a run; as by default where its settings can't be read."""
+    from ..config.parity import ParityConfig
+    from ..errors import ParityError
+    from ..results.reader import recorded_config
+
+    try:
+        return (recorded_config(path) or ParityConfig()).action
+    except ParityError:
+        return ParityConfig().action
 
 
 def names_of(paths: Sequence[str]) -> list[str]:
@@ -75,24 +94,31 @@ def names_of(paths: Sequence[str]) -> list[str]:
 
 def sentence(code: int, found: Sequence[Any], names: Sequence[str], runs: Sequence[Any], alpha: float) -> str:
     """The answer in words."""
-    from ..results.compare import FEW, halts_apart
+    from ..report.outcome import halts_in_words
+    from ..results.compare import FEW, halts_apart, standing_halt
 
     if code == 2:
         return "It can't be told: the runs have too few windows in common, or measured nothing alike."
-    parts = []
+    apart = [i for i in range(1, len(runs)) if halts_apart(runs[0], runs[i])]
+    told = {i if standing_halt(runs[0]) is None else 0 for i in apart}  # in a sentence about two
+    parts = [
+        f"{name} {'was ' if run.course.standing else ''}{halts_in_words(run.course)}."
+        for i, (name, run) in enumerate(zip(names, runs, strict=True))
+        if run.course.halts and not (i in told and run.course.halted)
+    ]
     for i, name in enumerate(names[1:], start=1):
         mine = [c for c in found if c.run == i]
         differing = [c.stat for c in mine if c.verdict(alpha) == "differs"]
-        apart = halts_apart(runs[0], runs[i])
-        if apart:
-            halted, other = (name, names[0]) if runs[i].first_halt is not None else (names[0], name)
-            step = runs[i].first_halt if halted == name else runs[0].first_halt
+        if i in apart:
+            first = standing_halt(runs[0])
+            halted, other = (name, names[0]) if first is None else (names[0], name)
+            step = standing_halt(runs[i]) if first is None else first
             parts.append(f"{halted} halted at step {step}, over limits above its own noise floor; {other} did not.")
         if differing:
             parts.append(f"{name} differs from {names[0]} beyond the noise floor in {', '.join(differing)}.")
-        elif not apart and mine and all(c.verdict(alpha) == "same" for c in mine):
+        elif i not in apart and mine and all(c.verdict(alpha) == "same" for c in mine):
             parts.append(f"{name} is the same as {names[0]} within the noise floor.")
-        elif not apart:
+        elif i not in apart:
             parts.append(f"{name} is not shown to differ from {names[0]} beyond the noise floor.")
     if any(c.windows < FEW for c in found):
         parts.append(f"Fewer than {FEW} windows were compared: they are taken as independent of each other.")
@@ -131,12 +157,13 @@ def _print_table(options: Any, names: Any, runs: Any, found: Any, code: int) -> 
     from rich.text import Text
 
     from ..report.escape import visible
+    from ..report.outcome import halts_in_words
 
     console = Console(highlight=False)
     if not console.is_terminal:  # a file has no right edge
         console.width = max(console.width, 160)
     for i, (name, c) in enumerate(zip(names, runs, strict=True)):
-        halt = "" if c.first_halt is None else f", halted at step {c.first_halt}"
+        halt = f", {halts_in_words(c.course)}" if c.course.halts else ""
         counts = ", ".join(f"{n:,} {s}" for s, n in c.statuses.items())
         role = "reference" if i == 0 else "run"
         console.print(Text(visible(f"{role}: {name}, {c.count:,} windows to step {c.last['step']} ({counts}){halt}")))
@@ -241,7 +268,7 @@ def _write(options: Any, names: Any, runs: Any, found: Any, code: int) -> None:
     def markdown(*, picture: bool) -> str:
         answer = sentence(code, found, names, runs, options.alpha)
         rows = _rows(names, found, options.alpha)
-        method_said = (method or "").strip()
+        method_said = (method or "").strip().replace("``", "")
         return render_markdown(
             "compare.md.j2", answer=answer, picture=picture, note=note, heads=_HEAD, rows=rows, method=method_said
         )

@@ -29,6 +29,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of a table")
 
 
+def _refuse_typos(names: list[str], options: argparse.Namespace) -> None:
+    """Raise ConfigError for a name that is no setting: what it was meant to change would be judged as it is."""
+    from ..config.parity import ParityConfig
+    from ..config.rules import nearest
+    from ..trainers.setting_names import setting_names
+
+    known = [*setting_names(options.trainer), *ParityConfig.__dataclass_fields__]
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"--set: unknown setting {name!r}{nearest(name, known)}. Expected one that {options.config} has, or a "
+                f"field of TRL's {options.trainer.upper()}Config, its ModelConfig or ParityConfig."
+            )
+
+
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
     from dataclasses import asdict
@@ -36,7 +51,10 @@ def run(options: argparse.Namespace) -> int:
     from ..lint.facts import configured_facts
     from ..lint.rules import lint
 
-    values = read_mapping(options.config, "temperature: 0.7") | settings(options.set, "top_p=0.9")
+    values, given = read_mapping(options.config, "temperature: 0.7"), settings(options.set, "top_p=0.9")
+    if unknown := [name for name in given if name not in values]:
+        _refuse_typos(unknown, options)
+    values |= given
     try:
         found = list(lint(configured_facts(values, serve=options.serve, trainer=options.trainer)))
     except (TypeError, ValueError, SystemExit) as e:

@@ -20,9 +20,9 @@ SHORT = "run a short training, and say whether to scale up"
 
 EXAMPLES = """examples:
   trl-parity pilot --steps 20 --output runs/pilot --save-baseline rewards.json -- \\
-      accelerate launch recipes/grpo/train.py --config configs/grpo_gpu.yaml
+      accelerate launch --main_process_port 0 recipes/grpo/train.py --config configs/grpo_gpu.yaml
   trl-parity pilot --steps 20 --output runs/pilot2 --baseline rewards.json -- \\
-      accelerate launch recipes/grpo/train.py --config configs/grpo_gpu.yaml --learning_rate 1e-5
+      accelerate launch --main_process_port 0 recipes/grpo/train.py --config configs/grpo_gpu.yaml --learning_rate 1e-5
   trl-parity pilot --output runs/pilot -- python train.py --n {steps} --out {output}
   trl-parity pilot --output runs/mine --baseline rewards.json        # a run that is over
 

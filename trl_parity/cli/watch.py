@@ -13,7 +13,8 @@ EXAMPLES = """examples:
   trl-parity watch runs/mine --once
   trl-parity watch runs/mine >> parity.log &
 
-exit codes: 0 ended with --once or by Ctrl-C, whatever the run's status; 2 the input can't be used"""
+exit codes: 0 ended with --once or by Ctrl-C, whatever the run's status; 2 the input can't be used, or with --once
+is not there"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,10 +29,11 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from ..report.follow import follow
+    from ..results.paths import is_run
 
     try:
         for _ in follow(options.path, Console(), every=options.every, once=options.once):
             pass
     except KeyboardInterrupt:
         pass
-    return 0
+    return 2 if options.once and not is_run(options.path) else 0

@@ -163,8 +163,9 @@ class ParityConfig:
     diagnose_budget: Annotated[float, BATCHES] = field(
         default=2.0,
         metadata={
-            "help": "Time a diagnosis may take, in rollout batches (generating and scoring one). Probes on one "
-            "recompute are always run; dearer ones are left out, and listed as such, once it is spent."
+            "help": "Time the first diagnosis of an episode may take, in rollout batches (generating and scoring "
+            "one). Where it is spent before all is asked that could have another answer, nothing is named before the "
+            "halt, whose diagnosis asks all, as does one that is asked for."
         },
     )
     server_timeout: Annotated[float, SECONDS] = field(
@@ -226,6 +227,14 @@ class ParityConfig:
         metadata={
             "help": "Make the ready-made W&B workspace (trl-parity panels) in the run's project, when the run is "
             "online and the project has none of this version."
+        },
+    )
+    console: str = field(
+        default="short",
+        metadata={
+            "help": "How many of the parity/* scalars are on the line that transformers prints at each log: 'short' "
+            "those looked at first, 'all'. Trackers and files get all of them.",
+            "choices": ["short", "all"],
         },
     )
     worst_tokens: Annotated[int, at_least(0)] = field(default=20, metadata={"help": "Rows of the worst-token table."})

@@ -19,7 +19,7 @@ from ..scoring.sampling import turns
 from ..trainers.capture import Capture
 from .distribution import Distribution, Tokens, describe, huber, log_probs
 from .findings import EnginePrompts
-from .forward_passes import ForwardPass, ForwardPasses
+from .forward_passes import FEW, ForwardPass, ForwardPasses
 
 __all__ = ["Counterfactual", "DiagnosedBatch"]
 
@@ -54,6 +54,7 @@ class DiagnosedBatch:
     began_healthy: bool | None  # whether the run's first window was OK; None: not known
     redacted: bool  # name no token ids
     rows: torch.Tensor  # (sequences,) of the rollout batch
+    few: torch.Tensor  # within rows, of passes one by one: those that disagree most, of several prompts
     row: torch.Tensor  # within rows
     column: torch.Tensor  # within the completion
     turn: torch.Tensor  # which run of engine tokens, from 0
@@ -95,15 +96,19 @@ class DiagnosedBatch:
             reported=tokens(scored.rollout_logprobs),
             kept=torch.ones(len(row), dtype=torch.bool),
         )
+        delta = tokens(scored.trainer_logprobs) - start.reported
+        size = torch.where(torch.isfinite(delta), huber(delta), NONFINITE)
+        few = _few(rollout.prompt_ids[rows].cpu(), row, size)
         return cls(
             capture=capture,
             rollout=rollout,
             engine=engine,
-            passes=ForwardPasses(capture, rollout, engine, rows=rows, row=row, column=column),
+            passes=ForwardPasses(capture, rollout, engine, rows=rows, row=row, column=column, few=few),
             floor=floor,
             began_healthy=began_healthy,
             redacted=redacted,
             rows=rows,
+            few=few,
             row=row,
             column=column,
             turn=turn,
@@ -122,6 +127,21 @@ class DiagnosedBatch:
     def sequences(self) -> int:
         """Sequences looked at."""
         return len(self.rows)
+
+    @property
+    def of_few(self) -> torch.Tensor:
+        """(N,) bool: tokens of the few."""
+        return torch.isin(self.row, self.few)
+
+    @property
+    def prompt_lengths(self) -> torch.Tensor:
+        """(sequences,) without padding."""
+        return self.rollout.prompt_mask[self.rows].sum(1).cpu()
+
+    @property
+    def padding(self) -> torch.Tensor:
+        """(sequences,) of the prompt, in tokens."""
+        return self.rollout.prompt_ids.shape[1] - self.prompt_lengths
 
     @property
     def model(self) -> Any:
@@ -221,6 +241,19 @@ class DiagnosedBatch:
             output=(real & (position >= began.unsqueeze(-1))).to(device),
             sequence=row.to(device),
         )
+
+
+def _few(prompts: torch.Tensor, row: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    """Rows, in order: of each prompt the one whose tokens disagree most, largest first; then further ones."""
+    sums, counts = torch.zeros(2, len(prompts), dtype=torch.float64)
+    sums.scatter_add_(0, row, size.double())
+    counts.scatter_add_(0, row, torch.ones_like(size, dtype=torch.float64))
+    largest = (sums / counts.clamp(min=1)).argsort(descending=True, stable=True).tolist()
+    _, prompt = prompts.unique(dim=0, return_inverse=True)
+    seen: set[int] = set()
+    first = [i for i in largest if int(prompt[i]) not in seen and not seen.add(int(prompt[i]))]  # type: ignore[func-returns-value]
+    rest = [i for i in largest if i not in set(first)]
+    return torch.tensor(sorted([*first, *rest][:FEW]), dtype=torch.long)
 
 
 def _spread(total: int, count: int, device: torch.device) -> torch.Tensor:

@@ -17,12 +17,26 @@ from ..causes import CAUSES
 from ..collectives import gather_rows
 from ..records import Diagnosis, Evidence, NamedCause
 from .counterfactual import Counterfactual, DiagnosedBatch
+from .duplicates import collisions, duplicates_in_words
 from .findings import NOTHING
 from .probes import PROBES
-from .probes.base import COSTS, FREE, Candidate, NotPossible, Probe, recomputed
-from .probes.rescore import prefill_of, sampling_alone
+from .probes.asking import prefill_of
+from .probes.base import COSTS, FREE, Candidate, NothingThere, NotPossible, Probe, recomputed
+from .probes.rescore import sampling_alone
 from .profiles import drift_profiles
-from .selection import EXACT, FIRST, NAMED, RESAMPLES, Result, best_of, confidence_in, mean, rivals_of, shares_of
+from .selection import (
+    EXACT,
+    FIRST,
+    NAMED,
+    RESAMPLES,
+    Result,
+    best_of,
+    confidence_in,
+    mean,
+    not_excluded,
+    rivals_of,
+    shares_of,
+)
 
 __all__ = ["diagnose"]
 
@@ -33,6 +47,11 @@ _ROUNDS = 3  # causes looked for, one after the other
 _LATER = 0.5  # share of what remains that a further cause must explain
 
 _ENOUGH = 0.9  # explained for sure: dearer probes are left out
+
+_OF_THE_MODEL = frozenset({
+    "stale_weights", "partial_sync", "model_definition", "engine_state", "dtype_gap", "kv_cache_precision",
+    "trainer_numerics",
+})  # fmt: skip
 
 _LEFT = 0.2  # of the excess: less is not looked into
 
@@ -47,8 +66,9 @@ def diagnose(
 ) -> Diagnosis:
     """Name the cause of the drift in a batch. A collective: all ranks call it with theirs.
 
-    ``budget``: seconds; probes beyond those on one recompute are left out once they are spent (None: no bound).
-    ``probes``: None: all there are. A probe that fails is an entry in the evidence.
+    ``budget``: seconds; once they are spent, probes beyond those on one recompute are left out, and then nothing is
+    named: what time was there does not decide what is true (None: no bound). ``probes``: None: all there are. A probe
+    that fails or is not possible here is an entry in the evidence, and a reason for doubt (``confidence_in``).
     """
     runner = _ProbeRunner(batch, PROBES if probes is None else probes, budget, ranks)
     current = batch.start
@@ -59,23 +79,29 @@ def diagnose(
         "residual": drift, "floor": batch.floor, "tokens": int(sums[:, 1].sum()), "sequences": len(sums),
     }  # fmt: skip
     if drift <= batch.floor or not len(sums):
+        words = runner.duplicates()
         details["seconds"] = runner.seconds
-        return _nothing(step, details)
+        return _one_draw(step, words, details) if words else _nothing(step, details)
     explained = _Explained()
     evidence: list[Evidence] = []
     for turn in range(_ROUNDS):
         results = runner.run(current, turn)
         evidence += [result.evidence for result in results]
+        if late := [result.probe.name for result in results if result.unasked == "time"]:
+            details |= {"left_out": late, "seconds": runner.seconds}
+            return _unfinished(step, explained, late, evidence, details)
         best = best_of(results)
         if best is None or best.share < (FIRST if turn == 0 else _LATER):
             break
-        explained.add(best, results)
+        explained.add(best, results, runner.excluded(best))
         if best.candidate is not None:
             current = best.candidate.counterfactual
         if explained.remaining < _LEFT or best.probe.cost == "last":
             break
     if explained.as_well:
         details["as_well"] = list(explained.as_well)
+    if explained.unasked:
+        details["unasked"] = list(explained.unasked)
     details |= {**drift_profiles(batch, batch.start), **runner.findings.details(), "seconds": runner.seconds}
     return explained.diagnosis(step, evidence, details)
 
@@ -87,6 +113,7 @@ class _ProbeRunner:
         self._batch, self._probes, self._budget, self._ranks = batch, probes, budget, ranks
         self._start, self._spent = time.perf_counter(), 0.0  # the latter as of the slowest rank when they last met
         self.findings = NOTHING  # of this rank
+        self._models_agree = False  # by prefill, before anything is sampled; as most ranks saw it
 
     @property
     def seconds(self) -> float:
@@ -97,6 +124,12 @@ class _ProbeRunner:
         """(sequences, 2) of all ranks."""
         rows = self._gather({"sums": sums.tolist()})
         return torch.tensor([s for row in rows for s in row["sums"]], dtype=torch.float64).reshape(-1, 2)
+
+    def duplicates(self) -> str:
+        """Of all ranks' batches: whether completions of a prompt are one draw; "" where they are not."""
+        found = self._gather({"counts": collisions(self._batch.rollout)})
+        pairs, equal, chance = (sum(row["counts"][i] for row in found) for i in range(3))
+        return duplicates_in_words(pairs, equal, chance)
 
     def run(self, current: Counterfactual, turn: int) -> list[Result]:
         """Probes cheapest first, until one explains enough for sure. ``turn``: causes that are explained already."""
@@ -109,7 +142,7 @@ class _ProbeRunner:
             if best is not None and best.probe.fitted and cost == "fit":
                 results = self._checked(current, best, results)
                 best = best_of(results)
-            if best is not None and float(best.shares.quantile(0.05)) >= _ENOUGH:
+            if best is not None and best.sure >= _ENOUGH:
                 break
             if cost == "repeat" and current.forward is None:
                 if best is not None and best.share >= FIRST:  # the trainer's own, before anything is asked of it
@@ -122,7 +155,7 @@ class _ProbeRunner:
         if self._budget is not None and self._spent > self._budget and probe.cost not in FREE:
             text = f"not run: {self._spent:.1f} s spent of a budget of {self._budget:.1f} s"
             self.findings = self.findings.lacking(probe.gives, text)
-            return _without_result(probe, turn, "", text, 0.0)
+            return _without_result(probe, turn, "", text, 0.0, "time")
         start = time.perf_counter()
         candidate, row = self._look(probe, current)
         rows = self._gather(row | {"spent": self.seconds})
@@ -131,13 +164,15 @@ class _ProbeRunner:
         good = [r for r in rows if r["after"]]
         error = next((r["error"] for r in rows if r["error"]), "")
         if not good:
-            return _without_result(probe, turn, "nothing to undo was found", error, seconds)
+            unasked = next((r["unasked"] for r in rows if r["unasked"]), "")
+            return _without_result(probe, turn, "nothing to undo was found", error, seconds, unasked)
         return _with_result(probe, turn, candidate, good, error, seconds, self._batch.floor)
 
     def _look(self, probe: Probe, current: Counterfactual) -> tuple[Candidate | None, dict[str, Any]]:
         """One probe on this rank: its candidate, and for the other ranks what it leaves of the residual."""
         row: dict[str, Any] = {
-            "before": [], "after": [], "finding": "", "error": "", "cause": probe.cause, "details": {},
+            "before": [], "after": [], "finding": "", "error": "", "unasked": "", "cause": probe.cause, "fix": "",
+            "details": {},
         }  # fmt: skip
         candidate: Candidate | None = None
         try:
@@ -146,12 +181,13 @@ class _ProbeRunner:
             if candidate is not None:
                 row |= self._residuals(candidate, current)
                 row |= {"finding": candidate.finding, "cause": candidate.cause or probe.cause}
-                row["details"] = candidate.details
+                row |= {"details": candidate.details, "fix": candidate.fix}
         except NotPossible as e:
             self.findings = self.findings.plus(e.found).lacking(probe.gives, str(e))
             row["error"] = f"not possible here: {e}"
+            row["unasked"] = "" if isinstance(e, NothingThere) else "not possible"
         except Exception as e:  # out of memory, engine gone, ...: the others go on
-            row["error"] = f"{type(e).__name__}: {e}"
+            row |= {"error": f"{type(e).__name__}: {e}", "unasked": "failed"}
             self.findings = self.findings.lacking(probe.gives, f"{probe.name} failed: {row['error']}")
             logger.debug("probe %s failed", probe.name, exc_info=True)
             candidate = None
@@ -177,9 +213,20 @@ class _ProbeRunner:
                 logger.debug("the engine's prefill could not be asked: %s", e)
         answers = [r["agree"] for r in self._gather({"agree": agree}) if r["agree"] is not None]
         if 2 * sum(answers) >= len(answers):
+            self._models_agree = bool(answers)
             return results
         word = "; but before sampling, at T = 1 by prefill, engine and trainer differ too, and not in this way"
         return [_refuted(r, word) if r.probe.fitted and r.share > 0 else r for r in results]
+
+    def excluded(self, best: Result) -> frozenset[str]:
+        """Causes that need no probe of their own to be ruled out.
+
+        Where the two models agree before anything is sampled, a fitted law has none of the model's for a rival. A run
+        that began healthy began with one model on both sides.
+        """
+        if best.probe.fitted and self._models_agree:
+            return _OF_THE_MODEL
+        return frozenset({"model_definition"} if self._batch.began_healthy else ())
 
     def _gather(self, row: dict[str, Any]) -> list[dict[str, Any]]:
         return gather_rows([row]) if self._ranks > 1 else [row]
@@ -214,12 +261,14 @@ def _with_result(
         details=rows[0]["details"],
     )
     values = 1 if candidate is None else max(1, candidate.values)
-    return Result(probe, candidate, cause, share, shares, mean(after) * (1.0 + 0.15 * values), evidence)
+    fix = rows[0]["fix"]
+    return Result(probe, candidate, cause, share, shares, mean(after) * (1.0 + 0.15 * values), evidence, fix=fix)
 
 
-def _without_result(probe: Probe, turn: int, finding: str, error: str, seconds: float) -> Result:
+def _without_result(probe: Probe, turn: int, finding: str, error: str, seconds: float, unasked: str) -> Result:
     evidence = replace(_evidence(probe, turn, error, seconds), finding="" if error else finding)
-    return Result(probe, None, probe.cause, 0.0, torch.zeros(RESAMPLES, dtype=torch.float64), 0.0, evidence)
+    nothing = torch.zeros(RESAMPLES, dtype=torch.float64)
+    return Result(probe, None, probe.cause, 0.0, nothing, 0.0, evidence, unasked=unasked)
 
 
 def _evidence(probe: Probe, turn: int, error: str, seconds: float) -> Evidence:
@@ -242,18 +291,20 @@ class _Explained:
     remaining: float = 1.0
     inexact: bool = False  # one of them was named after fits that leave much
     as_well: tuple[str, ...] = ()  # causes that the same numbers could come from
+    unasked: tuple[str, ...] = ()  # causes that could not be asked for, and that nothing speaks against
 
-    def add(self, best: Result, results: Sequence[Result]) -> None:
-        """The cause of a round, which had these results."""
+    def add(self, best: Result, results: Sequence[Result], excluded: frozenset[str]) -> None:
+        """The cause of a round, which had these results; what is ``excluded`` is no rival."""
+        unasked = not_excluded(best, results, excluded)
         if not self.named:
-            self.as_well = rivals_of(best, results)
+            self.as_well, self.unasked = rivals_of(best, results), unasked
         self.named.append(
             NamedCause(
                 cause=best.cause,
                 explained=self.remaining * best.share,
-                confidence=confidence_in(best, results),
+                confidence=confidence_in(best, results, unasked),
                 finding=best.evidence.finding,
-                fix=CAUSES[best.cause].fix,
+                fix=best.fix or CAUSES[best.cause].fix,
             )
         )
         self.inexact |= best.probe.fitted and best.share < EXACT
@@ -268,6 +319,8 @@ class _Explained:
         rest = "".join(f" Then {c.cause} ({c.explained:.0%}): {c.finding}." for c in others)
         if self.as_well:
             rest += f" The same numbers could come from {' or '.join(self.as_well)}."
+        if self.unasked and first.confidence < _ENOUGH:
+            rest += f" Not asked, so not ruled out: {', '.join(self.unasked)}."
         return Diagnosis(
             step=step,
             cause=first.cause,
@@ -285,6 +338,20 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + "."
 
 
+def _one_draw(step: int, words: str, details: dict[str, Any]) -> Diagnosis:
+    cause = CAUSES["duplicate_rollouts"]
+    return Diagnosis(
+        step=step,
+        cause="duplicate_rollouts",
+        explained=0.0,
+        confidence=1.0,
+        summary=f"{cause.what} {_sentence(words)} The drift ({details['residual']:.3g}, Huber) is within the noise "
+        f"floor ({details['floor']:.3g}): engine and trainer are one policy.",
+        fix=cause.fix,
+        details=details,
+    )
+
+
 def _nothing(step: int, details: dict[str, Any]) -> Diagnosis:
     return Diagnosis(
         step=step,
@@ -296,6 +363,20 @@ def _nothing(step: int, details: dict[str, Any]) -> Diagnosis:
         fix="",
         details=details,
     )
+
+
+def _unfinished(
+    step: int, explained: _Explained, late: list[str], evidence: list[Evidence], details: dict[str, Any]
+) -> Diagnosis:
+    """Nothing is named: there was no time to ask all that could have another answer."""
+    found = _unknown(step, 1.0 - explained.remaining, explained.named, evidence, details)
+    words = (
+        f"No name yet: the time for a diagnosis was over before {', '.join(late)} could be asked. The next one of "
+        f"this episode, at the halt, asks all; so does callback.diagnose()."
+    )
+    near = found.summary.removeprefix(CAUSES["unknown"].what)
+    return replace(found, summary=words + near, fix="callback.diagnose() asks all probes now, or a larger "
+                   "diagnose_budget.")  # fmt: skip
 
 
 def _unknown(

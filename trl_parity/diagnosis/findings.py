@@ -30,7 +30,11 @@ class EngineWeights:
     missing: tuple[str, ...]  # the ignored ones, and what else differs
     partial: bool  # some of the trained ones are the trainer's and others not
     coarse: bool  # the engine's have as few values as 8 bits hold
+    rounded: Mapping[str, str]  # by name: the narrower dtype that the trainer's, rounded to it, are the engine's in
+    exchanged: Mapping[str, str]  # by name: another tensor of the trainer's, which the engine holds in its place
     values: Mapping[torch.nn.Parameter, torch.Tensor]  # what parameters must be for the policy to hold what it does
+    readable: bool = True  # all that differs could be read whole
+    adapted: bool = False  # adapters are merged into these: switched off, they hold
 
     @property
     def unheard(self) -> tuple[str, ...]:
@@ -77,6 +81,7 @@ class Findings:
     engine_weights: EngineWeights | None = None
     cache_moved: float | None = None  # nats that the trainer moves when its cache is as coarse as the engine's
     asked_again: AskedAgain | None = None
+    engine_parts: tuple[str, ...] | None = None  # what the engine holds and not as one built anew on these weights
     prefill: Prefill | None = None
     rescored: Rescored | None = None
     why_missing: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))

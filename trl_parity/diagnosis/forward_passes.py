@@ -17,7 +17,7 @@ from ..engine.base import Engine, in_process
 from ..records import RolloutBatch
 from ..scoring.head_spec import Head
 from ..scoring.model_head import causal_lm, materialized_head
-from ..scoring.perturb import eval_mode, own_random_numbers, rebuilt, rounded_cache, swapped
+from ..scoring.perturb import eval_mode, own_random_numbers, rebuilt, rounded_cache, swapped, without_adapters
 from ..trainers.capture import Capture
 from .findings import EnginePrompts, EngineWeights
 
@@ -38,7 +38,7 @@ class ForwardPass:
     weights: EngineWeights | str = "own"  # those the engine holds; rounded: own ones, in the engine's dtype and back
     kv_dtype: torch.dtype | None = None  # round keys and values to this dtype
     kv_truncated: bool = False  # towards zero: the upper byte of fp16 is e5m2, and some kernels just take it
-    few: bool = False  # only the first FEW sequences
+    few: bool = False  # only the FEW that passes one by one are made of
 
 
 class ForwardPasses:
@@ -53,10 +53,11 @@ class ForwardPasses:
         rows: torch.Tensor,
         row: torch.Tensor,
         column: torch.Tensor,
+        few: torch.Tensor,
     ):
         self._capture, self._rollout, self._engine = capture, rollout, engine
         self._model = capture.policy
-        self._rows, self._row, self._column = rows, row, column
+        self._rows, self._row, self._column, self._few = rows, row, column, few
         self._states: dict[ForwardPass, torch.Tensor] = {}
         self._whole_head: Head | None = None
 
@@ -91,15 +92,15 @@ class ForwardPasses:
 
     def _pass(self, model: torch.nn.Module, forward: ForwardPass) -> torch.Tensor:
         rollout, keep = self._rollout, self._rollout.completion_ids.shape[1]
-        rows = self._rows[:FEW] if forward.few else self._rows
-        known = self._row < len(rows)
+        some = self._few if forward.few else torch.arange(len(self._rows))
+        rows, known = self._rows[some], torch.isin(self._row, some)
         if forward.layout != "unpadded" and forward.prompts is None:
             ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1)[rows]
             attention = torch.cat([rollout.prompt_mask, rollout.completion_mask], dim=1)[rows]
             hidden = self._hidden(model, ids, attention, keep, 1 if forward.layout == "single" else None)
-            hidden = hidden[self._row[known], self._column[known]]
+            hidden = hidden[torch.searchsorted(some, self._row[known]), self._column[known]]
         else:
-            hidden = torch.cat([self._unpadded(model, i, forward.prompts) for i in range(len(rows))])
+            hidden = torch.cat([self._unpadded(model, i, forward.prompts) for i in some.tolist()])
         out = hidden.new_zeros(len(self._row), hidden.shape[1])
         out[known.to(out.device)] = hidden
         return out
@@ -140,12 +141,14 @@ class ForwardPasses:
     @contextmanager
     def _applied(self, forward: ForwardPass) -> Iterator[torch.nn.Module]:
         """The model of a pass, for the duration of the block; everything as it was after it."""
-        model = self._rebuilt if forward.model == "engine_config" else self._model
+        model = self.engine_config_model if forward.model == "engine_config" else self._model
         with ExitStack() as stack:
             stack.enter_context(eval_mode(self._model))
             stack.enter_context(own_random_numbers())
             if forward.weights != "own":
                 stack.enter_context(swapped(self._weights(forward.weights)))
+                if not isinstance(forward.weights, str) and forward.weights.adapted:
+                    stack.enter_context(without_adapters(self._model))
             if forward.kv_dtype is not None:
                 stack.enter_context(rounded_cache(causal_lm(model).base_model, forward.kv_dtype, forward.kv_truncated))
             yield model
@@ -159,7 +162,7 @@ class ForwardPasses:
         return {p: p.detach().to(dtype).to(p.dtype) for p in self._model.parameters() if p.is_floating_point()}
 
     @functools.cached_property
-    def _rebuilt(self) -> torch.nn.Module:
+    def engine_config_model(self) -> torch.nn.Module:
         """The trainer's class on the engine's config, sharing the trainer's parameters; buffers are new."""
         engine = self._engine
         if not in_process(engine) or self._capture.sharded or hasattr(self._model, "peft_config"):

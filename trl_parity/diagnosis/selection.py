@@ -11,6 +11,7 @@ from ..records import Evidence
 from .probes.base import Candidate, Probe
 
 __all__ = [
+    "DECISIVE",
     "EXACT",
     "FIRST",
     "NAMED",
@@ -19,6 +20,7 @@ __all__ = [
     "best_of",
     "confidence_in",
     "mean",
+    "not_excluded",
     "rivals_of",
     "shares_of",
 ]
@@ -33,6 +35,8 @@ _TIE = 0.04  # shares this close are equal
 
 RESAMPLES = 200
 
+DECISIVE = ("weights", "forward", "engine", "singles")  # what is found on the run itself, and not on every set-up
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
@@ -45,6 +49,13 @@ class Result:
     shares: torch.Tensor  # (R,) the same in bootstrap resamples of sequences
     misfit: float  # what is left, dearer by the number of fitted values
     evidence: Evidence
+    fix: str = ""  # what mends it, where that is not what mends its cause in general
+    unasked: str = ""  # why there is no answer: "time", "failed" or "not possible"; "" where there is one
+
+    @property
+    def sure(self) -> float:
+        """Share of the excess explained in all but a twentieth of the resamples."""
+        return float(self.shares.quantile(0.05))
 
 
 def mean(sums: torch.Tensor) -> float:
@@ -95,12 +106,26 @@ def rivals_of(best: Result, results: Sequence[Result]) -> tuple[str, ...]:
     return tuple(sorted({r.cause for r in equal} - {best.cause}))
 
 
-def confidence_in(best: Result, results: Sequence[Result]) -> float:
-    """Mean over resamples of 1 / the number of causes that explain as much as the most, where this is one of them.
+def not_excluded(best: Result, results: Sequence[Result], excluded: frozenset[str]) -> tuple[str, ...]:
+    """Other causes whose probes could not be asked, and that nothing speaks against."""
+    missing = {r.cause for r in results if r.unasked and r.probe.cost in DECISIVE}
+    return tuple(sorted(missing - {r.cause for r in results if r.share > 0} - {best.cause} - excluded))
 
-    Causes found on the run itself count before fitted ones, as in ``best_of``; a resample in which the cause
-    explains too little counts 0.
+
+def confidence_in(best: Result, results: Sequence[Result], unasked: Sequence[str] = ()) -> float:
+    """How sure the cause is: the share of resamples in which it wins, less for what could not be asked.
+
+    The mean over resamples of 1 / the number of causes that explain as much as the most, where this is one of them:
+    those found on the run itself count before fitted ones, as in ``best_of``, and a resample in which the cause
+    explains too little counts 0. Divided by 1 + n d for n causes that could not be asked (``not_excluded``), where
+    d = (1 - explained for sure) / (1 - EXACT), 1 at most: what leaves nothing unexplained has no rivals. Of a cause
+    by elimination d is 1.
     """
+    doubt = 1.0 if best.probe.cost == "last" else min(1.0, (1.0 - best.sure) / (1.0 - EXACT))
+    return _wins(best, results) / (1.0 + len(unasked) * doubt)
+
+
+def _wins(best: Result, results: Sequence[Result]) -> float:
     others = [r for r in results if r.cause != best.cause and (r.probe.cost != "last" or r is best)]
     if not others:
         return float((best.shares >= FIRST).double().mean())

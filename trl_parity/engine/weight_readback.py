@@ -9,7 +9,9 @@ it hands on other values of the same shape, what the engine holds is compared wi
 
 from __future__ import annotations
 
+import copy
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["HeldTensor", "policy_tensors", "read_back"]
 
-_WRAPPERS = ("_checkpoint_wrapped_module.", "modules_to_save.default.")
+_WRAPPERS = ("_checkpoint_wrapped_module.", "modules_to_save.default.", "token_adapter.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,36 +42,74 @@ class PolicyTensor(NamedTuple):
     """One of the policy's weights."""
 
     name: str  # as the engine knows it
-    tensor: torch.Tensor  # whole, LoRA added in
-    parameter: torch.nn.Parameter  # the model's own, perhaps a shard, without LoRA
+    tensor: torch.Tensor  # whole, adapters merged in
+    parameter: torch.nn.Parameter  # the model's own, perhaps a shard, without adapters
     trained: bool  # updates move it
+    adapted: bool = False  # an adapter makes another tensor of the parameter
 
 
 def policy_tensors(model: torch.nn.Module) -> Iterator[PolicyTensor]:
-    """All the policy's weights, LoRA added in; nothing of the model is written.
+    """All the policy's weights, adapters merged in as PEFT merges them; nothing of the model is written.
 
     Names are those the engine knows: without PEFT's and checkpointing's prefixes. Gathering a sharded parameter is a
-    collective. Raises ValueError for shards that can't be gathered one by one.
+    collective; of a sharded layer only LoRA is merged. Raises ValueError for shards that can't be gathered one by one.
     """
-    lora: dict[str, Any] = {}
+    tuners: dict[str, Any] = {}
     if adapted := hasattr(model, "peft_config"):
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        lora = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+        tuners = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    merged: tuple[str, dict[str, torch.Tensor]] = ("", {})  # of one layer at a time
     for name, parameter in model.named_parameters():
-        if adapted and ("original_module" in name or str(model.prefix) in name):
+        if adapted and ("original_module" in name or _of_adapters(name, str(model.prefix))):
             continue
-        whole, trained = _whole(parameter).detach(), parameter.requires_grad
         owner, _, leaf = name.partition(".base_layer.")
-        if leaf == "weight" and (layer := lora.get(owner)) is not None and not layer.disable_adapters:
-            for adapter in layer.active_adapters:
-                if hasattr(layer, "lora_A") and adapter in layer.lora_A:
-                    whole, trained = whole + layer.get_delta_weight(adapter).detach().to(whole.dtype), True
+        layer = tuners.get(owner) if leaf else None
+        tuned = layer is not None and not layer.disable_adapters
+        if not tuned:
+            whole, trained = _whole(parameter).detach(), parameter.requires_grad
+        elif _is_shard(parameter):
+            whole, trained, tuned = *_with_lora(layer, leaf, parameter), False
+        else:
+            if merged[0] != owner:
+                merged = owner, _merged(layer)
+            whole, trained = merged[1][leaf.replace("base_layer.", "")].detach(), True
         if adapted:
             name = name.removeprefix("base_model.model.").replace(".base_layer", "")
         for part in _WRAPPERS:
             name = name.replace(part, "")
-        yield PolicyTensor(name, whole, parameter, trained)
+        yield PolicyTensor(name, whole, parameter, trained, tuned)
+
+
+def _of_adapters(name: str, prefix: str) -> bool:
+    """Whether a parameter is an adapter's own."""
+    return prefix in name or any(part.startswith(("ia3_", "trainable_tokens_")) for part in name.split("."))
+
+
+def _merged(layer: Any) -> dict[str, torch.Tensor]:
+    """The parameters under an adapter as PEFT's own merge makes them, on a copy of the layer without its hooks."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    hooks = [v for m in layer.modules() for k, v in vars(m).items() if k.endswith("_hooks") and isinstance(v, dict)]
+    twin = copy.deepcopy(layer, {id(held): OrderedDict() for held in hooks})
+    with torch.no_grad():
+        for module in list(twin.modules()):
+            if isinstance(module, BaseTunerLayer) and not module.disable_adapters and not module.merged:
+                module.merge()
+    base = twin.get_base_layer()
+    return dict(base.named_parameters())
+
+
+def _with_lora(layer: Any, leaf: str, parameter: torch.nn.Parameter) -> tuple[torch.Tensor, bool]:
+    whole, trained = _whole(parameter).detach(), parameter.requires_grad
+    for adapter in layer.active_adapters if leaf == "weight" else ():
+        if hasattr(layer, "lora_A") and adapter in layer.lora_A:
+            whole, trained = whole + layer.get_delta_weight(adapter).detach().to(whole.dtype), True
+    return whole, trained
+
+
+def _is_shard(parameter: Any) -> bool:
+    return hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_status")
 
 
 def _whole(parameter: Any) -> torch.Tensor:

@@ -17,11 +17,13 @@ from ..config.parity import ParityConfig
 from ..engine.cpu import prepare_cpu_engine
 from ..engine.handle import EngineHandle
 from ..errors import ConfigError, InterceptionError, ParityHalt
+from ..lines import say
 from ..lint.facts import tell_traps
 from ..metrics.reduction import reduce_sums
 from ..metrics.statistics import compute
 from ..metrics.sums import MismatchSums
 from ..records import Diagnosis
+from ..report.outcome import outcome
 from ..scoring.perturb import own_random_numbers
 from ..tracking.sinks import WandbSink
 from ..trainers.capture import Capture, MeasurementSettings
@@ -29,6 +31,7 @@ from ..trainers.engine_args import TRLEngineArguments
 from ..trainers.instrumentation import Observer, instrument
 from ..trainers.server_client import sync_without_cuda
 from ..verdict import Status, Verdict
+from .console import shorten_console
 from .monitor import ParityMonitor
 from .pipeline import Pipeline
 from .trainer_run import TrainerRun
@@ -78,6 +81,13 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         instrument()
         source = self.config.engine_source()
         self.engine_request = None if source is None else TRLEngineArguments(source)
+
+    def __repr__(self) -> str:
+        n, run = self.config.every_n_steps, self._run
+        files = "" if run.trainer is None else f"; files in {run.parity_dir}"
+        status, text = outcome(self.monitor.course)
+        windows = f"windows of {n} step{'s' * (n != 1)}, action={self.config.action}"
+        return f"<ParityCallback {status}: {text}; {windows}{files}>"
 
     @property
     def verdicts(self) -> deque[Verdict]:
@@ -174,6 +184,9 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
             error = self.engine_request.disagreement(capture.generation, capture.engine)
             fail_together(error, trainer.args.world_size)
         if trainer.accelerator.is_main_process:
+            if self.config.console == "short":
+                shorten_console(trainer)
+            self._run.say_start()
             self.monitor.write_run(self._run.investigator.surroundings(capture))
             tell_traps(capture, self.measurement.replay_sampling)
 
@@ -188,12 +201,21 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
     def _act(self, verdict: Verdict) -> None:
         action, condemned = self.config.action, verdict.halted
         if action == "raise" and verdict.halted:
-            raise ParityHalt(verdict, self.halt_message or verdict.reason)
+            raise ParityHalt(verdict, f"{self.halt_message or verdict.reason}\n{self._run.ending()}")
         if action == "skip_update" and self.monitor.breaker.halting:  # what is not known is not learned from, either
             condemned |= verdict.status in (Status.NO_DATA, Status.ERROR)
         if condemned and action in ("skip_update", "stop"):
             self._condemned, self._renewed = True, False
         self._stop |= action == "stop" and verdict.halted
+
+    def raise_if_halted(self) -> None:
+        """Raise ``ParityHalt`` where a halt stands: where no window since the last HALT was OK.
+
+        Called after ``train()``, it keeps a job that was halted, or whose updates are dropped, from ending like a
+        success. Never with ``action="log"``. The same on every rank.
+        """
+        if (halt := self._run.halt) is not None and self.config.action != "log":
+            raise ParityHalt(halt, self._run.ending())
 
     # ---- causes -----------------------------------------------------------------------------------------------
 
@@ -260,6 +282,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
                 self._judge_batch(step)
         if self._condemned:
             drop_gradient(optimizer, run.accelerator)
+            run.skip()
         else:
             run.moved = True
 
@@ -298,12 +321,23 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
             self._require_interception(f"step {state.global_step} is over")  # PPO's loop announces no optimizer step
             if self._stop:
                 control.should_training_stop = control.should_save = control.should_log = True
+            if control.should_training_stop:  # the last row that every tracker gets
+                self._close_last_window(int(state.global_step))
+                control.should_log |= bool(run.unlogged)
             if control.should_log and run.unlogged:
                 assert run.capture is not None
-                run.capture.log(_scalars(run.unlogged.scalars(self.monitor)))
+                for sink in self.monitor.sinks:
+                    sink.before_row(int(state.global_step))
+                run.capture.log(_scalars(run.unlogged.scalars(self.monitor) | run.skips("log")))
                 run.unlogged = UnloggedWindows()
             if control.should_save:  # the same on every rank
                 self._pipeline.window.carry(run.accelerator)
+
+    def _close_last_window(self, step: int) -> None:
+        """Judge what the window holds that no step will fill. Collective: batches come together."""
+        if self._pipeline.window.batches and not self._stop:
+            with self._run.watching():
+                self._pipeline.close_window(step)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """An evaluation is over: the next one starts from nothing."""
@@ -311,9 +345,16 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Judge what an unfinished window holds, and close the file."""
-        if self._pipeline.window.batches and not self._stop:  # the same on every rank: batches come together
-            with self._run.watching():
-                self._pipeline.close_window(int(state.global_step))
+        run = self._run
+        self._close_last_window(int(state.global_step))
+        if run.unlogged:  # the loop was left otherwise than by its last step: the trainer logs no row any more
+            scalars = _scalars(run.unlogged.scalars(self.monitor) | run.skips("log"))
+            for sink in self.monitor.sinks:
+                if isinstance(sink, WandbSink):  # trackio's run is over
+                    sink.log(int(state.global_step), {f"train/{name}": value for name, value in scalars.items()})
+            run.unlogged = UnloggedWindows()
+        if state.is_world_process_zero and self._run.trainer is not None:
+            say(self._run.ending())
         self.monitor.close()
 
     # ---- checkpoints ------------------------------------------------------------------------------------------
@@ -322,6 +363,8 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         """What the trainer's checkpoint keeps: the settings and the monitor's memory."""
         instrument()  # PPOTrainer sends no on_init_end, but asks for this while it is built
         checkpoint = self.monitor.state() | self._pipeline.window.state()
+        if self._run.skipped:
+            checkpoint["skipped"] = self._run.skipped
         return {"args": self.config.to_dict(), "attributes": {"checkpoint": checkpoint}}
 
     def _restore(self, args: Any, state: Any) -> None:
@@ -336,6 +379,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
                 state.global_step,
             )
             return
+        self._run.resume_skipped(int(checkpoint.get("skipped", 0)))
         window = self._pipeline.window
         if not window.load_state(checkpoint, args.device, state.is_world_process_zero):
             logger.warning("bootstrap_samples changed: the first part of the window open at the checkpoint is dropped")

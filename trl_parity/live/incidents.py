@@ -30,6 +30,8 @@ _SEQUENCES = 16  # in the bundle
 class Investigator:
     """Diagnoses once an episode (at its first BREACH, or WARN), and again at its first HALT if that named nothing.
 
+    Only the first has a time to keep: the other asks all there is to ask, as does one that somebody asked for.
+
     An episode goes from the first window that is not healthy to the next OK. One asked for by name counts for none.
     """
 
@@ -62,9 +64,10 @@ class Investigator:
         warned = self.config.diagnose == "warn" and verdict.status is Status.WARN and bool(verdict.warnings)
         due = self.config.diagnose != "never" and (breached or warned)
         due &= not self._asked or (verdict.halted and not self._named and not self._asked_at_halt)
+        wanted, self.wanted = self.wanted, False
+        self._unbounded = wanted or self._asked or verdict.halted
         if due:  # one that fails is not tried again and again
             self._asked, self._asked_at_halt = True, verdict.halted
-        wanted, self.wanted = self.wanted, False
         return wanted or due
 
     def diagnose(
@@ -96,7 +99,8 @@ class Investigator:
             began_healthy=began_healthy,
             redacted=self.config.redact_text,
         )
-        self.diagnosis = diagnose(batch, step, budget=self.config.diagnose_budget * seconds, ranks=ranks)
+        budget = None if self._unbounded else self.config.diagnose_budget * seconds
+        self.diagnosis = diagnose(batch, step, budget=budget, ranks=ranks)
         self._named = self.diagnosis.cause != "unknown"
         return self.diagnosis
 

@@ -15,6 +15,8 @@ from ..credentials import masked, without_credentials
 from ..errors import ConfigError
 from ..files import FolderLock, jsonable, require_no_link, sweep, write_atomic
 from ..judging.breaker import Breaker
+from ..judging.course import Course
+from ..judging.limits import allowed
 from ..judging.noise_floor import NoiseFloor
 from ..metrics.rewards import MIN_REWARDS, REWARDS_NAME, RewardBaseline, RewardWindow
 from ..metrics.scalars import SCALARS
@@ -53,6 +55,7 @@ class RunJudge:
         self._sequences = 0
         self.verdicts: deque[Verdict] = deque(maxlen=_KEEP_VERDICTS)
         self.breaker = Breaker.from_config(config)
+        self.course = Course(action=self.config.action)
         self.floor = NoiseFloor(config)
         self.entropy = EntropyWatch()
         self.rewards = RewardWindow(self.config.reward_window)
@@ -135,8 +138,9 @@ class RunJudge:
             self.entropy.update(stats.get("entropy/trainer"))
         extra = self.floor.scalars(stats.values_by_name) | self.entropy.scalars()
         for reading in self.breaker.readings(stats.values_by_name | extra):
-            if (name := f"limit/{reading.rule.stat}") in SCALARS and reading.seen.startswith("excess/"):
-                extra[name] = reading.limit
+            limit = allowed(reading.rule, extra.get(f"floor/{reading.rule.stat}"))
+            if (name := f"limit/{reading.rule.stat}") in SCALARS and limit is not None:
+                extra[name] = limit
         if self.baseline is not None:
             comparison = self.baseline.compare(self.rewards.rewards, self.rewards.prompts)
             if comparison is not None:
@@ -163,6 +167,7 @@ class RunJudge:
         """The verdict on a window's (reduced) statistics; kept and written."""
         verdict = self.breaker.judge(step, stats, masked(error) if error else "")
         self.verdicts.append(verdict)
+        self.course.add(verdict.step, verdict.status)
         self.floor.age += 1
         if self._jsonl is not None:
             self._jsonl.write(verdict)
@@ -197,7 +202,8 @@ class RunJudge:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: JSON."""
-        return {
+        course = {"course": self.course.state()} if self.course.counts else {}
+        return course | {
             "state_version": STATE_VERSION,
             "breaker": self.breaker.state(),
             "floor": self.floor.state(),
@@ -218,6 +224,8 @@ class RunJudge:
                 )
             return False
         self.breaker.load_state(state["breaker"])
+        if course := state.get("course"):
+            self.course = Course.of_state({**course, "action": self.config.action})
         self.floor.load_state(state["floor"])
         self.entropy.load_state(state["entropy"])
         self.rewards.load_state(state["rewards"])

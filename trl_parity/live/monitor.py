@@ -15,6 +15,7 @@ from ..config.parity import ParityConfig
 from ..errors import ConfigError
 from ..metrics.scalars import FLOORED
 from ..records import ScoredBatch
+from ..report.outcome import window_in_words
 from ..verdict import Verdict
 from .judge import RunJudge
 from .pipeline import Pipeline, Surroundings
@@ -116,6 +117,7 @@ class ParityMonitor(RunJudge):
         self._pipeline.window.add(sums, "")
         verdict = self._pipeline.close_window(step)
         for sink in self.sinks:
+            sink.tell(window_in_words(verdict, self.course))
             sink.log(step, {f"parity/{name}": x for name, x in (verdict.stats or {}).items() if x is not None})
         return verdict
 

@@ -39,6 +39,10 @@ class Surroundings:
         """
         return None
 
+    def scalars(self) -> Mapping[str, float | None]:
+        """What belongs to the window that closes beside what was measured."""
+        return {}
+
     def on_verdict(self, verdict: Verdict, sums: MismatchSums) -> None:
         """A window was judged; its reduced sums."""
 
@@ -66,7 +70,7 @@ class Pipeline:
             if judge.floor.due:
                 self._measure_floor()
             sums, spent = self._reduced()
-            stats = judge.scalars(compute(sums).updated(spent), new_window=True)
+            stats = judge.scalars(compute(sums).updated({**spent, **surroundings.scalars()}), new_window=True)
             if judge.doubts_floor(stats) and self._measure_floor():
                 stats = judge.scalars(stats)
             verdict = judge.judge(step, stats, self.window.error)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..config.parity import ParityConfig
 from ..judging.noise_floor import GROUPS, SOURCES
+from ..lines import say
 from ..metrics.sums import MismatchSums
 from ..metrics.tokens import tokens_of_all
 from ..records import Diagnosis
-from ..report.messages import alert_text, halt_text
+from ..report.messages import alert_text, ending_text, halt_text, skipped_text, start_text
+from ..report.outcome import window_in_words
 from ..scoring.perturb import own_random_numbers
 from ..tracking.sinks import RichLog
 from ..trainers.capture import Capture
@@ -34,13 +35,15 @@ __all__ = ["TrainerRun"]
 
 logger = logging.getLogger(__name__)
 
+_REMIND = 10  # dropped updates between two lines about them
+
 
 class TrainerRun(Surroundings):
     """What a trainer's run offers around a window.
 
     ``trainer``: None before the first training batch. ``capture``: the last training batch. ``moved``: the weights
     have been updated since. ``unlogged``: windows the trainer has not logged. ``halt_message``, ``incident``: of the
-    last halt.
+    last halt. ``halt``: the last HALT while it stands, until a window is OK. ``skipped``: updates dropped in all.
     """
 
     accounts = True
@@ -62,6 +65,9 @@ class TrainerRun(Surroundings):
         self.trainer: Any = None
         self.capture: Capture | None = None
         self.moved = False
+        self.halt: Verdict | None = None
+        self.skipped = 0
+        self._told_skipped = {"window": 0, "log": 0}  # of them, up to the last row there
         self._at_hand = False
         self._windows = 0
         self._floor_failed = False
@@ -114,20 +120,26 @@ class TrainerRun(Surroundings):
 
     def on_verdict(self, verdict: Verdict, sums: MismatchSums) -> None:
         """To the trainer's log, and histogram and tables to the trackers where they are due: a collective then."""
+        self.halt = verdict if verdict.halted else self.halt if self._judge.course.standing else None
         self.unlogged.add(verdict, sums)
         every, verdicts = self.config.rich_every_n_windows, self._judge.verdicts
         before = verdicts[-2].status if len(verdicts) > 1 else Status.OK
         worse = verdict.status in (Status.BREACH, Status.HALT) and verdict.status is not before
         due = every and (worse or verdict.alert or self._windows % every == 0)
         self._windows += 1
-        if not due:
-            return
+        if due:
+            self._log_rich(verdict, sums)
+        for sink in self._judge.sinks:
+            sink.tell(window_in_words(verdict, self._judge.course))
+
+    def _log_rich(self, verdict: Verdict, sums: MismatchSums) -> None:
+        """Collective."""
         config = self.config
         decode = None if config.redact_text else self.trainer.processing_class.decode
         worst, sample = tokens_of_all(
             self.batches.last, verdict.step, config.worst_tokens, config.sample_tokens, decode, self.accelerator
         )
-        self._judge.log_rich(RichLog(verdict.step, sums, worst, sample, list(verdicts)))
+        self._judge.log_rich(RichLog(verdict.step, sums, worst, sample, list(self._judge.verdicts)))
 
     def diagnose(self, verdict: Verdict) -> None:
         """Once an episode, of the batch at hand."""
@@ -165,7 +177,7 @@ class TrainerRun(Surroundings):
             text = alert_text(verdict)
         if self.accelerator.is_main_process:
             if verdict.halted:
-                print(text, file=sys.stderr, flush=True)
+                say(text)
             else:
                 logger.warning("%s", text)
         return text
@@ -175,10 +187,10 @@ class TrainerRun(Surroundings):
         verdicts, diagnosis = list(self._judge.verdicts), self.investigator.diagnosis
 
         def text(look: Path) -> str:
-            return halt_text(verdict, self.config, verdicts, look, diagnosis)
+            return halt_text(verdict, self.config, verdicts, look, diagnosis, checkpoints)
 
-        args = self.trainer.args
-        parity_dir = Path(self.config.parity_dir or Path(args.output_dir) / "parity")
+        parity_dir, args = self.parity_dir, self.trainer.args
+        checkpoints = None if hasattr(args, "num_ppo_epochs") else Path(args.output_dir)  # PPOTrainer can't resume
         last = self.batches.last if self._at_hand else None
         self.incident = self.investigator.write(
             parity_dir, verdict, verdicts, last, lambda folder: text(folder / "report.md"), self.capture
@@ -187,3 +199,44 @@ class TrainerRun(Surroundings):
         look = parity_dir / "metrics.jsonl" if self.incident is None else self.incident / "report.md"
         self.halt_message = text(look)
         return self.halt_message
+
+    # ---- what is said of a run --------------------------------------------------------------------------------
+
+    @property
+    def parity_dir(self) -> Path:
+        """Where its files are."""
+        return Path(self.config.parity_dir or Path(self.trainer.args.output_dir) / "parity")
+
+    def say_start(self) -> None:
+        """What is watched from now on (main process)."""
+        logging_steps = getattr(self.trainer.args, "logging_steps", 1)
+        say(start_text(type(self.trainer).__name__, self.config, self.parity_dir, int(logging_steps)))
+
+    def ending(self) -> str:
+        """One line about all of it."""
+        diagnosis = self.investigator.diagnosis
+        cause = None if diagnosis is None else diagnosis.cause
+        look = self.parity_dir if self.halt is None or self.incident is None else self.incident / "report.md"
+        return ending_text(self._judge.course, self.halt, cause, self.skipped, look)
+
+    def skip(self) -> None:
+        """An update was dropped. While a halt stands, that is said again from time to time."""
+        self.skipped += 1
+        remind = self.config.action == "skip_update" and self.skipped % _REMIND == 0 and self.halt is not None
+        if remind and self.accelerator.is_main_process:
+            say(skipped_text(self.skipped, self.halt))
+
+    def resume_skipped(self, skipped: int) -> None:
+        """So many were dropped before."""
+        self.skipped, self._told_skipped = skipped, {"window": skipped, "log": skipped}
+
+    def skips(self, row: str) -> dict[str, float | None]:
+        """Scalars of the dropped updates: since the last row there ("window", "log"), and in all."""
+        if self.config.action != "skip_update":
+            return {}
+        since, self._told_skipped[row] = self.skipped - self._told_skipped[row], self.skipped
+        return {"breaker/skipped": since, "breaker/skipped_total": self.skipped}
+
+    def scalars(self) -> dict[str, float | None]:
+        """Of the window that closes, beside what was measured."""
+        return self.skips("window")

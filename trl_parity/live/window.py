@@ -100,6 +100,7 @@ class UnloggedWindows:
         self._sums: MismatchSums | None = None
         self._status, self._streak = Status.OK, 0  # the worst, the longest
         self._only: MismatchStats | None = None  # while it is one
+        self._windows = 0
         self._spent: dict[str, float | None] = {}
 
     def __bool__(self) -> bool:
@@ -109,6 +110,7 @@ class UnloggedWindows:
         """One window that was judged."""
         self._only = verdict.stats if self._sums is None else None
         self._sums = added(self._sums, sums)
+        self._windows += 1
         self._status = worst((self._status, verdict.status))
         self._streak = max(self._streak, verdict.streak)
         for name in SPENT:
@@ -124,6 +126,7 @@ class UnloggedWindows:
             **self._spent,
             "breaker/status": self._status.code,
             "breaker/streak": self._streak,
+            "breaker/windows": self._windows,
         }
 
 

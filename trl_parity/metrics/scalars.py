@@ -86,7 +86,7 @@ SCALARS: dict[str, str] = {
     "excess/logp_abs_diff/p99": "trimmed - floor of logp_abs_diff/p99",
     "excess/ratio/out_of_band": "trimmed - floor of ratio/out_of_band",
     "excess/ess": "floor/ess - trimmed/ess: effective sample size lost beyond noise",
-    "limit/kl_k3": "what the rule on kl_k3 lets its excess be: max(limit, (k - 1) x floor)",
+    "limit/kl_k3": "what the rule on kl_k3 lets its excess be: max(limit, (k - 1) x floor), at most ceiling - floor",
     "limit/logp_abs_diff/mean": "the same for logp_abs_diff/mean",
     "temperature/trainer": "what the loss divides logits by",
     "temperature/engine": "what the requests of the window's last batch asked the engine for",
@@ -120,6 +120,10 @@ SCALARS: dict[str, str] = {
     "cost/incident_seconds": "the same of incidents left behind, their pictures included",
     "breaker/status": "0 OK, 1 WARN, 2 BREACH, 3 HALT, -1 NO_DATA, -2 ERROR, -3 CALIBRATING",
     "breaker/streak": "breached windows in a row",
+    "breaker/skipped": "updates dropped since the row before (action=skip_update)",
+    "breaker/skipped_total": "updates dropped in all",
+    "breaker/windows": "windows that this row of the trackers holds, merged as one: above 1 where logging_steps > "
+    "every_n_steps; not in metrics.jsonl",
 }
 
 # statistics with a noise floor; ``ess`` falls with noise, the others rise

@@ -7,6 +7,7 @@ Needs no torch.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import itertools
 import math
@@ -17,9 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, DataError
+from ..config.parity import ParityConfig
+from ..errors import ConfigError, DataError, ParityError
+from ..judging.course import Course
 from ..metrics.rewards import MIN_REWARDS, REWARDS_NAME, RewardBaseline
+from ..report.outcome import halts_in_words
 from ..results.paths import metrics_path
+from ..results.reader import recorded_config
 from ..results.rejudge import read_windows
 from ..verdict import enough_judged, judged
 
@@ -112,12 +117,19 @@ def judge_pilot(
         windows: Sequence[Mapping[str, Any]] = read_windows(run)
     except DataError as e:
         return PilotReport((_training([], steps, returncode), Check("parity", PilotOutcome.UNKNOWN, str(e))))
+    course = Course()
+    for window in windows:
+        course.add(window["step"], window["status"])
+    with contextlib.suppress(ParityError):  # of another version: as by default
+        course.action = (recorded_config(run) or ParityConfig()).action
+    since = course.since if course.recovered and course.since is not None else -math.inf
+    recent = [window for window in windows if window["step"] >= since]
     rewards, reward_check = _rewards(metrics_path(run).with_name(REWARDS_NAME), windows, baseline, min_effect)
     checks = (
         _training(windows, steps, returncode),
-        _parity(windows),
-        _drift(windows),
-        _entropy(windows),
+        _parity(recent, course),
+        _drift(recent),
+        _entropy(recent),
         reward_check,
     )
     return PilotReport(checks, rewards)
@@ -137,13 +149,14 @@ def _training(windows: Sequence[Mapping[str, Any]], steps: int | None, returncod
     return Check("training", PilotOutcome.PASS, f"went through, {last} steps")
 
 
-def _parity(windows: Sequence[Mapping[str, Any]]) -> Check:
+def _parity(windows: Sequence[Mapping[str, Any]], course: Course) -> Check:
+    """Of the windows since the last halt was over."""
     counts = Counter(str(window["status"]) for window in windows)
     told = ", ".join(f"{n} {status}" for status, n in counts.items())
     n, last = judged(counts), windows[-1]
-    if counts["HALT"]:
-        first = next(window for window in windows if window["status"] == "HALT")
-        return Check("parity", PilotOutcome.FAIL, f"halted at step {first['step']}: {first.get('reason') or told}")
+    if course.halted:
+        first = next(window for window in windows if window["step"] == course.last_halt)
+        return Check("parity", PilotOutcome.FAIL, f"{halts_in_words(course)}: {first.get('reason') or told}")
     if not n:
         return Check("parity", PilotOutcome.UNKNOWN, f"no window could be judged: {told}")
     if last["status"] == "BREACH" or counts["BREACH"] > _MAX_BREACHED * n:
@@ -152,6 +165,8 @@ def _parity(windows: Sequence[Mapping[str, Any]]) -> Check:
     if counts["ERROR"] > _MAX_FAILED * len(windows):
         return Check("parity", PilotOutcome.UNKNOWN, f"the measurement failed too often: {told}")
     text = f"{n} of {len(windows)} windows judged: {told}"
+    if course.recovered:
+        text = f"OK since step {course.since}; {halts_in_words(course)}; {text}"
     if not enough_judged(counts):
         return Check("parity", PilotOutcome.UNKNOWN, f"{text}; expected at least half")
     return Check("parity", PilotOutcome.PASS, text)

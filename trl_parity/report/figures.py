@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..config.rules import Rule
+from ..judging.limits import allowed
 from ..verdict import worst
 from .drawing import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, canvas, legend, png
 from .escape import one_line
@@ -242,14 +243,13 @@ def column(columns: Columns, name: str, instead: str = "") -> np.ndarray:
 
 def drawn_limit(rule: Rule | None, recorded: float, floor: float) -> float:
     """What trimmed k3 breached above in a window; NaN: not known. ``recorded``: its ``limit/kl_k3``."""
-    if rule is None:
+    if rule is None or not math.isnan(recorded):  # as it was applied: a resumed run may have had other rules before
         return floor + recorded
     if rule.k is None:
         return rule.limit
-    if math.isnan(floor):
-        limit = math.nan if rule.absolute is None else rule.absolute
-    else:
-        limit = floor + max(rule.limit, (rule.k - 1.0) * floor)
+    if (limit := allowed(rule, None if math.isnan(floor) else floor)) is not None:
+        return floor + limit
+    limit = math.nan if rule.absolute is None else rule.absolute
     return limit if rule.ceiling is None else float(np.fmin(limit, rule.ceiling))
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config.parity import ParityConfig
 from ..errors import ParityError
+from ..judging.course import Course
 from ..results.paths import metrics_path
 from ..results.reader import MAX_LINE, recorded_config, window_of
 from .escape import visible
@@ -73,6 +74,7 @@ class _Followed:
         self._target = target
         self.tail = Tail(metrics_path(target))
         self.rows: deque[dict[str, Any]] = deque(maxlen=KEPT)
+        self.course = Course()
         self.config: ParityConfig | None = None
         self.seen = time.time()  # when the last window came
         self._restarts = 0
@@ -85,12 +87,15 @@ class _Followed:
             if self.tail.restarts > self._restarts:
                 self._restarts = self.tail.restarts
                 self.rows.clear()
+                self.course = Course()
                 self.config = None
             self.seen = time.time()
             self.rows.append(row)
+            self.course.add(row["step"], row["status"])
             yield row
         if self.rows and self.config is None:
             self.config = _config_of(self.tail.path)
+            self.course.action = self.config.action
 
 
 def follow(target: str, console: Console, *, every: float = 1.0, once: bool = False) -> Iterator[None]:
@@ -104,7 +109,8 @@ def follow(target: str, console: Console, *, every: float = 1.0, once: bool = Fa
     live = Live(console=console, auto_refresh=False) if console.is_terminal and not once else None
 
     def picture(age: float | None) -> Any:
-        return dashboard(run.tail.path, run.rows, run.config or ParityConfig(), age, console.width)
+        config = run.config or ParityConfig()
+        return dashboard(run.tail.path, run.rows, config, age, console.width, course=run.course)
 
     try:
         if live is not None:

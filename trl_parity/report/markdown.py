@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..causes import CAUSES
 from ..config.parity import ParityConfig
+from ..errors import ConfigError
+from ..results.reader import as_number
 from ..results.redaction import bare
 from .escape import visible
 from .format import number
+from .looser import looser_rules
 from .rendering import render_markdown, sections
 from .sequences import WorstSequence, worst_sequences
 from .summary import SHOWN, headline, statistics
@@ -117,7 +120,7 @@ def _of_incident(incident: Incident, rows: Sequence[Mapping[str, Any]]) -> dict[
         "found": [e for e in probed if e["finding"]],
         "not_probed": [e for e in evidence if e["error"]],
         "text": incident.text.strip("\n") if incident.text.strip() else "",
-        "ways": _ways(list(incident.verdict.get("breaches") or ())),
+        "ways": _ways(incident.verdict, incident.config),
         "worst": worst,
         "tables": [(one, _table(one, incident.redacted)) for one in worst[:_SEQUENCES]],
         "redacted": incident.redacted,
@@ -129,17 +132,22 @@ def _filled(text: str) -> str:
     return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
-def _ways(breaches: list[str]) -> str:
+def _ways(verdict: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """To go on anyway."""
+    breaches = list(verdict.get("breaches") or ())
     ways = ['ParityConfig(action="log")    # measures on, never halts, learns from such batches']
-    if breaches:
-        rules = ", ".join(f'"{stat}": ...' for stat in breaches)
-        ways += [
-            f"ParityConfig(rules={{{rules}}})    # other limits, if this drift is expected",
-            "",
-            "# what other limits would have done, from this folder",
-            f"trl-parity replay ../.. --set rules.{breaches[0]}.limit=...",
-        ]
+    if breaches:  # a file's: of any kind
+        try:
+            config = ParityConfig.from_mapping(settings)
+        except (ConfigError, TypeError):  # another version's
+            config = ParityConfig()
+        seen = {str(name): as_number(value) for name, value in verdict.items()}
+        rules = looser_rules(map(str, breaches), seen, config)
+        ways.append(f"ParityConfig(rules={rules})    # wider limits, if this drift is expected")
+        for stat, keys in list(rules.items())[:1]:
+            told = ([f"rules.{stat}.{key}={value}" for key, value in (keys or {}).items()]) or [f"rules.{stat}=null"]
+            ways += ["", "# what other limits would have done, from this folder"]
+            ways.append("trl-parity replay ../.. " + " ".join(f"--set {one}" for one in told))
     return "\n".join(ways)
 
 

@@ -7,14 +7,20 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from .._version import __version__
 from ..causes import CAUSES
 from ..config.parity import ParityConfig
-from ..judging.breaker import read
+from ..judging.breaker import Reading, read
+from ..judging.course import Course
 from ..records import Diagnosis
 from ..verdict import Status, Verdict
-from .format import number
+from .escape import one_line
+from .format import cut, number
+from .looser import looser_rules
+from .outcome import outcome
+from .recovery import last_checkpoint_before, learned_from, recovery
 
-__all__ = ["alert_text", "halt_text"]
+__all__ = ["alert_text", "ending_text", "halt_text", "skipped_text", "start_text"]
 
 _CONSEQUENCE = {
     "log": "Training goes on (action=log): it learns from batches another policy produced.",
@@ -32,12 +38,13 @@ def halt_text(
     verdicts: Sequence[Verdict],
     path: Path,
     diagnosis: Diagnosis | None = None,
+    output_dir: Path | None = None,
 ) -> str:
     """What was seen with counts, what it does, the cause with its evidence, what mends it, how to go on anyway.
 
-    ``path``: the file to look at.
+    ``path``: the file to look at. ``output_dir``: where the trainer's checkpoints are; None: it has none to resume.
     """
-    onward = ", ".join(f"'{name}': ..." for name in verdict.breaches)
+    onward = looser_rules(verdict.breaches, verdict.stats or {}, config)
     lines = [
         "",
         f"trl-parity: HALT at step {verdict.step}. The engine that samples is not the policy that learns.",
@@ -51,6 +58,11 @@ def halt_text(
             lines += _wrap("", finding)
     else:
         lines += _wrap("", CAUSES[diagnosis.cause].harm)
+    learned = learned_from(verdict, verdicts, config)
+    if output_dir is not None:
+        checkpoint = last_checkpoint_before(output_dir, learned.first)
+        told, command = recovery(learned, checkpoint, config.action)
+        lines += ["", *_wrap("Learned", told), *([f"           {command}"] if command else [])]
     if diagnosis is not None:
         lines += ["", *_cause(diagnosis)]
     lines += [
@@ -58,7 +70,7 @@ def halt_text(
         f"  Look     {path}",
         *_wrap(
             "Go on",
-            f"anyway: ParityConfig(action='log'), or other rules if this drift is expected: rules={{{onward}}}; "
+            f"anyway: ParityConfig(action='log'), or, if this drift is expected, wider rules={onward}; "
             "trl-parity replay shows what they would have done.",
         ),
         "",
@@ -75,13 +87,24 @@ def _seen(verdict: Verdict, config: ParityConfig, verdicts: Sequence[Verdict]) -
     rules = {rule.stat: rule for rule in config.resolved_rules()}
     for name in verdict.breaches:
         readings = [None if v.stats is None else read(rules[name], v.stats) for v in streak[-5:]]
-        trail = " → ".join(number(None if r is None else r.value) for r in readings)
-        if (last := readings[-1]) is not None:
-            sign = ">=" if last.rule.below else "<="
-            yield f"             {last.seen:<26} {trail}   (limit {sign} {number(last.limit)})"
+        looks = list(dict.fromkeys((r.seen, _kind(r)) for r in readings if r is not None))
+        for look in looks:  # the excess over the floor in one window may be the statistic over its ceiling in another
+            mine = [r for r in readings if (r is None and len(looks) == 1) or (r and (r.seen, _kind(r)) == look)]
+            known = [r for r in mine if r is not None]
+            trail = " → ".join(number(None if r is None else r.value) for r in mine)
+            limits = dict.fromkeys(number(r.limit) for r in known)
+            sign = ">=" if known[0].rule.below else "<="
+            told = f"{look[1]}{'s' * (len(limits) > 1)} {sign} {' → '.join(limits)}"
+            yield f"             {look[0]:<26} {trail}   ({told})"
     if stats is not None:
         yield f"           in {stats.num_tokens:,} tokens of {stats.num_sequences:,} sequences of the last window:"
         yield from _wrap("", ", ".join(f"{name}\xa0{number(stats.get(name))}" for name in _SHOWN))
+
+
+def _kind(reading: Reading) -> str:
+    """What its limit is."""
+    above_floor = reading.missing or reading.seen.startswith("excess/")
+    return "limit" if reading.rule.k is None or above_floor else "ceiling"
 
 
 def _cause(diagnosis: Diagnosis) -> Iterator[str]:
@@ -109,6 +132,33 @@ def alert_text(verdict: Verdict) -> str:
     told = f"trl-parity: {verdict.status} at step {verdict.step}: {verdict.reason}. Training goes on."
     explained = verdict.breaches or {"entropy/relative", "correction/lost"} & {*verdict.warnings}
     return " ".join([told, *findings(verdict)]) if explained else told
+
+
+def start_text(trainer: str, config: ParityConfig, folder: Path, logging_steps: int = 1) -> str:
+    """One line at a run's start: what is watched, how, and where it is written."""
+    n = config.every_n_steps
+    text = f"trl-parity {__version__} watches {trainer}: windows of {n} step{'s' * (n != 1)}, action={config.action}"
+    if logging_steps > n:
+        text += f", a row in the trackers merges those of {logging_steps} steps (logging_steps)"
+    return f"{text}; files in {folder}"
+
+
+def ending_text(course: Course, last: Verdict | None, cause: str | None, skipped: int, look: Path) -> str:
+    """One line at a run's end: what it came to, why, and where to look. ``last``: the last HALT, if it stands."""
+    status, text = outcome(course)
+    if last is not None:
+        text += f": {cut(one_line(last.reason), 400)}" + (f"; cause: {cause}" if cause else "")
+    if skipped:
+        text += f"; {skipped:,} update{'s' * (skipped != 1)} dropped"
+    return f"trl-parity: {status}, {text}. Look: {look}"
+
+
+def skipped_text(skipped: int, last: Verdict) -> str:
+    """A reminder that nothing is learned while a halt stands."""
+    return (
+        f"trl-parity: {skipped:,} updates dropped so far (action=skip_update), still halted at step {last.step}: "
+        f"{cut(one_line(last.reason), 200)}"
+    )
 
 
 def _wrap(label: str, text: str) -> list[str]:

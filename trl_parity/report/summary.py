@@ -14,11 +14,13 @@ from ..config.parity import ParityConfig
 from ..config.rules import Rule
 from ..errors import ConfigError, DataError
 from ..judging.breaker import read
+from ..judging.limits import allowed
 from ..results.incident import Incident, read_incident
 from ..results.paths import is_run, metrics_path
 from ..results.reader import Columns, Sample, as_number, iter_windows, recorded_config, run_facts, samples
 from ..results.redaction import bare
-from ..verdict import JUDGED, Status, enough_judged, judged, worst
+from ..verdict import Status
+from .outcome import outcome
 
 __all__ = ["SHOWN", "Statistic", "Summary", "headline", "statistics", "summarize", "summary_of"]
 
@@ -210,38 +212,16 @@ def _sample_worst(summary: Summary) -> None:
 
 def headline(summary: Summary) -> tuple[str, str]:
     """The status a run came to, and one sentence: healthy or not, since when, and why."""
-    c = summary.columns
-    if not c.count:
-        return "NO_DATA", "no window was measured."
-    last = c.last
-    status, missing = worst(c.statuses), c.count - judged(c.statuses)
-    of = f"{c.statuses[status]:,} of {c.count:,} windows"
-    if status is Status.HALT:
-        text = f"halted at step {c.first_halt}"
-    elif status is Status.BREACH:
-        text = f"{of} over a limit, none halted"
-    elif status is Status.ERROR:
-        text = f"{of} could not be measured"
-    elif status is Status.WARN:
-        text = f"never over a limit; {of} near one or watched"
-    elif missing == c.count:
-        status = Status(max(c.statuses, key=c.statuses.__getitem__))
-        text = f"{c.count:,} windows, none judged healthy or ill ({last['reason'] or 'no noise floor yet'})"
-    elif not missing:
-        text = f"healthy in all {c.count:,} windows, to step {last['step']}"
-    else:  # healthy where it was judged
-        status = Status.OK if enough_judged(c.statuses) else worst(s for s in c.statuses if s not in JUDGED)
-        text = f"healthy in {c.statuses['OK']:,} of {c.count:,} windows, to step {last['step']}"
-    if 0 < missing < c.count:
-        names = ", ".join(f"{n:,} {name}" for name, n in c.statuses.items() if name not in JUDGED)
-        text += f"; {missing:,} not judged ({names})"
-    if c.onset is not None:
+    c, incident = summary.columns, summary.incident
+    if summary.config is not None:
+        c.course.action = summary.config.action
+    status, text = outcome(c.course, reason=str(c.last.get("reason") or ""))
+    if c.onset is not None and not c.course.recovered:
         healthy = sum(1 for step in c.steps if step < c.onset) * c.width
         began = "its first window" if not healthy else f"step {c.onset}"
         text += f"; over the limit since {began}"
-    if summary.incident is not None and summary.incident.diagnosis is not None:
-        cause = str(summary.incident.diagnosis.get("cause"))
-        text += f"; cause: {cause}"
+    if incident is not None and incident.diagnosis is not None and (c.course.halts or status is Status.BREACH):
+        text += f"; cause: {incident.diagnosis.get('cause')}"
     return str(status), text + "."
 
 
@@ -258,6 +238,25 @@ class Statistic:
     worst: float
 
 
+def used(rule: Rule, window: Mapping[str, Any]) -> float | None:
+    """Share of its limit that a statistic uses in a window; infinite for what is no number, None if it is not known.
+
+    Of a rule over a noise floor both are taken above the floor, and the limit is the nearest that applied.
+    """
+    reading, floor = read(rule, window), as_number(window.get(f"floor/{rule.stat}"))
+    if reading is None:
+        return None
+    value, limit = reading.value, allowed(rule, floor)
+    if limit is None:
+        limit = reading.limit
+    elif not reading.seen.startswith("excess/"):  # over the ceiling: the statistic itself
+        value -= floor if rule.stat != "ess" else 1.0 - floor
+    if limit <= 0:
+        return math.inf if reading.over else None
+    share = value / limit
+    return max(0.0, share) if math.isfinite(share) else math.inf
+
+
 def statistics(
     names: Iterable[str],
     series: Mapping[str, Sequence[float | None]],
@@ -272,10 +271,7 @@ def statistics(
         known = sorted(v for v in values if v is not None)
         if not known:
             continue
-        reading = read(rules[name], last) if name in rules else None
-        share = None if reading is None or not reading.limit else reading.value / reading.limit
-        if share is not None:  # no number: over any limit
-            share = max(0.0, share) if math.isfinite(share) else math.inf
+        share = used(rules[name], last) if name in rules else None
         worst = known[0] if name in _WORST_IS_LOW else known[-1]
         now, floor = (as_number(last.get(key)) for key in (name, f"floor/{name}"))
         out.append(Statistic(name, values, now, floor, share, known[len(known) // 2], worst))

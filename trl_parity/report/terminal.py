@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config.parity import ParityConfig
+from ..judging.course import Course
 from ..results.paths import metrics_path
 from ..results.reader import as_number
 from ..verdict import JUDGED, SEVERITY, judged
 from .escape import visible
 from .format import number
+from .outcome import outcome
 from .sequences import color_scale, shade, worst_sequences
 from .summary import headline, statistics
 
@@ -51,8 +53,12 @@ def dashboard(
     width: int = 100,
     *,
     headed: bool = True,
+    course: Course | None = None,
 ) -> RenderableType:
-    """The whole picture: status line (``headed``), statistics with their limits, the last windows that were not OK."""
+    """The whole picture: status line (``headed``), statistics with their limits, the last windows that were not OK.
+
+    ``course``: of all windows, where more were seen than ``rows``.
+    """
     from rich.console import Group
     from rich.text import Text
 
@@ -61,6 +67,7 @@ def dashboard(
     events = [row for row in rows if row["status"] not in ("OK", "CALIBRATING")][-5:]
     return Group(
         *([_status_line(rows, config, age)] if headed else []),
+        *([Text(_what_it_came_to(course))] if headed and course is not None and course.halts else []),
         Text(visible(path), style="dim"),
         Text(),
         _statistics_table(rows, config, width),
@@ -79,6 +86,11 @@ def _status_line(rows: Sequence[dict[str, Any]], config: ParityConfig, age: floa
         said += f", {judged(counts)} judged ({missing})"
     said += "" if age is None else f"  last one {age:.0f} s ago"
     return Text.assemble(_badge(last["status"]), said)
+
+
+def _what_it_came_to(course: Course) -> str:
+    status, text = outcome(course)
+    return f"{status}: {text}"
 
 
 def _statistics_table(rows: Sequence[dict[str, Any]], config: ParityConfig, width: int) -> Table:

@@ -29,7 +29,16 @@ import numpy as np
 
 from .reader import Columns
 
-__all__ = ["COLUMNS", "TESTED", "Comparison", "autocorrelation_time", "compare", "halts_apart", "holm"]
+__all__ = [
+    "COLUMNS",
+    "TESTED",
+    "Comparison",
+    "autocorrelation_time",
+    "compare",
+    "halts_apart",
+    "holm",
+    "standing_halt",
+]
 
 TESTED = ("kl_k3", "logp_abs_diff/mean", "logp_abs_diff/p99", "ratio/out_of_band", "ess")
 
@@ -90,9 +99,14 @@ def compare(runs: Sequence[Columns], alpha: float = 0.05) -> list[Comparison]:
 def halts_apart(a: Columns, b: Columns) -> bool:
     """Whether one run was halted, and the other went past that step without."""
     for one, other in ((a, b), (b, a)):
-        if one.first_halt is not None and other.first_halt is None and other.last["step"] >= one.first_halt:
+        if (step := standing_halt(one)) is not None and standing_halt(other) is None and other.last["step"] >= step:
             return True
     return False
+
+
+def standing_halt(run: Columns) -> int | None:
+    """Step at which a run was first halted; None where it was not, or where that is over."""
+    return None if run.course.recovered else run.first_halt
 
 
 def _one(a: Columns, b: Columns, run: int, stat: str, alpha: float) -> Comparison | None:

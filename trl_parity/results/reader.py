@@ -19,6 +19,7 @@ from typing import Any
 from ..config.parity import ParityConfig
 from ..errors import DataError
 from ..files import check_version, read_versioned
+from ..judging.course import Course
 from ..metrics.scalars import SCALARS
 from ..progress import progress_bar
 from ..verdict import SEVERITY, worst
@@ -123,7 +124,7 @@ class Columns:
     count: int = 0
     width: int = 1
     onset: int | None = None  # step of the first window of the streak that halted the run, else of the first breach
-    statuses: Counter[str] = field(default_factory=Counter)
+    course: Course = field(default_factory=Course)
     events: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=12))  # the last that were not healthy
     last: dict[str, Any] = field(default_factory=dict)
     first_halt: int | None = None
@@ -148,7 +149,7 @@ class Columns:
         """One window."""
         self.count += 1
         status = row["status"] if row["status"] in SEVERITY else "ERROR"
-        self.statuses[status] += 1
+        self.course.add(row["step"], status)
         if status in ("BREACH", "HALT", "ERROR"):
             if self._streak_from is None:
                 self._streak_from = row["step"]
@@ -166,6 +167,11 @@ class Columns:
             self.finish()
             if len(self.steps) >= self.limit:
                 self._halve()
+
+    @property
+    def statuses(self) -> Counter[str]:
+        """Windows by status."""
+        return self.course.counts
 
     def finish(self) -> None:
         """Close the row that is being filled."""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from ..config.parity import ParityConfig
 from ..config.reading import assignments
+from ..errors import ConfigError
 from ..judging.breaker import Breaker
 from ..metrics.scalars import SCALARS
 from ..verdict import MismatchStats, Status, Verdict
@@ -28,8 +29,14 @@ def read_windows(path: str | Path) -> list[dict[str, Any]]:
     return list(iter_windows(path))
 
 
+REJUDGED = ("rules", "consecutive", "halt_on_error", "warmup", "floor_tokens")  # what the breaker looks at
+
+
 def changed_config(config: ParityConfig, given: Sequence[str]) -> ParityConfig:
-    """``config`` with ``name=value`` laid over it, e.g. ``consecutive=2`` or ``rules.kl_k3.k=8``; values are YAML."""
+    """``config`` with ``name=value`` laid over it, e.g. ``consecutive=2`` or ``rules.kl_k3.k=8``; values are YAML.
+
+    Raises ConfigError for what is no setting, and for one that changes what is measured: that can't be judged again.
+    """
     values = config.to_dict()
     for name, value in assignments(given, "consecutive=2 or rules.kl_k3.k=8"):
         keys = name.split(".")
@@ -41,7 +48,14 @@ def changed_config(config: ParityConfig, given: Sequence[str]) -> ParityConfig:
             target[key] = dict(inner or {})
             target = target[key]
         target[keys[-1]] = value
-    return ParityConfig.from_mapping(values, where="--set")
+    changed = ParityConfig.from_mapping(values, where="--set")
+    for name, _ in assignments(given, ""):
+        if (setting := name.split(".")[0]) not in REJUDGED:
+            raise ConfigError(
+                f"--set {setting}: what was recorded was measured with {setting}={getattr(config, setting)!r}, and "
+                f"can't be judged again as if it had been another. Expected one of: {', '.join(REJUDGED)}."
+            )
+    return changed
 
 
 def has_floor(rows: Iterable[Mapping[str, Any]]) -> bool:

@@ -20,6 +20,7 @@ __all__ = [
     "rounded_cache",
     "rounding_noise",
     "swapped",
+    "without_adapters",
 ]
 
 
@@ -80,6 +81,21 @@ def swapped(values: Mapping[torch.nn.Parameter, torch.Tensor]) -> Iterator[None]
     finally:
         for parameter, data in own.items():
             parameter.data = data
+
+
+@contextmanager
+def without_adapters(model: torch.nn.Module) -> Iterator[None]:
+    """PEFT's layers compute what is under their adapters inside the block; nothing of gradients is touched."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not m._disable_adapters]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 # vLLM's kv_cache_dtype, as torch calls it

@@ -53,6 +53,12 @@ class AlertSink(Protocol):
     def log_rich(self, rich: RichLog) -> None:
         """Log a window's histogram and tables."""
 
+    def tell(self, verdict: str) -> None:
+        """Keep the verdict in words with the run, in place of the one before."""
+
+    def before_row(self, step: int) -> None:
+        """The trainer's next row is about this step."""
+
 
 def alert_sinks(report_to: Iterable[str]) -> list[AlertSink]:
     """A sink for each tracker of ``report_to`` that has alerts. Raises ConfigError when one is not installed."""
@@ -101,6 +107,12 @@ class _GuardedSink:
     def log_rich(self, rich: RichLog) -> None:
         """Log a histogram of log-ratios and the tables of verdicts, worst tokens and sampled tokens."""
         self._guarded(lambda: self._log(rich.step, _objects(self._module, rich)))
+
+    def tell(self, verdict: str) -> None:
+        """Keep nothing: not every tracker has a summary."""
+
+    def before_row(self, step: int) -> None:
+        """Do nothing: most trackers are told a row's step."""
 
 
 def _objects(module: Any, rich: RichLog) -> dict[str, Any]:
@@ -163,8 +175,11 @@ class WandbSink(_GuardedSink):
         super().log_rich(rich)
         if rich.verdicts:
             v = rich.verdicts[-1]
-            told = f"{v.status} at step {v.step}" + (f": {v.reason}" if v.reason else "")
-            self._guarded(lambda: self._module.run.summary.update({"parity/verdict": told}))
+            self.tell(f"{v.status} at step {v.step}" + (f": {v.reason}" if v.reason else ""))
+
+    def tell(self, verdict: str) -> None:
+        """Keep the verdict as ``parity/verdict`` in the run's summary."""
+        self._guarded(lambda: self._module.run.summary.update({"parity/verdict": verdict}))
 
     def make_panels(self) -> None:
         """The ready-made workspace in the active run's project; nothing for an offline run. Never raises."""
@@ -200,8 +215,16 @@ class TrackioSink(_GuardedSink):
         self._guarded(lambda: self._module.log({**scalars, "train/global_step": step}, step=step))
 
     def _log(self, step: int, values: Mapping[str, Any]) -> None:
-        # TrackioCallback names no step: its next row gets the one after the last. So it is the trainer's, at one a log
-        self._module.log({**values, "train/global_step": step}, step=max(0, step - 1))
+        self._module.log({**values, "train/global_step": step}, step=step)
+        self.before_row(step)
+
+    def before_row(self, step: int) -> None:
+        """TrackioCallback names no step, and trackio counts rows: let it count on from here."""
+
+        def send() -> None:
+            self._module.context_vars.current_run.get()._next_step = step
+
+        self._guarded(send)
 
     def alert(self, verdict: Verdict, text: str) -> None:
         """Send a trackio alert: level warn, or error for a halt."""

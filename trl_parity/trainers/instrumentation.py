@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
 
-from ..errors import InterceptionError
+from ..errors import ConfigError, InterceptionError
 
 if TYPE_CHECKING:
     from ..engine.handle import EngineHandle
@@ -58,11 +58,14 @@ class Observer(ABC):
 
 
 def observer_of(trainer: Any) -> Observer | None:
-    """The first observer among the trainer's callbacks, or None."""
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, Observer):
-            return callback
-    return None
+    """The observer among the trainer's callbacks, or None. Raises ConfigError for more than one."""
+    found = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Observer)]
+    if len(found) > 1:
+        raise ConfigError(
+            f"the trainer has {len(found)} ParityCallbacks. Expected one: the first alone would see the rollouts. "
+            "Take the others out of callbacks=, or trainer.remove_callback them."
+        )
+    return found[0] if found else None
 
 
 def instrument() -> set[str]:

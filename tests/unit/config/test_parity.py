@@ -58,7 +58,10 @@ def test_temperature_phases_are_in_order_of_their_steps():
         ({"rules": {"kl_k3": {"k": 0.5}}}, ">= 1"),
         ({"rules": {"ess": {"limit": 0.5, "k": 3, "below": True}}}, "both k and below"),
         ({"rules": {"chi2": {"limit": 1, "ceiling": 3}}}, "sets ceiling but no k"),
+        ({"rules": {"kl_k3": {"ceiling": -0.1}}}, "ceiling is -0.1. Expected a number >= 0"),
+        ({"rules": {"kl_k3": {"absolute": True}}}, "absolute is True. Expected a number >= 0"),
         ({"rules": {"kl_k3": {"warn": 2}}}, "0 to 1"),
+        ({"rules": {"kl_k3": {"warn": -0.1}}}, "warn is -0.1. Expected a number >= 0"),
         ({"temperatures": {"training": 1.0}}, "Expected 'train', 'eval' or 'train@<step>'"),
         ({"temperatures": {"train": "hot"}}, "Expected a number"),
         ({"floor_cost_share": 2}, "0 to 1"),
@@ -75,6 +78,11 @@ def test_temperature_phases_are_in_order_of_their_steps():
 def test_a_mistake_is_named_with_what_to_do(values, message):
     with pytest.raises(ConfigError, match=message):
         ParityConfig.from_mapping(values)
+
+
+@pytest.mark.parametrize("warn", [0.0, 1.0])
+def test_the_ends_of_what_a_rule_may_say_are_allowed(warn):
+    Rule(stat="kl_k3", limit=-1.0, k=1.0, ceiling=0.0, absolute=0.0, warn=warn, consecutive=1)
 
 
 @pytest.mark.parametrize(

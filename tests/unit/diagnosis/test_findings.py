@@ -18,8 +18,9 @@ from trl_parity.diagnosis.diagnose import diagnose
 from trl_parity.diagnosis.findings import NAMES, NOTHING, EnginePrompts, Findings
 from trl_parity.diagnosis.probes import PROBES, in_order
 from trl_parity.diagnosis.probes.base import NotPossible, independent, probe
+from trl_parity.diagnosis.selection import RESAMPLES, Result, confidence_in, not_excluded
 from trl_parity.engine.base import Capability
-from trl_parity.records import RolloutBatch, SamplingSettings, ScoredBatch
+from trl_parity.records import Evidence, RolloutBatch, SamplingSettings, ScoredBatch
 from trl_parity.trainers.capture import Capture
 
 B, P, C, VOCAB = 6, 5, 8, 48
@@ -171,7 +172,10 @@ def test_each_probe_comes_after_the_givers_of_what_it_builds_on():
 @pytest.mark.parametrize(
     ("left_out", "words"),
     [
-        (("prefix cache", "asked again"), "engine's prefill needs asked_again, which no probe before it gives"),
+        (
+            ("prefix cache", "engine's state", "asked again"),
+            "engine's prefill needs asked_again, which no probe before it gives",
+        ),
         (("cache precision",), "engine's prefill uses cache_moved, which no probe before it gives"),
         (("context",), "prefix cache uses engine_prompts, which no probe before it gives"),
     ],
@@ -242,6 +246,49 @@ def test_older_weights_of_an_engine_that_hands_out_none_are_named_from_what_prob
     assert "a server's parameters can't be read, and the run began healthy" in diagnosis.summary
     assert diagnosis.details["ladder"]["reproduced"]
     assert batch.engine.calls == ["cached", "anew", "rescore"]
+
+
+@pytest.mark.slow_unit
+def test_time_does_not_decide_what_is_true(make_batch):
+    """Without any, nothing is named that a probe which was left out could overturn; with all, the same always."""
+    hurried, unhurried = (diagnose(make_batch(), 7, budget=budget) for budget in (0.0, None))
+    assert (hurried.cause, hurried.confidence) == ("unknown", 0.0)
+    assert {"engine's weights", "engine's config", "prefix cache", "unpadded"} <= set(hurried.details["left_out"])
+    assert hurried.summary.startswith("No name yet: the time for a diagnosis was over before ")
+    assert "callback.diagnose()" in hurried.fix
+    assert unhurried.cause == "stale_weights"
+    assert "left_out" not in unhurried.details
+
+
+@pytest.mark.parametrize(("began_healthy", "cause"), [(True, "stale_weights"), (None, "model_definition")])
+def test_a_cause_by_elimination_is_as_sure_as_what_could_be_asked(make_batch, began_healthy, cause):
+    """A server hands out neither its weights nor its module: what they would tell is not ruled out."""
+    diagnosis = diagnose(make_batch(began_healthy=began_healthy), 7)
+    assert diagnosis.cause == cause
+    rivals = {"engine_state"} if began_healthy else {"engine_state", "stale_weights"}
+    assert set(diagnosis.details["unasked"]) == rivals
+    assert diagnosis.confidence == pytest.approx(1.0 / (1.0 + len(rivals)), abs=0.02)
+    assert "Not asked, so not ruled out: engine_state" in diagnosis.summary
+
+
+def test_what_leaves_nothing_unexplained_needs_no_other_answer():
+    none = torch.zeros(RESAMPLES, dtype=torch.float64)
+    evidence = Evidence(name="", cause="", hypothesis="", prediction="", cost="")
+    [fit], [asked] = picked("fitted penalties"), picked("prefix cache")
+    missing = Result(asked, None, asked.cause, 0.0, none, 0.0, evidence, unasked="failed")
+
+    def confidence(share):
+        best = Result(fit, None, "penalties", share, none + share, 0.0, evidence)
+        rivals = not_excluded(best, [best, missing], frozenset())
+        assert rivals == ("stale_prefix_cache",)
+        return confidence_in(best, [best, missing], rivals)
+
+    assert confidence(0.88) == pytest.approx(1.0 / (1.0 + 0.12 / 0.25))
+    assert confidence(0.75) == pytest.approx(0.5)
+    assert confidence(1.0) == 1.0
+    answered = replace(missing, unasked="")
+    assert not_excluded(replace(missing, cause="penalties"), [answered], frozenset()) == ()
+    assert not_excluded(answered, [replace(missing, cause="stale_weights")], frozenset({"stale_weights"})) == ()
 
 
 def test_a_cache_as_coarse_as_the_engines_is_handed_on(make_batch):

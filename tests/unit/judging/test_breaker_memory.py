@@ -5,6 +5,7 @@ import math
 import pytest
 from support.windows import window
 
+from trl_parity import ParityConfig
 from trl_parity.config.rules import DEFAULT_RULES, Rule
 from trl_parity.judging.breaker import Breaker, Reading, read
 
@@ -60,6 +61,7 @@ def test_the_ceiling_counts_the_statistic_and_the_floor_its_excess():
     )
     assert read(rule, {"kl_k3": 0.11, "floor/kl_k3": 0.09}) == Reading(rule, "kl_k3", 0.11, 0.1, True, True)
     assert read(rule, {"kl_k3": 0.005}) == Reading(rule, "kl_k3", 0.005, 0.01, False, False, missing=True)
+    assert read(rule, {"kl_k3": 0.01}) == Reading(rule, "kl_k3", 0.01, 0.01, False, True, missing=True)
     assert read(rule, {"kl_k3": 0.0051}) == Reading(rule, "kl_k3", 0.0051, 0.01, False, True, missing=True)
     assert read(rule, {"kl_k3": 0.0101}) == Reading(rule, "kl_k3", 0.0101, 0.01, True, True, missing=True)
     bare = Rule(stat="kl_k3", limit=1e-4, k=5.0)
@@ -68,6 +70,18 @@ def test_the_ceiling_counts_the_statistic_and_the_floor_its_excess():
     at_once = Rule(stat="kl_k3", limit=0.1, immediate=True)
     assert read(at_once, {"kl_k3": 0.3, "trimmed/kl_k3": 0.0}).value == 0.3
     assert read(KL, {"kl_k3": 0.3, "trimmed/kl_k3": 0.0}).value == 0.0
+
+
+@pytest.mark.parametrize(
+    ("limits", "seen"),
+    [({"ceiling": 0.1}, "kl_k3"), ({"absolute": 0.01}, "kl_k3"), ({"ceiling": 0.1, "floor": 1e-6}, "kl_k3"),
+     ({"floor": 1e-6}, "excess/kl_k3")],
+)  # fmt: skip
+def test_what_is_no_number_is_over_every_kind_of_limit(limits, seen):
+    floor = limits.pop("floor", None)
+    rule = Rule(stat="kl_k3", limit=1e-4, k=5.0, **limits)
+    reading = read(rule, {"kl_k3": math.nan, "floor/kl_k3": floor})
+    assert (reading.seen, reading.over, reading.warns) == (seen, True, True)
 
 
 def test_of_ess_it_is_what_is_lost_that_is_read():
@@ -93,6 +107,8 @@ def test_a_warning_holds_a_streak_whatever_rule_it_is_of():
         ("BREACH", 1, 3), ("WARN", 1, 3), ("BREACH", 2, 3), ("WARN", 2, 3), ("HALT", 3, 3),
     ]  # fmt: skip
     assert judged([parted] * 5, KL, PARTED) == [("WARN", 0, None)] * 5  # and begins none
+    watched = Rule(stat="kl_k3", limit=0.1, warn_only=True)
+    assert judged([NEAR, BAD], watched) == [("OK", 0, None), ("WARN", 0, None)]  # it warns at its limit alone
     assert judged([BAD, both, BAD, NEAR, BAD], KL, PARTED) == [
         ("BREACH", 1, 3), ("WARN", 1, 3), ("BREACH", 2, 3), ("WARN", 2, 3), ("HALT", 3, 3),
     ]  # fmt: skip
@@ -105,6 +121,10 @@ def test_the_fewest_windows_that_any_rule_of_the_streak_asked_for_are_needed(ord
     windows = [[window(kl_k3=0.2), window(chi2=0.2)][i] for i in order]
     assert judged(windows, two, four) == [("BREACH", 1, 2 if order == (0, 1) else 4), ("HALT", 2, 2)]
     assert judged([window(kl_k3=0.2, chi2=0.2)] * 2, two, four) == [("BREACH", 1, 2), ("HALT", 2, 2)]
+
+
+def test_what_halts_at_once_asks_for_one_window():
+    assert judged([BAD], Rule(stat="kl_k3", limit=0.1, immediate=True, consecutive=4)) == [("HALT", 1, 1)]
 
 
 def test_the_need_ends_with_the_streak():
@@ -157,12 +177,31 @@ def test_alerts_rise_once_an_episode_and_an_error_is_none():
     assert breaker.state() == {"streak": 1, "needed": 3, "windows": 7, "alerted": "WARN"}
 
 
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_a_breaker_is_as_the_settings_say(tokens):
+    config = ParityConfig(consecutive=5, halt_on_error=True, warmup=7, floor_tokens=tokens)
+    assert Breaker.from_config(config) == Breaker(config.resolved_rules(), 5, True, 7, expects_floor=tokens > 0)
+
+
 def test_a_state_comes_back_whole():
     breaker, again = Breaker((KL,)), Breaker((KL,))
     for step, stats in enumerate([FAILED, BAD]):
         breaker.judge(step, stats)
     again.load_state(breaker.state())
     assert again == breaker
+
+
+def test_a_healthy_window_without_a_floor_ends_a_halt():
+    breaker = Breaker((Rule(stat="kl_k3", limit=1e-4, k=5.0, ceiling=0.1),), consecutive=1)
+    assert str(breaker.judge(1, BAD).status) == "HALT"
+    assert breaker.halting
+    assert str(breaker.judge(2, window(kl_k3=1e-9)).status) == "CALIBRATING"
+    assert not breaker.halting
+
+
+def test_what_breaches_is_no_warning_beside_it():
+    verdict = Breaker((KL, Rule(stat="chi2", limit=0.1))).judge(1, window(kl_k3=0.2, chi2=0.08))
+    assert (verdict.breaches, verdict.warnings) == (("kl_k3",), ("chi2",))
 
 
 def test_the_reason_of_a_failure_names_it_or_the_rank():

@@ -232,3 +232,16 @@ def test_lint_knows_what_engine_args_ask_for():
     assert next((trap.severity, trap.cause) for trap in lint(f)) == ("warning", "kv_cache_precision")
     f = configured_facts(values)
     assert (f.engine_head_dtype, f.prefix_caching, f.logprobs_mode) == (None, True, "processed_logprobs")
+
+
+@pytest.mark.slow_unit
+@pytest.mark.parametrize("name", ["temperture", "rules.kl_k3.k", "every_n_step"])
+def test_a_typo_in_set_is_refused_and_a_setting_of_each_kind_is_not(tmp_path, capsys, name):
+    config = tmp_path / "config.yaml"
+    config.write_text("task_length: 5\n")
+    assert main(["lint", str(config), "--set", f"{name}=1"]) == 2
+    told = capsys.readouterr().err
+    assert f"unknown setting '{name}'" in told
+    assert told.count("\n") == 1
+    known = ["temperature=1.0", "every_n_steps=2", "dtype=bfloat16", "task_length=6"]
+    assert main(["lint", str(config), *(word for one in known for word in ("--set", one))]) == 0

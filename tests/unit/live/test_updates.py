@@ -1,14 +1,18 @@
 """Which updates are applied: the trainer's events in their order, without a model."""
 
 import random
+import traceback
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from support.trainer_loop import Loop
 
-from trl_parity import ParityCallback
+from trl_parity import ParityCallback, ParityHalt, __version__
+from trl_parity.errors import ConfigError
 from trl_parity.records import Diagnosis
+from trl_parity.trainers.instrumentation import observer_of
 
 
 @pytest.fixture(autouse=True)
@@ -127,3 +131,124 @@ def test_watching_draws_no_random_number_of_the_run(tmp_path):
     drawn = float(torch.rand(1)), random.random(), float(np.random.rand())
     torch.manual_seed(1), random.seed(1), np.random.seed(1)
     assert drawn == (float(torch.rand(1)), random.random(), float(np.random.rand()))
+
+
+def end(watch, loop):
+    loop.state.is_world_process_zero = True
+    watch.on_train_end(loop.args, loop.state, loop.control)
+
+
+def test_a_halted_run_raises_when_asked_and_a_healthy_or_healed_one_does_not(tmp_path, capfd):
+    for action, shifts, halted in (
+        ("stop", [0.0, 1.0], 2), ("skip_update", [1.0, 1.0], 2), ("skip_update", [1.0, 0.0], None),
+        ("log", [1.0, 1.0], None), ("stop", [0.0, 0.0], None),
+    ):  # fmt: skip
+        watch = callback(action=action)
+        loop = Loop(watch, tmp_path, feeds=1, accumulate=1, shifts=lambda batch, shifts=shifts: shifts[batch])
+        loop.run(2)
+        end(watch, loop)
+        ended = capfd.readouterr().err.splitlines()[-1]
+        if halted is None:
+            watch.raise_if_halted()
+            assert ended.startswith("trl-parity: HALT" if action == "log" else "trl-parity: OK, healthy in"), ended
+            continue
+        with pytest.raises(ParityHalt) as raised:
+            watch.raise_if_halted()
+        assert raised.value.verdict.step == halted
+        told = traceback.format_exception(raised.value)  # what a scheduler's log ends with
+        assert told[-1] == f"trl_parity.errors.ParityHalt: {ended}\n"
+        assert "halted at step" in ended
+        assert f"{raised.value.verdict.reason[:60]}" in ended
+
+
+def test_the_halt_raised_before_learning_ends_with_its_reason(tmp_path):
+    watch = callback(action="raise")
+    with pytest.raises(ParityHalt) as raised:
+        Loop(watch, tmp_path, feeds=1, accumulate=1, shifts=lambda batch: 1.0).run(1)
+    assert str(raised.value).splitlines()[-1].startswith("trl-parity: HALT, halted at step 1: ")
+
+
+def test_dropped_updates_are_counted_in_every_row_and_told_again_and_again(tmp_path, monkeypatch, capfd):
+    rows = []
+    monkeypatch.setattr("support.trainer_loop.GivenCapture.log", lambda self, values: rows.append(values))
+    watch = callback(action="skip_update", redact_text=True)
+    loop = Loop(watch, tmp_path, feeds=1, accumulate=1, shifts=lambda batch: float(1 <= batch < 24))
+    loop.control.should_log = True
+    loop.accelerator.is_main_process = True
+    loop.run(25)
+    skipped = [(row["parity/breaker/skipped"], row["parity/breaker/skipped_total"]) for row in rows]
+    assert skipped == [(0, 0), *((1, n) for n in range(1, 24)), (0, 23)]
+    windows = [v.stats["breaker/skipped"] for v in watch.verdicts]  # what was dropped since the window before
+    assert windows == [0, 0, *[1] * 23]
+    told = capfd.readouterr().err
+    assert [n for n in (10, 20, 23) if f"{n} updates dropped so far" in told] == [10, 20]
+    saved = watch.state()["attributes"]["checkpoint"]
+    assert saved["skipped"] == 23
+    end(watch, loop)
+    assert "its updates dropped; 23 updates dropped" in capfd.readouterr().err
+
+
+def test_a_run_begins_with_a_line_of_what_is_watched(tmp_path, capfd):
+    watch = callback(every_n_steps=2)
+    loop = Loop(watch, tmp_path, feeds=1, accumulate=1, shifts=lambda batch: 0.0)
+    loop.accelerator.is_main_process = True
+    loop.args.logging_steps = 10
+    loop.run(2)
+    first = capfd.readouterr().err.splitlines()[0]
+    assert first.startswith(
+        f"trl-parity {__version__} watches SimpleNamespace: windows of 2 steps, action=skip_update"
+    )
+    assert first.endswith(f"merges those of 10 steps (logging_steps); files in {tmp_path}/parity")
+
+
+class Told:
+    """A tracker that keeps what it is told."""
+
+    def __init__(self):
+        self.verdicts, self.rows = [], []
+
+    def tell(self, verdict):
+        self.verdicts.append(verdict)
+
+    def before_row(self, step):
+        self.rows.append(step)
+
+    def alert(self, verdict, text):
+        """Not looked at."""
+
+
+def test_the_last_partial_window_is_in_the_last_row_and_in_words(tmp_path, monkeypatch):
+    rows, told = [], Told()
+    monkeypatch.setattr("support.trainer_loop.GivenCapture.log", lambda self, values: rows.append(values))
+    watch = callback(every_n_steps=2, action="log", consecutive=9)
+
+    def shift(batch):
+        watch.monitor.sinks = [told]
+        loop.control.should_log = batch == 3  # logging_steps=4
+        loop.control.should_training_stop = batch == 4
+        return float(batch == 4)
+
+    loop = Loop(watch, tmp_path, feeds=1, accumulate=1, shifts=shift)
+    loop.run(9)
+    assert loop.control.should_log  # whatever logging_steps says, the trainer logs once more
+    assert [(row["parity/breaker/status"], row["parity/breaker/windows"]) for row in rows] == [(0, 2), (2, 1)]
+    assert told.rows == [4, 5]
+    assert [verdict.split(":")[0] for verdict in told.verdicts] == ["OK at step 2", "OK at step 4", "BREACH at step 5"]
+    end(watch, loop)
+    assert len(watch.verdicts) == 3
+
+
+def test_two_callbacks_are_called_that():
+    both = SimpleNamespace(callback_handler=SimpleNamespace(callbacks=[object(), callback(), callback()]))
+    with pytest.raises(ConfigError, match="the trainer has 2 ParityCallbacks"):
+        observer_of(both)
+
+
+def test_a_callback_in_a_notebook_says_what_it_watches_and_saw(tmp_path):
+    watch = callback(action="log", every_n_steps=2)
+    assert repr(watch) == "<ParityCallback NO_DATA: no window was measured; windows of 2 steps, action=log>"
+    Loop(watch, tmp_path, feeds=1, accumulate=1, shifts=lambda batch: 0.0).run(4)
+    assert repr(watch) == (
+        "<ParityCallback OK: healthy in all 2 windows, to step 4; windows of 2 steps, action=log; "
+        f"files in {tmp_path}/parity>"
+    )

@@ -141,7 +141,15 @@ def test_a_wrong_end_token_breaches_at_any_length(columns, off):
     assert healthy.stats["last_token/disagreement"] == 0.0
 
 
-@pytest.mark.parametrize("n", [2000, 5000, 20_000, 1_000_000])
+def test_the_last_token_is_the_last_that_the_engine_generated_whatever_stands_between():
+    mask = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1]]).bool()
+    delta = torch.tensor([[0, 0, 3, 5], [9, 9, 9, 9], [5, -0.5, 9, 9], [5, 5, 5, math.nan]], dtype=torch.float64)
+    stats = compute(measure(plain(delta, mask)))
+    assert stats["last_token/logp_abs_diff/mean"] == pytest.approx((3 + 0.5) / 2)
+    assert stats["last_token/disagreement"] == 0.5
+
+
+@pytest.mark.parametrize("n", [2000, 5000, 20_000, 200_000])
 @pytest.mark.parametrize("floor", [0.0, 3e-3])
 def test_a_thousandth_of_all_tokens_eight_nats_off_breaches(n, floor):
     delta = noisy(n // 100, 100, 0.01)
@@ -181,9 +189,10 @@ def test_the_sequences_effective_sample_size_has_no_scale(weights, expected):
 
 @pytest.mark.parametrize("shift", [-2.0, -0.5, -1e-9, 0.0, 0.3])
 def test_chi_squared_is_never_negative(shift):
-    assert compute(measure(plain(torch.full((8, 9), shift, dtype=torch.float64))))["chi2"] == pytest.approx(
-        math.expm1(shift) ** 2, abs=1e-15
-    )
+    deltas = [torch.full((8, n), shift, dtype=torch.float64) for n in range(1, 20)]  # some sums are rounded down
+    found = [compute(measure(scored(0 * x, x, x < 1)))["chi2"] for x in deltas]
+    assert found == pytest.approx([math.expm1(shift) ** 2] * 19, abs=1e-15)
+    assert min(found) >= 0.0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -214,7 +223,7 @@ def test_large_batches_are_summed_in_pieces_with_the_same_result(monkeypatch):
     from trl_parity.metrics import statistics as module
 
     generator = torch.Generator().manual_seed(0)
-    batch = random_batch(generator, 23, 37, 0.3)
+    batch = random_batch(generator, 7, 37, 0.3)
     whole = measure(batch, first_sequence=5)
     for block in (1000, 100, 10):  # all in one, rows, positions
         monkeypatch.setattr(module, "_BLOCK", block)

@@ -1,5 +1,7 @@
 """Statistics by the age of a sample's weights."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -41,3 +43,15 @@ def test_tokens_by_lag_are_those_of_a_loop():
     known = counts[[0, 1, 3, 4, 5, 6]].sum()
     assert stats["lag/in_flight_share"] == pytest.approx(float(counts[1] + counts[4]) / float(known))
     assert stats["lag"] == pytest.approx(75 / 7)
+
+
+def test_a_probe_is_compared_and_has_no_lag():
+    numbers = torch.full((3, 4), -1.0)
+    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]).bool()
+    batch = ScoredBatch(
+        mask=mask, rollout_logprobs=numbers, trainer_logprobs=numbers, own_logprobs=numbers, entropy=None, lag=3
+    )
+    probed, plain = compute(measure(replace(batch, probe=True))), compute(measure(batch))
+    assert (probed["lag"], probed["lag/probe_tokens"], probed["lag/0/tokens"]) == (None, 3, 0)
+    assert (plain["lag"], plain["lag/probe_tokens"], plain["lag/0/tokens"]) == (3, None, None)
+    assert probed.num_tokens == plain.num_tokens == 3

@@ -57,6 +57,22 @@ def test_a_resample_holds_w_drift_and_tokens_of_each_sequence_as_often_as_its_we
     torch.testing.assert_close(sums.bootstrap, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("keys", [None, torch.arange(6), torch.tensor([5, 7, 5, 4101, 7, 5])])
+def test_third_moments_are_those_of_equal_sequences_together(keys):
+    one = batch()
+    delta = torch.where(one.mask, one.trainer_logprobs - one.rollout_logprobs, 0.0)
+    drift = torch.where(one.mask, one.law_entropy + one.rollout_logprobs, 0.0)
+    x = torch.stack([delta.expm1().sum(1), drift.sum(1), one.mask.sum(1).double()], 1)
+    expected = torch.zeros(3, 3, dtype=torch.float64)
+    numbers = range(6) if keys is None else (keys % 4096).tolist()
+    for number in set(numbers):
+        whole = sum(row for row, n in zip(x, numbers, strict=True) if n == number)
+        expected += torch.outer(whole**2, whole)
+    totals = measure(replace(one, keys=keys)).totals()
+    found = torch.tensor([totals[f"third_moment/{i}{j}"] for i in range(3) for j in range(3)], dtype=torch.float64)
+    torch.testing.assert_close(found.view(3, 3), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_ranks_and_batches_of_a_monitor_have_numbers_of_their_own():
     """Every rank with the same weights would make intervals of two ranks as wide as those of one."""
     monitors = [ParityMonitor() for _ in range(3)]

@@ -137,10 +137,18 @@ def test_nothing_to_compare_is_not_measured_rather_than_zero(shape):
 def test_nonfinite_logprobs_are_counted_and_leave_the_other_tokens_exact(bad, side):
     rollout, trainer = torch.full((8, 10), -1.0), torch.full((8, 10), -1.1)
     (rollout if side == "rollout" else trainer)[0, 3] = bad
-    stats = compute(measure(scored(rollout, trainer, torch.ones(8, 10, dtype=torch.bool))))
+    mask = torch.ones(8, 10, dtype=torch.bool)
+    sums = measure(scored(rollout, trainer, mask))
+    stats = compute(sums)
+    mask[0, 3] = False
+    without = compute(measure(scored(rollout, trainer, mask)))
+    assert {k: v for k, v in stats.items() if "nonfinite" not in k} == {
+        k: v for k, v in without.items() if "nonfinite" not in k
+    }
     assert stats["nonfinite_rate"] == pytest.approx(1 / 80)
-    assert stats.num_tokens == 79
+    assert stats.num_tokens == int(sums.histogram.sum()) == 79
     assert stats["kl_k1"] == pytest.approx(0.1, rel=1e-6)
+    assert stats["ratio/max"] == pytest.approx(math.exp(-0.1), rel=1e-6)  # no Δ of 0 in its place
     assert all(value is None or math.isfinite(value) for value in stats.values())
 
 
@@ -224,10 +232,12 @@ def test_measuring_leaves_the_global_random_state_alone():
 
 def test_policy_drift_is_apart_from_mismatch():
     sums = MismatchSums.zeros()
-    old = torch.full((2, 3), -1.0)
-    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
-    measure_policy_drift(sums, old + 0.5, old, mask)
-    measure_policy_drift(sums, old, old, mask)
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
+    old = torch.full((2, 4), -1.0)
+    new = torch.where(mask.bool(), old + 0.5, 9.0)
+    new[0, 2] = torch.nan  # left out, as what is masked is
+    measure_policy_drift(sums, new, old, mask)
+    measure_policy_drift(sums, old[:, :2], old[:, :2], mask[:, :2])
     stats = compute(sums)
     assert stats["policy_drift/kl_k3"] == pytest.approx((math.expm1(0.5) - 0.5) / 2)
     assert stats["kl_k3"] is None
@@ -320,10 +330,13 @@ def test_unknown_entropy_is_not_measured_rather_than_zero():
     batch = ScoredBatch(
         mask=torch.ones(8, 3, dtype=torch.bool), rollout_logprobs=x, trainer_logprobs=x, own_logprobs=x, entropy=None
     )
-    stats = compute(measure(batch))
-    assert stats["entropy/trainer"] is None
-    assert stats["entropy/drift_gap"] is None
-    assert stats["entropy/rollout"] == 1.0
+    none, half = measure(batch), measure(scored(x, x, batch.mask, entropy=-x), first_sequence=8)
+    half.add_(none)
+    for sums in (none, half):
+        stats = compute(sums)
+        assert stats["entropy/trainer"] is None
+        assert stats["entropy/drift_gap"] is None
+        assert stats["entropy/rollout"] == 1.0
 
 
 def test_sums_survive_json_exactly():

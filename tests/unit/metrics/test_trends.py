@@ -20,6 +20,31 @@ def test_entropy_trend_is_the_slope_and_relative_the_share_of_the_beginning():
     assert watch.scalars()["entropy/trend"] == pytest.approx(-0.05)
 
 
+def test_a_trend_is_of_the_last_twenty_windows_from_three_on_and_relative_from_five():
+    watch, again = EntropyWatch(), EntropyWatch()
+    for i in range(40):
+        watch.update(float(i**2))
+        known = watch.scalars()
+        assert ("entropy/trend" in known) == (i >= 2)
+        assert ("entropy/relative" in known) == (i >= 4)
+        if i >= 4:
+            assert known["entropy/relative"] == i**2 / 4  # over the median of 0, 1, 4, 9, 16
+        if i >= 19:
+            assert known["entropy/trend"] == pytest.approx(2 * i - 19)  # of squares: twice the middle of the twenty
+    again.load_state(watch.state())
+    for both in (watch, again):
+        both.update(0.5)
+    assert again.scalars() == watch.scalars()
+
+
+@pytest.mark.parametrize(("entropy", "known"), [(0.0, False), (1e-3, True)])
+def test_there_is_no_share_of_a_beginning_without_entropy(entropy, known):
+    watch = EntropyWatch()
+    for _ in range(5):
+        watch.update(entropy)
+    assert ("entropy/relative" in watch.scalars()) == known
+
+
 def test_the_temperature_meant_for_a_phase():
     phases = ParityConfig(temperatures={"train": 0.7, "train@10": 1.0, "eval": 0.0}).temperature_phases()
     assert [expected_temperature(phases, "train", step) for step in (0, 9, 10, 99)] == [0.7, 0.7, 1.0, 1.0]

@@ -38,3 +38,5 @@ def test_the_largest_of_both_signs_are_seen_apart(sign):
     assert stats["logp_abs_diff/max"] == 0.5
     assert stats["ratio/max"] == pytest.approx(math.exp(0.5 if sign > 0 else 0.0))
     assert stats["seq/log_ratio_max"] == pytest.approx(0.75)
+    stats = stats_of([sign * 0.5, sign * 0.25])  # the same where all are of one sign
+    assert stats["ratio/max"] == pytest.approx(math.exp(0.5 if sign > 0 else -0.25))

@@ -137,7 +137,7 @@ def test_once_prints_and_ends(tmp_path, capsys):
     recorded(tmp_path, [1e-5] * 3)
     assert main(["watch", str(tmp_path), "--once"]) == 0
     assert "3 windows" in capsys.readouterr().out
-    assert main(["watch", str(tmp_path / "nothing"), "--once"]) == 0
+    assert main(["watch", str(tmp_path / "nothing"), "--once"]) == 2  # a script sees it
     assert "waiting for the first window" in capsys.readouterr().out
 
 

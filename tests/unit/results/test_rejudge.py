@@ -97,6 +97,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, capsys, content, message)
         ("consecutiv=2", "did you mean 'consecutive'"),
         ("rules.kl_k4.k=2", "did you mean 'kl_k3'"),
         ("consecutive=[1", "not valid YAML"),
+        ("truncation=ignore", "measured with truncation='replay', and can't be judged again"),
+        ("every_n_steps=2", "measured with every_n_steps=1, and can't be judged again"),
     ],
 )
 def test_a_wrong_assignment_is_named(assignment, message):

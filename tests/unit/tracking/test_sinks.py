@@ -8,7 +8,7 @@ from support.wandb_server import inspect
 from support.windows import sums_of, verdict
 
 from trl_parity.errors import ConfigError
-from trl_parity.tracking.sinks import RichLog, WandbSink
+from trl_parity.tracking.sinks import RichLog, TrackioSink, WandbSink
 
 
 @pytest.mark.slow_unit
@@ -49,3 +49,26 @@ def test_wandb_not_installed_is_named_with_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match="pip install"):
         WandbSink()
+
+
+@pytest.mark.slow_unit
+def test_tables_and_rows_of_trackio_are_at_the_trainers_step(tmp_path, monkeypatch):
+    """Rows as TrackioCallback logs them, without a step, here every 5 steps; tables at steps of their own."""
+    import trackio
+    from trackio.sqlite_storage import SQLiteStorage
+
+    for module in ("trackio", "trackio.utils", "trackio.sqlite_storage"):
+        monkeypatch.setattr(f"{module}.TRACKIO_DIR", tmp_path, raising=False)
+    trackio.init(project="steps", name="run", embed=False)
+    sink = TrackioSink()
+    for step in range(1, 16):
+        if step in (1, 7, 10):
+            sink.log_rich(RichLog(step, sums_of(), [{"step": step, "log_ratio": 0.1}], [], [verdict(step)]))
+        if step % 5 == 0:
+            sink.before_row(step)
+            trackio.log({"train/parity/kl_k3": 0.1, "train/global_step": step})
+    trackio.finish()
+    rows = SQLiteStorage.get_logs("steps", "run")
+    assert {row["step"] for row in rows if "train/parity/kl_k3" in row} == {5, 10, 15}
+    assert {row["step"] for row in rows if "parity/worst_tokens" in row} == {1, 7, 10}
+    assert all(row["step"] == row["train/global_step"] for row in rows)

@@ -27,10 +27,14 @@ class NotPossible(Exception):
         self.found = found
 
 
+class NothingThere(NotPossible):
+    """What would be asked is not in this setup, so the cause is not either."""
+
+
 def require_engine(batch: DiagnosedBatch) -> None:
-    """Raise NotPossible where there is none, as with a trainer that samples by itself."""
+    """Raise NothingThere without one, as with a trainer that samples by itself."""
     if batch.capture.generation is None:
-        raise NotPossible("there is no engine: the trainer samples by itself")
+        raise NothingThere("there is no engine: the trainer samples by itself")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +46,7 @@ class Candidate:
     cause: str = ""  # where the probe itself tells several apart
     over: torch.Tensor | None = None
     values: int = 1  # fitted to the data
+    fix: str = ""  # where what was seen asks for another than its cause's
     details: dict[str, Any] = field(default_factory=dict)
 
 

@@ -11,7 +11,6 @@ import torch
 
 from ..counterfactual import Counterfactual, DiagnosedBatch
 from ..findings import EnginePrompts, Findings
-from ..forward_passes import FEW
 from .base import Candidate, NotPossible, Probe, independent, probe, require_engine, with_forward
 
 __all__ = ["HANDOFF"]
@@ -153,7 +152,7 @@ def context(batch: DiagnosedBatch, current: Counterfactual, findings: Findings) 
         return _later_contexts(batch, current, answers), found
     at, theirs = next(iter(prompts.by_row.items()))
     ours = _before(batch, at, 0)
-    some = batch.row < FEW
+    some = batch.of_few
     other = with_forward(current, layout="unpadded", prompts=prompts, few=True)
     first, count = _first_difference(theirs, ours), len(prompts.by_row)
     candidate = Candidate(

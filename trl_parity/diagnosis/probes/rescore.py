@@ -1,8 +1,7 @@
 """Probes that ask the engine again: from what was sampled, over its own re-score, to the trainer.
 
 Sampled is not re-scored: sampler, cache, decode path or weight version. Re-scored is not the trainer: weights,
-precision, or model. Requests of ours draw from generators of their own, and what they cache lies under a name that no
-request of the run reads.
+precision, or model.
 """
 
 from __future__ import annotations
@@ -11,18 +10,17 @@ from dataclasses import replace
 
 import torch
 
-from ...engine.base import Capability, Engine, in_process
-from ...records import SamplingSettings
+from ...engine.base import Engine, in_process
+from ...engine.built_anew import as_built_anew, built_anew, parted
+from ...engine.weight_readback import policy_tensors
 from ..counterfactual import Counterfactual, DiagnosedBatch
-from ..distribution import PROCESSED, Distribution, huber
-from ..findings import AskedAgain, EnginePrompts, EngineWeights, Findings, Prefill, Rescored
-from .base import Candidate, NotPossible, Probe, probe, recomputed, require_engine
+from ..distribution import Distribution, huber
+from ..findings import NOTHING, AskedAgain, EngineWeights, Findings, Prefill, Rescored
+from ..profiles import onset_in_words
+from .asking import answered, askable, asked_again, others, prefill_drift, prefill_of, requests_for, size_of
+from .base import Candidate, NothingThere, NotPossible, Probe, probe, recomputed
 
-__all__ = ["RESCORE", "prefill_of", "sampling_alone"]
-
-_TOKENS = 96  # asked for again, one request each
-
-_SEQUENCES = 4  # scored by prefill at temperature 1
+__all__ = ["RESCORE", "sampling_alone"]
 
 _SAME = 0.05  # a true scale of the logits left up to 0.045 of the drift (or 3 floors), a soft cap read as one 0.11
 
@@ -30,69 +28,13 @@ _REPRODUCED = 0.3  # asked again, the engine gives its number back: up to this s
 
 _STEP = 3.0  # a change within sequences: this much more drift on one side of it
 
+_TWO_IMPLEMENTATIONS = (
+    "no setting of these two sides: weights and config agree, and the engine holds what both make. The two "
+    "implementations of this model compute different functions; `trl-parity check` shows on what they part. Another "
+    "attn_implementation on the trainer's side, or other versions of vLLM or transformers."
+)
+
 _SIDE = 0.15  # and at least this share of the tokens on either side
-
-
-def _askable(batch: DiagnosedBatch) -> Engine:
-    require_engine(batch)
-    if batch.engine is None:
-        raise NotPossible("no engine to ask: the server does not answer /server_info, or another rank talks to it")
-    if Capability.RESCORE not in batch.engine.capabilities:
-        raise NotPossible("with tensor parallelism or sleep mode one rank can't ask the engine alone")
-    return batch.engine
-
-
-def _asked_again(batch: DiagnosedBatch, current: Counterfactual, findings: Findings) -> AskedAgain:
-    """The engine's numbers for some of the tokens, asked for now where they were not before."""
-    engine = _askable(batch)
-    return findings.asked_again or _ask_again(batch, current, engine, findings.engine_prompts)
-
-
-def _ask_again(
-    batch: DiagnosedBatch, current: Counterfactual, engine: Engine, prompts: EnginePrompts | None
-) -> AskedAgain:
-    """One by one at the trainer's temperature."""
-    usable = (current.kept & torch.isfinite(current.reported)).nonzero().squeeze(-1)
-    picked = usable[torch.linspace(0, len(usable) - 1, min(_TOKENS, len(usable))).long().unique()]
-    contexts, targets, kept = [], [], []
-    for n in picked.tolist():
-        at, t = int(batch.rows[batch.row[n]]), int(batch.column[n])
-        ids = batch.prompt(at, prompts) + batch.rollout.completion_ids[at, :t].tolist()
-        if len(ids) < engine.max_model_len:
-            contexts.append(ids)
-            targets.append(int(batch.targets[n]))
-            kept.append(n)
-    if not kept:
-        raise NotPossible("no context fits the engine's max_model_len")
-    cached, read = None, torch.zeros(1)
-    if engine.caches_prefixes:  # first, while the cache is as the run left it
-        cached, read = engine.next_token(contexts, targets, batch.temperature, cached=True)
-    anew, _ = engine.next_token(contexts, targets, batch.temperature, cached=False)
-    return AskedAgain(
-        picked=torch.tensor(kept),
-        anew=anew.double(),
-        cached=None if cached is None else cached.double(),
-        tokens_read=int(read.sum()),
-    )
-
-
-def _size(delta: torch.Tensor) -> float:
-    return float(huber(delta[torch.isfinite(delta)]).mean()) if len(delta) else 0.0
-
-
-def _answered(
-    batch: DiagnosedBatch, current: Counterfactual, again: AskedAgain, finding: str, cause: str = ""
-) -> Candidate:
-    """As if the engine had said what it says now."""
-    base = recomputed(current)
-    reported, over = base.reported.clone(), torch.zeros(len(batch), dtype=torch.bool)
-    reported[again.picked], over[again.picked] = again.anew, True
-    return Candidate(
-        counterfactual=replace(base, distribution=batch.plain, reported=reported, kept=over),
-        over=over,
-        cause=cause,
-        finding=finding,
-    )
 
 
 def _reproduced(
@@ -100,19 +42,19 @@ def _reproduced(
 ) -> tuple[bool, str]:
     """Whether the engine gives its number back, and by how much it misses."""
     sampled = current.reported[again.picked]
-    drift = _size(batch.log_probs(current)[again.picked] - sampled)
+    drift = size_of(batch.log_probs(current)[again.picked] - sampled)
     gap = answers - sampled
-    return _size(gap) <= _REPRODUCED * drift, f"mean |gap| {float(gap[torch.isfinite(gap)].abs().mean()):.3g} nats"
+    return size_of(gap) <= _REPRODUCED * drift, f"mean |gap| {float(gap[torch.isfinite(gap)].abs().mean()):.3g} nats"
 
 
 def prefix_cache(
     batch: DiagnosedBatch, current: Counterfactual, findings: Findings
 ) -> tuple[Candidate | None, Findings]:
     """One-token requests, reading the prefix cache and not."""
-    again = _asked_again(batch, current, findings)
+    again = asked_again(batch, current, findings)
     found = Findings(asked_again=again)
     if again.cached is None:
-        raise NotPossible("the engine keeps no prefix cache", found)
+        raise NothingThere("the engine keeps no prefix cache", found)
     if not again.tokens_read:
         return None, found
     same, gap = _reproduced(batch, current, again, again.cached)
@@ -123,21 +65,21 @@ def prefix_cache(
         f"read from the cache ({again.tokens_read:,} tokens), the engine's numbers differ from those computed anew by "
         f"{float(apart.mean()):.3g} nats on average; those sampled differ from the cached ones: {gap}"
     )
-    return _answered(batch, current, again, words), found
+    return answered(batch, current, again, words), found
 
 
 def within_sequences(
     batch: DiagnosedBatch, current: Counterfactual, findings: Findings
 ) -> tuple[Candidate | None, Findings]:
     """Whether the engine, asked again, still says what it said; if not, where in the sequences it changed."""
-    again = _asked_again(batch, current, findings)
+    again = asked_again(batch, current, findings)
     found = Findings(asked_again=again)
     same, gap = _reproduced(batch, current, again, again.as_sampled)
     if same:
         return None, found
     cause, why = _what_changed(batch, current)
     words = f"asked again, the engine does not give back what it reported: {gap}; {why}"
-    return _answered(batch, current, again, words, cause), found
+    return answered(batch, current, again, words, cause), found
 
 
 def _what_changed(batch: DiagnosedBatch, current: Counterfactual) -> tuple[str, str]:
@@ -171,7 +113,7 @@ def _turn_of_change(batch: DiagnosedBatch, current: Counterfactual) -> int | Non
             continue
         if (
             after.mean() > _STEP * before.mean()
-            and _size(delta[current.kept & (batch.turn < turn)]) <= 3 * batch.floor
+            and size_of(delta[current.kept & (batch.turn < turn)]) <= 3 * batch.floor
         ):
             return turn
     return None
@@ -202,45 +144,6 @@ def _change(batch: DiagnosedBatch, current: Counterfactual) -> tuple[int | None,
     return (at if high > _STEP * low else None), (before, after)
 
 
-def prefill_of(batch: DiagnosedBatch, findings: Findings) -> Prefill:
-    """The engine's own scores of a few sequences, asked for now where they were not before."""
-    engine = _askable(batch)
-    return findings.prefill or _ask_prefill(batch, engine, findings.engine_prompts)
-
-
-def _ask_prefill(batch: DiagnosedBatch, engine: Engine, prompts: EnginePrompts | None) -> Prefill:
-    sequences, tokens, starts = [], [], []
-    for i, at in enumerate(batch.rows[:_SEQUENCES].tolist()):
-        mine = (batch.row == i).nonzero().squeeze(-1)
-        prompt = batch.prompt(at, prompts)
-        if len(mine):
-            ids = prompt + batch.rollout.completion_ids[at, : int(batch.column[mine].max()) + 1].tolist()
-            if len(ids) < engine.max_model_len:
-                sequences.append(ids)
-                tokens.append(mine)
-                starts.append(len(prompt) - 1)
-    if not sequences:
-        raise NotPossible("no sequence fits the engine's max_model_len")
-    scores = [
-        x.double()[start + batch.column[mine]]
-        for x, start, mine in zip(engine.rescore(sequences), starts, tokens, strict=True)
-    ]
-    return Prefill(picked=torch.cat(tokens), logprobs=torch.cat(scores))
-
-
-def _prefill_drift(
-    batch: DiagnosedBatch, current: Counterfactual, distribution: Distribution, known: Prefill
-) -> torch.Tensor:
-    """Δ (M,) of the trainer against the engine's prefill, both at T = 1: without what is done to sample.
-
-    ``distribution``: what of it a model itself may do (scale, bias, rounding) is taken over.
-    """
-    scale = distribution.sampling.temperature / batch.temperature
-    at_one = replace(distribution, sampling=SamplingSettings(temperature=scale), report=PROCESSED)
-    ours = batch.log_probs(replace(recomputed(current), distribution=at_one))
-    return ours[known.picked] - known.logprobs
-
-
 def sampling_alone(
     batch: DiagnosedBatch,
     current: Counterfactual,
@@ -257,28 +160,23 @@ def sampling_alone(
     base = recomputed(current)
     delta = batch.log_probs(base) - base.reported
     good = base.kept & torch.isfinite(delta)
-    plain = _size(_prefill_drift(batch, current, batch.plain, known))
+    plain = size_of(prefill_drift(batch, current, batch.plain, known))
     flatter = min(1.0, batch.temperature) ** 2  # drift in logits shows less at T = 1 than at a lower temperature
-    if plain <= max(3.0 * batch.floor, flatter * _size(delta[good]) / 3.0):
+    if plain <= max(3.0 * batch.floor, flatter * size_of(delta[good]) / 3.0):
         return True
-    share = 1.0 / 3.0 if _others(weights) else _SAME
-    return _size(_prefill_drift(batch, current, distribution, known)) <= max(3.0 * batch.floor, share * plain)
-
-
-def _others(weights: EngineWeights | None) -> bool:
-    """Whether the engine's weights were read, and are not the trainer's."""
-    return weights is not None and bool(weights.values)
+    share = 1.0 / 3.0 if others(weights) else _SAME
+    return size_of(prefill_drift(batch, current, distribution, known)) <= max(3.0 * batch.floor, share * plain)
 
 
 def prefill(batch: DiagnosedBatch, current: Counterfactual, findings: Findings) -> tuple[Candidate | None, Findings]:
     """The engine's own scores of the same tokens in place of the trainer's: what is left is not the model's."""
-    engine, again = _askable(batch), findings.asked_again
+    engine, again = askable(batch), findings.asked_again
     assert again is not None
     same, gap = _reproduced(batch, current, again, again.anew)
     known = prefill_of(batch, findings)
-    delta = _prefill_drift(batch, current, batch.plain, known)
-    found = Findings(prefill=known, rescored=Rescored(drift=_size(delta), reproduced=same))
-    if not same or _size(delta) <= 3 * batch.floor or _others(findings.engine_weights):
+    delta = prefill_drift(batch, current, batch.plain, known)
+    found = Findings(prefill=known, rescored=Rescored(drift=size_of(delta), reproduced=same))
+    if not same or size_of(delta) <= 3 * batch.floor or others(findings.engine_weights):
         return None, found
     base = recomputed(current)
     theirs, over = base.reported.clone(), torch.zeros(len(batch), dtype=torch.bool)
@@ -289,11 +187,12 @@ def prefill(batch: DiagnosedBatch, current: Counterfactual, findings: Findings) 
     cause, why = _another_model(engine, findings, drift, batch.began_healthy)
     words = (
         f"at temperature 1, by prefill alone, engine and trainer differ by {float(delta.abs().mean()):.3g} nats on "
-        f"average; asked again, the engine misses what it reported by {gap}; {why}"
+        f"average{onset_in_words(batch, current)}; asked again, the engine misses what it reported by {gap}; {why}"
     )
     candidate = Candidate(
-        counterfactual=replace(base, reported=theirs, kept=over), cause=cause, over=over, finding=words
-    )
+        counterfactual=replace(base, reported=theirs, kept=over), cause=cause, over=over, finding=words,
+        fix=_TWO_IMPLEMENTATIONS if cause == "model_definition" and findings.engine_parts == () else "",
+    )  # fmt: skip
     return candidate, found
 
 
@@ -312,10 +211,16 @@ def _another_model(engine: Engine, findings: Findings, drift: float, began_healt
     alike = weights is not None and not weights.differing
     if alike:
         parameters = "its parameters are the trainer's"
+        if findings.engine_parts:
+            return "engine_state", f"{parameters}; {_parts(findings.engine_parts)} are not as in an engine built anew"
+        if findings.engine_parts is not None:
+            parameters += ", and it holds what an engine built anew from its config on them does"
     elif in_process(engine):
         parameters = "its parameters were not read" if weights is None else "its parameters could not all be read"
     else:
         parameters = "a server's parameters can't be read"
+    if began_healthy and alike:
+        return "engine_state", f"{parameters}, and the run began healthy: it serves a copy of them that is not theirs"
     if began_healthy:
         return "stale_weights", f"{parameters}, and the run began healthy: it serves an older copy of them"
     if alike:
@@ -323,11 +228,58 @@ def _another_model(engine: Engine, findings: Findings, drift: float, began_healt
     return "model_definition", f"{parameters}: other ones, or another function of them"
 
 
+def _parts(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def engine_state(
+    batch: DiagnosedBatch, current: Counterfactual, findings: Findings
+) -> tuple[Candidate | None, Findings]:
+    """The engine answers once more, holding what one built anew from its config on the trainer's weights does."""
+    engine, weights = askable(batch), findings.engine_weights
+    if not in_process(engine):
+        raise NotPossible("a server's module can't be compared with one built anew")
+    if weights is None:
+        raise NotPossible("the engine's parameters were not read")
+    if weights.differing or weights.ignored:
+        return None, NOTHING  # other weights, whatever else
+    known = prefill_of(batch, findings)
+    found = Findings(prefill=known)
+    if size_of(prefill_drift(batch, current, batch.plain, known)) <= 3 * batch.floor:
+        return None, found  # before anything is sampled the two agree
+    if batch.sharded:
+        raise NotPossible("the policy is sharded over ranks: no engine is built anew on its weights", found)
+    anew, unreached = built_anew(engine, ((t.name, t.tensor) for t in policy_tensors(batch.model)))
+    parts = parted(engine.model, anew, unreached)
+    names = tuple(part.name for part in parts)
+    again = asked_again(batch, current, findings)
+    found = Findings(prefill=known, asked_again=again, engine_parts=names)
+    if not any(part.fits for part in parts):
+        return None, found
+    with as_built_anew(parts):
+        told, _ = engine.next_token(*requests_for(batch, again.picked.tolist(), findings.engine_prompts),
+                                    batch.temperature, cached=False)  # fmt: skip
+    moved = float((told.double() - again.anew).abs().mean())
+    words = (
+        f"its parameters are the trainer's, and {_parts(names)} are not as in an engine built anew from its config on "
+        f"them; with these as built anew, its answers move by {moved:.3g} nats{onset_in_words(batch, current)}"
+    )
+    now = replace(again, anew=told.double())
+    law = all(".logits_processor." in f".{name}" for name in names)  # a scale or soft cap at the model's end
+    candidate = answered(batch, current, now, words, "temperature" if law else "")
+    return replace(candidate, details={"parts": list(names)}), found
+
+
 RESCORE: tuple[Probe, ...] = (
     probe("prefix cache", "stale_prefix_cache", "engine", prefix_cache,
           "keys and values of older weights are read from the prefix cache",
           "computed anew, the engine agrees with the trainer, and from the cache with what it sampled",
           uses=("engine_prompts", "asked_again"), gives=("asked_again",)),
+    probe("engine's state", "engine_state", "engine", engine_state,
+          "beside its parameters the engine holds something that is not what they and its config make",
+          "holding what an engine built anew does, it agrees with the trainer",
+          uses=("engine_prompts", "engine_weights", "asked_again", "prefill"),
+          gives=("asked_again", "prefill", "engine_parts")),
     probe("asked again", "engine_numerics", "last", within_sequences,
           "the engine disagrees with itself, or its weights changed on the way",
           "asked again, it agrees with the trainer and not with what it sampled",
@@ -335,6 +287,6 @@ RESCORE: tuple[Probe, ...] = (
     probe("engine's prefill", "model_definition", "last", prefill,
           "on the same weights the engine computes another function",
           "its own prefill, not the trainer, agrees with what it sampled",
-          needs=("asked_again",), uses=("engine_prompts", "engine_weights", "cache_moved", "prefill"),
+          needs=("asked_again",), uses=("engine_prompts", "engine_weights", "engine_parts", "cache_moved", "prefill"),
           gives=("prefill", "rescored")),
 )  # fmt: skip

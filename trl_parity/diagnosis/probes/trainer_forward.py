@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from ...engine.base import in_process
+from ...engine.built_anew import parted
+from ...scoring.model_head import causal_lm
 from ...scoring.perturb import FP8_CACHES, config_differences, largest_dropout
 from ..counterfactual import Counterfactual, DiagnosedBatch
 from ..findings import NOTHING, Findings
 from ..forward_passes import FEW
+from ..profiles import drift_profiles
 from .base import (
     Candidate,
     NotPossible,
@@ -26,6 +30,22 @@ from .base import (
 
 __all__ = ["TRAINER_FORWARD"]
 
+_NOT_AS_BUILT = (
+    "the configs agree; the trainer's live model is not what they make: something changed its buffers or attributes "
+    "after it was built (those listed here). Build it from its config, or change the config of both sides."
+)
+
+_NO_POSITIONS = (
+    "the trainer's forward pass is given left-padded prompts and no position_ids, so its positions (or what it "
+    "chooses by padded width) begin at the padding: let the model's forward make them of the mask "
+    "(attention_mask.cumsum(-1) - 1), use a model with rotary positions, or prompts of one length in a batch."
+)
+
+_NO_DROPOUT = (
+    "no dropout is on: a layer computes something else in train mode (a router that draws at random, statistics of "
+    "the batch). Switch that off in the model's config"
+)
+
 
 def repeat(batch: DiagnosedBatch, current: Counterfactual) -> Candidate | None:
     """The trainer again, every layer in eval mode."""
@@ -34,13 +54,21 @@ def repeat(batch: DiagnosedBatch, current: Counterfactual) -> Candidate | None:
     again = recomputed(current)
     gap = batch.log_probs(again) - batch.as_scored
     gap = gap[torch.isfinite(gap)].abs()
-    dropped = largest_dropout(batch.model)
+    dropped, jitter = largest_dropout(batch.model), _jitter(batch.model)
     return Candidate(
         counterfactual=again,
         finding=f"a second pass in eval mode differs by {mean_in_words(gap)} nats on average"
-        + (f"; dropout {dropped:g} is on while the policy is scored" if dropped else ""),
+        + (f"; dropout {dropped:g} is on while the policy is scored" if dropped else "")
+        + ("" if dropped or not jitter else f"; its config has {', '.join(jitter)}"),
         details={"dropout": dropped},
+        fix="" if dropped else _NO_DROPOUT + (f" ({', '.join(jitter)} to 0)" if jitter else "") + ".",
     )
+
+
+def _jitter(model: Any) -> list[str]:
+    """Entries of the config that make a router draw at random in train mode."""
+    config = getattr(model.config, "get_text_config", lambda: model.config)().to_dict()
+    return sorted(f"{k}={v}" for k, v in config.items() if "jitter" in k and isinstance(v, float) and v > 0.0)
 
 
 def alone(batch: DiagnosedBatch, current: Counterfactual) -> Candidate | None:
@@ -50,11 +78,16 @@ def alone(batch: DiagnosedBatch, current: Counterfactual) -> Candidate | None:
 
 def unpadded(batch: DiagnosedBatch, current: Counterfactual) -> Candidate | None:
     """One sequence at a time, without padding."""
-    return _few(batch, current, "unpadded", "alone, its positions from 0, no padding")
+    found = _few(batch, current, "unpadded", "alone, its positions from 0, no padding")
+    parts = drift_profiles(batch, current).get("by_padding", [])
+    if not parts:
+        return found
+    words = ", ".join(f"from {part['from']:.0f} {part['residual']:.3g}" for part in parts)
+    return replace(found, finding=f"{found.finding}; drift by tokens of padding (Huber): {words}", fix=_NO_POSITIONS)
 
 
 def _few(batch: DiagnosedBatch, current: Counterfactual, layout: str, words: str) -> Candidate:
-    some = batch.row < FEW
+    some = batch.of_few
     other = with_forward(current, layout=layout, few=True)
     return Candidate(
         counterfactual=replace(other, kept=current.kept & some),
@@ -71,13 +104,17 @@ def engine_config(batch: DiagnosedBatch, current: Counterfactual) -> Candidate |
     if batch.sharded or hasattr(batch.model, "peft_config"):
         raise NotPossible("the policy is sharded or has adapters: no second model is built on its weights")
     changed = config_differences(batch.model.config, batch.engine.hf_config)
-    words = ", ".join(f"{k}: trainer {a}, engine {b}" for k, (a, b) in sorted(changed.items()))
+    words = "configs differ in " + ", ".join(f"{k}: trainer {a}, engine {b}" for k, (a, b) in sorted(changed.items()))
+    parts: list[str] = []
+    if not changed:
+        parts = [part.name for part in parted(causal_lm(batch.model), batch.passes.engine_config_model)]
+        words = "both sides have one config, which the live trainer model does not follow if this explains the drift"
+        words += f": {', '.join(parts[:4])} of it are not as built from it" if parts else ""
     return Candidate(
         counterfactual=with_forward(current, model="engine_config"),
-        finding=f"configs differ in {words}"
-        if changed
-        else "both sides have one config, which the live trainer model does not follow if this explains the drift",
-        details={"config": {k: [str(a), str(b)] for k, (a, b) in changed.items()}},
+        finding=words,
+        fix="" if changed else _NOT_AS_BUILT,
+        details={"config": {k: [str(a), str(b)] for k, (a, b) in changed.items()}, "parts": parts},
     )
 
 

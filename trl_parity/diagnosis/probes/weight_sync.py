@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ _FP8 = 256  # values at most that an 8-bit number has
 
 _ARRIVED = 20  # elements that would differ, had a tensor not arrived, from which on "none does" means it did
 
+_SAMPLE = 65_536  # elements of a tensor that its rounding step is looked up for
+
 
 def engine_weights(
     batch: DiagnosedBatch, current: Counterfactual, findings: Findings
@@ -31,27 +33,42 @@ def engine_weights(
         raise NotPossible("a server does not hand out its weights")
     held = findings.engine_weights
     if held is None or batch.sharded:  # reading shards is a collective: all ranks do it or none
-        held = _read(batch.model, batch.engine.model)
+        held = _read(batch.model, batch.engine.model, batch.engine.dtype)
     found = Findings(engine_weights=held)
     if not held.differing:
         return None, found
     words = _words(held, dtype_name(batch.engine.dtype))
-    if batch.sharded or len(held.values) < len(held.differing):
+    if batch.sharded or not held.readable:
         raise NotPossible(f"{words}; the policy's weights can't be swapped here to see what that does", found)
     candidate = Candidate(
         counterfactual=with_forward(current, weights=held),
-        cause="kv_cache_precision" if held.coarse else "partial_sync" if held.partial else "stale_weights",
+        cause=_cause(held),
         finding=words,
+        fix="" if not held.rounded or held.coarse else _ONE_DTYPE.format(_some(held.missing)),
         details={
             "tensors": {name: dict(sizes) for name, sizes in held.differing.items()},
             "ignored": list(held.ignored),
             "arrived": held.arrived,
+            "rounded": dict(held.rounded),
+            "exchanged": dict(held.exchanged),
         },
     )
     return candidate, found
 
 
-def _read(policy: torch.nn.Module, model: Any) -> EngineWeights:
+_ONE_DTYPE = "hold these in one dtype on both sides: {}; they are the trainer's, rounded."
+
+
+def _cause(held: EngineWeights) -> str:
+    """Rounding first: tensors that are the trainer's, rounded, did arrive."""
+    if held.coarse:
+        return "kv_cache_precision"
+    if held.differing.keys() == held.rounded.keys():
+        return "dtype_gap"
+    return "partial_sync" if held.partial else "stale_weights"
+
+
+def _read(policy: torch.nn.Module, model: Any, dtype: torch.dtype) -> EngineWeights:
     """What the engine's module holds of each of the policy's tensors."""
     named = list(policy_tensors(policy))
     held = read_back(model.load_weights, model, ((t.name, t.tensor) for t in named))
@@ -67,7 +84,8 @@ def _read(policy: torch.nn.Module, model: Any) -> EngineWeights:
     differing = [h for h in held if h.differing]
     ignored = tuple(h.name for h in trained if h.name in deaf)
     wide = [h for h in differing if h.numel >= 1024] or differing
-    arrived = _arrived(trained, wide)
+    arrived = _arrived([(h, ours[h.name].tensor) for h in trained], [(h, ours[h.name].tensor) for h in wide], dtype)
+    rounded = {h.name: name for h in differing if (name := _rounded_to(h.values, ours[h.name].tensor))}
     return EngineWeights(
         total=len(held),
         differing={h.name: {"differing": h.differing / max(1, h.written), "gap": h.gap} for h in differing},
@@ -75,17 +93,49 @@ def _read(policy: torch.nn.Module, model: Any) -> EngineWeights:
         arrived=arrived,
         missing=(*ignored, *(h.name for h in differing if h.name not in deaf)),
         partial=arrived > 0 or 0 < len(ignored) < len(trained),
+        rounded=rounded,
+        exchanged=_exchanged(differing, ours),
         coarse=bool(wide) and all(_is_coarse(h.values, ours[h.name].tensor) for h in wide),
-        values=dict(_swap(ours[h.name], h.values) for h in differing if h.values is not None),
+        values=_swaps(ours, differing) if differing else {},
+        readable=all(h.values is not None for h in differing),
+        adapted=any(t.adapted for t in named),
     )
 
 
-def _arrived(trained: Sequence[HeldTensor], differing: Sequence[HeldTensor]) -> int:
-    """How many trained tensors are alike, of those that would hardly be if they were as old as the differing ones."""
+_Tensors = Sequence[tuple[HeldTensor, torch.Tensor]]
+
+
+def _arrived(trained: _Tensors, differing: _Tensors, dtype: torch.dtype) -> int:
+    """How many trained tensors are alike, of those that would hardly be if they were as old as the differing ones.
+
+    An update of size u shows in an element with the probability u / step, 1 at most, step being the distance to the
+    next number in the engine's dtype: .008 beside a norm's 1.0 in bf16, .0001 beside a matrix' .02. u is what makes
+    the differing tensors differ in as many elements as they do; where all do, what they differ by, less the rounding.
+    """
     if not differing:
         return 0
-    rate = sum(h.differing for h in differing) / sum(h.written for h in differing)
-    return sum(h.written > 0 and not h.differing and 0.25 * rate * h.numel >= _ARRIVED for h in trained)
+    steps = [(h.differing / max(1, h.written), _steps(tensor, dtype)) for h, tensor in differing]
+    low, high = 0.0, max(float(step.max()) for _, step in steps)
+    for _ in range(40):
+        update = 0.5 * (low + high)
+        shown = sum(float((update / step).clamp(max=1.0).mean()) for _, step in steps)
+        low, high = (update, high) if shown < sum(share for share, _ in steps) else (low, update)
+    update = max(low, sum(h.gap - 0.5 * float(step.mean()) for (h, _), (_, step) in zip(differing, steps, strict=True))
+                 / len(steps))  # fmt: skip
+    return sum(
+        h.written > 0
+        and not h.differing
+        and 0.25 * h.numel * float((update / _steps(tensor, dtype)).clamp(max=1.0).mean()) >= _ARRIVED
+        for h, tensor in trained
+    )
+
+
+def _steps(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Distance of numbers of ``dtype`` at some of a tensor's elements."""
+    some = tensor.detach().flatten()
+    some = some[:: max(1, len(some) // _SAMPLE)].float().cpu()
+    _, exponent = torch.frexp(some)
+    return torch.finfo(dtype).eps * torch.exp2(exponent.float() - 1.0)
 
 
 def _words(held: EngineWeights, dtype: str) -> str:
@@ -96,9 +146,53 @@ def _words(held: EngineWeights, dtype: str) -> str:
         words += f", {held.arrived} arrived"
     if held.ignored:
         words += f", {len(held.ignored)} are ignored by its load_weights"
-    if held.partial and not held.coarse:
-        words += ": " + ", ".join(held.missing[:8]) + (" …" if len(held.missing) > 8 else "")
+    if held.rounded and not held.coarse:
+        words += f", {len(held.rounded)} of them rounded to {', '.join(sorted(set(held.rounded.values())))}"
+    if held.partial or held.rounded:
+        words += f": {_some(held.missing)}"
+    if held.exchanged:
+        words += f"; {_some([f'{name} holds {other}' for name, other in held.exchanged.items()])}"
     return words
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (" …" if len(names) > 8 else "")
+
+
+def _rounded_to(held: torch.Tensor | None, ours: torch.Tensor) -> str:
+    """The narrower dtype in which the trainer's tensor is what the engine holds; "" where there is none."""
+    if held is None:
+        return ""
+    for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2):
+        if _bits(dtype) < _bits(ours.dtype) and torch.equal(ours.to(dtype).to(held.dtype), held):
+            return dtype_name(dtype)
+    return ""
+
+
+def _exchanged(differing: Sequence[HeldTensor], ours: Mapping[str, PolicyTensor]) -> dict[str, str]:
+    """Which of the differing tensors hold what belongs to another of the same shape."""
+    found: dict[str, str] = {}
+    samples = {name: _sample(t.tensor) for name, t in ours.items()} if differing else {}
+    for h in differing:
+        if h.values is None or h.numel < _ARRIVED:
+            continue
+        mine = _sample(h.values)
+        for name, other in ours.items():
+            same = name != h.name and other.tensor.shape == h.values.shape and _apart(samples[name], mine) < 0.01
+            # far nearer than to its own, too: norms are all alike
+            if same and _apart(other.tensor, h.values) < min(0.01, 0.1 * _apart(ours[h.name].tensor, h.values)):
+                found[h.name] = name
+                break
+    return found
+
+
+def _sample(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().flatten()[:: max(1, tensor.numel() // 256)]
+
+
+def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Mean |a - b| over mean |a|."""
+    return float((a.to(b.dtype) - b).abs().mean()) / max(float(a.abs().mean()), 1e-30)
 
 
 def _is_coarse(held: torch.Tensor | None, ours: torch.Tensor) -> bool:
@@ -109,11 +203,12 @@ def _is_coarse(held: torch.Tensor | None, ours: torch.Tensor) -> bool:
     return some <= _FP8 < all_ // 2
 
 
-def _swap(ours: PolicyTensor, held: torch.Tensor) -> tuple[torch.nn.Parameter, torch.Tensor]:
-    """What a parameter has to be for the policy to hold what the engine does: adapters go on being added to it."""
-    if ours.parameter.shape != held.shape:  # a shard, which is not swapped
-        return ours.parameter, held
-    return ours.parameter, held - (ours.tensor - ours.parameter.detach())
+def _swaps(
+    ours: Mapping[str, PolicyTensor], differing: Sequence[HeldTensor]
+) -> dict[torch.nn.Parameter, torch.Tensor]:
+    """What parameters have to be, adapters switched off, for the policy to hold what the engine does."""
+    values = {t.parameter: t.tensor for t in ours.values() if t.adapted}
+    return values | {ours[h.name].parameter: h.values for h in differing if h.values is not None}
 
 
 def rounded_weights(batch: DiagnosedBatch, current: Counterfactual) -> Candidate | None:

@@ -1,0 +1,79 @@
+"""A mixture of experts on a CPU, whose engine wants experts in a layout of its own: real GRPO runs, one engine."""
+
+import contextlib
+
+import pytest
+from support.models import save_tiny_moe
+from support.trainers import digit_reward, grpo_args, prompts, shared_engine
+
+from trl_parity import ParityCallback, Status
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def make_trainer(tmp_path_factory):
+    from trl import GRPOTrainer
+    from vllm.distributed.parallel_state import destroy_model_parallel
+
+    destroy_model_parallel()  # of a dense engine before, which has no group of experts
+    model_dir = save_tiny_moe(tmp_path_factory.mktemp("moe"))
+
+    def make(output_dir, callback, **args):
+        return GRPOTrainer(
+            model=str(model_dir), args=grpo_args(output_dir, **args), reward_funcs=digit_reward,
+            train_dataset=prompts(), callbacks=[callback],
+        )  # fmt: skip
+
+    with shared_engine():
+        yield make
+
+
+def experts(trainer):
+    model = trainer.vllm_generation.llm.llm_engine.model_executor.driver_worker.model_runner.model
+    return [m for m in model.modules() if "w13_weight" in m._parameters]
+
+
+@contextlib.contextmanager
+def after_each_sync(trainer, monkeypatch, change):
+    """``change`` of the first layer's experts; what a next run finds is delivered at its first sync."""
+    real, layer = trainer.vllm_generation.sync_weights, experts(trainer)[0]
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer.vllm_generation, "sync_weights", lambda: (real(), change(layer)))
+        yield
+
+
+def packed_for_the_kernel(layer):
+    """What vLLM leaves of experts at load, and what its own forward pass does not expect here."""
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import cpu_prepack_moe_weight
+
+    layer.w2_weight.data.copy_(cpu_prepack_moe_weight(layer.w2_weight.data.clone(), "vec"))
+
+
+def one_expert_scaled(layer):
+    layer.w13_weight.data[3].mul_(2.0)
+
+
+def test_experts_follow_a_sync_and_a_clean_run_is_healthy(make_trainer, tmp_path):
+    callback = ParityCallback()
+    trainer = make_trainer(tmp_path, callback, max_steps=6)
+    before = experts(trainer)[0].w13_weight.detach().clone()
+    trainer.train()
+    assert {str(v.status) for v in callback.verdicts} == {"OK"}
+    assert len(callback.verdicts) == 6
+    assert (experts(trainer)[0].w13_weight != before).float().mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "part"), [(one_expert_scaled, "experts.gate_up_proj"), (packed_for_the_kernel, "experts.down_proj")]
+)
+def test_experts_that_are_not_as_delivered_are_halted_and_named(make_trainer, tmp_path, monkeypatch, change, part):
+    callback = ParityCallback()
+    trainer = make_trainer(tmp_path, callback, learning_rate=1e-4)
+    with after_each_sync(trainer, monkeypatch, change):
+        trainer.train()
+    assert callback.status is Status.HALT
+    assert len(callback.verdicts) == 3
+    assert callback.diagnosis.cause == "partial_sync", callback.diagnosis.summary
+    assert f"model.layers.0.mlp.{part}" in callback.diagnosis.summary
+    assert callback.diagnosis.confidence > 0.9

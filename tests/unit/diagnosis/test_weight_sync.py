@@ -1,0 +1,83 @@
+"""What tensors read back from an engine say of how they got there."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from trl_parity.diagnosis.probes.weight_sync import _cause, _read, _words
+
+
+class Loaded(torch.nn.Module):
+    """An engine's module with the trainer's names, whose loader may be a faulty one."""
+
+    def __init__(self, policy, change=lambda name, tensor: (name, tensor)):
+        super().__init__()
+        self.held = torch.nn.ParameterDict(
+            {n.replace(".", "/"): p.detach().clone() for n, p in policy.named_parameters()}
+        )
+        with torch.no_grad():
+            for name, tensor in policy.named_parameters():
+                name, tensor = change(name, tensor.detach())
+                self.held[name.replace(".", "/")].copy_(tensor)
+
+    def load_weights(self, weights):
+        for name, tensor in weights:
+            self.held[name.replace(".", "/")].data.copy_(tensor)
+
+
+@pytest.fixture(scope="module")
+def policy():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def told(policy, change):
+    held = _read(policy, Loaded(policy, change), torch.float32)
+    return held, _cause(held), _words(held, "float32")
+
+
+def in_some(part, change):
+    return lambda name, tensor: (name, change(tensor) if part in name else tensor)
+
+
+def test_matrices_in_a_narrower_dtype_did_arrive(policy):
+    held, cause, words = told(policy, in_some("layers.1.mlp", lambda t: t.bfloat16().float()))
+    assert cause == "dtype_gap"
+    assert held.partial
+    assert words.startswith("3 of 21 tensors are not the trainer's in the engine's float32")
+    assert "3 of them rounded to bfloat16: model.layers.1.mlp.gate_proj.weight, " in words
+
+
+def test_eight_bits_in_some_layers_are_named_with_their_tensors(policy):
+    _, cause, words = told(policy, in_some("layers.0.mlp", lambda t: t.to(torch.float8_e4m3fn).float()))
+    assert cause == "kv_cache_precision"
+    assert words.endswith(
+        "mlp.gate_proj.weight, model.layers.0.mlp.up_proj.weight, model.layers.0.mlp.down_proj.weight"
+    )
+
+
+def test_tensors_in_each_others_place_are_told(policy):
+    other = {"q_proj": "k_proj", "k_proj": "q_proj"}
+
+    def swapped(name, tensor):
+        for one, two in other.items():
+            if "layers.0" in name and one in name:
+                return name.replace(one, two), tensor
+        return name, tensor
+
+    held, cause, words = told(policy, swapped)
+    names = [f"model.layers.0.self_attn.{p}_proj.weight" for p in "qk"]
+    assert dict(held.exchanged) == {names[0]: names[1], names[1]: names[0]}
+    assert cause == "partial_sync"
+    assert f"{names[0]} holds {names[1]}" in words
+
+
+def test_older_weights_are_neither(policy):
+    held, cause, words = told(policy, lambda name, tensor: (name, tensor + 1e-3 * torch.randn(tensor.shape)))
+    assert (cause, dict(held.rounded), dict(held.exchanged)) == ("stale_weights", {}, {})
+    assert words == "21 of 21 tensors are not the trainer's in the engine's float32"
+    assert held.differing.keys() == {name for name, _ in policy.named_parameters()}
