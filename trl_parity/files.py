@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .checked import MOST_BYTES, parse_json, read_bytes, require_kinds
 from .errors import ConfigError, ParityError
 
 __all__ = [
@@ -195,37 +196,42 @@ def read_versioned(
     expected: str,
     remedy: str,
     damaged: type[ParityError] = ConfigError,
-    largest: int | None = None,
+    largest: int = MOST_BYTES,
+    within: bool = False,
 ) -> dict[str, Any]:
     """The JSON object in a file, of a version that can be read, with everything in it that is needed.
+
+    A regular file, and what is in it is bounded (``checked``).
 
     Args:
         path: The file.
         readable: Versions that can be read; none: the file has no ``schema_version``.
-        kinds: Its needed keys and the types of their values.
+        kinds: Its needed keys and the types of their values, as ``checked.require_kinds`` takes them.
         expected: What it should be, and ``remedy`` what to do, for the errors.
         remedy: See ``expected``.
         damaged: What is raised for a file that is none of these; for one that can't be read, or is of another
             version, it is ConfigError.
         largest: Bytes it may have.
+        within: Whether a link to what lies outside its folder is refused.
     """
     try:
-        if largest is not None and (size := path.stat().st_size) > largest:
-            raise damaged(f"{path} has {size:,} bytes. Expected {expected}; {remedy}.")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_bytes(path, largest, within=within)
+    except ValueError as e:
+        raise damaged(f"{path} has {e}. Expected {expected}; {remedy}.") from e
     except OSError as e:
         raise ConfigError(f"cannot read {path}: {e.strerror}. Expected {expected}; {remedy}.") from e
-    except (ValueError, RecursionError) as e:  # broken JSON or UTF-8
+    try:
+        content = parse_json(raw)
+    except ValueError as e:  # broken JSON or UTF-8, or out of bounds
         raise damaged(f"{path} is not valid JSON ({e}). Expected {expected}; {remedy}.") from e
     if not isinstance(content, dict):
         raise damaged(f"{path} holds a {type(content).__name__}. Expected a mapping, {expected}; {remedy}.")
     if readable:
         check_version(path, content.get("schema_version"), readable)
-    for name, kind in kinds.items():
-        value = content.get(name)
-        if name not in content or not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            seen = f"{name} as {type(value).__name__}" if name in content else f"no {name}"
-            raise damaged(f"{path} has {seen}. Expected {expected}; {remedy}.")
+    try:
+        require_kinds(content, kinds)
+    except ValueError as e:
+        raise damaged(f"{path} has {e}. Expected {expected}; {remedy}.") from e
     return content
 
 

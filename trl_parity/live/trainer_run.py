@@ -215,8 +215,9 @@ class TrainerRun(Surroundings):
 
     def say_start(self) -> None:
         """What is watched from now on (main process)."""
-        logging_steps = getattr(self.trainer.args, "logging_steps", 1)
-        say(start_text(type(self.trainer).__name__, self.config, self.parity_dir, int(logging_steps)))
+        args = self.trainer.args
+        every = int(args.logging_steps) if getattr(args, "logging_strategy", "no") == "steps" else 1
+        say(start_text(type(self.trainer).__name__, self.config, self.parity_dir, every))
 
     def ending(self) -> str:
         """One line about all of it."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checked import open_regular
 from ..config.parity import ParityConfig
 from ..errors import ParityError
 from ..judging.course import Course
@@ -44,7 +45,7 @@ class Tail:
     def poll(self) -> Iterator[dict[str, Any]]:
         """Windows written since the last call. After a restart, all of the new file (``restarts`` went up)."""
         try:
-            with open(self.path, "rb") as file:
+            with open_regular(self.path, within=True) as file:
                 status = os.fstat(file.fileno())
                 beginning = file.read(_BEGINNING)
                 known = min(len(self._beginning), len(beginning))

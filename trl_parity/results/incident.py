@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
+from ..checked import NUMBER, require_kinds
 from ..errors import ConfigError
 from ..files import read_versioned
 from ..metrics.scalars import FLOORED
@@ -54,6 +55,18 @@ _SHORT = (
 _KINDS: dict[str, Any] = {  # of incident.json, in its order
     "schema_version": int, "step": int, "verdict": dict, "diagnosis": dict | None, "engine": dict, "versions": dict,
     "config": dict, "windows": list, "text": str, "redacted": bool,
+}  # fmt: skip
+
+_VERDICT: dict[str, Any] = {"step?": int, "status?": str, "streak?": int, "breaches?": [str], "warnings?": [str],
+                            "reason?": str}  # fmt: skip
+
+_DIAGNOSIS: dict[str, Any] = {
+    "step?": int, "cause": str, "explained?": NUMBER, "confidence?": NUMBER, "summary?": str, "fix": str,
+    "causes?": [{"cause": str, "explained": NUMBER, "confidence?": NUMBER, "finding?": str, "fix?": str}],
+    "evidence": [{"name": str, "explained": NUMBER, "error": str, "finding": str, "hypothesis?": str, "cause?": str,
+                  "prediction?": str, "residual_before?": NUMBER, "residual_after?": NUMBER, "cost?": str,
+                  "seconds?": NUMBER, "details?": dict}],
+    "details?": dict,
 }  # fmt: skip
 
 _NONFINITE_NATS = 20.0  # what a token without a finite log-prob counts for in the order of sequences
@@ -134,10 +147,16 @@ def read_incident(path: str | Path) -> Incident:
     content = read_versioned(
         path,
         (SCHEMA_VERSION,),
-        _KINDS,
+        _KINDS | {"verdict": _VERDICT, "windows": [dict], "versions": dict},
         expected="an incident.json or its folder, as a halt writes it to <output_dir>/parity/incidents",
         remedy="it was cut or edited, take another copy",
+        within=True,
     )
+    try:
+        if content["diagnosis"] is not None:
+            require_kinds(content["diagnosis"], _DIAGNOSIS, "diagnosis")
+    except ValueError as e:
+        raise ConfigError(f"{path} has {e}. Expected what a halt writes; it was edited, take another copy.") from e
     return Incident(**{name: content[name] for name in _KINDS})
 
 

@@ -15,7 +15,7 @@ from ..metrics.scalars import SCALARS
 from ..verdict import MismatchStats, Status, Verdict
 from .reader import as_number, iter_windows
 
-__all__ = ["Judgement", "changed_config", "has_floor", "read_windows", "rejudge"]
+__all__ = ["Judgement", "changed_config", "has_floor", "read_windows", "rejudge", "require_rejudged"]
 
 
 class Judgement(NamedTuple):
@@ -34,10 +34,7 @@ REJUDGED = ("rules", "consecutive", "halt_on_error", "warmup", "floor_tokens")  
 
 
 def changed_config(config: ParityConfig, given: Sequence[str]) -> ParityConfig:
-    """``config`` with ``name=value`` laid over it, e.g. ``consecutive=2`` or ``rules.kl_k3.k=8``; values are YAML.
-
-    Raises ConfigError for what is no setting, and for one that changes what is measured: that can't be judged again.
-    """
+    """``config`` with ``name=value`` laid over it, e.g. ``consecutive=2`` or ``rules.kl_k3.k=8``; values are YAML."""
     values = config.to_dict()
     for name, value in assignments(given, "consecutive=2 or rules.kl_k3.k=8"):
         keys = name.split(".")
@@ -49,14 +46,17 @@ def changed_config(config: ParityConfig, given: Sequence[str]) -> ParityConfig:
             target[key] = dict(inner or {})
             target = target[key]
         target[keys[-1]] = value
-    changed = ParityConfig.from_mapping(values, where="--set")
+    return ParityConfig.from_mapping(values, where="--set")
+
+
+def require_rejudged(given: Sequence[str]) -> None:
+    """Raise ConfigError for a setting that changes what is measured, not how it is judged."""
     for name, _ in assignments(given, ""):
         if (setting := name.split(".")[0]) not in REJUDGED:
             raise ConfigError(
-                f"--set {setting}: what was recorded was measured with {setting}={getattr(config, setting)!r}, and "
-                f"can't be judged again as if it had been another. Expected one of: {', '.join(REJUDGED)}."
+                f"--set {setting}: the windows were recorded as they were measured, and {setting} can't be tried out "
+                f"on them. Expected one of: {', '.join(REJUDGED)}. For another {setting}, another run."
             )
-    return changed
 
 
 def has_floor(rows: Iterable[Mapping[str, Any]]) -> bool:

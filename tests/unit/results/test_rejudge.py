@@ -110,13 +110,19 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, capsys, content, message)
         ("consecutiv=2", "did you mean 'consecutive'"),
         ("rules.kl_k4.k=2", "did you mean 'kl_k3'"),
         ("consecutive=[1", "not valid YAML"),
-        ("truncation=ignore", "measured with truncation='replay', and can't be judged again"),
-        ("every_n_steps=2", "measured with every_n_steps=1, and can't be judged again"),
     ],
 )
 def test_a_wrong_assignment_is_named(assignment, message):
     with pytest.raises(ConfigError, match=message):
         changed_config(ParityConfig(), [assignment])
+
+
+@pytest.mark.parametrize("assignment", ["truncation=ignore", "every_n_steps=2", "action=log"])
+def test_what_was_measured_cannot_be_judged_again_otherwise(tmp_path, capsys, assignment):
+    run(tmp_path, [1e-5, 1e-5])
+    assert main(["replay", str(tmp_path), "--set", assignment]) == 2
+    name = assignment.split("=")[0]
+    assert f"{name} can't be tried out on them. Expected one of: rules, consecutive" in capsys.readouterr().err
 
 
 def test_assignments_reach_rules_with_slashes_and_bare_limits():
