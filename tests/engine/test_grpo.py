@@ -5,9 +5,11 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig
 from support.callbacks import Recorder, jsonl, lose_sync, parameters, statuses
 from support.models import save_tiny_model
 from support.trainers import digit_reward, grpo_args, prompts, shared_engine
+from transformers import set_seed
 
 from trl_parity import ParityCallback, ParityHalt, Status
 from trl_parity.errors import ConfigError, InterceptionError
@@ -252,23 +254,27 @@ def test_uninstrumented_classes_are_trls_own(make_trainer, tmp_path):
     assert GRPOTrainer._generate_and_score_completions.__wrapped__ is own
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", ["none", "attention", "lora"])
 def test_training_is_bit_equal_with_and_without_the_callback(make_trainer, tmp_path, dropout):
     """With dropout: a pass of our own in training mode at each batch, breaches, floors and diagnoses."""
+    adapters = LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", lora_dropout=0.3)
     weights = {}
     for name in ("with", "without"):
+        set_seed(0)  # of the adapters
         trainer = make_trainer(
             tmp_path / name,
             *([ParityCallback(action="log")] if name == "with" else []),
             max_steps=3,
             generation_kwargs={"seed": 7},
-            vllm_importance_sampling_correction=not dropout,
+            vllm_importance_sampling_correction=dropout == "none",
+            trainer_kwargs={"peft_config": adapters} if dropout == "lora" else {},
         )
         for module in trainer.model.modules():
             if hasattr(module, "attention_dropout"):
-                module.attention_dropout = dropout
+                module.attention_dropout = 0.1 if dropout == "attention" else 0.0
         trainer.train()
         weights[name] = parameters(trainer)
+    assert (dropout == "lora") == any("lora_" in name for name in weights["with"])
     for name, value in weights["with"].items():
         assert torch.equal(value, weights["without"][name]), name
 

@@ -162,12 +162,18 @@ def test_as_it_is_every_batch_is_measured_and_logged(make, tmp_path, masks):
     assert set(callback.monitor.floor.sources) == {"rounding", "batch_shape"}
 
 
-def test_training_is_bit_equal_with_and_without_the_callback(make, tmp_path):
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_training_is_bit_equal_with_and_without_the_callback(make, tmp_path, dropout):
+    """With dropout: every window breaches, floors and diagnoses are passes of our own in training mode."""
     after = {}
     for name in ("with", "without"):
         snapshots = Snapshots()
-        callbacks = [ParityCallback(), snapshots] if name == "with" else [snapshots]
-        make(*callbacks, updates=3, output_dir=tmp_path / name).train()
+        watched = ParityCallback(action="log") if dropout else ParityCallback()
+        trainer = make(*([watched] if name == "with" else []), snapshots, updates=3, output_dir=tmp_path / name)
+        for module in trainer.policy_model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = dropout
+        trainer.train()
         after[name] = snapshots.after
     assert len(after["with"]) == len(after["without"]) == 4
     assert not equal(after["with"][0], after["with"][3])

@@ -23,15 +23,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..config.parity import ParityConfig
+from ..config.rules import EVIDENCE_EFFECTS
+from ..verdict import MismatchStats
 from .betting import SHARES, SHIFTS, Bets, honesty_bets, score_bets
 
-__all__ = ["EFFECTS", "TESTS", "Evidence", "Finding", "Past"]
+__all__ = ["TESTS", "Evidence", "Finding", "Past"]
 
 TESTS = ("honesty", "drift", "change")
-
-# The smallest effects that matter: of the mean ratio (0.002 a token is a factor e in the ratio of 500 tokens) and of
-# mean Δ; of the others the limits that the fixed rules set on the excess.
-EFFECTS = {"honesty": 0.002, "kl_k1": 0.002, "logp_abs_diff/mean": 0.003, "kl_k3": 1e-4}
 
 # (w - 2)+ <= 1.26 (w - 1 - log w) for every w: clipping takes at most this times the KL from the mean ratio
 _CLIPPED_PER_KL = 1.26
@@ -158,13 +157,30 @@ class Evidence:
         shape: tuple[int, ...] = (),
     ):
         self.limit = -math.log10(alpha)
-        effects = EFFECTS | dict(effects or {})
+        effects = EVIDENCE_EFFECTS | dict(effects or {})
         self._honesty, self._effects = effects["honesty"], np.array([effects[stat] for stat in _STATS])
         self.floor_factor, self.change_factor = floor_factor, change_factor
         self._missing = np.full(shape, math.nan) if shape else math.nan
         self.past = Past((*shape, len(_STATS)))
         sizes = {test: len(sides) * len(SHARES if test == "honesty" else SHIFTS) for test, sides in _SIDES.items()}
         self.bets = {test: Bets(size, 1.0 / len(TESTS), shape) for test, size in sizes.items()}
+
+    @classmethod
+    def from_config(cls, config: ParityConfig) -> Evidence:
+        """With the config's settings, before the first window."""
+        effects = config.evidence_smallest_effects()
+        return cls(config.evidence_alpha, effects, config.evidence_floor_factor, config.evidence_change_factor)
+
+    def add(self, step: int, stats: MismatchStats | None) -> MismatchStats | None:
+        """Take in a window that is to be judged; its statistics with ``scalars`` in them.
+
+        One that was not measured, or only in part, or has no token to compare is left as it is.
+        """
+        if stats is None or stats.num_errors or stats.get("nonfinite_rate") is None:
+            return stats
+        copies = stats.get("copies") or 1.0
+        self.update(step, stats.num_tokens, stats.num_sequences, stats, copies)
+        return stats.updated(self.scalars())
 
     def update(self, step: int, tokens: Any, sequences: Any, values: Mapping[str, Any], copies: Any = 1) -> None:
         """Take in one judged window, once. From reduced numbers: the same on every rank.
@@ -232,12 +248,20 @@ class Evidence:
         """Tests whose evidence is at the limit now."""
         return tuple(test for test in TESTS if self.bets[test].log10_evidence >= self.limit)
 
+    @property
+    def suspects_floor(self) -> bool:
+        """Whether the evidence of a drift over the noise floor is half of the limit, or more."""
+        return bool(2.0 * self.bets["drift"].log10_evidence >= self.limit)
+
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: JSON."""
+        """What a checkpoint keeps: JSON; nothing before the first window."""
+        if not self.past.queue and not any(bets.windows for bets in self.bets.values()):
+            return {}
         return {"bets": {test: bets.state() for test, bets in self.bets.items()}, "past": self.past.state()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restore ``state``."""
-        for test, bets in self.bets.items():
-            bets.load_state(state["bets"][test])
-        self.past.load_state(state["past"])
+        """Restore ``state``; an empty one is a run's beginning."""
+        if state:
+            for test, bets in self.bets.items():
+                bets.load_state(state["bets"][test])
+            self.past.load_state(state["past"])

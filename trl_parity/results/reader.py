@@ -131,7 +131,7 @@ class Columns:
     limit: int = 1 << 15
     count: int = 0
     width: int = 1
-    onset: int | None = None  # step of the first window of the streak that halted the run, else of the first breach
+    onset: int | None = None  # step of the first window that the halt counts, else of the first breach
     course: Course = field(default_factory=Course)
     events: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=12))  # the last that were not healthy
     last: dict[str, Any] = field(default_factory=dict)
@@ -165,7 +165,7 @@ class Columns:
                 self.first_halt, self.onset = row["step"], self._streak_from
             elif status == "BREACH" and self.onset is None:
                 self.onset = self._streak_from
-        elif not row["streak"]:
+        elif not row["streak"] and not as_number(row.get("breaker/level")):
             self._streak_from = None
         if status not in ("OK", "CALIBRATING"):
             self.events.append(row)

@@ -1,4 +1,4 @@
-"""Judge a finished run again, with other rules and the very same breaker. Needs no torch, no model and no GPU."""
+"""Judge a finished run again, with other rules and the very same tests and breaker. Needs no torch and no model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from ..config.parity import ParityConfig
 from ..config.reading import assignments
 from ..errors import ConfigError
 from ..judging.breaker import Breaker
+from ..judging.evidence import Evidence
 from ..metrics.scalars import SCALARS
 from ..verdict import MismatchStats, Status, Verdict
 from .reader import as_number, iter_windows
@@ -67,14 +68,15 @@ def rejudge(
     rows: Iterable[Mapping[str, Any]], config: ParityConfig, *, floored: bool | None = None
 ) -> Iterator[Judgement]:
     """Judge every window in order. ``floored``: ``has_floor``, where ``rows`` can be read only once."""
-    breaker = Breaker.from_config(config)
+    breaker, evidence = Breaker.from_config(config), Evidence.from_config(config)
     if floored is None:
         rows = list(rows)
         floored = has_floor(rows)
     # a run that never had a noise floor was judged by absolute limits, and is again
     breaker.expects_floor &= floored
     for row in rows:
-        verdict = breaker.judge(int(row["step"]), _stats(row), error="as recorded")
+        step = int(row["step"])
+        verdict = breaker.judge(step, evidence.add(step, _stats(row)), error="as recorded")
         yield Judgement(row, verdict)
 
 

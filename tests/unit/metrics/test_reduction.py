@@ -28,6 +28,8 @@ def test_ranks_hold_the_same_sums_after_the_reduction(tmp_path):
         assert torch.equal(reduced.additive, results[0][1].additive)  # to the last bit: one verdict everywhere
         assert torch.equal(reduced.maxima, expected.maxima)
         assert [row["rank"] for row in rows] == [1, 2, 2]
+        told = torch.stack([torch.cat([own.replica, own.maxima[:2]]) for own, _, _ in results])
+        assert torch.equal(reduced.by_rank, told)  # of each rank, in their order
     assert compute(results[0][1])["kl_k3"] == compute(results[2][1])["kl_k3"] > 0
 
 

@@ -10,6 +10,7 @@ from support.windows import window
 from trl_parity import ParityConfig, ParityMonitor
 from trl_parity.cli import main
 from trl_parity.errors import ConfigError, DataError
+from trl_parity.results.reader import Columns
 from trl_parity.results.rejudge import changed_config, read_windows, rejudge
 
 FLOOR = {"floor/kl_k3": 1e-5}
@@ -71,6 +72,18 @@ def test_a_torn_line_is_passed_over_and_infinities_come_back(tmp_path):
     rows = read_windows(path)
     assert [row["kl_k3"] for row in rows] == [float("inf"), 1e-5]
     assert [str(v.status) for _, v in rejudge(rows, ParityConfig(floor_tokens=0))] == ["BREACH", "OK"]
+
+
+def test_an_intermittent_fault_is_replayed_as_it_was_judged_and_told_from_its_beginning(tmp_path):
+    run(tmp_path, [1e-5, 2e-4, 1e-5, 2e-4, 1e-5, 2e-4])
+    rows = read_windows(tmp_path)
+    assert [row["status"] for row in rows] == ["OK", "BREACH", "OK", "BREACH", "OK", "HALT"]
+    assert [(str(v.status), v.level) for _, v in rejudge(rows, ParityConfig(floor_tokens=0))] == [
+        (row["status"], row["breaker/level"]) for row in rows
+    ]
+    assert not any(v.halted for _, v in rejudge(rows, ParityConfig(floor_tokens=0, breach_memory=0)))
+    columns = Columns.of(rows, ["kl_k3"])
+    assert (columns.first_halt, columns.onset) == (6, 2)
 
 
 @pytest.mark.parametrize(
