@@ -20,7 +20,8 @@ a breach      one more    fewer of it and what the    1 more                 the
 
 So three breaches halt where fewer than ``breach_memory`` healthy windows lie between them. A breach that rests on a
 noise floor of fewer than ``SETTLED`` sequences alone is not remembered. The level is filled no further than just over
-needed - 1: however long a fault lasted, after more than ``breach_memory`` healthy windows one breach does not halt.
+needed - 1, or to 1: however long a fault lasted, after more than ``breach_memory`` healthy windows one breach does not
+halt.
 
 WARN begins at a share of each limit (``Rule.warn``), one level before a breach, and at the limit of a ``warn_only``
 rule; a run on its way back must get below it to be healthy again, so that one that swings about its limit still halts.
@@ -119,7 +120,8 @@ class Streak(NamedTuple):
         needed = min((n for n in (self.needed, asked) if n is not None), default=None)
         memory = self.memory
         if asked is not None and needed is not None and breach_memory:
-            memory = max(memory, min(memory + breach_memory, (needed - 1) * breach_memory + 1))
+            most = max(breach_memory, (needed - 1) * breach_memory + 1)
+            memory = max(memory, min(memory + breach_memory, most))
         return Streak(self.length + 1, needed, memory)
 
     def reached(self, breach_memory: int) -> bool:

@@ -229,9 +229,15 @@ class Evidence:
     def scalars(self) -> dict[str, float | None]:
         """``evidence/<test>``: log10 M, a decision from ``limit`` on; None before the first window of the test.
 
-        ``evidence/onset``: the step since when the strongest test's bet rises, once its M is above 1.
+        At most half of ``limit`` in a window that speaks against the strongest bet: one that shows the fault is over
+        is not judged by those before it. ``evidence/onset``: the step since when the strongest test's bet rises, once
+        its M is above 1.
         """
-        known = {test: float(bets.log10_evidence) for test, bets in self.bets.items() if bets.windows}
+        known = {
+            test: min(float(bets.log10_evidence), self.limit / 2.0 if bets.losses else math.inf)
+            for test, bets in self.bets.items()
+            if bets.windows
+        }
         found: dict[str, float | None] = {f"evidence/{test}": known.get(test) for test in TESTS}
         strongest = max(known, key=lambda test: known[test], default="")
         found["evidence/onset"] = float(self.bets[strongest].best()[1]) if known.get(strongest, 0.0) > 0.0 else None

@@ -84,7 +84,7 @@ def test_breaches_that_are_remembered_halt_as_the_documentation_says(halt_on_err
                 streak.append(name)
             needed = min((asks[x] for x in streak if x in asks), default=None)
             if name in asks:
-                level = max(level, min(level + 1, needed - 1 + Fraction(1, memory)))
+                level = max(level, min(level + 1, max(Fraction(1), needed - 1 + Fraction(1, memory))))
             halts = name not in ("healthy", "near") and needed and (len(streak) >= needed or level > needed - 1)
             assert (verdict.halted, verdict.level, verdict.streak) == (bool(halts), float(level), len(streak)), run
 
