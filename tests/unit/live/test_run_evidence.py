@@ -122,3 +122,17 @@ def test_effects_reach_the_tests(rng):
     monitor = ParityMonitor(action="log", rules={"honesty_gap": None}, evidence_effects='{"honesty": 0.05}')
     assert not any(log_step(monitor, step, rng, bias=0.006).halted for step in range(30))
     assert monitor.config.to_dict()["evidence_effects"] == {"honesty": 0.05}
+
+
+def test_a_window_that_speaks_against_a_decision_is_not_condemned_by_it_and_one_that_speaks_for_it_is(rng):
+    monitor = ParityMonitor(action="log", rules={"honesty_gap": None})
+    step = 0
+    while not log_step(monitor, step, rng, bias=0.008).halted:
+        step += 1
+        assert step < 40
+    healed = log_step(monitor, 100, rng)
+    assert healed.status is Status.OK
+    assert healed.stats["evidence/honesty"] == 2.0  # half of the limit: the decision stands
+    assert log_step(monitor, 101, rng, bias=0.008).halted
+    for step in range(102, 105):
+        assert log_step(monitor, step, rng).status is Status.OK
