@@ -132,7 +132,7 @@ def test_a_window_that_speaks_against_a_decision_is_not_condemned_by_it_and_one_
         assert step < 40
     healed = log_step(monitor, 100, rng)
     assert healed.status is Status.OK
-    assert healed.stats["evidence/honesty"] == 2.0  # half of the limit: the decision stands
+    assert healed.stats["evidence/honesty"] == 0.0  # and the decision stands
     assert log_step(monitor, 101, rng, bias=0.008).halted
     for step in range(102, 105):
         assert log_step(monitor, step, rng).status is Status.OK
