@@ -230,11 +230,13 @@ class Evidence:
     def scalars(self) -> dict[str, float | None]:
         """``evidence/<test>``: log10 M, a decision from ``limit`` on; None before the first window of the test.
 
-        Of a decision that the window speaks against, 0: the window is none of those it was made of.
-        ``evidence/onset``: the step since when the strongest test's bet rises, once its M is above 1.
+        Of a decision that the window speaks against, 0: the window is none of those it was made of. Of less evidence
+        that it speaks against, half of ``limit`` at most: nobody is warned of it. ``evidence/onset``: the step since
+        when the strongest test's bet rises, once its M is above 1.
         """
         known = {test: float(bets.log10_evidence) for test, bets in self.bets.items() if bets.windows}
-        known |= {test: 0.0 for test in self.decided if self.bets[test].losses}
+        against = [test for test in known if self.bets[test].losses]
+        known |= {test: 0.0 if test in self.decided else min(known[test], self.limit / 2.0) for test in against}
         found: dict[str, float | None] = {f"evidence/{test}": known.get(test) for test in TESTS}
         strongest = max(known, key=lambda test: known[test], default="")
         found["evidence/onset"] = float(self.bets[strongest].best()[1]) if known.get(strongest, 0.0) > 0.0 else None
