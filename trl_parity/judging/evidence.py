@@ -9,7 +9,8 @@ ever reaches 1/alpha with probability alpha / 3 at most: ``log10 M >= -log10 alp
 is the false-alarm rate of a whole run, of any length, over the three. Each null hypothesis contains a smallest effect:
 no number of windows condemns a drift that does not matter. No window multiplies a bet by more than 100 (a factor cut
 off is still one of a supermartingale): while M is below 1, two windows can't decide, let alone one, or one sequence or
-token of any size. A decision stands until three windows in a row speak against it; then its test begins anew.
+token of any size. What is decided condemns the windows that speak for it. After three in a row that speak against it,
+its test begins anew.
 
 What the bets are made of, and the theorems: ``trl_parity.judging.betting``. Quesenberry, "SPC Q charts for start-up
 processes for short or long runs", Journal of Quality Technology 23 (1991).
@@ -229,9 +230,11 @@ class Evidence:
     def scalars(self) -> dict[str, float | None]:
         """``evidence/<test>``: log10 M, a decision from ``limit`` on; None before the first window of the test.
 
+        Of a decision that the window speaks against, 0: the window is none of those it was made of.
         ``evidence/onset``: the step since when the strongest test's bet rises, once its M is above 1.
         """
         known = {test: float(bets.log10_evidence) for test, bets in self.bets.items() if bets.windows}
+        known |= {test: 0.0 for test in self.decided if self.bets[test].losses}
         found: dict[str, float | None] = {f"evidence/{test}": known.get(test) for test in TESTS}
         strongest = max(known, key=lambda test: known[test], default="")
         found["evidence/onset"] = float(self.bets[strongest].best()[1]) if known.get(strongest, 0.0) > 0.0 else None

@@ -51,9 +51,8 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
     judged by the rules and logged as ``parity/*``; ``consecutive`` breached windows halt the run, as ``action`` says,
     before the condemned batch reaches the weights.
 
-    ``verdicts`` holds the last 1000 ``Verdict``, ``status`` the last one's status, ``diagnosis`` the
-    last ``Diagnosis``, ``halt_message`` what was printed at a halt and ``incident`` the folder left
-    behind by it, ``monitor`` the ``ParityMonitor`` that judges.
+    ``verdicts`` holds the last 1000 ``Verdict``, ``status`` the last one's, ``diagnosis`` the last ``Diagnosis``,
+    ``halt_message`` what was printed at a halt, ``incident`` its folder, ``monitor`` the ``ParityMonitor`` behind it.
 
     Args:
         config: A ``ParityConfig``. Default: all defaults.

@@ -229,8 +229,8 @@ class TrainerRun(Surroundings):
     def skip(self) -> None:
         """An update was dropped. While a halt stands, that is said again from time to time."""
         self.skipped += 1
-        remind = self.config.action == "skip_update" and self.skipped % _REMIND == 0 and self.halt is not None
-        if remind and self.accelerator.is_main_process:
+        remind = self.config.action == "skip_update" and self.skipped % _REMIND == 0
+        if remind and self.halt is not None and self.accelerator.is_main_process:
             say(skipped_text(self.skipped, self.halt))
 
     def resume_skipped(self, skipped: int) -> None:

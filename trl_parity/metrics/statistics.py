@@ -122,8 +122,8 @@ def _add_tokens(out: MismatchSums, batch: ScoredBatch) -> torch.Tensor:
         known = unknown  # nobody asked: neither
     flags = torch.stack([valid, finite[1], out_of_band, confident, mask, known, unknown])
     clipped = less_1[:1].clamp(max=CLIP - 1.0)
-    sums = [plain, less_1 - deltas, sizes, w, w * w], [flags], [clipped, clipped * clipped]
-    by_sequence = torch.cat([torch.cat(some).sum(-1) for some in sums])
+    plainly = torch.cat([plain, less_1 - deltas, sizes, w, w * w]).sum(-1)
+    by_sequence = torch.cat([plainly, flags.sum(-1), clipped.sum(-1), (clipped * clipped).sum(-1)])
     if batch.log_kept is not None and batch.out_of_support is not None:
         log_kept = torch.where(valid, batch.log_kept.double(), 0.0)
         truncation = _stacked(valid, log_kept.exp() * valid, log_kept, valid & batch.out_of_support)

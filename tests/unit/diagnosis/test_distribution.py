@@ -172,7 +172,7 @@ def test_large_vocabularies_in_many_chunks():
     )
 
 
-@pytest.mark.parametrize("vocab", [60, pytest.param(2000, marks=pytest.mark.slow_unit), 6000])
+@pytest.mark.parametrize("vocab", [60, *(pytest.param(n, marks=pytest.mark.slow_unit) for n in (2000, 6000))])
 @pytest.mark.parametrize(("true", "configured"), [(0.7, 1.0), (1.1, 1.0), (1.5, 0.6), (0.25, 1.0)])
 def test_the_temperature_is_recovered(vocab, true, configured):
     tokens = make(of(temperature=true), vocab=vocab)
