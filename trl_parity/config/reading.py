@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from ..checked import DEEPEST, read_bytes, require_bounded
 from ..errors import ConfigError
+from ..files import DEEPEST, read_bytes, require_bounded
 
 __all__ = ["assignments", "from_json", "from_yaml", "read_mapping", "read_text", "settings"]
 

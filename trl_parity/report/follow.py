@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checked import open_regular
 from ..config.parity import ParityConfig
 from ..errors import ParityError
+from ..files import open_regular
 from ..judging.course import Course
 from ..results.paths import metrics_path
 from ..results.reader import MAX_LINE, recorded_config, window_of

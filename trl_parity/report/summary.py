@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checked import open_regular
 from ..config.parity import ParityConfig
 from ..config.rules import Rule
 from ..errors import ConfigError, DataError
+from ..files import open_regular
 from ..judging.breaker import read
 from ..judging.limits import allowed
 from ..results.incident import Incident, read_incident

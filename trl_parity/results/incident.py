@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
-from ..checked import NUMBER, require_kinds
 from ..errors import ConfigError
-from ..files import read_versioned
+from ..files import NUMBER, read_versioned, require_kinds
 from ..metrics.scalars import FLOORED
 
 if TYPE_CHECKING:

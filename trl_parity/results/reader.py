@@ -16,13 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checked import open_regular
 from ..config.parity import ParityConfig
 from ..errors import ConfigError, DataError
-from ..files import check_version, read_versioned
+from ..files import check_version, open_regular, read_versioned
 from ..judging.course import Course
+from ..lines import progress_bar
 from ..metrics.scalars import SCALARS
-from ..progress import progress_bar
 from ..verdict import SEVERITY, worst
 from .paths import CONFIG_NAME, RUN_NAME, TOKENS_NAME, metrics_path
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +31,10 @@ def read_windows(path: str | Path) -> list[dict[str, Any]]:
     return list(iter_windows(path))
 
 
-REJUDGED = ("rules", "consecutive", "halt_on_error", "warmup", "floor_tokens")  # what the breaker looks at
+REJUDGED = (  # what judges look at
+    "rules", "consecutive", "breach_memory", "halt_on_error", "warmup", "floor_tokens", "evidence_alpha",
+    "evidence_floor_factor", "evidence_change_factor", "evidence_effects",
+)  # fmt: skip
 
 
 def changed_config(config: ParityConfig, given: Sequence[str]) -> ParityConfig:
@@ -82,7 +86,8 @@ def rejudge(
 
 def _stats(row: Mapping[str, Any]) -> MismatchStats:
     def count(name: str, usual: int = 0) -> int:
-        return int(as_number(row.get(name)) or 0) if name in row else usual
+        value = as_number(row.get(name, usual)) or 0
+        return int(value) if math.isfinite(value) else 0
 
     return MismatchStats(
         count("num_tokens"),

@@ -10,8 +10,10 @@ from support.windows import window
 from trl_parity import ParityConfig, ParityMonitor
 from trl_parity.cli import main
 from trl_parity.errors import ConfigError, DataError
+from trl_parity.judging.breaker import Breaker
+from trl_parity.judging.evidence import Evidence
 from trl_parity.results.reader import Columns
-from trl_parity.results.rejudge import changed_config, read_windows, rejudge
+from trl_parity.results.rejudge import REJUDGED, changed_config, read_windows, rejudge
 
 FLOOR = {"floor/kl_k3": 1e-5}
 
@@ -123,6 +125,27 @@ def test_what_was_measured_cannot_be_judged_again_otherwise(tmp_path, capsys, as
     assert main(["replay", str(tmp_path), "--set", assignment]) == 2
     name = assignment.split("=")[0]
     assert f"{name} can't be tried out on them. Expected one of: rules, consecutive" in capsys.readouterr().err
+
+
+def test_whatever_a_judge_looks_at_can_be_tried_out():
+    class Spy:
+        def __getattr__(self, name):
+            seen.add(name)
+            return getattr(config, name)
+
+    config, seen = ParityConfig(), set()
+    Breaker.from_config(Spy())
+    Evidence.from_config(Spy())
+    settings = seen & set(ParityConfig.__dataclass_fields__)
+    assert {"consecutive", "evidence_alpha"} <= settings <= set(REJUDGED)
+
+
+def test_a_count_that_is_none_is_read_as_none_counted(tmp_path):
+    run(tmp_path, [1e-5])
+    path = tmp_path / "parity" / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"num_tokens": ', '"num_tokens": "inf", "was": '))
+    [(_, verdict)] = rejudge(read_windows(path), ParityConfig(floor_tokens=0))
+    assert verdict.stats.num_tokens == 0
 
 
 def test_assignments_reach_rules_with_slashes_and_bare_limits():

@@ -10,11 +10,10 @@ from support.incidents import make
 from support.windows import window
 
 from trl_parity import ParityConfig
-from trl_parity.checked import NUMBER, open_regular, parse_json, read_bytes, require_kinds
 from trl_parity.cli import main
 from trl_parity.config.reading import from_yaml
 from trl_parity.errors import ConfigError
-from trl_parity.files import write_atomic
+from trl_parity.files import NUMBER, open_regular, parse_json, read_bytes, require_kinds, write_atomic
 from trl_parity.live.judge import RunJudge
 from trl_parity.results.reader import recorded_config, window_of
 
