@@ -24,7 +24,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-OPERATORS = "Lt LtE|Gt GtE|Eq NotEq|Is IsNot|In NotIn|And Or|Add Sub|Mult Div|BitAnd BitOr|FloorDiv Mult|Pow Mult"
+OPERATORS = "Lt LtE|Gt GtE|Eq NotEq|Is IsNot|In NotIn|And Or|Add Sub|BitAnd BitOr|FloorDiv Mult|Pow Mult|Mult Div"
 NAMES = "min max|amin amax|argmin argmax|minimum maximum|floor ceil|any all|mean sum|exp expm1"
 SWAPPED = {a: b for pair in f"{OPERATORS}|{NAMES}".split("|") for a, b in (pair.split()[::-1], pair.split())}
 DROPPED = {"abs", "clamp", "clamp_", "clip", "clone", "copy", "masked_fill", "nan_to_num", "nan_to_num_", "neg"}
