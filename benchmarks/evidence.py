@@ -262,10 +262,12 @@ def report(console: Console, alarms: list[dict[str, Any]], found: list[dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="100 runs of 100 windows of each kind, 20 of each fault")
+    parser.add_argument("--runs", type=int, default=500, help="healthy runs of each kind")
+    parser.add_argument("--windows", type=int, default=500, help="of each of them")
     parser.add_argument("--only", choices=["alarms", "delays"], help="one of the tables")
     parser.add_argument("--json", type=Path, help="keep the figures here")
     options = parser.parse_args()
-    runs, windows = (100, 100) if options.quick else (500, 500)
+    runs, windows = (100, 100) if options.quick else (options.runs, options.windows)
     alarms = [] if options.only == "delays" else false_alarms(runs, windows)
     found = [] if options.only == "alarms" else delays(20 if options.quick else 100, 300)
     report(Console(width=150), alarms, found)

@@ -1,6 +1,8 @@
-"""Files that are whole or not there, the folder one process writes at a time, and JSON read by version.
+"""Files that are whole or not there, the folder one process writes at a time, and what is read within bounds.
 
-Nothing here writes through a symbolic link: a folder that came from somebody else may hold any.
+A folder that came from somebody else may hold anything. Nothing here writes through a symbolic link, and what is read
+is regular, of so many bytes, so deep, of so many values: what is out of bounds is a ValueError, what can't be opened
+an OSError; neither waits, and neither takes memory first.
 """
 
 from __future__ import annotations
@@ -23,17 +25,33 @@ from typing import Any, BinaryIO
 from .errors import ConfigError, ParityError
 
 __all__ = [
+    "DEEPEST",
+    "MOST_BYTES",
+    "NUMBER",
     "FolderLock",
     "check_version",
     "jsonable",
     "open_log",
+    "open_regular",
+    "parse_json",
+    "read_bytes",
     "read_versioned",
+    "require_bounded",
+    "require_kinds",
     "require_no_link",
     "sweep",
     "write_atomic",
 ]
 
 logger = logging.getLogger(__name__)
+
+MOST_BYTES = 1 << 26  # of a file that is read whole
+
+MOST_VALUES, DEEPEST = 1_000_000, 64  # in it, and lists and mappings within each other
+
+NUMBER = object()  # a kind: a number, a non-finite one as a string, or null
+
+_NONFINITE = ("nan", "inf", "-inf")
 
 _TEMPORARY = re.compile(r"\..+\.(?:[0-9a-f]{12,16}|[0-9]+)\.tmp")  # those of ours, in this version and before
 
@@ -187,6 +205,105 @@ def _holder(content: bytes) -> str:
         return "another process"
 
 
+def open_regular(path: Path, *, within: bool = False) -> BinaryIO:
+    """Open a regular file to read. ``within``: and no link to what lies outside its folder. Raises OSError."""
+    if within and path.is_symlink():
+        home = os.path.realpath(path.parent)
+        if os.path.commonpath([home, os.path.realpath(path)]) != home:
+            raise OSError(errno.ELOOP, "it is a link out of its folder")
+
+    def opener(name: str, flags: int) -> int:
+        descriptor = os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe nobody writes to is not waited for
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "it is no regular file")
+        return descriptor
+
+    file: Any = open(path, "rb", opener=opener)  # noqa: SIM115 - for who asked
+    return file
+
+
+def read_bytes(path: Path, largest: int = MOST_BYTES, *, within: bool = False) -> bytes:
+    """All of a regular file of at most ``largest`` bytes."""
+    with open_regular(path, within=within) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size <= largest:
+            content = file.read(largest + 1)
+            size = len(content)  # it may have grown
+    if size > largest:
+        raise ValueError(f"{size} bytes")
+    return content
+
+
+def parse_json(content: bytes) -> Any:
+    """What a JSON text says, within bounds. Raises ValueError."""
+    if sum(map(content.count, (b",", b"[", b"{"))) > MOST_VALUES:  # before any of it is made
+        raise ValueError(f"more than {MOST_VALUES:,} values")
+    try:
+        value = json.loads(content)
+    except RecursionError as e:
+        raise ValueError(f"it is nested more than {DEEPEST} deep") from e
+    require_bounded(value)
+    return value
+
+
+def require_bounded(value: Any, most: int = MOST_VALUES, deepest: int = DEEPEST) -> None:
+    """Raise ValueError for too many values, each alias counted where it stands, too deep, or a number out of range."""
+    seen, waiting = 1, [(value, "", 0)]
+    while waiting:
+        value, where, depth = waiting.pop()
+        named = isinstance(value, dict)
+        if not named and not isinstance(value, list):
+            _require_range(value, where or "it")
+            continue
+        if depth >= deepest:
+            raise ValueError(f"{where[:80]} is nested more than {deepest} deep")
+        seen += len(value)
+        if seen > most:
+            raise ValueError(f"more than {most:,} values")
+        for key, inner in value.items() if named else enumerate(value):
+            if isinstance(inner, dict | list | int):
+                at = f"{where}.{str(key)[:40]}".lstrip(".") if named else f"{where}[{key}]"
+                if isinstance(inner, int):
+                    _require_range(inner, at)
+                else:
+                    waiting.append((inner, at, depth + 1))
+
+
+def _require_range(value: Any, where: str) -> None:
+    if isinstance(value, int) and value.bit_length() > 63:
+        digits = int(value.bit_length() * 0.30103)
+        raise ValueError(f"{where[:80]} is a number of about {digits:,} digits")
+
+
+def require_kinds(value: Any, kind: Any, where: str = "") -> None:
+    """Raise ValueError, naming the field, where ``value`` is not of ``kind``.
+
+    ``kind``: a type or a union of types; NUMBER; ``[kind]``: a list of it; a mapping of name to kind, ``name?`` for
+    what may be missing. Further names are nobody's business.
+    """
+    fits: Any = kind
+    if isinstance(kind, Mapping):
+        fits = dict
+    elif isinstance(kind, list):
+        fits = list
+    elif kind is NUMBER:
+        fits = int | float | None
+    wrong = not isinstance(value, fits) or (isinstance(value, bool) and fits in (int, int | float | None))
+    if wrong and not (kind is NUMBER and value in _NONFINITE):
+        raise ValueError(f"{where or 'it'} as {type(value).__name__}")
+    if isinstance(kind, list):
+        for i, one in enumerate(value):
+            require_kinds(one, kind[0], f"{where}[{i}]")
+    for name, inner in kind.items() if isinstance(kind, Mapping) else ():
+        key = name.removesuffix("?")
+        at = f"{where}.{key}" if where else key
+        if key in value:
+            require_kinds(value[key], inner, at)
+        elif key == name:
+            raise ValueError(f"no {at}")
+
+
 def read_versioned(
     path: Path,
     readable: tuple[int, ...],
@@ -195,37 +312,42 @@ def read_versioned(
     expected: str,
     remedy: str,
     damaged: type[ParityError] = ConfigError,
-    largest: int | None = None,
+    largest: int = MOST_BYTES,
+    within: bool = False,
 ) -> dict[str, Any]:
     """The JSON object in a file, of a version that can be read, with everything in it that is needed.
+
+    A regular file, and what is in it is bounded (``checked``).
 
     Args:
         path: The file.
         readable: Versions that can be read; none: the file has no ``schema_version``.
-        kinds: Its needed keys and the types of their values.
+        kinds: Its needed keys and the types of their values, as ``checked.require_kinds`` takes them.
         expected: What it should be, and ``remedy`` what to do, for the errors.
         remedy: See ``expected``.
         damaged: What is raised for a file that is none of these; for one that can't be read, or is of another
             version, it is ConfigError.
         largest: Bytes it may have.
+        within: Whether a link to what lies outside its folder is refused.
     """
     try:
-        if largest is not None and (size := path.stat().st_size) > largest:
-            raise damaged(f"{path} has {size:,} bytes. Expected {expected}; {remedy}.")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_bytes(path, largest, within=within)
+    except ValueError as e:
+        raise damaged(f"{path} has {e}. Expected {expected}; {remedy}.") from e
     except OSError as e:
         raise ConfigError(f"cannot read {path}: {e.strerror}. Expected {expected}; {remedy}.") from e
-    except (ValueError, RecursionError) as e:  # broken JSON or UTF-8
+    try:
+        content = parse_json(raw)
+    except ValueError as e:  # broken JSON or UTF-8, or out of bounds
         raise damaged(f"{path} is not valid JSON ({e}). Expected {expected}; {remedy}.") from e
     if not isinstance(content, dict):
         raise damaged(f"{path} holds a {type(content).__name__}. Expected a mapping, {expected}; {remedy}.")
     if readable:
         check_version(path, content.get("schema_version"), readable)
-    for name, kind in kinds.items():
-        value = content.get(name)
-        if name not in content or not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            seen = f"{name} as {type(value).__name__}" if name in content else f"no {name}"
-            raise damaged(f"{path} has {seen}. Expected {expected}; {remedy}.")
+    try:
+        require_kinds(content, kinds)
+    except ValueError as e:
+        raise damaged(f"{path} has {e}. Expected {expected}; {remedy}.") from e
     return content
 
 

@@ -96,6 +96,7 @@ class Verdict:
     step: int  # optimizer step the window's last batch feeds (trackers' global_step)
     status: Status
     streak: int  # breached windows in a row, this one included
+    level: float = 0.0  # breached windows that are remembered, in a row or not
     breaches: tuple[str, ...] = ()  # statistics over their limit
     warnings: tuple[str, ...] = ()  # statistics over their WARN level, or over the limit of a warn_only rule
     alert: str = ""  # WARN or HALT: the first window of this episode that reached it, people should be told
@@ -110,7 +111,7 @@ class Verdict:
     def to_dict(self) -> dict[str, Any]:
         """The window's line in ``metrics.jsonl``. Non-finite numbers become strings ("inf", "nan"): JSON has none."""
         scalars: dict[str, float | None] = {} if self.stats is None else dict(self.stats.values_by_name)
-        scalars |= {"breaker/status": self.status.code, "breaker/streak": self.streak}
+        scalars |= {"breaker/status": self.status.code, "breaker/streak": self.streak, "breaker/level": self.level}
         return {
             "step": self.step,
             "status": str(self.status),

@@ -12,11 +12,13 @@ def rewards_of(mean, n=32, spread=0.2, seed=0):
     return [mean + rng.uniform(-spread, spread) for _ in range(n)]
 
 
-def record(directory, steps=8, *, shift=0.0, shifted=lambda step: True, entropy=lambda step: 1.0, rewards=None):
+def record(
+    directory, steps=8, *, shift=0.0, shifted=lambda step: True, entropy=lambda step: 1.0, rewards=None, **settings
+):
     """A run of one's own loop: 32 sequences of 16 tokens a step; the trainer is off by ``shift`` nats."""
     generator = torch.Generator().manual_seed(0)
     floor = {"kl_k3": 1e-6, "logp_abs_diff/mean": 1e-3}
-    monitor = ParityMonitor(output_dir=directory, floor=floor, bootstrap_samples=50)
+    monitor = ParityMonitor(output_dir=directory, floor=floor, bootstrap_samples=50, **settings)
     for step in range(1, steps + 1):
         rollout = -torch.rand(32, 16, generator=generator)
         noise = 1e-3 * torch.randn(32, 16, generator=generator)

@@ -37,3 +37,11 @@ def test_support_imports_no_test_tool_that_a_child_lacks():
     """Children import it too: at the top of ``support`` there is no engine and no trainer."""
     for name in imported(TESTS / "support" / "__init__.py"):
         assert name in {"os", "sys", "tempfile", "pathlib"}, name
+
+
+def test_a_reader_can_hold_a_file_and_the_first_floor():
+    package = ROOT / "trl_parity"
+    assert len(list(package.glob("*.py"))) <= 12
+    assert len([p for p in package.iterdir() if p.is_dir() and (p / "__init__.py").exists()]) <= 14
+    long = {path.name: n for path in package.rglob("*.py") if (n := len(path.read_text().splitlines())) > 400}
+    assert not long

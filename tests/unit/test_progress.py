@@ -7,10 +7,10 @@ import sys
 
 from support import ROOT
 
-from trl_parity.progress import progress_bar
+from trl_parity.lines import progress_bar
 
 SCRIPT = """
-from trl_parity.progress import progress_bar
+from trl_parity.lines import progress_bar
 with progress_bar("shards", kept=True, shown=%r) as update:
     update(3, 10, more="12 answers here")
     update(4, 0, "trials")

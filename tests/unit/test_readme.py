@@ -40,3 +40,9 @@ def test_no_accelerate_launch_line_stops_at_a_taken_port(page):
 def test_the_first_screen_of_the_readme_makes_a_halted_job_fail():
     first = "\n".join((ROOT / "README.md").read_text().splitlines()[:30])
     assert "trainer.train()\nparity.raise_if_halted()" in first
+
+
+def test_the_demos_time_stands_in_one_place():
+    timed = re.compile(r"make demo`[^.\n]*?\d+ (?:min|s)\b")
+    assert [page.name for page in PAGES if timed.search(page.read_text())] == ["README.md"]
+    assert timed.search((ROOT / "README.md").read_text())

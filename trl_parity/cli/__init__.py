@@ -17,6 +17,8 @@ from ..errors import ParityError
 
 __all__ = ["main"]
 
+_LONGEST = 4000  # characters of an error
+
 # in the order --help lists them: before a run, during, after, and ourselves
 COMMANDS = ("check", "baseline", "engine", "lint", "pilot", "watch", "report", "compare", "replay", "panels", "drill")
 
@@ -47,11 +49,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except ParityError as e:
-        print(f"trl-parity: {e}", file=sys.stderr)
+        print(f"trl-parity: {_shown(str(e))}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `| head`
         sys.stderr.close()
         return 0
+
+
+def _shown(message: str) -> str:
+    """What may quote a file: as a terminal can take it, and no longer than a person reads."""
+    from ..report.escape import visible
+    from ..report.format import cut
+
+    return "\n".join(visible(line) for line in cut(message, _LONGEST).split("\n"))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..config import fields
 from ..errors import ConfigError
-from ..progress import progress_bar
+from ..lines import progress_bar
 
 SHORT = "make a reference data set from a transformers model"
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ..config import fields
 from ..config.reading import settings
-from ..progress import progress_bar
+from ..lines import progress_bar
 
 if TYPE_CHECKING:
     from ..preflight.check.settings import CheckSettings

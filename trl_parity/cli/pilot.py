@@ -108,10 +108,12 @@ def _print(report: Any) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from ..report.escape import visible
+
     styles = {"pass": "green", "fail": "bold red", "unknown": "yellow"}
     table = Table(box=None, pad_edge=False, show_header=False)
     for check in report.checks:
-        table.add_row(check.name, f"[{styles[check.outcome]}]{check.outcome}[/]", escape(check.text))
+        table.add_row(check.name, f"[{styles[check.outcome]}]{check.outcome}[/]", escape(visible(check.text)))
     console = Console(highlight=False)
     console.print(table)
     style = {0: "bold green", 1: "bold red", 2: "bold yellow"}[report.decision.exit_code]

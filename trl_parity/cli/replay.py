@@ -43,12 +43,13 @@ def run(options: argparse.Namespace) -> int:
     """Run the command."""
     from ..config.parity import ParityConfig
     from ..results.reader import iter_windows, recorded_config
-    from ..results.rejudge import changed_config, has_floor, rejudge
+    from ..results.rejudge import changed_config, has_floor, rejudge, require_rejudged
 
     floored = has_floor(iter_windows(options.path, quiet=True))
     recorded = recorded_config(options.path)
     config = ParityConfig.from_yaml(options.config) if options.config else recorded or ParityConfig()
     config = changed_config(config, options.set)
+    require_rejudged(options.set)
     if recorded is None and not options.config and not options.json:
         print("note: no config.json beside the windows; replayed with the default settings", file=sys.stderr)
     told = Told(everything=options.all)

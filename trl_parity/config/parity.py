@@ -13,13 +13,17 @@ from ..credentials import without_credentials
 from ..errors import ConfigError
 from .fields import SHARE, at_least, check_fields, number
 from .reading import read_mapping
-from .rules import Rule, as_mapping, refuse_unknown, rules_over_defaults
+from .rules import EVIDENCE_EFFECTS, Rule, as_mapping, refuse_unknown, rules_over_defaults
 
 __all__ = ["ParityConfig"]
 
 HEAD_BACKENDS = ("auto", "torch", "triton")
 
 BATCHES = number(lambda x: x >= 0, "a number of rollout batches >= 0")
+
+ALPHA = number(lambda x: 0 < x < 1, "a probability, more than 0 and less than 1")
+
+FACTOR = number(lambda x: 1 <= x < math.inf, "a number >= 1")
 
 SECONDS = number(lambda x: 0 < x < math.inf, "seconds, more than 0")
 
@@ -48,6 +52,13 @@ class ParityConfig:
         default=3,
         metadata={"help": "Breached windows in a row that halt, for rules that do not set their own number."},
     )
+    breach_memory: Annotated[int, at_least(0)] = field(
+        default=20,
+        metadata={
+            "help": "Healthy windows that a breached one is remembered for: as many breaches as `consecutive` halt "
+            "though they are not in a row, where fewer healthy windows than this lie between them. 0: none is."
+        },
+    )
     rules: dict[str, Any] | str | None = field(
         default=None,
         metadata={
@@ -61,6 +72,29 @@ class ParityConfig:
         metadata={
             "help": "First windows of a run that can breach but not halt (immediate rules can). Healthy ones are "
             "CALIBRATING."
+        },
+    )
+    evidence_alpha: Annotated[float, ALPHA] = field(
+        default=1e-4,
+        metadata={
+            "help": "Probability that the sequential tests (evidence/*) ever condemn a healthy run, of any length, "
+            "over all of them: the rules on them have the limit -log10 of it."
+        },
+    )
+    evidence_floor_factor: Annotated[float, FACTOR] = field(
+        default=1.25,
+        metadata={"help": "Multiple of the noise floor's upper bound that drift must exceed to speak for a fault."},
+    )
+    evidence_change_factor: Annotated[float, FACTOR] = field(
+        default=1.25,
+        metadata={"help": "Multiple of its level in the run's past that drift must exceed to speak for a change."},
+    )
+    evidence_effects: dict[str, float] | str | None = field(
+        default=None,
+        metadata={
+            "help": "The smallest effects that matter to the sequential tests, laid over the defaults: {'honesty': "
+            "0.002, 'kl_k1': 0.002, 'logp_abs_diff/mean': 0.003, 'kl_k3': 0.0001}; honesty: of the mean ratio, the "
+            "others in nats. On a command line: JSON."
         },
     )
     floor_tokens: Annotated[int, at_least(0)] = field(
@@ -267,11 +301,21 @@ class ParityConfig:
                 "trl_parity.trainers.engine_args.TRLEngineArguments."
             ) from e
         self.temperature_phases()
+        self.evidence_smallest_effects()
         self.resolved_rules()  # a wrong rule fails here, before any training
 
     def resolved_rules(self) -> tuple[Rule, ...]:
         """The default rules with ``rules`` laid over them, each with its ``consecutive`` filled in."""
-        return rules_over_defaults(self.rules, self.consecutive)
+        return rules_over_defaults(self.rules, self.consecutive, -math.log10(self.evidence_alpha))
+
+    def evidence_smallest_effects(self) -> dict[str, float]:
+        """``evidence_effects`` as a mapping of those that are set."""
+        effects = as_mapping(self.evidence_effects, "evidence_effects")
+        refuse_unknown(effects, list(EVIDENCE_EFFECTS), "evidence_effects")
+        for name, value in effects.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ConfigError(f"evidence_effects.{name} is {value!r}. Expected a number > 0.")
+        return {name: float(value) for name, value in effects.items()}
 
     def engine_source(self) -> str | dict[str, Any] | None:
         """``engine_args`` as a name, a path or a mapping."""
@@ -314,6 +358,9 @@ class ParityConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values of all fields, as JSON and YAML take them; ``***`` for keys, tokens and passwords."""
-        mappings = {name: as_mapping(getattr(self, name), name) or None for name in ("rules", "temperatures")}
+        mappings = {
+            name: as_mapping(getattr(self, name), name) or None
+            for name in ("rules", "temperatures", "evidence_effects")
+        }
         kept: dict[str, Any] = without_credentials(asdict(self) | mappings)
         return kept

@@ -11,8 +11,11 @@ from typing import Any
 import yaml
 
 from ..errors import ConfigError
+from ..files import DEEPEST, read_bytes, require_bounded
 
 __all__ = ["assignments", "from_json", "from_yaml", "read_mapping", "read_text", "settings"]
+
+MAX_TEXT, MAX_VALUES = 1 << 20, 100_000  # bytes of settings, and values in them, each alias counted where it stands
 
 _FLOAT = "tag:yaml.org,2002:float"
 _DATE = "tag:yaml.org,2002:timestamp"
@@ -21,7 +24,28 @@ _DATE = "tag:yaml.org,2002:timestamp"
 class _Loader(yaml.SafeLoader):
     """PyYAML's, with the scalars of YAML 1.2's core schema: ``1e-3`` is a number, as in JSON, where PyYAML wants
     ``1.0e-3``; a date is text. No setting is a date, a name may look like one, and what PyYAML makes of dates is
-    changed for a whole process by lm-format-enforcer, which vLLM imports for structured outputs."""
+    changed for a whole process by lm-format-enforcer, which vLLM imports for structured outputs.
+
+    Values are counted while they are composed, before any is made: an alias counts for all that it stands for."""
+
+    def __init__(self, stream: Any):
+        super().__init__(stream)
+        self._sizes: dict[int, int] = {}  # of the nodes that hold others, by id
+        self._depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self._depth >= DEEPEST:
+            raise yaml.composer.ComposerError(None, None, f"nested more than {DEEPEST} deep")
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        sizes = self._sizes
+        if id(node) not in sizes and isinstance(node, yaml.CollectionNode):
+            inside = [x for pair in node.value for x in (pair if isinstance(pair, tuple) else (pair,))]
+            sizes[id(node)] = 1 + sum(sizes.get(id(x), 1) for x in inside)
+            if sizes[id(node)] > MAX_VALUES:
+                raise yaml.composer.ComposerError(None, None, f"more than {MAX_VALUES:,} values", node.start_mark)
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -45,7 +69,11 @@ _Loader.add_implicit_resolver(  # after whole numbers, which are tried first
 def from_yaml(text: str, where: str) -> Any:
     """What a YAML text says. Raises ConfigError."""
     try:
-        return yaml.load(text, _Loader)
+        value = yaml.load(text, _Loader)
+        require_bounded(value, MAX_VALUES)  # one that holds itself goes on and on
+        return value
+    except RecursionError as e:
+        raise ConfigError(f"{where} is not valid YAML: it is nested too deep") from e
     except (yaml.YAMLError, ValueError) as e:  # ValueError: a number that is none, say 0x_
         raise ConfigError(f"{where} is not valid YAML: {e}") from e
 
@@ -61,11 +89,13 @@ def from_json(text: str, where: str) -> Any:
 def read_text(path: str | Path, expected: str, hint: str = "") -> str:
     """A file of settings as text. ``expected``: what it should be, for the error."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return read_bytes(Path(path), MAX_TEXT).decode("utf-8")
     except OSError as e:
         raise ConfigError(f"cannot read {path}: {e.strerror}{hint}. Expected {expected}.") from e
     except UnicodeDecodeError as e:
         raise ConfigError(f"{path} is not valid YAML: {e}") from e
+    except ValueError as e:
+        raise ConfigError(f"{path} has {e}. Expected {expected}, of at most {MAX_TEXT:,}.") from e
 
 
 def read_mapping(path: str | Path, example: str) -> dict[str, Any]:

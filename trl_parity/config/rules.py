@@ -10,7 +10,15 @@ from typing import Any
 from ..errors import ConfigError
 from .reading import from_json
 
-__all__ = ["DEFAULT_RULES", "Rule", "as_mapping", "nearest", "refuse_unknown", "rules_over_defaults"]
+__all__ = [
+    "DEFAULT_RULES",
+    "EVIDENCE_EFFECTS",
+    "Rule",
+    "as_mapping",
+    "nearest",
+    "refuse_unknown",
+    "rules_over_defaults",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +58,7 @@ class Rule:
         self._number("limit", self.limit, None)
         if self.k is not None:
             self._number("k", self.k, 1.0)
-            if self.stat not in FLOORED:
+            if self.stat.removeprefix("replica/") not in FLOORED:
                 raise ConfigError(
                     f"rule {self.stat!r} sets k={self.k:g}, but that statistic has no noise floor. Expected k only "
                     f"for: {', '.join(FLOORED)}."
@@ -100,14 +108,31 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     Rule(stat="temperature/gap", limit=1e-6, warn_only=True),
     Rule(stat="reward/parted", limit=0.5, warn=1.0, warn_only=True),
     Rule(stat="floor/engine_excess", limit=0.003),
+    # as of all ranks together, in a bound of ``consecutive`` windows: the first at it halts
+    Rule(stat="replica/kl_k3", limit=1e-4, k=5.0, absolute=0.01, consecutive=1),
+    Rule(stat="replica/logp_abs_diff/mean", limit=0.003, k=3.0, absolute=0.06, consecutive=1),
+    # limit: -log10(evidence_alpha). Each is decided over the whole run: the first window at it halts
+    Rule(stat="evidence/honesty", limit=4.0, warn=0.75, consecutive=1),
+    Rule(stat="evidence/drift", limit=4.0, warn=0.75, consecutive=1),
+    Rule(stat="evidence/change", limit=4.0, warn=1.0, warn_only=True),
 )
 
+# The smallest effects that matter to the sequential tests: of the mean ratio (0.002 a token is a factor e in the ratio
+# of 500 tokens) and of mean Δ; of the others the limits that the rules set on the excess.
+EVIDENCE_EFFECTS = {"honesty": 0.002, "kl_k1": 0.002, "logp_abs_diff/mean": 0.003, "kl_k3": 1e-4}
 
-def rules_over_defaults(rules: Any, consecutive: int) -> tuple[Rule, ...]:
-    """The default rules with ``rules`` (``ParityConfig.rules``) laid over, each with its ``consecutive`` filled in."""
+
+def rules_over_defaults(rules: Any, consecutive: int, evidence: float = 4.0) -> tuple[Rule, ...]:
+    """The default rules with ``rules`` (``ParityConfig.rules``) laid over, each with its ``consecutive`` filled in.
+
+    ``evidence``: the limit of the default rules on evidence.
+    """
     from ..metrics.scalars import SCALARS
 
-    merged = {rule.stat: rule for rule in DEFAULT_RULES}
+    merged = {
+        rule.stat: replace(rule, limit=evidence) if rule.stat.startswith("evidence/") else rule
+        for rule in DEFAULT_RULES
+    }
     for stat, spec in as_mapping(rules, "rules").items():
         if spec is None or spec is False:
             if stat not in merged:

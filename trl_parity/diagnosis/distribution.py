@@ -50,6 +50,8 @@ class Distribution:
     sampling: SamplingSettings
     bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit), distinct ids; -inf bans it
     allowed: frozenset[int] | None = None  # only these ids; None: all
+    late: tuple[int, ...] = ()  # ids that are banned before ``late_from`` tokens were generated, as by min_tokens
+    late_from: int = 0
     report: str = PROCESSED  # vLLM's logprobs_mode: processed_ or raw_, logprobs or logits
     logits_dtype: torch.dtype | None = None  # z is rounded to it first
     curvature: float = 0.0  # 1 / soft cap, negative where one is taken off: see ``curved``
@@ -167,6 +169,9 @@ def biased(tokens: Tokens, distribution: Distribution) -> Tensor:
     if distribution.bias:
         ids, values = zip(*distribution.bias, strict=True)
         z[:, list(ids)] += torch.tensor(values, dtype=z.dtype, device=z.device)
+    if distribution.late:
+        early = (tokens.output.sum(-1) < distribution.late_from).nonzero()
+        z[early, torch.tensor(distribution.late, device=z.device)] = -torch.inf
     return z
 
 
@@ -298,6 +303,10 @@ def describe(distribution: Distribution, base: Distribution, *, ids: bool = True
         words.append(f"{which} never drawn")
     if distribution.allowed is not None and distribution.allowed != base.allowed:
         words.append(f"only {len(distribution.allowed)} token id{'s' * (len(distribution.allowed) > 1)} allowed")
+    if distribution.late_from != base.late_from:
+        which = f"token{'s' * (len(distribution.late) > 1)} {', '.join(map(str, distribution.late))}"
+        count = f"{len(distribution.late)} token id(s)"
+        words.append(f"{which if ids else count} never among the first {distribution.late_from}")
     if distribution.logits_dtype is not None and distribution.logits_dtype != base.logits_dtype:
         words.append(f"logits rounded to {dtype_name(distribution.logits_dtype)}")
     if distribution.curvature != base.curvature:
@@ -312,6 +321,7 @@ def distribution_details(distribution: Distribution) -> dict[str, Any]:
     """The distribution as JSON; a ban is ``"-inf"``."""
     return {name: getattr(distribution.sampling, name) for name in _FORMATS} | {
         "bias": [[i, b if math.isfinite(b) else str(b)] for i, b in distribution.bias],
+        "late": [*distribution.late] and {"ids": [*distribution.late], "from": distribution.late_from},
         "allowed": None if distribution.allowed is None else sorted(distribution.allowed),
         "report": distribution.report,
         "logits_dtype": None if distribution.logits_dtype is None else dtype_name(distribution.logits_dtype),

@@ -24,11 +24,13 @@ from .distribution import (
 )
 from .fitting import TIE, evenly, if_better, minimize
 
-__all__ = ["fit_bias"]
+__all__ = ["fit_bias", "fit_min_tokens"]
 
 _MASS_IDS = 128  # ids of largest total probability a bias is looked for on
 
 _LIKELY = 5.0  # expected count of an id that is never drawn with probability e^-5
+
+_EXPECTED = 3.0  # draws of an id before its first appearance, for that to be no chance: e^-3
 
 _BAN = -4.0  # a bias below it, among others, on an id that is never drawn is a ban
 
@@ -65,6 +67,45 @@ def fit_bias(tokens: Tokens, distribution: Distribution) -> Distribution | None:
     ]  # the last mutates
     best = min((x for x in found if x is not None), key=lambda x: x[0], default=None)
     return None if best is None else if_better(tokens, now, best[1])
+
+
+def fit_min_tokens(tokens: Tokens, distribution: Distribution) -> Distribution | None:
+    """The ids that are banned before so many tokens, as an engine's min_tokens bans those that end a sequence.
+
+    An id v can't be drawn before its first appearance, as the m-th generated token: where fewer came before,
+    e^Δ' = e^Δ / (1 - p(v)). Of the ids drawn, from the second place on, the one that fits best; others with it, from
+    the same place or a later one on, while each is an improvement. None: no gain, or it might be chance: fewer than 3
+    draws of these ids were expected before.
+    """
+    if distribution.report != PROCESSED or distribution.late or distribution.sampling.truncates:
+        return None
+    before = tokens.output.sum(-1)
+    ids = tokens.targets.unique()
+    first = torch.stack([before[tokens.targets == v].min() for v in ids]) if len(ids) else before
+    ids, first = ids[first > 0], first[first > 0]
+    if not len(ids):
+        return None
+    now, probs = [], []
+    for part in chunks(tokens):
+        scaled, support = supported(part, distribution)
+        now.append(target_values(scaled, part).double() - support.log_sum)
+        probs.append((scaled[:, ids].double() - support.log_sum[:, None]).exp())
+    score, p = torch.cat(now), torch.cat(probs)
+
+    def goodness(chosen: list[int], start: int) -> float:
+        banned = torch.where(before < start, p[:, chosen].sum(1), 0.0).clamp(max=1.0 - 1e-9)
+        return float(huber(score - torch.log1p(-banned) - tokens.reported).mean())
+
+    singles = [goodness([c], int(first[c])) for c in range(len(ids))]
+    best = min(range(len(ids)), key=singles.__getitem__)
+    start, chosen, least = int(first[best]), [best], singles[best]
+    for c in sorted(range(len(ids)), key=singles.__getitem__):
+        if c != best and first[c] >= start and (found := goodness([*chosen, c], start)) < least / TIE:
+            chosen, least = [*chosen, c], found
+    if float(p[:, chosen][before < start].sum()) < _EXPECTED:
+        return None
+    late = tuple(sorted(int(ids[c]) for c in chosen))
+    return if_better(tokens, score, replace(distribution, late=late, late_from=start))
 
 
 @dataclass(slots=True)

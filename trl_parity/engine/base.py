@@ -89,6 +89,9 @@ class Engine(Protocol):
 class InProcessEngine(Engine, Protocol):
     """One whose module lies in this process: ``Capability.READ_MODEL``."""
 
+    def last_states(self, sequence: Sequence[int], places: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Last hidden states (n, H) that predict the tokens at these places, and the logits (n, V) made of them."""
+
     @property
     def llm(self) -> Any:
         """The ``vllm.LLM``."""

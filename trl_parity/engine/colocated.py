@@ -120,6 +120,40 @@ class ColocatedEngine:
             scores.append(torch.tensor([given[i][token].logprob for i, token in enumerate(ids[1:])]))
         return scores
 
+    def last_states(self, sequence: Sequence[int], places: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What tokens are predicted from: last hidden states (n, H), and the logits (n, V) the module makes of them.
+
+        ``places``: ascending, of tokens within the sequence, from 1 on. By its own prefill, before temperature and
+        processors. Raises RuntimeError where the engine asks its module for logits in another order than expected.
+        """
+        model, before = self.model, vars(self.model).get("compute_logits")
+        real = model.compute_logits
+        wanted, done, sampled = torch.tensor(places) - 1, 0, False
+        kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def watched(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            nonlocal done, sampled
+            logits = real(hidden, *args, **kwargs)
+            if len(hidden) == 1 and not sampled:  # of the one token that is sampled
+                sampled = True
+                return logits
+            mine = wanted[(wanted >= done) & (wanted < done + len(hidden))].to(hidden.device) - done
+            kept.append((hidden[mine].detach(), logits[mine].detach()))
+            done += len(hidden)
+            return logits
+
+        model.compute_logits = watched
+        try:
+            self._ask([sequence], self._params(temperature=0.0, prompt_logprobs=0), self._salt())
+        finally:
+            del model.compute_logits
+            if before is not None:
+                model.compute_logits = before
+        if done != len(sequence) - 1:
+            raise RuntimeError(f"the engine made logits of {done} tokens of {len(sequence) - 1}")
+        states, logits = (torch.cat(parts) for parts in zip(*kept, strict=True))
+        return states, logits
+
     def next_token(
         self, contexts: Sequence[Sequence[int]], targets: Sequence[int], temperature: float, *, cached: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:

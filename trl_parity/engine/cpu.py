@@ -71,9 +71,9 @@ def _keep_experts_live() -> None:
     """Experts stay as loaded and are packed for the kernel at each call; where they are padded too, vLLM's own way."""
     try:
         cpu_moe: Any = importlib.import_module("vllm.model_executor.layers.fused_moe.experts.cpu_moe")
-    except ImportError:  # another vLLM: what it packs is refused by ``require_live_weights``
+        experts = cpu_moe.CPUUnquantizedExperts
+    except (ImportError, AttributeError):  # another vLLM: what it packs is refused by ``require_live_weights``
         return
-    experts = cpu_moe.CPUUnquantizedExperts
     finish, apply = experts.process_weights_after_loading, experts.apply
 
     def finish_live(self: Any, layer: Any) -> None:

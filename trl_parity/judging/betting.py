@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["CLIP", "SHARES", "SHIFTS", "Bets", "honesty_bets", "normal_score", "score_bets"]
+from ..metrics.statistics import CLIP
 
-CLIP = 2.0  # a ratio above it counts as it in the test of honesty
+__all__ = ["CLIP", "SHARES", "SHIFTS", "Bets", "honesty_bets", "normal_score", "score_bets"]
 
 SHARES = 0.95 * 0.5 ** np.arange(8)  # of the wealth, bet on a token
 

@@ -9,7 +9,8 @@ ever reaches 1/alpha with probability alpha / 3 at most: ``log10 M >= -log10 alp
 is the false-alarm rate of a whole run, of any length, over the three. Each null hypothesis contains a smallest effect:
 no number of windows condemns a drift that does not matter. No window multiplies a bet by more than 100 (a factor cut
 off is still one of a supermartingale): while M is below 1, two windows can't decide, let alone one, or one sequence or
-token of any size. A decision stands until three windows in a row speak against it; then its test begins anew.
+token of any size. What is decided condemns the windows that speak for it. After three in a row that speak against it,
+its test begins anew.
 
 What the bets are made of, and the theorems: ``trl_parity.judging.betting``. Quesenberry, "SPC Q charts for start-up
 processes for short or long runs", Journal of Quality Technology 23 (1991).
@@ -23,15 +24,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..config.parity import ParityConfig
+from ..config.rules import EVIDENCE_EFFECTS
+from ..verdict import MismatchStats
 from .betting import SHARES, SHIFTS, Bets, honesty_bets, score_bets
 
-__all__ = ["EFFECTS", "TESTS", "Evidence", "Finding", "Past"]
+__all__ = ["TESTS", "Evidence", "Finding", "Past"]
 
 TESTS = ("honesty", "drift", "change")
-
-# The smallest effects that matter: of the mean ratio (0.002 a token is a factor e in the ratio of 500 tokens) and of
-# mean Δ; of the others the limits that the fixed rules set on the excess.
-EFFECTS = {"honesty": 0.002, "kl_k1": 0.002, "logp_abs_diff/mean": 0.003, "kl_k3": 1e-4}
 
 # (w - 2)+ <= 1.26 (w - 1 - log w) for every w: clipping takes at most this times the KL from the mean ratio
 _CLIPPED_PER_KL = 1.26
@@ -158,13 +158,30 @@ class Evidence:
         shape: tuple[int, ...] = (),
     ):
         self.limit = -math.log10(alpha)
-        effects = EFFECTS | dict(effects or {})
+        effects = EVIDENCE_EFFECTS | dict(effects or {})
         self._honesty, self._effects = effects["honesty"], np.array([effects[stat] for stat in _STATS])
         self.floor_factor, self.change_factor = floor_factor, change_factor
         self._missing = np.full(shape, math.nan) if shape else math.nan
         self.past = Past((*shape, len(_STATS)))
         sizes = {test: len(sides) * len(SHARES if test == "honesty" else SHIFTS) for test, sides in _SIDES.items()}
         self.bets = {test: Bets(size, 1.0 / len(TESTS), shape) for test, size in sizes.items()}
+
+    @classmethod
+    def from_config(cls, config: ParityConfig) -> Evidence:
+        """With the config's settings, before the first window."""
+        effects = config.evidence_smallest_effects()
+        return cls(config.evidence_alpha, effects, config.evidence_floor_factor, config.evidence_change_factor)
+
+    def add(self, step: int, stats: MismatchStats | None) -> MismatchStats | None:
+        """Take in a window that is to be judged; its statistics with ``scalars`` in them.
+
+        One that was not measured, or only in part, or has no token to compare is left as it is.
+        """
+        if stats is None or stats.num_errors or stats.get("nonfinite_rate") is None:
+            return stats
+        copies = stats.get("copies") or 1.0
+        self.update(step, stats.num_tokens, stats.num_sequences, stats, copies)
+        return stats.updated(self.scalars())
 
     def update(self, step: int, tokens: Any, sequences: Any, values: Mapping[str, Any], copies: Any = 1) -> None:
         """Take in one judged window, once. From reduced numbers: the same on every rank.
@@ -213,9 +230,13 @@ class Evidence:
     def scalars(self) -> dict[str, float | None]:
         """``evidence/<test>``: log10 M, a decision from ``limit`` on; None before the first window of the test.
 
-        ``evidence/onset``: the step since when the strongest test's bet rises, once its M is above 1.
+        Of a decision that the window speaks against, 0: the window is none of those it was made of. Of less evidence
+        that it speaks against, half of ``limit`` at most: nobody is warned of it. ``evidence/onset``: the step since
+        when the strongest test's bet rises, once its M is above 1.
         """
         known = {test: float(bets.log10_evidence) for test, bets in self.bets.items() if bets.windows}
+        against = [test for test in known if self.bets[test].losses]
+        known |= {test: 0.0 if test in self.decided else min(known[test], self.limit / 2.0) for test in against}
         found: dict[str, float | None] = {f"evidence/{test}": known.get(test) for test in TESTS}
         strongest = max(known, key=lambda test: known[test], default="")
         found["evidence/onset"] = float(self.bets[strongest].best()[1]) if known.get(strongest, 0.0) > 0.0 else None
@@ -232,12 +253,20 @@ class Evidence:
         """Tests whose evidence is at the limit now."""
         return tuple(test for test in TESTS if self.bets[test].log10_evidence >= self.limit)
 
+    @property
+    def suspects_floor(self) -> bool:
+        """Whether the evidence of a drift over the noise floor is half of the limit, or more."""
+        return bool(2.0 * self.bets["drift"].log10_evidence >= self.limit)
+
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: JSON."""
+        """What a checkpoint keeps: JSON; nothing before the first window."""
+        if not self.past.queue and not any(bets.windows for bets in self.bets.values()):
+            return {}
         return {"bets": {test: bets.state() for test, bets in self.bets.items()}, "past": self.past.state()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restore ``state``."""
-        for test, bets in self.bets.items():
-            bets.load_state(state["bets"][test])
-        self.past.load_state(state["past"])
+        """Restore ``state``; an empty one is a run's beginning."""
+        if state:
+            for test, bets in self.bets.items():
+                bets.load_state(state["bets"][test])
+            self.past.load_state(state["past"])

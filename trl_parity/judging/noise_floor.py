@@ -9,14 +9,14 @@ x_-g without group g (the jackknife, by sequences), t of 95 % (one side) with G 
 N sequences s = x / √N, with N - 1 degrees of freedom, at least 1: what differs as much as it is large. Measurements
 are pooled as long as they agree, so that the bound comes down with time; one whose mean |Δ| lies beyond the other's
 bounds begins anew. An engine that disagrees with itself is a fault of its own (``floor/engine_excess``): its source
-counts up to ``MOST`` times rounding's.
+counts up to ``MOST`` times rounding's. ``floor_upper/*``, which sequential tests bet against, is a bound of 99.9 %.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..config.parity import ParityConfig
 from ..metrics.scalars import FLOORED
@@ -36,12 +36,16 @@ ENGINE_MOST = 3.0  # times rounding's mean |Δ|: beyond it the engine's own is a
 
 _SIZE = "logp_abs_diff/mean"  # by which measurements are compared
 
+_UPPER = ("kl_k3", "logp_abs_diff/mean")  # whose floor is bet on
+
 
 class NoiseFloor:
     """The floor in force, when it is measured anew, and what it has cost. All from reduced numbers.
 
     ``values``: ``floor/<stat>`` for every statistic of ``FLOORED``, the largest of its sources
-    (``ess``: the smallest); empty before the first measurement. ``sources``: the same by source. Both are bounds.
+    (``ess``: the smallest); empty before the first measurement. ``sources``: the same by source. ``upper``:
+    ``floor_upper/<stat>`` of those in ``_UPPER``. All are bounds.
+    ``sequences``: how many rounding's is of; None where it was not measured here.
     """
 
     def __init__(self, config: ParityConfig):
@@ -49,6 +53,8 @@ class NoiseFloor:
         self.enabled = config.floor_tokens > 0
         self.sources: dict[str, dict[str, float]] = {}
         self.values: dict[str, float] = {}
+        self.upper: dict[str, float] = {}
+        self.sequences: float | None = None
         self.age = 0  # windows since it was measured, or last tried in vain
         self._tried = False
         self._pools: dict[str, list[MismatchSums]] = {}  # by source and group, of all measurements that agree
@@ -79,19 +85,16 @@ class NoiseFloor:
             return False
         for name in SOURCES:
             self._pool(name, measured.get(name, []))
-        self.age = 0
+        self.age, self.sequences = 0, _sequences(self._pools["rounding"])
         bounds = {name: found for name, pool in self._pools.items() if (found := _bounds(pool))}
-        highs = {name: {stat: high for stat, (_, _, high) in found.items()} for name, found in bounds.items()}
+        highs = {name: {stat: bound.high for stat, bound in found.items()} for name, found in bounds.items()}
+        uppers = {name: {stat: bound.upper for stat, bound in found.items()} for name, found in bounds.items()}
         self.sources = {name: {stat: _told(stat, x) for stat, x in found.items()} for name, found in highs.items()}
-        rounding = highs["rounding"]
-        self.values = {}
-        for stat in FLOORED:
-            allowed = {"engine": MOST[stat] * rounding[stat]}
-            highest = max(min(found[stat], allowed.get(name, math.inf)) for name, found in highs.items())
-            self.values[f"floor/{stat}"] = _told(stat, highest)
+        self.values = {f"floor/{stat}": _told(stat, _largest(stat, highs)) for stat in FLOORED}
+        self.upper = {f"floor_upper/{stat}": _largest(stat, uppers) for stat in _UPPER}
         if "engine" in bounds:
-            low = bounds["engine"][_SIZE][0]
-            self.values["floor/engine_excess"] = max(0.0, low - ENGINE_MOST * rounding[_SIZE])
+            excess = bounds["engine"][_SIZE].low - ENGINE_MOST * highs["rounding"][_SIZE]
+            self.values["floor/engine_excess"] = max(0.0, excess)
         return True
 
     def _pool(self, name: str, new: list[MismatchSums]) -> None:
@@ -99,7 +102,7 @@ class NoiseFloor:
         old, more = (_bounds(sums) for sums in (self._pools.get(name, []), new))
         if not more:
             return
-        if not old or more[_SIZE][0] > old[_SIZE][2] or more[_SIZE][2] < old[_SIZE][0]:
+        if not old or more[_SIZE].low > old[_SIZE].high or more[_SIZE].high < old[_SIZE].low:
             self._pools[name] = [one.copy() for one in new]
             return
         pool = self._pools[name]
@@ -118,10 +121,10 @@ class NoiseFloor:
 
     def scalars(self, stats: Mapping[str, float | None]) -> dict[str, float | None]:
         """``floor/*`` and ``excess/*`` of a window."""
-        out: dict[str, float | None] = dict(self.values)
+        out: dict[str, float | None] = {**self.values, **self.upper}
         if self.enabled:
             out["cost/floor_share"] = self.seconds / self.wall if self.wall else None
-            out["floor/age"] = float(self.age)
+            out |= {"floor/age": float(self.age), "floor/sequences": self.sequences}
         for stat in FLOORED:
             value, floor = stats.get(f"trimmed/{stat}"), self.values.get(f"floor/{stat}")
             if value is not None and floor is not None:
@@ -132,7 +135,8 @@ class NoiseFloor:
         """What a checkpoint keeps."""
         names = ("sources", "values", "age", "seconds", "last_seconds", "wall")
         pools = {name: [sums.to_sparse() for sums in pool] for name, pool in self._pools.items()}
-        return {name: getattr(self, name) for name in names} | ({"pools": pools} if pools else {})
+        more = {name: found for name, found in (("pools", pools), ("upper", self.upper)) if found}
+        return {name: getattr(self, name) for name in names} | more
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore ``state``; a floor switched off or on since then stays as the settings say.
@@ -142,12 +146,17 @@ class NoiseFloor:
         if self.enabled:
             pools = state.get("pools", {})
             self._pools = {name: [MismatchSums.from_sparse(sums) for sums in pool] for name, pool in pools.items()}
+            self.sequences = _sequences(self._pools["rounding"]) if self._pools else None
             for name in state.keys() - {"pools"}:
                 setattr(self, name, state[name])
 
 
 def _tokens(sums: MismatchSums) -> float:
     return sums.totals()["tokens"]
+
+
+def _sequences(pool: Sequence[MismatchSums]) -> float:
+    return sum(sums.totals()["sequences"] for sums in pool)
 
 
 def _stats(pool: Sequence[MismatchSums]) -> dict[str, float] | None:
@@ -162,8 +171,22 @@ def _stats(pool: Sequence[MismatchSums]) -> dict[str, float] | None:
     return {stat: _told(stat, value or 0.0) for stat, value in values.items()}
 
 
-def _bounds(pool: Sequence[MismatchSums]) -> dict[str, tuple[float, float, float]]:
-    """(low, point, high) by statistic, rising with noise; empty without tokens."""
+class _Bounds(NamedTuple):
+    """Of a statistic, rising with noise: an interval of 90 %, and an upper bound of 99.9 %."""
+
+    low: float
+    high: float
+    upper: float
+
+
+def _largest(stat: str, found: Mapping[str, Mapping[str, float]]) -> float:
+    """Of the sources; the engine's as far as it counts."""
+    allowed = {"engine": MOST[stat] * found["rounding"][stat]}
+    return max(min(values[stat], allowed.get(name, math.inf)) for name, values in found.items())
+
+
+def _bounds(pool: Sequence[MismatchSums]) -> dict[str, _Bounds]:
+    """By statistic; empty without tokens."""
     from scipy.special import stdtrit
 
     points = _stats(pool) if pool else None
@@ -171,15 +194,15 @@ def _bounds(pool: Sequence[MismatchSums]) -> dict[str, tuple[float, float, float
         return {}
     without = [_stats([*pool[:i], *pool[i + 1 :]]) for i in range(len(pool))] if len(pool) > 1 else []
     known = [one for one in without if one is not None]
-    groups, sequences = len(known), max(1.0, sum(sums.totals()["sequences"] for sums in pool))
+    groups, sequences = len(known), max(1.0, _sequences(pool))
     out = {}
-    t = float(stdtrit(max(1.0, (groups if groups > 1 else sequences) - 1), 0.95))
+    t, t_upper = stdtrit(max(1.0, (groups if groups > 1 else sequences) - 1), (0.95, 0.999)).tolist()
     for stat, x in points.items():
         error = abs(x) / math.sqrt(sequences)
         if groups > 1:
             mean = sum(one[stat] for one in known) / groups
             error = math.sqrt((groups - 1) / groups * sum((one[stat] - mean) ** 2 for one in known))
-        out[stat] = (max(0.0, x - t * error), x, x + t * error)
+        out[stat] = _Bounds(max(0.0, x - t * error), x + t * error, x + t_upper * error)
     return out
 
 

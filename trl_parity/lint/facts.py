@@ -19,7 +19,7 @@ from .rules import Facts, Finding, lint
 if TYPE_CHECKING:
     from ..trainers.capture import Capture
 
-__all__ = ["configured_facts", "engine_facts", "facts", "rl_traps", "tell_traps"]
+__all__ = ["configured_facts", "engine_facts", "facts", "live_traps", "rl_traps", "tell"]
 
 logger = logging.getLogger(__name__)
 
@@ -72,13 +72,19 @@ def _weighs_sequences(mode: str | None, clip_min: float | None) -> str | None:
     return mode if vanishes else None
 
 
-def tell_traps(capture: Capture, replayed: bool) -> None:
-    """Log what is found in the settings of the live engine and trainer."""
+def live_traps(capture: Capture, replayed: bool) -> list[Finding]:
+    """What is found in the settings of the live engine and trainer."""
     try:
-        for finding in lint(facts(capture, replayed)):
-            logger.log(logging.INFO if finding.severity == "note" else logging.WARNING, "%s", finding)
+        return list(lint(facts(capture, replayed)))
     except Exception as e:  # no measurement: a server of another vLLM, say; the run goes on
         logger.warning("the settings could not be checked: %s: %s", type(e).__name__, e)
+        return []
+
+
+def tell(findings: Iterable[Finding]) -> None:
+    """Log them."""
+    for finding in findings:
+        logger.log(logging.INFO if finding.severity == "note" else logging.WARNING, "%s", finding)
 
 
 def configured_facts(values: Mapping[str, Any], *, serve: str | None = None, trainer: str = "grpo") -> Facts:

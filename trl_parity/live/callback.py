@@ -18,7 +18,8 @@ from ..engine.cpu import prepare_cpu_engine
 from ..engine.handle import EngineHandle
 from ..errors import ConfigError, InterceptionError, ParityHalt
 from ..lines import say
-from ..lint.facts import tell_traps
+from ..lint.facts import live_traps, tell
+from ..lint.rules import Finding
 from ..metrics.reduction import reduce_sums
 from ..metrics.statistics import compute
 from ..metrics.sums import MismatchSums
@@ -50,9 +51,8 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
     judged by the rules and logged as ``parity/*``; ``consecutive`` breached windows halt the run, as ``action`` says,
     before the condemned batch reaches the weights.
 
-    ``verdicts`` holds the last 1000 ``Verdict``, ``status`` the last one's status, ``diagnosis`` the
-    last ``Diagnosis``, ``halt_message`` what was printed at a halt and ``incident`` the folder left
-    behind by it, ``monitor`` the ``ParityMonitor`` that judges.
+    ``verdicts`` holds the last 1000 ``Verdict``, ``status`` the last one's, ``diagnosis`` the last ``Diagnosis``,
+    ``halt_message`` what was printed at a halt, ``incident`` its folder, ``monitor`` the ``ParityMonitor`` behind it.
 
     Args:
         config: A ``ParityConfig``. Default: all defaults.
@@ -129,6 +129,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         self._condemned = False  # the gradient being accumulated has, or will have, a condemned batch in it
         self._renewed = False  # a batch has come since the condemned one
         self._stop = False
+        self._advice: list[Finding] = []  # of lint, on the settings; told at the first window without an alarm
 
     # ---- rollouts in (called by trainers) ---------------------------------------------------------------------
 
@@ -188,7 +189,9 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
                 shorten_console(trainer)
             self._run.say_start()
             self.monitor.write_run(self._run.investigator.surroundings(capture))
-            tell_traps(capture, self.measurement.replay_sampling)
+            found = live_traps(capture, self.measurement.replay_sampling)
+            tell(finding for finding in found if finding.severity == "error")
+            self._advice = [finding for finding in found if finding.severity != "error"]
 
     def _on_eval_batch(self, capture: Capture) -> None:
         with own_random_numbers():
@@ -199,6 +202,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         capture.log(_scalars(compute(self._eval)))
 
     def _act(self, verdict: Verdict) -> None:
+        self._tell_advice()
         action, condemned = self.config.action, verdict.halted
         if action == "raise" and verdict.halted:
             raise ParityHalt(verdict, f"{self.halt_message or verdict.reason}\n{self._run.ending()}")
@@ -207,6 +211,12 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         if condemned and action in ("skip_update", "stop"):
             self._condemned, self._renewed = True, False
         self._stop |= action == "stop" and verdict.halted
+
+    def _tell_advice(self) -> None:
+        """Say what lint advises, once; while an alarm stands nobody wants it."""
+        if not self.monitor.breaker.alerted:
+            tell(self._advice)
+            self._advice = []
 
     def raise_if_halted(self) -> None:
         """Raise ``ParityHalt`` where a halt stands: where no window since the last HALT was OK.
@@ -353,6 +363,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
                 if isinstance(sink, WandbSink):  # trackio's run is over
                     sink.log(int(state.global_step), {f"train/{name}": value for name, value in scalars.items()})
             run.unlogged = UnloggedWindows()
+        self._tell_advice()
         if state.is_world_process_zero and self._run.trainer is not None:
             say(self._run.ending())
         self.monitor.close()

@@ -28,7 +28,7 @@ def shorten_console(trainer: Any) -> None:
     """Let transformers' progress bar and printer print ``shortened`` rows. Once a trainer."""
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, ProgressCallback | PrinterCallback) and "on_log" not in vars(callback):
-            callback.on_log = functools.partial(_on_log, callback.on_log)
+            callback.on_log = functools.partial(_on_log, callback.on_log)  # type: ignore[method-assign]
 
 
 def _on_log(original: Any, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> Any:

@@ -15,7 +15,7 @@ from ..engine.weight_readback import policy_tensors
 from ..errors import ConfigError
 from ..records import Diagnosis, RolloutBatch, ScoredBatch
 from ..report.bundle import write_incident
-from ..results.incident import Incident, sequence_rows, versions, windows_in_short
+from ..results.incident import Incident, prune_incidents, sequence_rows, versions, windows_in_short
 from ..results.redaction import without_text
 from ..trainers.capture import Capture
 from ..verdict import Status, Verdict
@@ -26,13 +26,17 @@ logger = logging.getLogger(__name__)
 
 _SEQUENCES = 16  # in the bundle
 
+_TOKENS = 16384  # of them in one of a breach, about
+
 
 class Investigator:
     """Diagnoses once an episode (at its first BREACH, or WARN), and again at its first HALT if that named nothing.
 
     Only the first has a time to keep: the other asks all there is to ask, as does one that somebody asked for.
 
-    An episode goes from the first window that is not healthy to the next OK. One asked for by name counts for none.
+    An episode goes from the first window that is not healthy to the next OK at which no breach is remembered
+    (``Verdict.level``). What was named before a healthy window is not taken for the cause of a halt after it: that may
+    be another fault. One asked for by name counts for none.
     """
 
     def __init__(self, config: ParityConfig):
@@ -47,7 +51,7 @@ class Investigator:
         self._settings = SettingsHistory()
 
     def _episode(self) -> None:
-        self._asked = self._asked_at_halt = self._named = False
+        self._asked = self._asked_at_halt = self._named = self._left = False
 
     def check_settings(self, capture: Capture) -> None:
         """Look whether a server still runs with the settings the run began with; what changed is a warning."""
@@ -59,7 +63,9 @@ class Investigator:
     def due(self, verdict: Verdict) -> bool:
         """Whether this window is to be diagnosed; the same on every rank."""
         if verdict.status is Status.OK:
-            self._episode()
+            self._named = False
+            if not verdict.level:
+                self._episode()
         breached = verdict.status in (Status.BREACH, Status.HALT)
         warned = self.config.diagnose == "warn" and verdict.status is Status.WARN and bool(verdict.warnings)
         due = self.config.diagnose != "never" and (breached or warned)
@@ -69,6 +75,12 @@ class Investigator:
         if due:  # one that fails is not tried again and again
             self._asked, self._asked_at_halt = True, verdict.halted
         return wanted or due
+
+    def leaves(self, verdict: Verdict) -> bool:
+        """Whether this window, breached and not halted, is to leave an incident: the first of its episode."""
+        first = verdict.status is Status.BREACH and not self._left
+        self._left |= first
+        return first
 
     def diagnose(
         self,
@@ -148,7 +160,8 @@ class Investigator:
     ) -> Path | None:
         """The incident bundle of the main process: its folder. None on other ranks, and where it can't be written.
 
-        ``text``: what is printed at the halt, given the folder.
+        ``text``: what is printed at the halt, given the folder. Where training goes on it holds fewer sequences, so
+        that long ones take no seconds. Older bundles may go (``prune_incidents``).
         """
         trainer = capture.trainer
         if not trainer.accelerator.is_main_process:
@@ -158,7 +171,9 @@ class Investigator:
         rows: list[dict[str, Any]] = []
         try:
             if last is not None:
-                rows = sequence_rows(*last, decode, _SEQUENCES)
+                columns = last[0].completion_ids.shape[1]
+                most = _SEQUENCES if verdict.halted else min(_SEQUENCES, 1 + _TOKENS // max(1, columns))
+                rows = sequence_rows(*last, decode, most)
         except Exception as e:  # a bundle without sequences is better than none
             logger.warning("the incident's sequences could not be kept: %s: %s", type(e).__name__, e)
         try:
@@ -174,8 +189,10 @@ class Investigator:
                 redacted=redact,
             )
             # where training goes on, nobody waits for pictures: `trl-parity report` draws them from the folder
-            ends = self.config.action in ("stop", "raise")
-            return write_incident(directory, incident, rows, text, pictures=ends)
+            ends = verdict.halted and self.config.action in ("stop", "raise")
+            folder = write_incident(directory, incident, rows, text, pictures=ends)
+            prune_incidents(directory, keep=folder)
+            return folder
         except Exception as e:  # a full disk must not change how the run ends
             logger.warning("the incident of step %d could not be kept: %s: %s", verdict.step, type(e).__name__, e)
             return None

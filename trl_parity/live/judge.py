@@ -16,8 +16,10 @@ from ..errors import ConfigError
 from ..files import FolderLock, jsonable, require_no_link, sweep, write_atomic
 from ..judging.breaker import Breaker
 from ..judging.course import Course
+from ..judging.evidence import Evidence
 from ..judging.limits import allowed
 from ..judging.noise_floor import NoiseFloor
+from ..judging.replicas import Replicas
 from ..metrics.rewards import MIN_REWARDS, REWARDS_NAME, RewardBaseline, RewardWindow
 from ..metrics.scalars import SCALARS
 from ..metrics.statistics import measure
@@ -42,7 +44,7 @@ _REWARD_ALPHA = 0.001
 
 
 class RunJudge:
-    """Breaker, noise floor, entropy and reward watch, files and alerts of one run."""
+    """Breaker, noise floor, evidence, entropy and reward watch, files and alerts of one run."""
 
     def __init__(self, config: ParityConfig, *, measured_floor: bool):
         self.config = config
@@ -57,6 +59,8 @@ class RunJudge:
         self.breaker = Breaker.from_config(config)
         self.course = Course(action=self.config.action)
         self.floor = NoiseFloor(config)
+        self.evidence = Evidence.from_config(config)
+        self.replicas = Replicas(config.consecutive)
         self.entropy = EntropyWatch()
         self.rewards = RewardWindow(self.config.reward_window)
         path = self.config.reward_baseline
@@ -155,17 +159,20 @@ class RunJudge:
     def doubts_floor(self, stats: MismatchStats) -> bool:
         """Whether an older floor should be measured anew before this window is judged.
 
-        So before a rule that rests on it breaches (until the run is halted), or begins an episode with a WARN.
+        So before a rule that rests on it breaches (until the run is halted), or begins an episode with a WARN; and
+        while the evidence of a drift over it is half of what decides.
         """
         if not self.floor.age or self.status is Status.HALT:
             return False
+        if self.evidence.suspects_floor:
+            return True
         readings = self.breaker.readings(stats.values_by_name)
         resting = [r for r in readings if r.rule.k is not None or r.rule.stat.startswith("floor/")]
         return any(r.over or (r.warns and not self.breaker.alerted) for r in resting)
 
     def judge(self, step: int, stats: MismatchStats | None, error: str = "") -> Verdict:
         """The verdict on a window's (reduced) statistics; kept and written."""
-        verdict = self.breaker.judge(step, stats, masked(error) if error else "")
+        verdict = self.breaker.judge(step, self.evidence.add(step, stats), masked(error) if error else "")
         self.verdicts.append(verdict)
         self.course.add(verdict.step, verdict.status)
         self.floor.age += 1
@@ -203,14 +210,18 @@ class RunJudge:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: JSON."""
         course = {"course": self.course.state()} if self.course.counts else {}
-        return course | {
-            "state_version": STATE_VERSION,
-            "breaker": self.breaker.state(),
-            "floor": self.floor.state(),
-            "entropy": self.entropy.state(),
-            "rewards": self.rewards.state(),
-            "sequences": self._sequences,
-        }
+        return (
+            course
+            | {
+                "state_version": STATE_VERSION,
+                "breaker": self.breaker.state(),
+                "floor": self.floor.state(),
+                "entropy": self.entropy.state(),
+                "rewards": self.rewards.state(),
+                "sequences": self._sequences,
+            }
+            | ({"evidence": evidence} if (evidence := self.evidence.state()) else {})
+        )
 
     def load_state(self, state: Any) -> bool:
         """Restore ``state``. A state of another version: False and an empty start, or ConfigError, as set."""
@@ -229,5 +240,6 @@ class RunJudge:
         self.floor.load_state(state["floor"])
         self.entropy.load_state(state["entropy"])
         self.rewards.load_state(state["rewards"])
+        self.evidence.load_state(state.get("evidence", {}))
         self._sequences = int(state["sequences"])
         return True

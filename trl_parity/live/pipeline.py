@@ -70,7 +70,9 @@ class Pipeline:
             if judge.floor.due:
                 self._measure_floor()
             sums, spent = self._reduced()
-            stats = judge.scalars(compute(sums).updated({**spent, **surroundings.scalars()}), new_window=True)
+            stats = compute(sums).updated({**spent, **surroundings.scalars()})
+            by_rank = None if sums.by_rank is None else sums.by_rank.numpy()
+            stats = judge.scalars(stats.updated(judge.replicas.add(by_rank, stats)), new_window=True)
             if judge.doubts_floor(stats) and self._measure_floor():
                 stats = judge.scalars(stats)
             verdict = judge.judge(step, stats, self.window.error)

@@ -142,9 +142,12 @@ class TrainerRun(Surroundings):
         self._judge.log_rich(RichLog(verdict.step, sums, worst, sample, list(self._judge.verdicts)))
 
     def diagnose(self, verdict: Verdict) -> None:
-        """Once an episode, of the batch at hand."""
+        """Once an episode, of the batch at hand; its first breach leaves an incident, as a halt does."""
         if self._at_hand and self.investigator.due(verdict):
             self.diagnose_batch(verdict.step)
+        if self.investigator.leaves(verdict):
+            with self.pipeline.stopwatch.account("incident"):
+                self._leave_incident(verdict)
 
     def diagnose_batch(self, step: int) -> Diagnosis | None:
         """Collective. Our own failure is a warning: the verdict stands without a cause."""
@@ -183,6 +186,11 @@ class TrainerRun(Surroundings):
         return text
 
     def _halted(self, verdict: Verdict) -> str:
+        self.incident, self.halt_message = self._leave_incident(verdict)
+        return self.halt_message
+
+    def _leave_incident(self, verdict: Verdict) -> tuple[Path | None, str]:
+        """Its folder, and what it says."""
         assert self.capture is not None
         verdicts, diagnosis = list(self._judge.verdicts), self.investigator.diagnosis
 
@@ -192,13 +200,11 @@ class TrainerRun(Surroundings):
         parity_dir, args = self.parity_dir, self.trainer.args
         checkpoints = None if hasattr(args, "num_ppo_epochs") else Path(args.output_dir)  # PPOTrainer can't resume
         last = self.batches.last if self._at_hand else None
-        self.incident = self.investigator.write(
+        folder = self.investigator.write(
             parity_dir, verdict, verdicts, last, lambda folder: text(folder / "report.md"), self.capture
         )
         # nothing was written: on other ranks, or on a full disk
-        look = parity_dir / "metrics.jsonl" if self.incident is None else self.incident / "report.md"
-        self.halt_message = text(look)
-        return self.halt_message
+        return folder, text(parity_dir / "metrics.jsonl" if folder is None else folder / "report.md")
 
     # ---- what is said of a run --------------------------------------------------------------------------------
 
@@ -209,8 +215,9 @@ class TrainerRun(Surroundings):
 
     def say_start(self) -> None:
         """What is watched from now on (main process)."""
-        logging_steps = getattr(self.trainer.args, "logging_steps", 1)
-        say(start_text(type(self.trainer).__name__, self.config, self.parity_dir, int(logging_steps)))
+        args = self.trainer.args
+        every = int(args.logging_steps) if getattr(args, "logging_strategy", "no") == "steps" else 1
+        say(start_text(type(self.trainer).__name__, self.config, self.parity_dir, every))
 
     def ending(self) -> str:
         """One line about all of it."""
@@ -222,8 +229,8 @@ class TrainerRun(Surroundings):
     def skip(self) -> None:
         """An update was dropped. While a halt stands, that is said again from time to time."""
         self.skipped += 1
-        remind = self.config.action == "skip_update" and self.skipped % _REMIND == 0 and self.halt is not None
-        if remind and self.accelerator.is_main_process:
+        remind = self.config.action == "skip_update" and self.skipped % _REMIND == 0
+        if remind and self.halt is not None and self.accelerator.is_main_process:
             say(skipped_text(self.skipped, self.halt))
 
     def resume_skipped(self, skipped: int) -> None:

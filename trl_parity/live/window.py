@@ -98,7 +98,7 @@ class UnloggedWindows:
 
     def __init__(self) -> None:
         self._sums: MismatchSums | None = None
-        self._status, self._streak = Status.OK, 0  # the worst, the longest
+        self._status, self._streak, self._level = Status.OK, 0, 0.0  # the worst, the longest, the highest
         self._only: MismatchStats | None = None  # while it is one
         self._windows = 0
         self._spent: dict[str, float | None] = {}
@@ -112,7 +112,7 @@ class UnloggedWindows:
         self._sums = added(self._sums, sums)
         self._windows += 1
         self._status = worst((self._status, verdict.status))
-        self._streak = max(self._streak, verdict.streak)
+        self._streak, self._level = max(self._streak, verdict.streak), max(self._level, verdict.level)
         for name in SPENT:
             if verdict.stats is not None and (seconds := verdict.stats.get(name)) is not None:
                 self._spent[name] = (self._spent.get(name) or 0.0) + seconds
@@ -120,12 +120,15 @@ class UnloggedWindows:
     def scalars(self, judge: RunJudge) -> dict[str, float | None]:
         """Every scalar of them as one window, with the worst status and the longest streak."""
         assert self._sums is not None
-        stats = judge.scalars(compute(self._sums)) if self._only is None else self._only
+        stats = self._only
+        if stats is None:
+            stats = judge.scalars(compute(self._sums)).updated(judge.evidence.scalars() | judge.replicas.scalars)
         return {
             **stats.values_by_name,
             **self._spent,
             "breaker/status": self._status.code,
             "breaker/streak": self._streak,
+            "breaker/level": self._level,
             "breaker/windows": self._windows,
         }
 

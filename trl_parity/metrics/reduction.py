@@ -14,13 +14,21 @@ __all__ = ["reduce_many", "reduce_sums"]
 
 
 def reduce_sums(sums: MismatchSums, accelerator: Accelerator) -> MismatchSums:
-    """Sums and maxima over all ranks: two collectives, about 19 KiB, constant in tokens. Every rank must call it."""
+    """Sums and maxima over all ranks: two collectives, about 19 KiB, constant in tokens. Every rank must call it.
+
+    Of each rank 24 bytes more come to all: ``by_rank``.
+    """
     if accelerator.num_processes == 1:
         return sums
+    import torch
+
     # reduce() works in place on some backends: hand it a copy
     additive = accelerator.reduce(sums.additive.clone(), reduction="sum")
-    maxima = accelerator.gather(sums.maxima.unsqueeze(0)).amax(0)
-    return MismatchSums(additive, maxima, sums.bootstrap_samples)
+    gathered = accelerator.gather(torch.cat([sums.maxima, sums.replica], dim=-1).unsqueeze(0))
+    most, by_rank = gathered.split([sums.maxima.shape[-1], sums.replica.shape[-1]], dim=-1)
+    out = MismatchSums(additive, most.amax(0), sums.bootstrap_samples)
+    out.by_rank = torch.cat([by_rank, most[..., :2]], dim=-1)
+    return out
 
 
 def reduce_many(many: Sequence[MismatchSums], accelerator: Accelerator) -> list[MismatchSums]:

@@ -12,9 +12,10 @@ from functools import lru_cache
 import numpy as np
 
 from .correction import CORRECTION_ROWS, add_correction
+from .standard_errors import second_moments
 from .sums import INDEX, SCALES
 
-__all__ = ["POOL", "ROWS", "SCALE", "TOKEN_ROWS", "add_sequences"]
+__all__ = ["KEYS", "POOL", "ROWS", "SCALE", "TOKEN_ROWS", "add_sequences"]
 
 TOKEN_ROWS = (
     # sums over tokens, as named in ``SUMS``
@@ -26,13 +27,16 @@ TOKEN_ROWS = (
 ROWS = (
     *TOKEN_ROWS,
     "entropy_nonfinite",
+    "clipped", "clipped_square",  # of min(w, 2) - 1
     "last_delta",  # of its last token
-    "number",  # of its resampling weights, below ``POOL``
+    "number",  # what tells it from others, up to ``KEYS``
     # with a correction only
     *CORRECTION_ROWS,
 )  # fmt: skip
 
 POOL = 4096  # sequences until their resampling weights repeat
+
+KEYS = (1 << 52) - 1  # numbers up to it fit a double
 
 SCALE = 600.0  # nats between the scales of sequence weights: within one, e^2S fits a double
 
@@ -40,13 +44,13 @@ _APART = 1.0  # nats by which a sequence's last token is more than rounding off
 
 _CUBED = 1e100  # what is cubed still fits a double
 
-_ENTROPY_NONFINITE = ROWS.index("entropy_nonfinite")
+_ENTROPY_NONFINITE, _CLIPPED = ROWS.index("entropy_nonfinite"), ROWS.index("clipped")
 
 _PLACES = np.array([INDEX[name] for name in TOKEN_ROWS])
 
 
-def add_sequences(parts: dict[str, np.ndarray], rows: np.ndarray) -> float:
-    """Add what (rows, B) numbers, in the order of ``ROWS``, say to the parts of sums; the largest |S| is returned."""
+def add_sequences(parts: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, float]:
+    """Add what (rows, B) numbers, in the order of ``ROWS``, say to the parts of sums; the maxima are returned."""
     at = dict(zip(ROWS, rows, strict=False))
     totals, tokens, delta = rows.sum(1), at["tokens"], at["delta"]
     has_tokens = np.minimum(tokens, 1.0)
@@ -59,7 +63,8 @@ def add_sequences(parts: dict[str, np.ndarray], rows: np.ndarray) -> float:
     for part, x in zip(parts["sequence_weights"], (w, w * w), strict=True):
         part += np.bincount(scales, x, SCALES)
 
-    numbers = at["number"].astype(np.intp)
+    keys = at["number"].astype(np.int64)
+    numbers = keys & (POOL - 1)
     x = np.array([at["w"], at["law_entropy"] + at["rollout_logprob"], tokens])
     weights = _resample_weights(len(parts["bootstrap"]))[numbers].astype(np.float64)
     parts["bootstrap"] += (x @ weights).T
@@ -67,6 +72,7 @@ def add_sequences(parts: dict[str, np.ndarray], rows: np.ndarray) -> float:
     x = np.minimum(np.maximum(x, -_CUBED), _CUBED)
     whole = np.array([np.bincount(numbers, one)[numbers] for one in x])  # of all equal sequences together
 
+    moments, copies = second_moments(np.array([delta, at["abs_delta"], at["k3"], tokens]), keys)
     last = np.abs(at["last_delta"])
     last = last[(last < math.inf) & (at["compared"] > 0)]
     parts["added"] += (
@@ -74,8 +80,10 @@ def add_sequences(parts: dict[str, np.ndarray], rows: np.ndarray) -> float:
         totals[_ENTROPY_NONFINITE],
         len(last), last.sum(), np.count_nonzero(last > _APART),
         *add_correction(parts["correction_weights"], at),
+        totals[_CLIPPED], totals[_CLIPPED + 1], tokens.sum(),
+        *moments,
     )  # fmt: skip
-    return float(np.abs(delta).max())
+    return {"seq_abs_delta": float(np.abs(delta).max()), "copies": copies}
 
 
 @lru_cache(maxsize=4)

@@ -20,7 +20,8 @@ from .correction import correction_rows, correction_scalars
 from .histogram import log_ratio_histogram, quantiles, quantiles_abs
 from .intervals import intervals
 from .scalars import LAG_BUCKETS, SCALARS
-from .sequences import POOL, SCALE, TOKEN_ROWS, add_sequences
+from .sequences import KEYS, POOL, SCALE, TOKEN_ROWS, add_sequences
+from .standard_errors import evidence_inputs
 from .sums import BINS, DECADES, PER_DECADE, SCALES, MismatchSums
 from .trimmed import EXTREME, trimmed
 
@@ -32,6 +33,8 @@ __all__ = ["compute", "log_ratio_histogram", "measure", "measure_policy_drift"]
 _HALF = math.log(0.5)
 
 _EXP_CLAMP = 300.0  # Δ in e^Δ of tokens: e^600 still fits a double
+
+CLIP = 2.0  # ratios count up to it in the test of honesty
 
 BAND = 0.1  # a ratio outside [1 - BAND, 1 + BAND] counts as out_of_band (the band of TRL issue 6789)
 
@@ -83,7 +86,7 @@ def _add_sequences(out: MismatchSums, batch: ScoredBatch, first_sequence: int) -
     last = mask.cumsum(-1).argmax(-1, keepdim=True)  # the first of equal ones
     last_delta = batch.trainer_logprobs.gather(1, last) - batch.rollout_logprobs.gather(1, last)
     numbers = torch.arange(first_sequence, first_sequence + len(mask)) if batch.keys is None else batch.keys
-    rows = [sum(by_sequence[1:], by_sequence[0]), last_delta.t(), (numbers.to(mask.device) & (POOL - 1))[None]]
+    rows = [sum(by_sequence[1:], by_sequence[0]), last_delta.t(), (numbers.to(mask.device) & KEYS)[None]]
     if batch.correction_weights is not None:
         rows.append(correction_rows(batch.correction_weights.to(mask.device), mask))
     out.wait(add_sequences, torch.cat(rows))
@@ -118,7 +121,9 @@ def _add_tokens(out: MismatchSums, batch: ScoredBatch) -> torch.Tensor:
     if batch.entropy is None:
         known = unknown  # nobody asked: neither
     flags = torch.stack([valid, finite[1], out_of_band, confident, mask, known, unknown])
-    by_sequence = torch.cat([torch.cat([plain, less_1 - deltas, sizes, w, w * w]).sum(-1), flags.sum(-1)])
+    clipped = less_1[:1].clamp(max=CLIP - 1.0)
+    plainly = torch.cat([plain, less_1 - deltas, sizes, w, w * w]).sum(-1)
+    by_sequence = torch.cat([plainly, flags.sum(-1), clipped.sum(-1), (clipped * clipped).sum(-1)])
     if batch.log_kept is not None and batch.out_of_support is not None:
         log_kept = torch.where(valid, batch.log_kept.double(), 0.0)
         truncation = _stacked(valid, log_kept.exp() * valid, log_kept, valid & batch.out_of_support)
@@ -239,6 +244,7 @@ def compute(sums: MismatchSums) -> MismatchStats:
         values |= intervals(s, parts["bootstrap"], moments) | trimmed(histogram, cumulative, s)
         values |= _of_sequences(s, parts["sequence_weights"], values["honesty_gap"])
         values |= correction_scalars(s, parts["correction_weights"])
+        values |= evidence_inputs(s, maxima["copies"], parts["bootstrap"])
         if s["entropy_nonfinite"]:
             unknown = ("entropy/trainer", "entropy/drift", "entropy/drift_gap", "kl_over_entropy")
             values |= dict.fromkeys(unknown, math.nan)

@@ -17,10 +17,21 @@ if TYPE_CHECKING:
     import torch
 
     Parts = dict[str, np.ndarray]
-    # adds what a batch's sequences, (rows, B) numbers on the host, say to those parts; the largest |S| of them
-    AddSequences = Callable[[Parts, np.ndarray], float]
+    # adds what a batch's sequences, (rows, B) numbers on the host, say to those parts; maxima by name
+    AddSequences = Callable[[Parts, np.ndarray], dict[str, float]]
 
-__all__ = ["ADDED", "BINS", "DECADES", "INDEX", "PER_DECADE", "SCALES", "SUMS", "WEIGHT_BINS", "MismatchSums"]
+__all__ = [
+    "ADDED",
+    "BINS",
+    "DECADES",
+    "INDEX",
+    "PER_DECADE",
+    "SCALES",
+    "SECOND_MOMENTS",
+    "SUMS",
+    "WEIGHT_BINS",
+    "MismatchSums",
+]
 
 # Histogram of Δ: by sign, |Δ| on a log scale. A quantile read from it is off by half a bin at most, 1.8 %.
 DECADES = (-9, 3)  # |Δ| from 1e-9 (below: zero) to 1e3 nats (above: the last bin)
@@ -63,6 +74,8 @@ SUMS = (
 
 INDEX = {name: i for i, name in enumerate(SUMS)}
 
+SECOND_MOMENTS = (*(f"second_moment/{i}{j}" for i in range(4) for j in range(4)), "row_tokens_square")
+
 # behind all that 0.6.0 kept, whose checkpoints are read by place
 ADDED = (
     # over sequences: the square of w - tokens, H + rollout log-prob and tokens, each times each of the three
@@ -76,11 +89,18 @@ ADDED = (
     "corrected", "corrected_zeroed", "corrected_kept", "corrected_w", "corrected_w2",
     # the same of those longer than their batch's mean
     "long_corrected", "long_zeroed", "long_kept",
+    # over tokens: x = min(w, 2) - 1 and its square, and how many they are
+    "clipped", "clipped_square", "clipped_tokens",
+    # over clusters of equal rows of a batch: products of Σ Δ, Σ |Δ|, Σ k3 and tokens; over rows: tokens squared
+    *SECOND_MOMENTS,
 )  # fmt: skip
 
 _NAMES = SUMS + ADDED
 
-MAXIMA = ("delta", "neg_delta", "seq_abs_delta", "temperature_gap", "kv_cache_usage")
+# ``copies``: the largest number of equal rows in a batch; behind all that 0.6.0 kept
+MAXIMA = ("delta", "neg_delta", "seq_abs_delta", "temperature_gap", "kv_cache_usage", "copies")
+
+_FIRST_MAXIMA = 5  # of 0.6.0
 
 # of the parts of ``additive``, in this order
 _SHAPES: dict[str, tuple[int, ...]] = {
@@ -112,10 +132,11 @@ class MismatchSums:
     ``additive``: fp64, the sums named in ``SUMS``, then the histogram (2 signs x ``BINS``), then the bootstrap
     (R resamples x [Σ w, Σ (H + rollout log-prob), Σ tokens]), sequence weights by scale (2 x ``SCALES``), the
     histogram of the correction's weights (``WEIGHT_BINS``), and the sums named in ``ADDED``. ``maxima``: fp64,
-    ``-inf`` where nothing was seen. About 19 KiB with R = 200, whatever the number of tokens.
+    ``-inf`` where nothing was seen. About 19 KiB with R = 200, whatever the number of tokens. ``by_rank``: where they
+    were reduced over several ranks, (ranks, 5) tokens, Σ k3, Σ |Δ|, max Δ and max -Δ of each; it does not merge.
     """
 
-    __slots__ = ("_additive", "_bumps", "_maxima", "_raises", "_waiting", "bootstrap_samples")
+    __slots__ = ("_additive", "_bumps", "_maxima", "_raises", "_waiting", "bootstrap_samples", "by_rank")
 
     def __init__(self, additive: torch.Tensor, maxima: torch.Tensor, bootstrap_samples: int):
         self._additive, self._maxima, self.bootstrap_samples = additive, maxima, bootstrap_samples
@@ -123,6 +144,14 @@ class MismatchSums:
         self._bumps: dict[str, float] = {}
         self._raises: dict[str, float] = {}
         self._waiting: list[tuple[AddSequences, torch.Tensor]] = []
+        self.by_rank: torch.Tensor | None = None
+
+    @property
+    def replica(self) -> torch.Tensor:
+        """(..., 3) what is told of this rank alone: tokens, Σ k3, Σ |Δ|."""
+        import torch
+
+        return torch.stack([self.additive[..., INDEX[name]] for name in ("tokens", "k3", "abs_delta")], dim=-1)
 
     @property
     def additive(self) -> torch.Tensor:
@@ -146,7 +175,8 @@ class MismatchSums:
         here = self if self._additive.device.type == "cpu" else MismatchSums.zeros("cpu", self.bootstrap_samples)
         parts, maxima = here.parts(), here._maxima.numpy()
         for add, rows in waiting:
-            raises["seq_abs_delta"] = max(add(parts, rows.cpu().numpy()), raises.get("seq_abs_delta", -math.inf))
+            for name, value in add(parts, rows.cpu().numpy()).items():
+                raises[name] = max(value, raises.get(name, -math.inf))
         for name, amount in bumps.items():
             parts["sums"][INDEX[name]] += amount
         for name, value in raises.items():
@@ -167,7 +197,9 @@ class MismatchSums:
         import torch
 
         both = torch.cat([self._additive, self._maxima]).cpu()
-        return MismatchSums(both[: -len(MAXIMA)], both[-len(MAXIMA) :], self.bootstrap_samples)
+        out = MismatchSums(both[: -len(MAXIMA)], both[-len(MAXIMA) :], self.bootstrap_samples)
+        out.by_rank = None if self.by_rank is None else self.by_rank.cpu()
+        return out
 
     @classmethod
     def zeros(cls, device: torch.device | str = "cpu", bootstrap_samples: int = 200) -> MismatchSums:
@@ -213,6 +245,8 @@ class MismatchSums:
     def to_sparse(self) -> dict[str, Any]:
         """Plain JSON numbers, zeros left out; exact (Python prints the shortest digits that give a double back)."""
         maxima = [x if math.isfinite(x) else str(x) for x in self.maxima.tolist()]
+        while len(maxima) > _FIRST_MAXIMA and maxima[-1] == "-inf":
+            maxima.pop()
         additive = {str(i): x if math.isfinite(x) else str(x) for i, x in enumerate(self.additive.tolist()) if x != 0}
         return {"additive": additive, "maxima": maxima, "bootstrap_samples": self.bootstrap_samples}
 
@@ -224,7 +258,8 @@ class MismatchSums:
         out = cls.zeros(bootstrap_samples=int(saved["bootstrap_samples"]))
         for i, x in saved["additive"].items():
             out.additive[int(i)] = float(x)
-        out.maxima.copy_(torch.tensor([float(x) for x in saved["maxima"]], dtype=torch.float64))
+        maxima = torch.tensor([float(x) for x in saved["maxima"]], dtype=torch.float64)
+        out.maxima[: len(maxima)].copy_(maxima)
         return out
 
     def bump(self, **amounts: float) -> None:

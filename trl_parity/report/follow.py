@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config.parity import ParityConfig
 from ..errors import ParityError
+from ..files import open_regular
 from ..judging.course import Course
 from ..results.paths import metrics_path
 from ..results.reader import MAX_LINE, recorded_config, window_of
@@ -44,7 +45,7 @@ class Tail:
     def poll(self) -> Iterator[dict[str, Any]]:
         """Windows written since the last call. After a restart, all of the new file (``restarts`` went up)."""
         try:
-            with open(self.path, "rb") as file:
+            with open_regular(self.path, within=True) as file:
                 status = os.fstat(file.fileno())
                 beginning = file.read(_BEGINNING)
                 known = min(len(self._beginning), len(beginning))

@@ -22,7 +22,9 @@ def looser_rules(breaches: Iterable[str], stats: Mapping[str, Any], config: Pari
     found: dict[str, Any] = {}
     for stat in breaches:
         reading = read(rules[stat], stats) if stat in rules else None
-        if reading is None or not math.isfinite(reading.value):
+        if reading is None:  # not known
+            continue
+        if not math.isfinite(reading.value):
             found |= {stat: None} if stat in dropped else {}  # no limit is above what is no number
         elif reading.rule.below:
             found[stat] = {"limit": _rounded(reading.value / _ROOM)}

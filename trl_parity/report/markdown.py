@@ -143,11 +143,12 @@ def _ways(verdict: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
             config = ParityConfig()
         seen = {str(name): as_number(value) for name, value in verdict.items()}
         rules = looser_rules(map(str, breaches), seen, config)
-        ways.append(f"ParityConfig(rules={rules})    # wider limits, if this drift is expected")
+        told = [f"rules.{breaches[0]}.limit=..."]  # the numbers are not in the file
         for stat, keys in list(rules.items())[:1]:
-            told = ([f"rules.{stat}.{key}={value}" for key, value in (keys or {}).items()]) or [f"rules.{stat}=null"]
-            ways += ["", "# what other limits would have done, from this folder"]
-            ways.append("trl-parity replay ../.. " + " ".join(f"--set {one}" for one in told))
+            ways.append(f"ParityConfig(rules={rules})    # wider limits, if this drift is expected")
+            told = [f"rules.{stat}.{key}={value}" for key, value in (keys or {}).items()] or [f"rules.{stat}=null"]
+        ways += ["", "# what other limits would have done, from this folder"]
+        ways.append("trl-parity replay ../.. " + " ".join(f"--set {one}" for one in told))
     return "\n".join(ways)
 
 

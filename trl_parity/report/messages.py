@@ -13,7 +13,8 @@ from ..config.parity import ParityConfig
 from ..judging.breaker import Reading, read
 from ..judging.course import Course
 from ..records import Diagnosis
-from ..verdict import Status, Verdict
+from ..verdict import MismatchStats, Verdict
+from .counted import counted
 from .escape import one_line
 from .format import cut, number
 from .looser import looser_rules
@@ -22,8 +23,23 @@ from .recovery import last_checkpoint_before, learned_from, recovery
 
 __all__ = ["alert_text", "ending_text", "halt_text", "skipped_text", "start_text"]
 
+_APART = "The engine that samples is not the policy that learns."
+
+# what a statistic over its limit says, by the beginning of its name
+_SAYS = (
+    (("kl_", "logp_abs_diff/", "ratio/", "ess", "chi2", "confident_", "last_token/", "seq/", "own_head/", "trimmed/",
+      "excess/", "truncation/", "honesty", "evidence/honesty", "evidence/drift"), _APART),
+    (("replica/",), "The rollouts of one rank are not of the policy that learns."),
+    (("evidence/change",), "The two sides are further apart than they were in this run's past."),
+    (("entropy/drift",), "The sampled tokens do not have the entropy of the policy that learns."),
+    (("nonfinite_rate",), "Log-probs are no finite numbers."),
+    (("entropy/nonfinite_rate",), "The trainer's entropies are no finite numbers."),
+    (("correction/",), "TRL's correction takes most of the loss away."),
+    (("floor/engine_excess",), "The engine does not agree with itself."),
+)  # fmt: skip
+
 _CONSEQUENCE = {
-    "log": "Training goes on (action=log): it learns from batches another policy produced.",
+    "log": "Training goes on (action=log): it learns from such batches.",
     "skip_update": "This batch's gradient is dropped (action=skip_update); training goes on.",
     "stop": "This batch's gradient is dropped, a checkpoint is saved and training ends (action=stop).",
     "raise": "Training ends here with ParityHalt (action=raise); this batch was not learned from.",
@@ -42,16 +58,17 @@ def halt_text(
 ) -> str:
     """What was seen with counts, what it does, the cause with its evidence, what mends it, how to go on anyway.
 
-    ``path``: the file to look at. ``output_dir``: where the trainer's checkpoints are; None: it has none to resume.
+    Of a window that was halted, or breached. ``path``: the file to look at. ``output_dir``: where the trainer's
+    checkpoints are; None: it has none to resume.
     """
     onward = looser_rules(verdict.breaches, verdict.stats or {}, config)
     lines = [
         "",
-        f"trl-parity: HALT at step {verdict.step}. The engine that samples is not the policy that learns.",
+        f"trl-parity: {verdict.status} at step {verdict.step}. {' '.join(_headlines(verdict.breaches))}",
         "",
         *_seen(verdict, config, verdicts),
         "",
-        *_wrap("Means", _CONSEQUENCE[config.action]),
+        *_wrap("Means", _CONSEQUENCE[config.action] if verdict.halted else _goes_on(config)),
     ]
     if diagnosis is None or diagnosis.cause == "unknown":
         for finding in findings(verdict):
@@ -59,7 +76,7 @@ def halt_text(
     else:
         lines += _wrap("", CAUSES[diagnosis.cause].harm)
     learned = learned_from(verdict, verdicts, config)
-    if output_dir is not None:
+    if output_dir is not None and verdict.halted:
         checkpoint = last_checkpoint_before(output_dir, learned.first)
         told, command = recovery(learned, checkpoint, config.action)
         lines += ["", *_wrap("Learned", told), *([f"           {command}"] if command else [])]
@@ -78,13 +95,25 @@ def halt_text(
     return "\n".join(lines).replace("\xa0", " ")
 
 
+def _headlines(breaches: Sequence[str]) -> list[str]:
+    """What the statistics over their limit say, and nothing else; each sentence once, in the order of ``_SAYS``."""
+    said = [text for names, text in _SAYS if any(name.startswith(names) for name in breaches)]
+    return said or ["What was measured is over its limit."]
+
+
+def _goes_on(config: ParityConfig) -> str:
+    """What a BREACH means."""
+    longer = f", or with fewer than {config.breach_memory} healthy ones between," if config.breach_memory else ""
+    return f"Training goes on: {config.consecutive} such windows in a row{longer} halt it."
+
+
 def _seen(verdict: Verdict, config: ParityConfig, verdicts: Sequence[Verdict]) -> Iterator[str]:
-    """The windows of the streak, what they breached and by how much."""
+    """The windows that the halt counts, what they breached and by how much."""
     stats = verdict.stats
-    streak = [v for v in verdicts if v.status in (Status.BREACH, Status.HALT, Status.ERROR)][-verdict.streak :]
-    steps = f", steps {streak[0].step} to {verdict.step}" if streak and streak[0].step != verdict.step else ""
-    yield f"  Seen     {verdict.streak} window(s) in a row over the limit{steps}:"
     rules = {rule.stat: rule for rule in config.resolved_rules()}
+    streak, count = counted(verdict, config, verdicts)
+    steps = f", steps {streak[0].step} to {verdict.step}" if streak and streak[0].step != verdict.step else ""
+    yield f"  Seen     {count}{steps}:"
     for name in verdict.breaches:
         readings = [None if v.stats is None else read(rules[name], v.stats) for v in streak[-5:]]
         looks = list(dict.fromkeys((r.seen, _kind(r)) for r in readings if r is not None))
@@ -165,28 +194,42 @@ def _wrap(label: str, text: str) -> list[str]:
     return textwrap.wrap(text, 108, initial_indent=f"  {label:<9}", subsequent_indent=" " * 11)
 
 
+def _accumulated(stats: MismatchStats, named: Sequence[str]) -> Iterator[str]:
+    """What the tests over all windows decided."""
+    told = {
+        "evidence/honesty": "the mean ratio of its tokens is not 1",
+        "evidence/drift": "its drift is above what the noise floor allows",
+        "evidence/change": "its drift is above what it was before",
+    }
+    onset = stats.get("evidence/onset")
+    for name, text in told.items():
+        if name in named and (evidence := stats.get(name)) is not None:
+            since = "" if onset is None else f", since step {onset:.0f}"
+            yield f"Over the whole run, {text}{since}: one healthy run in 10^{evidence:.1f} gets there, or fewer."
+
+
 def findings(verdict: Verdict) -> Iterator[str]:
     """What the numbers say about the kind of drift; measured facts only, no cause is guessed."""
     stats = verdict.stats
     if stats is None:
         return
     low, high, own, fp32 = (stats.get(k) for k in ("honesty_low", "honesty_high", "own_head/kl_k3", "kl_k3"))
-    named = (*verdict.breaches, *verdict.warnings)
+    named = verdict.breaches or verdict.warnings  # while something is over its limit, a watch's warning is no news
     corrected = [name for name in named if name.startswith("correction/")]
-    if len(corrected) == len(named) > 0:  # what the correction takes away is no word on the two sides
-        pass
-    elif low is not None and high is not None and math.isfinite(low) and math.isfinite(high):
-        if low > 1.0 or high < 1.0:
+    apart = _APART in _headlines(named)  # what else is over a limit is no word on the two sides
+    if apart and low is not None and high is not None and math.isfinite(low) and math.isfinite(high):
+        dishonest = any(name.startswith(("honesty", "seq/bias_gap", "evidence/honesty")) for name in named)
+        if dishonest and (low > 1.0 or high < 1.0):
             yield (
                 f"The reported log-probs are not those of the law that was sampled: mean ratio in [{low:.4f}, "
                 f"{high:.4f}], expected to hold 1 (raw log-probs, truncation or misaligned tokens do this)."
             )
-        else:
+        elif not dishonest and low <= 1.0 <= high:
             yield (
                 f"The reported log-probs fit the law that was sampled (mean ratio in [{low:.4f}, {high:.4f}] holds "
                 "1), so the two sides seem to hold different models (stale or partial weights, precision, cache)."
             )
-    if own and fp32 is not None and own > 2 * fp32:
+    if apart and own and fp32 is not None and own > 2 * fp32:
         if stats.get("truncation/kept_mass") is None:
             yield f"The trainer's own head drifts more ({own:.3g}) than an fp32 head ({fp32:.3g})."
         else:
@@ -198,12 +241,19 @@ def findings(verdict: Verdict) -> Iterator[str]:
             "weight of all away. Log-ratios of sequences grow with length: vllm_importance_sampling_mode="
             "'token_truncate' weighs tokens one by one."
         )
+    rank, own_mean = stats.get("replica/rank"), stats.get("replica/logp_abs_diff/mean")
+    if any(name.startswith("replica/") for name in named) and rank is not None and own_mean is not None:
+        yield (
+            f"Rank {rank:.0f} drifts in each of the last windows, by a mean |Δ| of {own_mean:.3g} at least (all ranks "
+            f"together: {number(stats.get('logp_abs_diff/mean'))})."
+        )
+    yield from _accumulated(stats, named)
     rate, left = stats.get("nonfinite_rate"), stats.get("entropy/relative")
     if rate:
         yield f"{rate:.2%} of the tokens have no finite log-prob."
     if left is not None and math.isnan(left):
         yield "The policy's entropy is no finite number."
-    elif left is not None and left < 0.1:
+    elif left is not None and left < 0.1 and (not verdict.breaches or "entropy/relative" in named):
         yield (
             f"The policy's entropy is down to {left:.1%} of its beginning: so certain a policy hides every drift, and "
             "log-probs that are not finite come next."

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config.parity import ParityConfig
-from ..verdict import Status, Verdict
+from ..verdict import Verdict
+from .counted import counted
 
 __all__ = ["Learned", "last_checkpoint_before", "learned_from", "recovery"]
 
@@ -22,11 +23,10 @@ class Learned:
 
 
 def learned_from(verdict: Verdict, verdicts: Sequence[Verdict], config: ParityConfig) -> Learned:
-    """Of the windows not shown to be healthy that led to this halt. ``verdicts``: up to it, oldest first."""
-    bad = (Status.BREACH, Status.HALT, Status.ERROR)
-    streak = [v for v in verdicts if v.status in bad][-verdict.streak :] or [verdict]
-    before = [v.step for v in verdicts if v.step < streak[0].step]
-    first = max(streak[0].step - config.every_n_steps, *before[-1:], 0) + 1
+    """From the first window that led to this halt on. ``verdicts``: up to it, oldest first."""
+    start = counted(verdict, config, verdicts).windows[0].step
+    before = [v.step for v in verdicts if v.step < start]
+    first = max(start - config.every_n_steps, *before[-1:], 0) + 1
     return Learned(first, verdict.step if config.action == "log" else verdict.step - 1)
 
 

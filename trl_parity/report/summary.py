@@ -13,6 +13,7 @@ from typing import Any
 from ..config.parity import ParityConfig
 from ..config.rules import Rule
 from ..errors import ConfigError, DataError
+from ..files import open_regular
 from ..judging.breaker import read
 from ..judging.limits import allowed
 from ..results.incident import Incident, read_incident
@@ -36,6 +37,8 @@ COLUMNS = (
 _WORST_IS_LOW = ("ess", "entropy/trainer", "reward/mean")
 
 _KEEP, _MOST_ROWS = 400, 20_000  # last windows as they are; tokens of worst sequences
+
+_MOST_BYTES = 1 << 28  # unpacked, of those tokens
 
 _SAMPLED = ("position", "rollout_logprob", "trainer_logprob", "entropy")
 
@@ -176,7 +179,10 @@ def _tokens(path: Path) -> list[dict[str, Any]]:
     """Rows of ``tokens.parquet``, of bounded number and types."""
     from pyarrow import parquet
 
-    with parquet.ParquetFile(path) as file:
+    with open_regular(path, within=True) as raw, parquet.ParquetFile(raw) as file:
+        groups = [file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)]
+        if max(groups, default=0) > _MOST_BYTES:
+            raise ValueError(f"more than {_MOST_BYTES:,} bytes unpacked")
         rows = next(file.iter_batches(batch_size=_MOST_ROWS), None) if file.metadata.num_rows else None
     if rows is None:
         return []
@@ -249,7 +255,7 @@ def used(rule: Rule, window: Mapping[str, Any]) -> float | None:
     value, limit = reading.value, allowed(rule, floor)
     if limit is None:
         limit = reading.limit
-    elif not reading.seen.startswith("excess/"):  # over the ceiling: the statistic itself
+    elif floor is not None and not reading.seen.startswith("excess/"):  # over the ceiling: the statistic itself
         value -= floor if rule.stat != "ess" else 1.0 - floor
     if limit <= 0:
         return math.inf if reading.over else None

@@ -1,4 +1,4 @@
-"""``incident.json``: the record a halt leaves, its reader and its version. Imports no torch until it is needed."""
+"""``incident.json``: the record a halt or a breach leaves, its reader and its version. No torch until it is needed."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import importlib.metadata
 import logging
 import os
 import platform
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
-from ..files import read_versioned
+from ..errors import ConfigError
+from ..files import NUMBER, read_versioned, require_kinds
 from ..metrics.scalars import FLOORED
 
 if TYPE_CHECKING:
@@ -21,11 +23,25 @@ if TYPE_CHECKING:
     from ..records import RolloutBatch, ScoredBatch
     from ..verdict import Verdict
 
-__all__ = ["SCHEMA_VERSION", "Incident", "read_incident", "sequence_rows", "versions", "windows_in_short"]
+__all__ = [
+    "MOST_BYTES",
+    "MOST_INCIDENTS",
+    "SCHEMA_VERSION",
+    "Incident",
+    "prune_incidents",
+    "read_incident",
+    "sequence_rows",
+    "versions",
+    "windows_in_short",
+]
 
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
+
+MOST_INCIDENTS = 32  # kept in a run's folder
+
+MOST_BYTES = 256 << 20
 
 # of a window in short, besides what its own rules breached
 _SHORT = (
@@ -38,6 +54,18 @@ _SHORT = (
 _KINDS: dict[str, Any] = {  # of incident.json, in its order
     "schema_version": int, "step": int, "verdict": dict, "diagnosis": dict | None, "engine": dict, "versions": dict,
     "config": dict, "windows": list, "text": str, "redacted": bool,
+}  # fmt: skip
+
+_VERDICT: dict[str, Any] = {"step?": int, "status?": str, "streak?": int, "breaches?": [str], "warnings?": [str],
+                            "reason?": str}  # fmt: skip
+
+_DIAGNOSIS: dict[str, Any] = {
+    "step?": int, "cause": str, "explained?": NUMBER, "confidence?": NUMBER, "summary?": str, "fix": str,
+    "causes?": [{"cause": str, "explained": NUMBER, "confidence?": NUMBER, "finding?": str, "fix?": str}],
+    "evidence": [{"name": str, "explained": NUMBER, "error": str, "finding": str, "hypothesis?": str, "cause?": str,
+                  "prediction?": str, "residual_before?": NUMBER, "residual_after?": NUMBER, "cost?": str,
+                  "seconds?": NUMBER, "details?": dict}],
+    "details?": dict,
 }  # fmt: skip
 
 _NONFINITE_NATS = 20.0  # what a token without a finite log-prob counts for in the order of sequences
@@ -54,7 +82,7 @@ class Incident:
     versions: dict[str, str]
     config: dict[str, Any]  # ParityConfig.to_dict()
     windows: list[dict[str, Any]]  # windows_in_short()
-    text: str  # what was printed at the halt
+    text: str  # what was printed at the halt; of a breach, the same words on it
     # No ids, text or prompts: see results.redaction. Sentences (a finding, an error) are kept as they are, so whoever
     # makes the diagnosis must put no ids and no text in them.
     redacted: bool
@@ -118,11 +146,43 @@ def read_incident(path: str | Path) -> Incident:
     content = read_versioned(
         path,
         (SCHEMA_VERSION,),
-        _KINDS,
+        _KINDS | {"verdict": _VERDICT, "windows": [dict], "versions": dict},
         expected="an incident.json or its folder, as a halt writes it to <output_dir>/parity/incidents",
         remedy="it was cut or edited, take another copy",
+        within=True,
     )
+    try:
+        if content["diagnosis"] is not None:
+            require_kinds(content["diagnosis"], _DIAGNOSIS, "diagnosis")
+    except ValueError as e:
+        raise ConfigError(f"{path} has {e}. Expected what a halt writes; it was edited, take another copy.") from e
     return Incident(**{name: content[name] for name in _KINDS})
+
+
+def prune_incidents(parity_dir: Path, keep: Path) -> None:
+    """Delete incidents until ``MOST_INCIDENTS`` and ``MOST_BYTES`` are kept: breaches before halts, the oldest first.
+
+    ``keep`` and the first halt stay whatever their size. A folder that is no incident, or a link, is not touched.
+    """
+    found = []
+    for folder in Path(parity_dir, "incidents").glob("step-*"):
+        if folder.is_symlink() or not folder.is_dir():
+            continue
+        try:
+            incident = read_incident(folder)
+            size = sum(file.stat(follow_symlinks=False).st_size for file in folder.iterdir())
+            age = (folder / "incident.json").stat(follow_symlinks=False).st_mtime_ns
+        except (ConfigError, OSError):
+            continue
+        found.append((incident.verdict.get("status") == "HALT", age, size, folder))
+    first = min((folder for folder in found if folder[0]), default=None)
+    count, total = len(found), sum(size for *_, size, _ in found)
+    for one in sorted(found):
+        if count <= MOST_INCIDENTS and total <= MOST_BYTES:
+            return
+        if one is not first and one[3] != keep:
+            shutil.rmtree(one[3], ignore_errors=True)
+            count, total = count - 1, total - one[2]
 
 
 def versions() -> dict[str, str]:

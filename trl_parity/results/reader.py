@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from ..config.parity import ParityConfig
-from ..errors import DataError
-from ..files import check_version, read_versioned
+from ..errors import ConfigError, DataError
+from ..files import check_version, open_regular, read_versioned
 from ..judging.course import Course
+from ..lines import progress_bar
 from ..metrics.scalars import SCALARS
-from ..progress import progress_bar
 from ..verdict import SEVERITY, worst
 from .paths import CONFIG_NAME, RUN_NAME, TOKENS_NAME, metrics_path
 
@@ -33,7 +33,9 @@ TOKENS_READABLE = (1,)
 
 MAX_LINE = 1 << 22  # bytes; a window takes about 4 KB
 
-MAX_FILE = 1 << 26  # bytes of a file that is read whole
+MAX_FILE = 1 << 24  # bytes of settings, and of what a run says of itself
+
+MAX_NESTED = 10_000  # lists and mappings in a line; a window has none but names, a sample of tokens four
 
 _LOUD = 1 << 26  # bytes from which on reading shows its progress
 
@@ -63,7 +65,10 @@ def _lines(path: Path, quiet: bool) -> Iterator[bytes]:
     try:
         size = path.stat().st_size
         shown = not quiet and size >= _LOUD
-        with open(path, "rb") as file, progress_bar(f"reading {path.name}", shown=shown, counted=False) as update:
+        with (
+            open_regular(path, within=True) as file,
+            progress_bar(f"reading {path.name}", shown=shown, counted=False) as update,
+        ):
             while line := file.readline(MAX_LINE):
                 if shown:
                     update(file.tell(), size)
@@ -80,6 +85,8 @@ def _lines(path: Path, quiet: bool) -> Iterator[bytes]:
 
 def window_of(line: bytes) -> dict[str, Any] | None:
     """The window in a line of ``metrics.jsonl``, its scalars as numbers or None; None for a torn or foreign line."""
+    if line.count(b"[") + line.count(b"{") > MAX_NESTED:
+        return None
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -87,7 +94,7 @@ def window_of(line: bytes) -> dict[str, Any] | None:
     if not isinstance(row, dict) or not isinstance(row.get("status"), str):
         return None
     step = row.get("step")
-    if isinstance(step, bool) or not isinstance(step, int | float) or not math.isfinite(step):
+    if isinstance(step, bool) or not isinstance(step, int | float) or not abs(step) < 1 << 63:
         return None
     row["step"] = int(step)
     for name, value in row.items():
@@ -123,7 +130,7 @@ class Columns:
     limit: int = 1 << 15
     count: int = 0
     width: int = 1
-    onset: int | None = None  # step of the first window of the streak that halted the run, else of the first breach
+    onset: int | None = None  # step of the first window that the halt counts, else of the first breach
     course: Course = field(default_factory=Course)
     events: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=12))  # the last that were not healthy
     last: dict[str, Any] = field(default_factory=dict)
@@ -157,7 +164,7 @@ class Columns:
                 self.first_halt, self.onset = row["step"], self._streak_from
             elif status == "BREACH" and self.onset is None:
                 self.onset = self._streak_from
-        elif not row["streak"]:
+        elif not row["streak"] and not as_number(row.get("breaker/level")):
             self._streak_from = None
         if status not in ("OK", "CALIBRATING"):
             self.events.append(row)
@@ -251,9 +258,15 @@ def recorded_config(path: str | Path) -> ParityConfig | None:
     if not file.exists():
         return None
     values = read_versioned(
-        file, (), {}, expected="the settings of a run", remedy="give them with --config", largest=MAX_FILE
+        file, (), {}, expected="the settings of a run", remedy="give them with --config", largest=MAX_FILE, within=True
     )
-    return ParityConfig.from_mapping(values, where=str(file))
+    try:
+        return ParityConfig.from_mapping(values, where=str(file))
+    except ConfigError as e:
+        told = str(e) if str(file) in str(e) else f"{file}: {e}"
+        raise ConfigError(told) from e
+    except (TypeError, ValueError, OverflowError) as e:  # what no field's own check foresaw
+        raise ConfigError(f"{file}: {type(e).__name__}: {e}. Expected the settings of a run.") from e
 
 
 def run_facts(path: str | Path) -> dict[str, Any]:
@@ -264,9 +277,10 @@ def run_facts(path: str | Path) -> dict[str, Any]:
     facts = read_versioned(
         file,
         (1,),
-        {},
+        {"engine?": dict, "versions?": dict},
         expected="what a run says of itself",
         remedy="take another copy, or remove it",
         largest=MAX_FILE,
+        within=True,
     )
     return {k: v for k, v in facts.items() if k != "schema_version"}

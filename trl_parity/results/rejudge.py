@@ -1,7 +1,8 @@
-"""Judge a finished run again, with other rules and the very same breaker. Needs no torch, no model and no GPU."""
+"""Judge a finished run again, with other rules and the very same tests and breaker. Needs no torch and no model."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,11 +11,12 @@ from ..config.parity import ParityConfig
 from ..config.reading import assignments
 from ..errors import ConfigError
 from ..judging.breaker import Breaker
+from ..judging.evidence import Evidence
 from ..metrics.scalars import SCALARS
 from ..verdict import MismatchStats, Status, Verdict
 from .reader import as_number, iter_windows
 
-__all__ = ["Judgement", "changed_config", "has_floor", "read_windows", "rejudge"]
+__all__ = ["Judgement", "changed_config", "has_floor", "read_windows", "rejudge", "require_rejudged"]
 
 
 class Judgement(NamedTuple):
@@ -29,14 +31,14 @@ def read_windows(path: str | Path) -> list[dict[str, Any]]:
     return list(iter_windows(path))
 
 
-REJUDGED = ("rules", "consecutive", "halt_on_error", "warmup", "floor_tokens")  # what the breaker looks at
+REJUDGED = (  # what judges look at
+    "rules", "consecutive", "breach_memory", "halt_on_error", "warmup", "floor_tokens", "evidence_alpha",
+    "evidence_floor_factor", "evidence_change_factor", "evidence_effects",
+)  # fmt: skip
 
 
 def changed_config(config: ParityConfig, given: Sequence[str]) -> ParityConfig:
-    """``config`` with ``name=value`` laid over it, e.g. ``consecutive=2`` or ``rules.kl_k3.k=8``; values are YAML.
-
-    Raises ConfigError for what is no setting, and for one that changes what is measured: that can't be judged again.
-    """
+    """``config`` with ``name=value`` laid over it, e.g. ``consecutive=2`` or ``rules.kl_k3.k=8``; values are YAML."""
     values = config.to_dict()
     for name, value in assignments(given, "consecutive=2 or rules.kl_k3.k=8"):
         keys = name.split(".")
@@ -48,14 +50,17 @@ def changed_config(config: ParityConfig, given: Sequence[str]) -> ParityConfig:
             target[key] = dict(inner or {})
             target = target[key]
         target[keys[-1]] = value
-    changed = ParityConfig.from_mapping(values, where="--set")
+    return ParityConfig.from_mapping(values, where="--set")
+
+
+def require_rejudged(given: Sequence[str]) -> None:
+    """Raise ConfigError for a setting that changes what is measured, not how it is judged."""
     for name, _ in assignments(given, ""):
         if (setting := name.split(".")[0]) not in REJUDGED:
             raise ConfigError(
-                f"--set {setting}: what was recorded was measured with {setting}={getattr(config, setting)!r}, and "
-                f"can't be judged again as if it had been another. Expected one of: {', '.join(REJUDGED)}."
+                f"--set {setting}: the windows were recorded as they were measured, and {setting} can't be tried out "
+                f"on them. Expected one of: {', '.join(REJUDGED)}. For another {setting}, another run."
             )
-    return changed
 
 
 def has_floor(rows: Iterable[Mapping[str, Any]]) -> bool:
@@ -67,20 +72,22 @@ def rejudge(
     rows: Iterable[Mapping[str, Any]], config: ParityConfig, *, floored: bool | None = None
 ) -> Iterator[Judgement]:
     """Judge every window in order. ``floored``: ``has_floor``, where ``rows`` can be read only once."""
-    breaker = Breaker.from_config(config)
+    breaker, evidence = Breaker.from_config(config), Evidence.from_config(config)
     if floored is None:
         rows = list(rows)
         floored = has_floor(rows)
     # a run that never had a noise floor was judged by absolute limits, and is again
     breaker.expects_floor &= floored
     for row in rows:
-        verdict = breaker.judge(int(row["step"]), _stats(row), error="as recorded")
+        step = int(row["step"])
+        verdict = breaker.judge(step, evidence.add(step, _stats(row)), error="as recorded")
         yield Judgement(row, verdict)
 
 
 def _stats(row: Mapping[str, Any]) -> MismatchStats:
     def count(name: str, usual: int = 0) -> int:
-        return int(as_number(row.get(name)) or 0) if name in row else usual
+        value = as_number(row.get(name, usual)) or 0
+        return int(value) if math.isfinite(value) else 0
 
     return MismatchStats(
         count("num_tokens"),

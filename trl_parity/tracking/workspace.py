@@ -64,9 +64,11 @@ SECTIONS: tuple[tuple[str, tuple[Panel | Chart | Table, ...]], ...] = (
         "Health",
         (
             _parity("status: 0 OK, 1 WARN, 2 BREACH, 3 HALT", "breaker/status", low=-3.2, high=3.2),
-            _parity("streak of breached windows", "breaker/streak", low=0),
+            _parity("breached windows: streak, and remembered", "breaker/streak", "breaker/level", low=0),
             _parity("k3 KL: excess over the noise floor, and its limit", "excess/kl_k3", "limit/kl_k3"),
             _parity("mean |log-ratio|: excess and limit", "excess/logp_abs_diff/mean", "limit/logp_abs_diff/mean"),
+            _parity("evidence over the run, log10: 4 decides", "evidence/honesty", "evidence/drift",
+                    "evidence/change"),
             Table("parity/verdicts"),
         ),
     ),

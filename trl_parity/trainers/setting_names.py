@@ -9,7 +9,7 @@ __all__ = ["setting_names"]
 
 def setting_names(trainer: str) -> list[str]:
     """Fields of the trainer's config ("grpo", "rloo") and of TRL's ModelConfig, which scripts take beside it."""
-    from trl import GRPOConfig, ModelConfig, RLOOConfig
+    import trl
 
-    config = {"grpo": GRPOConfig, "rloo": RLOOConfig}[trainer]
-    return [field.name for cls in (config, ModelConfig) for field in fields(cls)]
+    config = {"grpo": "GRPOConfig", "rloo": "RLOOConfig"}[trainer]
+    return [field.name for name in (config, "ModelConfig") for field in fields(getattr(trl, name))]

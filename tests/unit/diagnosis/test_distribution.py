@@ -26,11 +26,11 @@ from trl_parity.diagnosis.fitting import (
     fit_truncation,
     mle_temperature,
 )
-from trl_parity.diagnosis.fitting_bias import fit_bias
+from trl_parity.diagnosis.fitting_bias import fit_bias, fit_min_tokens
 from trl_parity.records import SamplingSettings
 from trl_parity.scoring.sampling import kept_mask
 
-FITS = (fit_temperature, fit_soft_cap, fit_truncation, fit_penalty, fit_bias)
+FITS = (fit_temperature, fit_soft_cap, fit_truncation, fit_penalty, fit_bias, fit_min_tokens)
 PLAIN = Distribution(sampling=SamplingSettings())
 
 
@@ -48,6 +48,8 @@ def oracle(tokens, law):
             z[[token for token in range(len(z)) if token not in law.allowed]] = -math.inf
         context = tokens.context[i][tokens.real[i]].tolist()
         output = tokens.context[i][tokens.output[i]].tolist()
+        if len(output) < law.late_from:
+            z[list(law.late)] = -math.inf
         for token in set(context):
             z[token] = z[token] / s.repetition_penalty if z[token] > 0 else z[token] * s.repetition_penalty
         for token in set(output):
@@ -170,7 +172,7 @@ def test_large_vocabularies_in_many_chunks():
     )
 
 
-@pytest.mark.parametrize("vocab", [60, pytest.param(2000, marks=pytest.mark.slow_unit), 6000])
+@pytest.mark.parametrize("vocab", [60, *(pytest.param(n, marks=pytest.mark.slow_unit) for n in (2000, 6000))])
 @pytest.mark.parametrize(("true", "configured"), [(0.7, 1.0), (1.1, 1.0), (1.5, 0.6), (0.25, 1.0)])
 def test_the_temperature_is_recovered(vocab, true, configured):
     tokens = make(of(temperature=true), vocab=vocab)
@@ -438,3 +440,30 @@ def test_laws_in_words_and_json():
     assert details["bias"] == [[3, "-inf"], [17, "-inf"], [20, -2.0]]
     assert details["allowed"] == list(range(12))
     assert (details["temperature"], details["logits_dtype"]) == (1.05, "bfloat16")
+
+
+@pytest.mark.parametrize("late", [(7,), (7, 19)])
+def test_min_tokens_are_recovered(late):
+    """The ids that end a sequence, likely and ruled out before the sixth token."""
+    law = replace(PLAIN, late=late, late_from=5)
+    tokens = make(law, n=400, length=9, noise=0.002, seed=3)
+    tokens.output = tokens.real & (torch.arange(9) >= 9 - torch.arange(400).unsqueeze(-1) % 10)
+    for seed, lift in enumerate(late):
+        tokens.logits[:, lift] += 4.0 - 0.2 * seed
+    tokens.targets = (
+        oracle_law(tokens, law).exp().multinomial(1, generator=torch.Generator().manual_seed(1)).squeeze(-1)
+    )
+    tokens.reported = at_targets(oracle_law(tokens, law), tokens) + 0.002 * torch.randn(
+        400, generator=torch.Generator().manual_seed(2)
+    )
+    found = fit_min_tokens(tokens, PLAIN)
+    assert (found.late, found.late_from) == (late, 5)
+    told = describe(found, PLAIN)
+    assert told == f"token{'s' * (len(late) > 1)} {', '.join(map(str, late))} never among the first 5"
+    assert describe(found, PLAIN, ids=False) == f"{len(late)} token id(s) never among the first 5"
+    assert json.loads(json.dumps(distribution_details(found)))["late"] == {"ids": list(late), "from": 5}
+    assert fit_min_tokens(tokens, found) is None  # and nothing more
+
+
+def test_a_first_appearance_by_chance_is_no_rule():
+    assert fit_min_tokens(make(PLAIN, n=400, length=9), PLAIN) is None

@@ -1,6 +1,7 @@
 """What a breaker remembers from window to window, and what a rule reads: each case exact."""
 
 import math
+import random
 
 import pytest
 from support.windows import window
@@ -97,6 +98,106 @@ def test_the_texts_of_what_is_over_and_what_warns():
     assert read(Rule(stat="ess", limit=0.5, below=True), {"ess": 0.4}).text == "ess 0.4 < 0.5"
 
 
+# ---- breaches that are not in a row
+
+
+def first_halt(pattern, windows=400, **settings):
+    """The window, from the first breach on, at which a run is halted that breaches where ``pattern`` says."""
+    breaker = Breaker.from_config(ParityConfig(floor_tokens=0, rules={"kl_k3": 0.1}, **settings))
+    first = None
+    for i in range(windows):
+        breach = pattern(i)
+        first = i if first is None and breach else first
+        if breaker.judge(i, BAD if breach else GOOD).halted:
+            return i - first + 1
+    return None
+
+
+PATTERNS = {
+    "every 2nd": (lambda i: i % 2 == 0, 5),
+    "every 3rd": (lambda i: i % 3 == 0, 7),
+    "every 4th": (lambda i: i % 4 == 0, 9),
+    "one in five": (lambda i: i % 5 == 0, 11),
+    "two of three": (lambda i: i % 3 != 2, 4),
+    "three in a row": (lambda i: True, 3),
+    "19 healthy ones between": (lambda i: i in (0, 10, 21), 22),
+    "20 healthy ones between": (lambda i: i in (0, 10, 22), None),
+    "three in 60 windows": (lambda i: i in (0, 30, 60), None),
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_an_intermittent_fault_halts_and_rare_breaches_do_not(name):
+    pattern, at = PATTERNS[name]
+    assert first_halt(pattern) == at
+    assert first_halt(pattern, breach_memory=0) == (3 if at == 3 else None)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_three_windows_in_ten_at_random_halt_within_25(seed):
+    rng = random.Random(seed)
+    assert first_halt(lambda i: rng.random() < 0.3) <= 25
+
+
+def test_one_breach_halts_where_one_is_asked_for_and_the_next_only_if_it_breaches():
+    breaker = Breaker.from_config(ParityConfig(consecutive=1, floor_tokens=0, rules={"kl_k3": 0.1}))
+    assert [str(breaker.judge(i, w).status) for i, w in enumerate([GOOD, BAD, GOOD, BAD])] == [
+        "OK", "HALT", "OK", "HALT",
+    ]  # fmt: skip
+
+
+def test_however_long_a_fault_lasted_one_breach_long_after_it_is_no_halt():
+    for healthy, halts in ((5, True), (20, True), (21, False), (60, False)):
+        breaker = Breaker((KL,), breach_memory=20)
+        for i in range(100):
+            breaker.judge(i, BAD)
+        for i in range(healthy):
+            breaker.judge(100 + i, GOOD)
+        assert breaker.judge(200, BAD).halted == halts, healthy
+
+
+def test_a_breach_by_a_floor_of_few_sequences_counts_in_a_streak_alone():
+    floored = Rule(stat="kl_k3", limit=1e-4, k=5.0)
+    honest = Rule(stat="honesty_gap", limit=0.005)
+
+    def halts(sequences, **more):
+        breaker = Breaker((floored, honest), breach_memory=20)
+        bad = window(kl_k3=0.2, floor__kl_k3=1e-5, floor__sequences=sequences, **more)
+        return any(breaker.judge(i, bad if i % 2 else GOOD).halted for i in range(12))
+
+    assert not halts(7.0)
+    assert halts(8.0)
+    assert halts(None)  # a floor that was given
+    assert halts(7.0, honesty_gap=0.1)  # which rests on none
+
+
+def test_an_episode_lasts_while_a_breach_is_remembered():
+    breaker = Breaker((KL,), breach_memory=4)
+    windows = [BAD, GOOD, BAD, GOOD, NEAR, BAD, *[GOOD] * 20, BAD]
+    alerts = {i: alert for i, w in enumerate(windows) if (alert := breaker.judge(i, w).alert)}
+    assert alerts == {0: "WARN", 5: "HALT", 26: "WARN"}
+
+
+def test_a_halt_that_is_not_in_a_row_says_so():
+    breaker = Breaker((KL,), breach_memory=20)
+    *_, last = [breaker.judge(i, w) for i, w in enumerate([BAD, GOOD, BAD, GOOD, BAD])]
+    assert last.reason == "kl_k3 0.2 > 0.1; not in a row: level 2.05 > 2"
+    assert breaker.halting
+    assert last.to_dict()["breaker/level"] == 2.05
+
+
+def test_what_is_remembered_is_part_of_a_checkpoint_and_one_without_it_is_read():
+    first, again = (Breaker((KL,), breach_memory=20) for _ in range(2))
+    for i, w in enumerate([BAD, GOOD, BAD, GOOD]):
+        first.judge(i, w)
+    again.load_state(first.state())
+    assert again == first
+    assert again.judge(4, BAD).halted
+    again.load_state({"streak": 2, "needed": 3, "windows": 7, "alerted": "WARN"})  # of 0.6.0
+    assert (again.streak, again.level) == (2, 0.0)
+    assert again.judge(4, BAD).halted
+
+
 # ---- the streak, and how many windows it needs
 
 
@@ -180,7 +281,9 @@ def test_alerts_rise_once_an_episode_and_an_error_is_none():
 @pytest.mark.parametrize("tokens", [0, 1])
 def test_a_breaker_is_as_the_settings_say(tokens):
     config = ParityConfig(consecutive=5, halt_on_error=True, warmup=7, floor_tokens=tokens)
-    assert Breaker.from_config(config) == Breaker(config.resolved_rules(), 5, True, 7, expects_floor=tokens > 0)
+    assert Breaker.from_config(config) == Breaker(
+        config.resolved_rules(), 5, True, 7, expects_floor=tokens > 0, breach_memory=20
+    )
 
 
 def test_a_state_comes_back_whole():
@@ -235,5 +338,13 @@ def test_the_default_rules_number_by_number():
         ("temperature/gap", 1e-6, None, None, None, 0.5, False, True),
         ("reward/parted", 0.5, None, None, None, 1.0, False, True),
         ("floor/engine_excess", 0.003, None, None, None, 0.5, False, False),
+        ("replica/kl_k3", 1e-4, 5.0, None, 0.01, 0.5, False, False),
+        ("replica/logp_abs_diff/mean", 0.003, 3.0, None, 0.06, 0.5, False, False),
+        ("evidence/honesty", 4.0, None, None, None, 0.75, False, False),
+        ("evidence/drift", 4.0, None, None, None, 0.75, False, False),
+        ("evidence/change", 4.0, None, None, None, 1.0, False, True),
     }
-    assert not any(r.immediate or r.consecutive for r in DEFAULT_RULES)
+    assert not any(r.immediate for r in DEFAULT_RULES)
+    assert {r.stat: r.consecutive for r in DEFAULT_RULES if r.consecutive} == {
+        "evidence/honesty": 1, "evidence/drift": 1, "replica/kl_k3": 1, "replica/logp_abs_diff/mean": 1,
+    }  # fmt: skip

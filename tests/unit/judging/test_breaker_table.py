@@ -1,5 +1,8 @@
 """The breaker's table, by every short run of windows, against an oracle that looks at the whole run each time."""
 
+from fractions import Fraction
+from itertools import product
+
 import pytest
 from support.windows import window
 
@@ -60,6 +63,30 @@ def test_every_run_of_four_windows_is_judged_as_the_documentation_says(halt_on_e
                 go_on(longer)
 
     go_on([])
+
+
+LEVELS = {"healthy": window(kl_k3=0.01), "failed": window(num_errors=1), "near": window(kl_k3=0.08),
+          "three": window(kl_k3=0.2), "two": window(chi2=0.2), "at once": window(nonfinite_rate=0.9)}  # fmt: skip
+
+
+@pytest.mark.parametrize("halt_on_error", [False, True])
+@pytest.mark.parametrize("memory", [1, 3])
+def test_breaches_that_are_remembered_halt_as_the_documentation_says(halt_on_error, memory):
+    asks = {"three": 3, "two": 2, "at once": 1} | ({"failed": 3} if halt_on_error else {})
+    for run in product(LEVELS, repeat=5):
+        breaker = Breaker((THREE, TWO, AT_ONCE), 3, halt_on_error, breach_memory=memory)
+        level, streak = Fraction(0), []
+        for step, name in enumerate(run):
+            verdict = breaker.judge(step, LEVELS[name])
+            if name == "healthy":
+                level, streak = max(Fraction(0), level - Fraction(1, memory)), []
+            elif name != "near":
+                streak.append(name)
+            needed = min((asks[x] for x in streak if x in asks), default=None)
+            if name in asks:
+                level = max(level, min(level + 1, max(Fraction(1), needed - 1 + Fraction(1, memory))))
+            halts = name not in ("healthy", "near") and needed and (len(streak) >= needed or level > needed - 1)
+            assert (verdict.halted, verdict.level, verdict.streak) == (bool(halts), float(level), len(streak)), run
 
 
 def test_the_table_has_a_line_for_all_that_can_be_seen():

@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import math
 
 import pytest
+import scipy.stats
 import torch
 
 from trl_parity import ParityConfig
@@ -47,10 +49,13 @@ def test_a_measurement_without_tokens_leaves_the_floor_as_it_was():
     assert not floor.due  # in vain and dear: by its budget
     floor.age += 7
     assert floor.due  # or after as many windows as between measurements
+    assert not floor.update({"rounding": MismatchSums.zeros()})
+    assert not floor.due  # counted from the last time it was tried
     floor.update({"rounding": sums(0.01)})
     before = dict(floor.values)
+    floor.age += 9
     assert not floor.update({"rounding": MismatchSums.zeros()})
-    assert floor.values == before
+    assert (floor.values, floor.age) == (before, 9)  # as old as it was
 
 
 def test_the_floor_is_measured_at_once_and_then_as_rarely_as_its_budget_says():
@@ -70,6 +75,55 @@ def test_the_floor_is_measured_at_once_and_then_as_rarely_as_its_budget_says():
     assert min(b - a for a, b in itertools.pairwise(measured)) >= 10
     assert floor.seconds <= 0.01 * floor.wall + 1.0
     assert len(measured) >= 10  # and it is not forgotten
+
+
+def test_a_floor_that_costs_little_is_measured_every_so_many_windows():
+    floor, measured = NoiseFloor(ParityConfig(floor_every_n_windows=10, floor_cost_share=0.5)), []
+    for window in range(45):
+        if floor.due:
+            measured.append(window)
+            floor.update({"rounding": sums(0.01)})
+        floor.account(0.1 * (measured[-1] == window), 2.0)
+        floor.age += 1
+    assert measured == [0, 10, 20, 30, 40]
+    assert floor.scalars({})["floor/age"] == 5.0
+    assert floor.scalars({})["cost/floor_share"] == pytest.approx(0.5 / 90)
+
+
+def test_it_is_due_when_the_next_measurement_still_fits_the_budget():
+    floor, windows = NoiseFloor(ParityConfig(floor_every_n_windows=1, floor_cost_share=0.125)), 0
+    floor.update({"rounding": sums(0.01)})
+    floor.account(1.0, 2.0)
+    floor.age = 1
+    while not floor.due:
+        floor.account(0.0, 2.0)
+        windows += 1
+    assert windows == 7  # 1 s spent and 1 s to come are an eighth of 16
+
+
+def test_an_excess_is_of_what_is_trimmed_and_of_ess_what_is_lost():
+    floor = NoiseFloor(ParityConfig())
+    floor.values = {"floor/kl_k3": 0.25, "floor/ess": 0.75}
+    stats = {"trimmed/kl_k3": 1.0, "kl_k3": 9.0, "trimmed/ess": 0.5, "ess": 0.1, "trimmed/logp_abs_diff/mean": 1.0}
+    excess = {name: value for name, value in floor.scalars(stats).items() if name.startswith("excess/")}
+    assert excess == {"excess/kl_k3": 0.75, "excess/ess": 0.25}
+    assert not any(name.startswith("excess/") for name in floor.scalars({"trimmed/kl_k3": None}))
+
+
+def test_a_floor_comes_back_whole_unless_it_was_switched_off():
+    floor, again = NoiseFloor(ParityConfig()), NoiseFloor(ParityConfig())
+    off = NoiseFloor(ParityConfig(floor_tokens=0))
+    floor.update({"rounding": sums(0.01), "engine": sums(0.02)})
+    floor.account(1.5, 40.0)
+    floor.account(0.0, 2.0)
+    floor.age = 3
+    state = json.loads(json.dumps(floor.state()))
+    again.load_state(state)
+    assert again.state() == state
+    for name in ("values", "sources", "age", "seconds", "last_seconds", "wall"):
+        assert getattr(again, name) == getattr(floor, name), name
+    off.load_state(state)
+    assert (off.values, off.scalars({"trimmed/kl_k3": 1.0})) == ({}, {})
 
 
 # ---- how far the floor may be from what was measured ---------------------------------------------------------------
@@ -113,6 +167,58 @@ def test_the_floor_is_a_bound_that_knows_how_few_sequences_it_came_from():
     assert alike.values["floor/kl_k3"] < 1.4 * point(groups_of([0.01] * 8))["trimmed/kl_k3"]
 
 
+def test_the_bound_that_is_bet_against_is_further_out_and_of_the_largest_source():
+    groups = groups_of([0.01, 0.011, 0.012, 0.013] * 2)
+    floor = NoiseFloor(ParityConfig())
+    floor.update({"rounding": groups})
+    for stat in ("kl_k3", "logp_abs_diff/mean"):
+        x, bound = point(groups)[f"trimmed/{stat}"], floor.values[f"floor/{stat}"]
+        assert floor.upper[f"floor_upper/{stat}"] - x == pytest.approx(4.785 / 1.895 * (bound - x), rel=1e-3)
+    assert floor.scalars({})["floor/sequences"] == sum(one.totals()["sequences"] for one in groups)
+    again = NoiseFloor(ParityConfig())
+    again.load_state(json.loads(json.dumps(floor.state())))
+    assert again.scalars({}) == floor.scalars({})
+    shaped = NoiseFloor(ParityConfig())
+    shaped.update({"rounding": groups, "batch_shape": groups_of([0.03] * 8)})
+    assert shaped.upper["floor_upper/kl_k3"] > 2 * floor.upper["floor_upper/kl_k3"]
+
+
+def jackknifed(groups, stat):
+    """(low, high), of ess those of 1 - ess."""
+
+    def of(some):
+        value = point(some)[f"trimmed/{stat}"]
+        return 1 - value if stat == "ess" else value
+
+    n, x = len(groups), of(groups)
+    without = [of(groups[:i] + groups[i + 1 :]) for i in range(n)]
+    error = math.sqrt((n - 1) / n * sum((other - sum(without) / n) ** 2 for other in without))
+    return max(0.0, x - scipy.stats.t.ppf(0.95, n - 1) * error), x + scipy.stats.t.ppf(0.95, n - 1) * error
+
+
+def test_the_bound_is_the_jackknifes_by_groups_of_any_length_and_the_engines_is_capped():
+    some = ((0.010, 16), (0.012, 64), (0.011, 300))
+    rounding = [one for i, (scale, n) in enumerate(some) for one in groups_of([scale], tokens=n, seed=i)]
+    engine = groups_of([0.10, 0.11, 0.10, 0.12], tokens=200, seed=9)
+    before = [one.copy() for one in rounding]
+    floor = NoiseFloor(ParityConfig())
+    assert floor.update({"rounding": rounding, "engine": engine})
+    for stat in FLOORED:
+        high, other = jackknifed(rounding, stat)[1], jackknifed(engine, stat)[1]
+        highest = max(high, min(other, MOST[stat] * high))
+        for found, bound in (
+            (floor.sources["rounding"][stat], high), (floor.sources["engine"][stat], other),
+            (floor.values[f"floor/{stat}"], highest),
+        ):  # fmt: skip
+            assert (1 - found if stat == "ess" else found) == pytest.approx(bound, rel=1e-9), stat
+    size = "logp_abs_diff/mean"
+    excess = jackknifed(engine, size)[0] - 3 * jackknifed(rounding, size)[1]
+    assert floor.values["floor/engine_excess"] == pytest.approx(excess)
+    assert excess > 0
+    for one, kept in zip(rounding, before, strict=True):
+        assert torch.equal(one.additive, kept.additive)
+
+
 def test_of_sums_that_are_not_apart_the_number_of_sequences_counts():
     floor = NoiseFloor(ParityConfig())
     floor.update({"rounding": sums(0.01)})  # four sequences in one
@@ -122,12 +228,15 @@ def test_of_sums_that_are_not_apart_the_number_of_sequences_counts():
 
 def test_measurements_that_agree_are_pooled_and_the_bound_comes_down():
     floor, bounds = NoiseFloor(ParityConfig()), []
-    for seed in range(12):
-        assert floor.update({"rounding": groups_of([0.01, 0.02], seed=seed)})
+    measured = [groups_of([0.01, 0.02], seed=seed) for seed in range(12)]
+    as_given = [[one.additive.clone() for one in groups] for groups in measured]
+    for groups in measured:
+        assert floor.update({"rounding": groups})
         bounds.append(floor.values["floor/kl_k3"])
     assert 1.25e-4 < bounds[-1] < bounds[0] / 2  # 1.25e-4: the mean of σ² / 2
-    assert len(floor._pools["rounding"]) == GROUPS
-    assert sum(one.totals()["sequences"] for one in floor._pools["rounding"]) == 24
+    assert [one.totals()["sequences"] for one in floor._pools["rounding"]] == [24 / GROUPS] * GROUPS
+    for groups, given in zip(measured, as_given, strict=True):
+        assert all(torch.equal(one.additive, x) for one, x in zip(groups, given, strict=True))
     # in another process: the same floor now, and after the next measurement
     again = NoiseFloor(ParityConfig())
     again.load_state(json.loads(json.dumps(floor.state())))
@@ -146,6 +255,13 @@ def test_a_measurement_that_differs_begins_anew(change):
     alone = NoiseFloor(ParityConfig())
     alone.update({"rounding": groups_of([0.01 * change] * 8, seed=7)})
     assert floor.values == alone.values
+
+
+def test_a_measurement_too_small_to_tell_is_pooled():
+    floor = NoiseFloor(ParityConfig())
+    floor.update({"rounding": groups_of([0.01] * 8)})
+    floor.update({"rounding": groups_of([0.03], seed=1)})  # beyond the bounds, were it not for its own
+    assert sum(one.totals()["sequences"] for one in floor._pools["rounding"]) == 9
 
 
 def lognormal_scales(count, seed, sigma=0.01, spread=1.0):

@@ -192,7 +192,7 @@ def test_a_run_begins_with_a_line_of_what_is_watched(tmp_path, capfd):
     watch = callback(every_n_steps=2)
     loop = Loop(watch, tmp_path, feeds=1, accumulate=1, shifts=lambda batch: 0.0)
     loop.accelerator.is_main_process = True
-    loop.args.logging_steps = 10
+    loop.args.logging_steps, loop.args.logging_strategy = 10, "steps"
     loop.run(2)
     first = capfd.readouterr().err.splitlines()[0]
     assert first.startswith(

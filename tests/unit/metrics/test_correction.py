@@ -10,7 +10,7 @@ from support.batches import random_batch, scored
 from trl_parity import ParityConfig
 from trl_parity.judging.breaker import Breaker
 from trl_parity.metrics.statistics import compute, measure
-from trl_parity.metrics.sums import MismatchSums
+from trl_parity.metrics.sums import SCALES, MismatchSums
 
 
 def weighted(delta, mask=None, mode="sequence_mask", cap=3.0):
@@ -185,6 +185,17 @@ def test_the_sequences_effective_sample_size_has_no_scale(weights, expected):
     one, other = measure(plain(delta[::2].contiguous())), measure(plain(delta[1::2].contiguous()))
     one.add_(other)
     assert compute(one)["seq/ess"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_sequences_of_a_window_that_0_6_0_began_count_as_before():
+    expected = measure(plain(noisy(8, 20)))
+    began = expected.copy()
+    weights = began.parts()["sequence_weights"]
+    w, w2 = weights[:, SCALES // 2].tolist()
+    began.bump(seq_w=w, seq_w2=w2)
+    weights[:] = 0.0
+    assert began.parts()["sequence_weights"].sum() == 0.0
+    assert compute(began)["seq/ess"] == pytest.approx(compute(expected)["seq/ess"], rel=1e-12)
 
 
 @pytest.mark.parametrize("shift", [-2.0, -0.5, -1e-9, 0.0, 0.3])

@@ -28,6 +28,8 @@ def test_ranks_hold_the_same_sums_after_the_reduction(tmp_path):
         assert torch.equal(reduced.additive, results[0][1].additive)  # to the last bit: one verdict everywhere
         assert torch.equal(reduced.maxima, expected.maxima)
         assert [row["rank"] for row in rows] == [1, 2, 2]
+        told = torch.stack([torch.cat([own.replica, own.maxima[:2]]) for own, _, _ in results])
+        assert torch.equal(reduced.by_rank, told)  # of each rank, in their order
     assert compute(results[0][1])["kl_k3"] == compute(results[2][1])["kl_k3"] > 0
 
 
@@ -44,7 +46,8 @@ class OfTwo:
         return tensor.add_(self._theirs.additive)  # in place, as some backends do
 
     def gather(self, tensor):
-        return torch.cat([tensor, self._theirs.maxima.unsqueeze(0)])
+        theirs = torch.cat([self._theirs.maxima, self._theirs.replica], dim=-1)
+        return torch.cat([tensor, theirs.unsqueeze(0)])
 
 
 def test_sums_add_and_maxima_are_the_largest_over_ranks_and_each_keeps_its_own():
@@ -57,6 +60,8 @@ def test_sums_add_and_maxima_are_the_largest_over_ranks_and_each_keeps_its_own()
         assert torch.equal(got.additive, own.additive + other.additive)
         assert torch.equal(got.maxima, torch.maximum(own.maxima, other.maxima))
         assert got.bootstrap_samples == 200
+    assert torch.equal(found[0].by_rank[:, :3], torch.stack([mine[0].replica, theirs[0].replica]))
+    assert torch.equal(found[0].by_rank[:, 3:], torch.stack([mine[0].maxima[:2], theirs[0].maxima[:2]]))
     assert torch.equal(mine[0].additive, before.additive)
     alone = SimpleNamespace(num_processes=1)
     assert reduce_sums(mine[0], alone) is mine[0]

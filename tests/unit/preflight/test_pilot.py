@@ -50,7 +50,9 @@ def test_a_halt_is_a_no_whatever_else_was_seen(tmp_path, baseline):
 
 
 def test_breaches_that_never_halt_still_count(tmp_path, baseline):
-    many = judge_pilot(record(tmp_path / "many", steps=12, shift=0.3, shifted=lambda step: step % 3 == 1), baseline)
+    in_a_row_only = {"breach_memory": 0, "rules": {f"evidence/{t}": None for t in ("honesty", "drift", "change")}}
+    run = record(tmp_path / "many", steps=12, shift=0.3, shifted=lambda step: step % 3 == 1, **in_a_row_only)
+    many = judge_pilot(run, baseline)
     assert {w["status"] for w in read_windows(tmp_path / "many")} == {"OK", "BREACH"}
     assert outcomes(many)["parity"] == "fail"
     once = judge_pilot(record(tmp_path / "once", steps=12, shift=0.3, shifted=lambda step: step == 4), baseline)

@@ -1,6 +1,7 @@
 """Templates escape by default, figures read alike everywhere, and what three renderers show is worked out once."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from trl_parity.preflight.check.rows import CheckOutcome, Row, RowVerdict
 from trl_parity.report import rendering
 from trl_parity.report.figures import INCIDENT_PICTURES, REPORT_PICTURES
 from trl_parity.report.format import cut, number, percent
+from trl_parity.report.html import render_page
 from trl_parity.report.rendering import Markup, render_html, render_markdown
 from trl_parity.report.sequences import LESS, MORE, color_scale, shade, worst_sequences
 from trl_parity.report.summary import statistics, summary_of
@@ -131,3 +133,13 @@ def test_an_incident_alone_is_summed_up_with_the_windows_it_holds():
     assert (len(summary.after), summary.not_finite) == (2, 1)
     assert summary.rule.stat == "kl_k3"
     assert summary_of(make(config={"unknown": 1}), rows).rule is None  # then the recorded limit is what is drawn
+
+
+def test_words_in_tables_of_a_page_are_not_broken_to_make_room():
+    page = render_page("t", ["| a | b |\n| --- | --- |\n| `logp_abs_diff/mean` | x |\n"], {})
+    css = page[page.index("<style>") : page.index("</style>")]
+    rules = dict(re.findall(r"([^{}\n]+?) *\{([^}]*)\}", css))
+    assert "overflow-x: auto" in rules["table"]  # what is too wide is scrolled to
+    for cells in ("th, td", "td code"):
+        [rule] = [body for name, body in rules.items() if name.strip().endswith(cells)]
+        assert "overflow-wrap: break-word" in rule

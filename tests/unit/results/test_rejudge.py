@@ -10,7 +10,10 @@ from support.windows import window
 from trl_parity import ParityConfig, ParityMonitor
 from trl_parity.cli import main
 from trl_parity.errors import ConfigError, DataError
-from trl_parity.results.rejudge import changed_config, read_windows, rejudge
+from trl_parity.judging.breaker import Breaker
+from trl_parity.judging.evidence import Evidence
+from trl_parity.results.reader import Columns
+from trl_parity.results.rejudge import REJUDGED, changed_config, read_windows, rejudge
 
 FLOOR = {"floor/kl_k3": 1e-5}
 
@@ -73,6 +76,18 @@ def test_a_torn_line_is_passed_over_and_infinities_come_back(tmp_path):
     assert [str(v.status) for _, v in rejudge(rows, ParityConfig(floor_tokens=0))] == ["BREACH", "OK"]
 
 
+def test_an_intermittent_fault_is_replayed_as_it_was_judged_and_told_from_its_beginning(tmp_path):
+    run(tmp_path, [1e-5, 2e-4, 1e-5, 2e-4, 1e-5, 2e-4])
+    rows = read_windows(tmp_path)
+    assert [row["status"] for row in rows] == ["OK", "BREACH", "OK", "BREACH", "OK", "HALT"]
+    assert [(str(v.status), v.level) for _, v in rejudge(rows, ParityConfig(floor_tokens=0))] == [
+        (row["status"], row["breaker/level"]) for row in rows
+    ]
+    assert not any(v.halted for _, v in rejudge(rows, ParityConfig(floor_tokens=0, breach_memory=0)))
+    columns = Columns.of(rows, ["kl_k3"])
+    assert (columns.first_halt, columns.onset) == (6, 2)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -97,13 +112,40 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, capsys, content, message)
         ("consecutiv=2", "did you mean 'consecutive'"),
         ("rules.kl_k4.k=2", "did you mean 'kl_k3'"),
         ("consecutive=[1", "not valid YAML"),
-        ("truncation=ignore", "measured with truncation='replay', and can't be judged again"),
-        ("every_n_steps=2", "measured with every_n_steps=1, and can't be judged again"),
     ],
 )
 def test_a_wrong_assignment_is_named(assignment, message):
     with pytest.raises(ConfigError, match=message):
         changed_config(ParityConfig(), [assignment])
+
+
+@pytest.mark.parametrize("assignment", ["truncation=ignore", "every_n_steps=2", "action=log"])
+def test_what_was_measured_cannot_be_judged_again_otherwise(tmp_path, capsys, assignment):
+    run(tmp_path, [1e-5, 1e-5])
+    assert main(["replay", str(tmp_path), "--set", assignment]) == 2
+    name = assignment.split("=")[0]
+    assert f"{name} can't be tried out on them. Expected one of: rules, consecutive" in capsys.readouterr().err
+
+
+def test_whatever_a_judge_looks_at_can_be_tried_out():
+    class Spy:
+        def __getattr__(self, name):
+            seen.add(name)
+            return getattr(config, name)
+
+    config, seen = ParityConfig(), set()
+    Breaker.from_config(Spy())
+    Evidence.from_config(Spy())
+    settings = seen & set(ParityConfig.__dataclass_fields__)
+    assert {"consecutive", "evidence_alpha"} <= settings <= set(REJUDGED)
+
+
+def test_a_count_that_is_none_is_read_as_none_counted(tmp_path):
+    run(tmp_path, [1e-5])
+    path = tmp_path / "parity" / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"num_tokens": ', '"num_tokens": "inf", "was": '))
+    [(_, verdict)] = rejudge(read_windows(path), ParityConfig(floor_tokens=0))
+    assert verdict.stats.num_tokens == 0
 
 
 def test_assignments_reach_rules_with_slashes_and_bare_limits():

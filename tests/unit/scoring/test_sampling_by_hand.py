@@ -4,28 +4,10 @@ import math
 
 import pytest
 import torch
+from support.sampling import naive_kept
 
 from trl_parity.records import SamplingSettings
-from trl_parity.scoring.sampling import kept_mask, penalize, replay, replay_top
-
-
-def naive_kept(row, top_k, top_p, min_p):
-    """min-p of the whole law, then top-k, then top-p of what is left; indices that stay."""
-    total = math.fsum(math.exp(z) for z in row)
-    probs = [math.exp(z) / total for z in row]
-    kept = [i for i, p in enumerate(probs) if p >= min_p * max(probs)]
-    if 0 < top_k < len(row):
-        least = sorted((row[i] for i in kept), reverse=True)[:top_k][-1]
-        kept = [i for i in kept if row[i] >= least]
-    if top_p < 1:
-        rest = math.fsum(math.exp(row[i]) for i in kept)
-        order, mass = sorted(kept, key=lambda i: row[i]), 0.0
-        for i in order[:-1]:
-            mass += math.exp(row[i]) / rest
-            if mass > 1 - top_p:
-                break
-            kept.remove(i)
-    return kept
+from trl_parity.scoring.sampling import cut, kept_mask, penalize, replay, replay_top, settings_of, turns
 
 
 @pytest.mark.parametrize("top_k", [0, -1, 1, 4, 11, 12])
@@ -37,6 +19,15 @@ def test_what_is_kept_and_what_it_is_scored(top_k, top_p, min_p):
     kept = kept_mask(logits / temperature, settings)
     targets = torch.arange(9) % 12
     scores = replay(logits, targets, settings, temperature)
+    whole = (logits / temperature).log_softmax(-1)
+    for most in (12, 9, 3):  # from the most likely alone: the same, wherever it can be known
+        found, known = replay_top(whole.topk(most).values, whole[torch.arange(9), targets], settings, 12)
+        first = top_p if not min_p and top_k in (0, -1, 12) else 1.0  # what top-p chooses from must be known as well
+        ends = [len(naive_kept(row, top_k, first, min_p)) < most for row in (logits / temperature).tolist()]
+        assert known.tolist() == ([True] * 9 if most == 12 else ends)
+        assert (found.log_kept <= 0).all()
+        for got, want in zip(found, scores, strict=True):
+            torch.testing.assert_close(got[known].double(), want[known].double(), atol=1e-5, rtol=0)
     for i, row in enumerate((logits / temperature).tolist()):
         expected = naive_kept(row, top_k, top_p, min_p)
         assert kept[i].nonzero().squeeze(-1).tolist() == sorted(expected)
@@ -84,7 +75,43 @@ def test_ties_at_the_edge_of_top_k_stay_and_one_of_those_of_top_p():
     assert kept_mask(equal, SamplingSettings(top_k=2)).sum() == 3
     assert kept_mask(torch.zeros(1, 4), SamplingSettings(top_p=0.5)).sum() == 2
     assert kept_mask(torch.zeros(1, 4), SamplingSettings(top_p=0.01)).sum() == 1
+    assert kept_mask(torch.zeros(1, 4), SamplingSettings(top_p=1e-9)).sum() == 1
     assert kept_mask(torch.zeros(1, 4), SamplingSettings(min_p=1.0)).sum() == 4
+
+
+@pytest.mark.parametrize(("top_p", "count"), [(0.25, 1), (0.26, 2), (0.5, 2), (0.75, 3), (0.76, 4), (1.0, 4)])
+def test_what_reaches_top_p_exactly_is_enough(top_p, count):
+    gaps, mass = torch.zeros(1, 4, dtype=torch.float64), torch.arange(1.0, 5.0, dtype=torch.float64)[None]
+    assert cut(gaps, mass, settings_of(SamplingSettings(top_p=top_p), gaps)).tolist() == [[count]]
+    assert kept_mask(gaps, SamplingSettings(top_p=top_p)).sum() == count
+
+
+def test_without_top_p_a_token_without_mass_stays():
+    gaps, mass = torch.tensor([[0.0, 0.0, 800.0]]).double(), torch.tensor([[1.0, 2.0, 2.0]]).double()
+    assert cut(gaps, mass, settings_of(SamplingSettings(), gaps)).tolist() == [[3]]
+
+
+@pytest.mark.parametrize(
+    ("logits", "settings", "known"),
+    [
+        ([0.0, 0.0, 0.0, 0.0], SamplingSettings(top_p=0.5), False),  # which two stay is the sort's choice
+        ([0.0, 0.0, 0.0, 0.0], SamplingSettings(top_k=2), True),  # all of them
+        ([1.0, 0.0, 0.0, -1.0], SamplingSettings(top_p=0.5), True),
+        ([1.0, 0.0, 0.0, -1.0], SamplingSettings(top_p=0.6), False),
+        ([1.0, 0.0, 0.0, -1.0], SamplingSettings(top_k=2), True),
+    ],
+)
+def test_a_set_that_ends_between_equals_is_not_known(logits, settings, known):
+    top = torch.tensor([logits]).log_softmax(-1)
+    assert replay_top(top, top[:, 1], settings, 4)[1].tolist() == [known]
+
+
+def test_a_turn_is_what_one_request_sampled_and_begins_at_nothing():
+    mask = torch.tensor([[1, 1, 0, 1, 1, 1, 0, 1], [0, 0, 1, 1, 0, 0, 0, 1], [0] * 8]).bool()
+    run, place = turns(mask)
+    assert run[mask].tolist() == [0, 0, 1, 1, 1, 2, 0, 0, 1]
+    assert place[mask].tolist() == [0, 1, 0, 1, 2, 0, 0, 1, 0]
+    assert run.min() == 0
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ It knows mechanisms, never the run's history. What it can't ask raises ``NotPoss
 from __future__ import annotations
 
 from .base import COSTS, FREE, Candidate, NotPossible, Probe, in_order, recomputed
+from .engine_head import ENGINE_HEAD
 from .handoff import HANDOFF
 from .rescore import RESCORE
 from .sampling_params import SAMPLING_PARAMS
@@ -16,4 +17,4 @@ from .weight_sync import WEIGHT_SYNC
 
 __all__ = ["COSTS", "FREE", "PROBES", "Candidate", "NotPossible", "Probe", "in_order", "recomputed"]
 
-PROBES = in_order((*HANDOFF, *TRAINER_FORWARD, *SAMPLING_PARAMS, *WEIGHT_SYNC, *RESCORE))
+PROBES = in_order((*HANDOFF, *TRAINER_FORWARD, *SAMPLING_PARAMS, *WEIGHT_SYNC, *ENGINE_HEAD, *RESCORE))

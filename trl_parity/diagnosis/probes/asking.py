@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -20,6 +21,7 @@ from .base import Candidate, NotPossible, recomputed, require_engine
 
 __all__ = [
     "answered", "askable", "asked_again", "others", "prefill_drift", "prefill_of", "requests_for", "size_of",
+    "whole_sequences",
 ]  # fmt: skip
 
 _TOKENS = 96  # asked for again, one request each
@@ -102,7 +104,25 @@ def prefill_of(batch: DiagnosedBatch, findings: Findings) -> Prefill:
 
 
 def _ask_prefill(batch: DiagnosedBatch, engine: Engine, prompts: EnginePrompts | None) -> Prefill:
-    sequences, tokens, starts = [], [], []
+    some = whole_sequences(batch, engine, prompts)
+    scores = [
+        x.double()[one.start + batch.column[one.tokens] - 1]
+        for x, one in zip(engine.rescore([one.ids for one in some]), some, strict=True)
+    ]
+    return Prefill(picked=torch.cat([one.tokens for one in some]), logprobs=torch.cat(scores))
+
+
+class Whole(NamedTuple):
+    """One of the few, up to its last token looked at."""
+
+    ids: list[int]
+    tokens: torch.Tensor  # which of the batch's
+    start: int  # where its completion begins
+
+
+def whole_sequences(batch: DiagnosedBatch, engine: Engine, prompts: EnginePrompts | None) -> list[Whole]:
+    """The few sequences as the engine would read them. Raises NotPossible where none fits it."""
+    some = []
     for i in batch.few.tolist():
         at = int(batch.rows[i])
         mine = (batch.row == i).nonzero().squeeze(-1)
@@ -110,16 +130,10 @@ def _ask_prefill(batch: DiagnosedBatch, engine: Engine, prompts: EnginePrompts |
         if len(mine):
             ids = prompt + batch.rollout.completion_ids[at, : int(batch.column[mine].max()) + 1].tolist()
             if len(ids) < engine.max_model_len:
-                sequences.append(ids)
-                tokens.append(mine)
-                starts.append(len(prompt) - 1)
-    if not sequences:
+                some.append(Whole(ids, mine, len(prompt)))
+    if not some:
         raise NotPossible("no sequence fits the engine's max_model_len")
-    scores = [
-        x.double()[start + batch.column[mine]]
-        for x, start, mine in zip(engine.rescore(sequences), starts, tokens, strict=True)
-    ]
-    return Prefill(picked=torch.cat(tokens), logprobs=torch.cat(scores))
+    return some
 
 
 def prefill_drift(

@@ -26,6 +26,8 @@ _SAME = 0.05  # a true scale of the logits left up to 0.045 of the drift (or 3 f
 
 _REPRODUCED = 0.3  # asked again, the engine gives its number back: up to this share of the drift
 
+_ASKED = 8  # times, where two answers differ: their mean has an eighth of the variance of one
+
 _STEP = 3.0  # a change within sequences: this much more drift on one side of it
 
 _TWO_IMPLEMENTATIONS = (
@@ -77,9 +79,30 @@ def within_sequences(
     same, gap = _reproduced(batch, current, again, again.as_sampled)
     if same:
         return None, found
+    if (random := _random(batch, current, again, findings)) is not None:
+        return random, found
     cause, why = _what_changed(batch, current)
     words = f"asked again, the engine does not give back what it reported: {gap}; {why}"
     return answered(batch, current, again, words, cause), found
+
+
+def _random(batch: DiagnosedBatch, current: Counterfactual, again: AskedAgain, findings: Findings) -> Candidate | None:
+    """The mean of several answers, where one engine in one state gives a different one each time."""
+    engine, requests = askable(batch), requests_for(batch, again.picked.tolist(), findings.engine_prompts)
+    answers = [again.anew]
+    for _ in range(_ASKED - 1):
+        told, _ = engine.next_token(*requests, batch.temperature, cached=False)
+        answers.append(told.double())
+        apart = size_of(answers[1] - answers[0])
+        if apart < _REPRODUCED * size_of(again.anew - current.reported[again.picked]):
+            return None  # it does say the same now
+    spread = float(torch.stack(answers).std(0).nan_to_num(0.0).mean())
+    words = (
+        f"asked {_ASKED} times, one request after the other, the engine gives {_ASKED} answers, {spread:.3g} nats "
+        f"apart (standard deviation); their mean is compared here"
+    )
+    mean_of = replace(again, anew=torch.stack(answers).mean(0))
+    return answered(batch, current, mean_of, words, "engine_numerics")
 
 
 def _what_changed(batch: DiagnosedBatch, current: Counterfactual) -> tuple[str, str]:

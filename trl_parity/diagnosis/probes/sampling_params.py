@@ -10,7 +10,7 @@ import torch
 from .. import fitting
 from ..counterfactual import Counterfactual, DiagnosedBatch
 from ..distribution import Distribution, Tokens, distribution_details
-from ..fitting_bias import fit_bias
+from ..fitting_bias import fit_bias, fit_min_tokens
 from .base import (
     Candidate,
     NotPossible,
@@ -237,6 +237,8 @@ SAMPLING_PARAMS: tuple[Probe, ...] = (
            "the engine penalizes behind the requests' back"),
     _fit("fitted bias", "constrained_decoding", _fitted(fit_bias, held_out=True),
            "the engine rules tokens out or favours some behind the requests' back"),
+    _fit("fitted min_tokens", "constrained_decoding", _fitted(fit_min_tokens),
+           "the engine rules some tokens out at the beginning of each completion"),
     probe("shift", "token_misalignment", "head", independent(shift),
            "log-probs belong to a neighbouring token", "moved by a place or two, they agree"),
     probe("logits precision", "head_precision", "head", independent(logits_precision),

@@ -1,0 +1,112 @@
+"""One sick rank among 2, 64 or 1,024 halts and is named; healthy ranks are silent, however skew their noise."""
+
+import numpy as np
+import pytest
+import torch
+
+from trl_parity import ParityConfig
+from trl_parity.judging.breaker import Breaker
+from trl_parity.judging.replicas import Replicas
+from trl_parity.metrics.sums import MismatchSums
+from trl_parity.verdict import MismatchStats
+
+SCALE, TOKENS = 0.02, 64  # of Δ, nats: mean |Δ| 0.016, k3 2e-4
+
+
+def a_window(rng, ranks, sequences, scales=None, spread=0.0):
+    """What is known of a window: by rank, and of all together. ``scales``: of Δ by rank."""
+    size = np.exp(spread * rng.standard_normal((ranks, sequences, 1)) - spread**2 / 2)
+    delta = SCALE * size * rng.standard_normal((ranks, sequences, TOKENS))
+    delta *= (np.ones(ranks) if scales is None else scales)[:, None, None]
+    k3, nats = np.expm1(delta) - delta, np.abs(delta)
+    by_rank = np.stack(
+        [np.full(ranks, float(sequences * TOKENS)), k3.sum((1, 2)), nats.sum((1, 2)), delta.max((1, 2)),
+         (-delta).max((1, 2))], axis=-1,
+    )  # fmt: skip
+    n, m = delta.size, ranks * sequences
+    floor = {"floor/kl_k3": 2.2e-4 * np.exp(spread**2), "floor/logp_abs_diff/mean": 0.0165}
+    stats = {"effective_sequences": float(m), "nonfinite_rate": 0.0}
+    stats |= {"logp_abs_diff/mean": nats.mean(), "kl_k3": k3.mean()} | floor
+    for name, x in (("kl_k3", k3.sum(2)), ("logp_abs_diff/mean", nats.sum(2))):
+        residual = x - x.mean()
+        stats[f"se/{name}"] = float(np.sqrt((residual**2).sum() * m / (m - 1)) / n)
+    return by_rank, stats
+
+
+def run(windows, **settings):
+    """Statuses and ranks named."""
+    config = ParityConfig(**settings)
+    breaker, replicas, seen = Breaker.from_config(config), Replicas(config.consecutive), []
+    for step, (by_rank, stats) in enumerate(windows):
+        scalars = stats | replicas.add(by_rank, stats)
+        verdict = breaker.judge(step, MismatchStats(1, 1, 1, 0, scalars))
+        seen.append((str(verdict.status), verdict.breaches, scalars.get("replica/rank")))
+    return seen
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.mark.parametrize(("ranks", "sequences"), [(2, 16), (64, 8), (1024, 4)])
+def test_one_stale_rank_halts_at_the_third_window_and_is_named(rng, ranks, sequences):
+    sick = ranks // 2
+    scales = np.ones(ranks)
+    scales[sick] = 10.0
+    seen = run([a_window(rng, ranks, sequences, scales) for _ in range(3)], rules={"kl_k3": None})
+    assert [status for status, *_ in seen] == (["BREACH", "BREACH", "HALT"] if ranks == 2 else ["OK", "OK", "HALT"])
+    assert {"replica/kl_k3", "replica/logp_abs_diff/mean"} <= set(seen[-1][1])
+    assert seen[-1][2] == sick
+    if ranks > 2:  # and no other rule sees it
+        assert set(seen[-1][1]) == {"replica/kl_k3", "replica/logp_abs_diff/mean"}
+
+
+@pytest.mark.parametrize(("ranks", "sequences", "spread"), [(2, 4, 0.5), (64, 8, 0.5), (1024, 8, 0.5), (1024, 1, 1.0)])
+def test_healthy_ranks_are_silent(rng, ranks, sequences, spread):
+    seen = run(a_window(rng, ranks, sequences, spread=spread) for _ in range(25))
+    assert {status for status, *_ in seen} == {"OK"}
+
+
+def test_another_rank_each_time_is_chance_and_one_token_of_any_size_is_nothing(rng):
+    windows = []
+    for step in range(12):
+        scales = np.ones(64)
+        scales[step % 64] = 10.0
+        windows.append(a_window(rng, 64, 8, scales))
+    assert {status for status, *_ in run(windows)} == {"OK"}
+    windows = [a_window(rng, 64, 8) for _ in range(12)]
+    for by_rank, _ in windows:
+        by_rank[5] += 0.0, np.expm1(20.0) - 20.0, 20.0, 20.0, 0.0
+        by_rank[6] += 0.0, np.expm1(-30.0) + 30.0, 30.0, 0.0, 30.0
+    assert {status for status, *_ in run(windows)} == {"OK"}
+
+
+def test_the_number_of_windows_is_the_settings_and_other_ranks_begin_anew(rng):
+    scales = np.array([1.0, 1.0, 10.0, 1.0])
+    sick = [a_window(rng, 4, 16, scales) for _ in range(6)]
+    only = {"kl_k3": None, "logp_abs_diff/mean": None}
+    assert run(sick[:1], consecutive=1, rules=only)[0][0] == "HALT"
+    replicas = Replicas(2)
+    assert [bool(replicas.add(*window)) for window in sick[:2]] == [False, True]
+    assert not replicas.add(*a_window(rng, 8, 16))  # resumed on other ranks
+    assert not replicas.add(None, sick[0][1])
+    assert not replicas.add(sick[0][0], {})
+
+
+def test_a_rank_without_tokens_is_none_of_them(rng):
+    by_rank, stats = a_window(rng, 4, 16)
+    by_rank[1] = 0.0, 0.0, 0.0, -np.inf, -np.inf
+    replicas = Replicas(1)
+    found = replicas.add(by_rank, stats)
+    assert found["replica/kl_k3"] < 2e-4
+    assert found["replica/rank"] != 1
+
+
+def test_sums_know_what_is_told_of_their_rank():
+    sums = MismatchSums.zeros()
+    sums.bump(tokens=3, k3=0.5, abs_delta=0.25)
+    assert sums.replica.tolist() == [3.0, 0.5, 0.25]
+    assert sums.by_rank is None
+    sums.by_rank = torch.ones(2, 5)
+    assert sums.cpu().by_rank is not None

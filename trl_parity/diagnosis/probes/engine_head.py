@@ -1,0 +1,99 @@
+"""A probe of the engine's last step: the logits it makes of its own last hidden states, against the trainer's head."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from ...engine.base import in_process
+from ...scoring.dtypes import dtype_name
+from ...scoring.head import logits_chunk
+from ..counterfactual import Counterfactual, DiagnosedBatch
+from ..findings import NOTHING, Findings
+from ..forward_passes import ForwardPass
+from .asking import askable, whole_sequences
+from .base import Candidate, NotPossible, Probe, probe, recomputed
+
+__all__ = ["ENGINE_HEAD"]
+
+_TOKENS = 64  # of a sequence
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
+
+_LIKE = 0.1  # a law of the difference leaves this share of it at most
+
+
+def engine_head(
+    batch: DiagnosedBatch, current: Counterfactual, findings: Findings
+) -> tuple[Candidate | None, Findings]:
+    """As if the engine's logits were what the trainer's head makes of the engine's own hidden states."""
+    engine, weights = askable(batch), findings.engine_weights
+    if not in_process(engine):
+        raise NotPossible("a server does not tell its hidden states")
+    if weights is None or batch.sharded:
+        raise NotPossible("the engine's head was not read, or the policy's is sharded over ranks")
+    if weights.differing or weights.ignored:  # other weights, perhaps the head's
+        return None, NOTHING
+    base = recomputed(current)
+    reported, over = base.reported.clone(), torch.zeros(len(batch), dtype=torch.bool)
+    theirs, ours = [], []
+    with batch.passes.head(ForwardPass(), batch.temperature) as head:
+        for whole in whole_sequences(batch, engine, findings.engine_prompts):
+            n = len(whole.tokens)
+            some = whole.tokens[torch.linspace(0, n - 1, min(_TOKENS, n)).long().unique()]
+            states, logits = engine.last_states(whole.ids, (whole.start + batch.column[some]).tolist())
+            made = logits_chunk(states.to(head.weight.device), head).cpu()
+            logits = logits[:, : made.shape[1]].float().cpu()
+            targets = batch.targets[some].cpu()[:, None]
+            apart = [(x / batch.temperature).double().log_softmax(-1).gather(1, targets)[:, 0] for x in (logits, made)]
+            reported[some] -= apart[0] - apart[1]
+            over[some] = True
+            theirs.append(logits)
+            ours.append(made)
+    cause, words = _in_words(torch.cat(theirs), torch.cat(ours), engine.head_dtype, batch.redacted)
+    candidate = Candidate(
+        counterfactual=replace(base, distribution=batch.plain, reported=reported, kept=base.kept & over),
+        over=over,
+        cause=cause,
+        finding=words,
+        fix="" if cause != "model_definition" else _FIX,
+    )
+    return candidate, NOTHING
+
+
+_FIX = (
+    "compare what both sides do to logits after the head: vLLM's compute_logits and the model's logits processors (or "
+    "a patch or plugin of theirs) against the trainer's scale, bias and soft cap."
+)
+
+
+def _in_words(theirs: torch.Tensor, ours: torch.Tensor, dtype: torch.dtype, redacted: bool) -> tuple[str, str]:
+    """What logits (n, V) of the engine are to those of the trainer's head on the same states: the cause, and how.
+
+    ``dtype``: of the engine's head. Logits that all lie on the grid of a narrower one were rounded to it.
+    """
+    gap = theirs - ours
+    size = float(gap.abs().nan_to_num(0.0, posinf=0.0).mean())
+    same = "on the engine's own hidden states the trainer's head makes other logits than the engine"
+    for narrow in _DTYPES:
+        on_grid = narrow.itemsize < dtype.itemsize and torch.equal(theirs.to(narrow).float(), theirs)
+        left = float((theirs - ours.to(narrow).float()).abs().nan_to_num(0.0, posinf=0.0).mean())
+        if on_grid or left < _LIKE * size:
+            return "head_precision", f"{same}: the same rounded to {dtype_name(narrow)}"
+    centered = gap - gap.mean(-1, keepdim=True)
+    bias = centered.mean(0)
+    if float((centered - bias).abs().mean()) < _LIKE * float(centered.abs().mean()):
+        most = int(bias.abs().argmax())
+        on = "one token" if redacted else f"token {most}"
+        words = f"{same}, by one bias wherever they are: {float(bias[most]):+.3g} on {on} the most"
+        return "constrained_decoding", words
+    return "model_definition", f"{same} ({size:.3g} apart on average)"
+
+
+ENGINE_HEAD: tuple[Probe, ...] = (
+    probe("engine's head", "model_definition", "last", engine_head,
+          "the two sides make other logits of the same hidden states",
+          "with the trainer's head on the engine's hidden states, the engine agrees with the trainer",
+          uses=("engine_prompts", "engine_weights")),
+)  # fmt: skip

@@ -1,0 +1,68 @@
+"""One sick rank among many, whose drift the mean over all ranks hides. Pure, no torch.
+
+Of each rank a window keeps its tokens, Σ k3, Σ |Δ| and largest Δ: x_r is its mean without the token of largest |Δ|.
+Of R ranks together the lower bound of rank r's own mean is
+
+    x_r - t s √(n / n_r),    s the standard error of the mean over all n tokens, n_r the rank's
+
+with t the Student quantile of 1 - 0.01 / R (Bonferroni): of all R bounds, one is wrong in 1 % of the windows where the
+ranks' sequences are alike. Noise that differs by sequence, in batches of a few, is skew, and the worst rank of a
+window is then some rank or other; a sick one is the same in every window. So what is judged is the smallest of a
+rank's last ``consecutive`` bounds, and of these the largest over the ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+
+import numpy as np
+
+__all__ = ["Replicas"]
+
+_ALPHA = 0.01
+
+_STATS = ("kl_k3", "logp_abs_diff/mean")
+
+_CLAMP = 300.0  # Δ in e^Δ, as in the sums
+
+
+class Replicas:
+    """The ranks' last bounds; not part of a checkpoint. ``scalars``: of the last window."""
+
+    def __init__(self, windows: int):
+        self._bounds: deque[np.ndarray] = deque(maxlen=windows)
+        self.scalars: dict[str, float | None] = {}
+
+    def add(self, by_rank: np.ndarray | None, stats: Mapping[str, float | None]) -> dict[str, float | None]:
+        """Take in a window: ``replica/*`` of it. ``by_rank``: ``MismatchSums.by_rank``; None of a single rank."""
+        self.scalars = {}
+        errors = [stats.get(f"se/{stat}") for stat in _STATS]
+        sequences, ranks = stats.get("effective_sequences"), 0 if by_rank is None else len(by_rank)
+        if by_rank is None or ranks < 2 or sequences is None or any(error is None for error in errors):
+            return self.scalars  # nothing is known of the window: the bounds before it stand
+        if self._bounds and len(self._bounds[0]) != ranks:
+            self._bounds.clear()
+        self._bounds.append(_lower_bounds(by_rank, np.array(errors, dtype=float), max(1.0, sequences - 1.0)))
+        if len(self._bounds) == self._bounds.maxlen:
+            lasting = np.min(self._bounds, axis=0)
+            for i, stat in enumerate(_STATS):
+                worst = float(lasting[:, i].max())
+                self.scalars[f"replica/{stat}"] = worst if math.isfinite(worst) else None
+            self.scalars["replica/rank"] = float(lasting[:, 1].argmax())
+        return self.scalars
+
+
+def _lower_bounds(by_rank: np.ndarray, errors: np.ndarray, dof: float) -> np.ndarray:
+    """(R, 2) of k3 and |Δ|, from (R, 5) tokens, Σ k3, Σ |Δ|, max Δ, max -Δ; -inf of a rank with a token or none."""
+    from scipy.special import stdtrit
+
+    tokens, sums, ends = by_rank[:, 0], by_rank[:, 1:3], by_rank[:, 3:]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        signed = np.minimum(ends, _CLAMP) * (1.0, -1.0)
+        largest = np.stack([(np.expm1(signed) - signed).max(1), ends.max(1)], axis=-1)
+        means = np.maximum(sums - largest, 0.0) / (tokens - 1.0)[:, None]
+        t = float(stdtrit(dof, 1.0 - _ALPHA / len(by_rank)))
+        bounds = means - t * errors * np.sqrt(tokens.sum() / tokens)[:, None]
+    return np.where((tokens > 1.0)[:, None] & np.isfinite(bounds), bounds, -np.inf)
