@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from peft import LoraConfig, get_peft_model
 
 from trl_parity.errors import InterceptionError
 from trl_parity.records import RolloutBatch, SamplingSettings
@@ -146,11 +147,15 @@ def test_completions_that_the_loss_leaves_out_are_compared_and_are_no_smaller_sh
         torch.testing.assert_close(got[mask], want[mask], atol=1e-5, rtol=0)
 
 
-def test_a_pass_of_ours_draws_from_random_numbers_of_its_own(tiny_model):
+@pytest.mark.parametrize("dropout", ["attention", "lora"])
+def test_a_pass_of_ours_draws_from_random_numbers_of_its_own(tiny_model, dropout):
     model = copy.deepcopy(tiny_model)
-    model.config.attention_dropout = 0.5
-    for layer in model.model.layers:
-        layer.self_attn.attention_dropout = 0.5
+    if dropout == "lora":
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5))
+    else:
+        model.config.attention_dropout = 0.5
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.5
     capture = Batch(Trainer(model.train()))
     batch = capture.batch()
     before = torch.random.get_rng_state()
