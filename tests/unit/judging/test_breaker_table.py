@@ -71,9 +71,10 @@ LEVELS = {"healthy": window(kl_k3=0.01), "failed": window(num_errors=1), "near":
 
 @pytest.mark.parametrize("halt_on_error", [False, True])
 @pytest.mark.parametrize("memory", [1, 3])
-def test_breaches_that_are_remembered_halt_as_the_documentation_says(halt_on_error, memory):
+@pytest.mark.parametrize("windows", [4, pytest.param(5, marks=pytest.mark.slow_unit)])
+def test_breaches_that_are_remembered_halt_as_the_documentation_says(halt_on_error, memory, windows):
     asks = {"three": 3, "two": 2, "at once": 1} | ({"failed": 3} if halt_on_error else {})
-    for run in product(LEVELS, repeat=5):
+    for run in product(LEVELS, repeat=windows):
         breaker = Breaker((THREE, TWO, AT_ONCE), 3, halt_on_error, breach_memory=memory)
         level, streak = Fraction(0), []
         for step, name in enumerate(run):

@@ -289,12 +289,14 @@ def windows_judged(few, seed, windows=6, drift=0.0):
     return any(v.halted for v in judge.verdicts)
 
 
+@pytest.mark.slow_unit
 def test_healthy_runs_whose_noise_differs_by_sequence_do_not_halt():
     """Of 16 such runs, judged by the floor's point estimate, 6 do with one row and 3 with two; here 2 and 1."""
     assert sum(windows_judged(1, seed) for seed in range(6)) <= 1
     assert not any(windows_judged(4, seed) for seed in range(4))
 
 
+@pytest.mark.slow_unit
 def test_a_bound_is_not_so_wide_that_a_faint_drift_is_missed():
     """16 sequences of 32 tokens, all alike: a drift of a few times the floor halts."""
     floor = NoiseFloor(ParityConfig())
