@@ -164,6 +164,7 @@ def test_tokens_that_are_not_allowed_have_no_log_prob():
     assert not log_probs(tokens, law).outside.any()
 
 
+@pytest.mark.slow_unit
 def test_large_vocabularies_in_many_chunks():
     law = of(temperature=0.8, top_p=0.9, min_p=0.001)
     tokens = make(law, n=30, vocab=40_000)
@@ -349,6 +350,7 @@ def test_corrupted_tokens_alone_are_not_explained(seed):
     assert [fit(tokens, PLAIN) for fit in FITS] == [None] * len(FITS)
 
 
+@pytest.mark.slow_unit
 @pytest.mark.parametrize("seed", range(3))
 def test_corrupted_tokens_do_not_hide_the_law(seed):
     found = fit_temperature(make(of(temperature=0.6), seed, corrupted=0.2), PLAIN)

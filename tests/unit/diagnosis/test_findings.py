@@ -212,6 +212,7 @@ def test_a_probe_sees_what_it_declares_and_gives_what_it_declares(make_batch):
     assert len(told) == 2
 
 
+@pytest.mark.slow_unit
 def test_without_a_finding_it_needs_a_probe_is_not_possible(make_batch):
     alone = seen(diagnose(make_batch(), 1, probes=picked("engine's prefill")))
     assert alone["engine's prefill"]["error"] == "not possible here: no probe before it gave asked_again"
@@ -225,6 +226,7 @@ def test_without_a_finding_it_needs_a_probe_is_not_possible(make_batch):
     assert errors["engine's prefill"] == "not possible here: asked again failed: ZeroDivisionError: division by zero"
 
 
+@pytest.mark.slow_unit
 def test_what_was_found_before_a_refusal_is_handed_on(make_batch):
     batch = make_batch(began_healthy=None)
     batch.engine.caches_prefixes = False
@@ -236,6 +238,7 @@ def test_what_was_found_before_a_refusal_is_handed_on(make_batch):
     assert "other ones, or another function of them" in found["engine's prefill"]["finding"]
 
 
+@pytest.mark.slow_unit
 def test_older_weights_of_an_engine_that_hands_out_none_are_named_from_what_probes_found(make_batch):
     batch, state = make_batch(), torch.random.get_rng_state()
     before = copy.deepcopy(batch.model.state_dict())
@@ -260,6 +263,7 @@ def test_time_does_not_decide_what_is_true(make_batch):
     assert "left_out" not in unhurried.details
 
 
+@pytest.mark.slow_unit
 @pytest.mark.parametrize(("began_healthy", "cause"), [(True, "stale_weights"), (None, "model_definition")])
 def test_a_cause_by_elimination_is_as_sure_as_what_could_be_asked(make_batch, began_healthy, cause):
     """A server hands out neither its weights nor its module: what they would tell is not ruled out."""
@@ -291,6 +295,7 @@ def test_what_leaves_nothing_unexplained_needs_no_other_answer():
     assert not_excluded(answered, [replace(missing, cause="stale_weights")], frozenset({"stale_weights"})) == ()
 
 
+@pytest.mark.slow_unit
 def test_a_cache_as_coarse_as_the_engines_is_handed_on(make_batch):
     diagnosis = diagnose(make_batch(kv_cache_dtype="fp8_e5m2"), 7)
     moved = seen(diagnosis)["cache precision"]["details"]["moved"]

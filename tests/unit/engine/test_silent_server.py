@@ -93,6 +93,7 @@ def test_a_server_that_never_answers_costs_a_run_one_timeout(server, caplog):
     assert handle.absence
 
 
+@pytest.mark.slow_unit
 def test_a_new_run_asks_again(server):
     generation = generation_of(server.port)
     for _ in range(2):
@@ -100,6 +101,7 @@ def test_a_new_run_asks_again(server):
     assert len(server.connections) == 2
 
 
+@pytest.mark.slow_unit
 def test_one_that_falls_silent_later_is_asked_once_more_for_a_sign_of_life(server, caplog):
     server.answers = 1
     handle, generation = EngineHandle(TIMEOUT), generation_of(server.port)

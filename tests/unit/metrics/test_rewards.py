@@ -88,6 +88,7 @@ def test_large_and_uneven_samples_pass_without_scipy_warnings(n):
     assert result.effect_size > 0.9
 
 
+@pytest.mark.slow_unit
 @pytest.mark.parametrize(
     ("draw", "most"),
     [

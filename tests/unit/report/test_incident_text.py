@@ -1,11 +1,13 @@
 """A halt's text names the folder it stands in, whatever name that gets."""
 
+import pytest
 from support.incidents import make
 
 from trl_parity.report.bundle import write_incident
 from trl_parity.results.incident import read_incident
 
 
+@pytest.mark.slow_unit
 def test_a_text_names_the_folder_that_was_written(tmp_path):
     for name in ("step-7", "step-7-2"):
         folder = write_incident(tmp_path, make(windows=[]), [], lambda folder: f"Look {folder / 'report.md'}")

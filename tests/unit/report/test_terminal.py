@@ -141,6 +141,7 @@ def test_once_prints_and_ends(tmp_path, capsys):
     assert "waiting for the first window" in capsys.readouterr().out
 
 
+@pytest.mark.slow_unit
 def test_without_a_terminal_each_new_window_is_a_line_without_colours(tmp_path):
     command = [sys.executable, "-m", "trl_parity", "watch", str(tmp_path), "--every", "0.05"]
     watching = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})

@@ -145,6 +145,7 @@ def runs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow_unit
 def test_exit_codes_and_words(runs, tmp_path, capsys):
     before, after, worse = (str(runs / name) for name in ("before", "after", "worse"))
     assert main(["compare", before, after]) == 0

@@ -325,7 +325,11 @@ def test_errors_say_what_was_seen_and_expected():
         logits_chunk(hidden, head, out=torch.zeros(4, 49))
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 1999, 1 << 20], ids=["number-by-number", "tiles", "whole-rows"])
+@pytest.mark.parametrize(
+    "chunk_bytes",
+    [pytest.param(1, id="number-by-number", marks=pytest.mark.slow_unit), pytest.param(1999, id="tiles"),
+     pytest.param(1 << 20, id="whole-rows")],
+)  # fmt: skip
 @pytest.mark.parametrize("most", [1, 5, 130, 131])
 def test_the_most_likely_tokens(chunk_bytes, most):
     """Against a sort in fp64, and a target among them has the very same number there."""
