@@ -339,15 +339,17 @@ def _sentence(text: str) -> str:
 
 
 def _one_draw(step: int, words: str, details: dict[str, Any]) -> Diagnosis:
-    cause = CAUSES["duplicate_rollouts"]
+    name = "duplicate_rollouts"
+    cause = CAUSES[name]
     return Diagnosis(
         step=step,
-        cause="duplicate_rollouts",
+        cause=name,
         explained=0.0,
         confidence=1.0,
         summary=f"{cause.what} {_sentence(words)} The drift ({details['residual']:.3g}, Huber) is within the noise "
         f"floor ({details['floor']:.3g}): engine and trainer are one policy.",
         fix=cause.fix,
+        causes=(NamedCause(cause=name, explained=0.0, confidence=1.0, finding=words, fix=cause.fix),),
         details=details,
     )
 

@@ -195,7 +195,11 @@ class TrainerRun(Surroundings):
         verdicts, diagnosis = list(self._judge.verdicts), self.investigator.diagnosis
 
         def text(look: Path) -> str:
-            return halt_text(verdict, self.config, verdicts, look, diagnosis, checkpoints)
+            try:
+                return halt_text(verdict, self.config, verdicts, look, diagnosis, checkpoints)
+            except Exception as e:  # what is told badly is no reason to take the run down, or not to halt it
+                logger.warning("the text of step %d could not be made: %s: %s", verdict.step, type(e).__name__, e)
+                return f"trl-parity: {verdict.status} at step {verdict.step}: {verdict.reason}. Look: {look}"
 
         parity_dir, args = self.parity_dir, self.trainer.args
         checkpoints = None if hasattr(args, "num_ppo_epochs") else Path(args.output_dir)  # PPOTrainer can't resume

@@ -145,8 +145,12 @@ def _cause(diagnosis: Diagnosis) -> Iterator[str]:
     also = "".join(f", then {c.cause} {c.explained:.0%}" for c in rest)
     yield from _wrap(
         "Cause",
-        f"{first.cause}: explains {first.explained:.0%} of the drift above the noise floor"
-        f" (confidence {first.confidence:.0%}; found at step {diagnosis.step}{also}).",
+        (
+            f"{first.cause}: explains {first.explained:.0%} of the drift above the noise floor"
+            if diagnosis.explained
+            else f"{first.cause}, beside a drift within the noise floor"
+        )
+        + f" (confidence {first.confidence:.0%}; found at step {diagnosis.step}{also}).",
     )
     yield from _wrap("", f"{CAUSES[first.cause].what} Seen: {first.finding}.")
     for cause in rest:

@@ -113,3 +113,18 @@ def test_a_breach_says_that_training_goes_on():
     assert text.startswith(f"trl-parity: BREACH at step 9. {APART} Seen 1 window(s) in a row over the limit:")
     assert "Training goes on: 3 such windows in a row, or with fewer than 20 healthy ones between, halt it." in text
     assert "stop" not in text
+
+
+def test_a_cause_beside_a_drift_within_the_floor_explains_none_of_it():
+    from trl_parity.causes import CAUSES
+    from trl_parity.records import Diagnosis, NamedCause
+
+    name, words = "duplicate_rollouts", "28 of 28 pairs of completions of one prompt are equal"
+    named = NamedCause(cause=name, explained=0.0, confidence=1.0, finding=words, fix=CAUSES[name].fix)
+    found = Diagnosis(step=2, cause=name, explained=0.0, confidence=1.0, summary="", fix="", causes=(named,))
+    config = ParityConfig(floor_tokens=0, rules={"kl_k3": 0.1}, consecutive=1)
+    verdict = Breaker.from_config(config).judge(1, BAD)
+    text = " ".join(halt_text(verdict, config, [verdict], Path("report.md"), found).split())
+    assert f"{name}, beside a drift within the noise floor (confidence 100%; found at step 2)." in text
+    assert f"Seen: {words}." in text
+    assert "take seed out of generation_kwargs" in text
