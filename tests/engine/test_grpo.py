@@ -9,7 +9,7 @@ from peft import LoraConfig
 from support.callbacks import Recorder, jsonl, lose_sync, parameters, statuses
 from support.models import save_tiny_model
 from support.trainers import digit_reward, grpo_args, prompts, shared_engine
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from trl_parity import ParityCallback, ParityHalt, Status
 from trl_parity.errors import ConfigError, InterceptionError
@@ -459,7 +459,6 @@ def test_an_engine_at_another_temperature_is_drift(make_trainer, tmp_path):
 @pytest.mark.parametrize("action", ["stop", "skip_update"])
 def test_a_condemned_batch_never_reaches_the_weights(make_trainer, tmp_path, action):
     """top_p makes every batch breach; windows 1 and 2 are learned from, window 3 halts: bit-equal from there on."""
-    from transformers import TrainerCallback
 
     class Snapshots(TrainerCallback):
         def __init__(self):
@@ -599,11 +598,22 @@ def test_a_run_killed_in_a_streak_resumes_the_streak(make_trainer, tmp_path, res
     assert [(line["step"], line["streak"]) for line in jsonl(tmp_path)] == [(1, 1), (2, 2), (3, 3)]
 
 
+class Killed(TrainerCallback):
+    """The process ends right after the checkpoint of a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
 def test_a_checkpoint_in_the_middle_of_a_window_loses_none_of_it(make_trainer, tmp_path):
     settings = {"learning_rate": 1e-5, "save_strategy": "steps", "save_steps": 1}
-    make_trainer(tmp_path, ParityCallback(every_n_steps=3), max_steps=2, **settings).train()
-    # as a kill after the checkpoint of step 2 leaves it: the window of its end was never judged
-    (tmp_path / "parity" / "metrics.jsonl").unlink()
+    killed = Killed(step=2)
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path, ParityCallback(every_n_steps=3), killed, max_steps=6, **settings).train()
     second = ParityCallback(every_n_steps=3)
     make_trainer(tmp_path, second, max_steps=6, **settings).train(resume_from_checkpoint=True)
     lines = jsonl(tmp_path)
