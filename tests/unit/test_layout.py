@@ -2,6 +2,7 @@
 
 import ast
 
+import pytest
 from support import ROOT, TESTS
 
 
@@ -21,6 +22,7 @@ def imported(path):
             yield node.module or ""
 
 
+@pytest.mark.slow_unit
 def test_no_test_imports_another():
     for path in TESTS.rglob("*.py"):
         found = [name for name in imported(path) if name.split(".")[-1].startswith("test_") or name == "conftest"]

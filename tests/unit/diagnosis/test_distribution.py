@@ -335,6 +335,7 @@ def test_an_allowed_id_that_was_never_drawn_is_allowed_back():
     assert fit_bias(tokens, PLAIN).allowed == allowed.allowed
 
 
+@pytest.mark.slow_unit
 @pytest.mark.parametrize(("vocab", "seed"), [(60, 0), (60, 1), pytest.param(2000, 2, marks=pytest.mark.slow_unit)])
 def test_noise_alone_is_not_explained(vocab, seed):
     for law in (PLAIN, of(temperature=0.7, top_p=0.95, repetition_penalty=1.1)):

@@ -119,6 +119,7 @@ def test_one_that_falls_silent_later_is_asked_once_more_for_a_sign_of_life(serve
     assert ["not asked again" in r.message for r in caplog.records] == [False, True]
 
 
+@pytest.mark.slow_unit
 def test_one_that_was_only_slow_is_the_engine_again_at_the_next_window(server):
     server.answers = 1
     handle, generation = EngineHandle(TIMEOUT), generation_of(server.port)
@@ -169,6 +170,7 @@ def test_a_rank_that_talks_to_no_server_asks_nothing(caplog):
     assert not caplog.records
 
 
+@pytest.mark.slow_unit
 def test_its_counters_are_asked_once(server, caplog):
     client = type("Client", (), {"base_url": f"http://127.0.0.1:{server.port}"})()
     start = time.perf_counter()

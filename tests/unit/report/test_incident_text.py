@@ -15,6 +15,7 @@ def test_a_text_names_the_folder_that_was_written(tmp_path):
         assert read_incident(folder).text == f"Look {folder / 'report.md'}"
 
 
+@pytest.mark.slow_unit
 def test_a_name_taken_at_the_last_moment_is_in_no_text(tmp_path):
     asked = []
 

@@ -30,6 +30,7 @@ def test_the_plot_is_a_png_of_800_pixels(tmp_path, run):
     assert os.listdir(tmp_path) == ["rewards.png"]
 
 
+@pytest.mark.slow_unit
 @pytest.mark.filterwarnings("error")
 def test_the_plot_takes_constant_and_huge_rewards(tmp_path):
     plot_rewards(baseline([1.0] * 20), [1.0] * 20, tmp_path / "constant.png")
