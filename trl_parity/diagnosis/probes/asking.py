@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...engine.base import Capability, Engine
+from ...engine.base import Capability, Engine, InProcessEngine, in_process
 from ...records import SamplingSettings
 from ..counterfactual import Counterfactual, DiagnosedBatch
 from ..distribution import PROCESSED, Distribution, huber
@@ -20,8 +20,8 @@ from ..findings import AskedAgain, EnginePrompts, EngineWeights, Findings, Prefi
 from .base import Candidate, NotPossible, recomputed, require_engine
 
 __all__ = [
-    "answered", "askable", "asked_again", "others", "prefill_drift", "prefill_of", "requests_for", "size_of",
-    "whole_sequences",
+    "answered", "askable", "asked_again", "on_trainers_weights", "others", "prefill_drift", "prefill_of",
+    "requests_for", "size_of", "whole_sequences",
 ]  # fmt: skip
 
 _TOKENS = 96  # asked for again, one request each
@@ -35,6 +35,19 @@ def askable(batch: DiagnosedBatch) -> Engine:
     if Capability.RESCORE not in batch.engine.capabilities:
         raise NotPossible("with tensor parallelism or sleep mode one rank can't ask the engine alone")
     return batch.engine
+
+
+def on_trainers_weights(batch: DiagnosedBatch, findings: Findings) -> InProcessEngine | None:
+    """The engine in this process; None where it holds other weights than the trainer's: that comes first.
+
+    Raises NotPossible where its module can't be read.
+    """
+    engine, weights = askable(batch), findings.engine_weights
+    if not in_process(engine):
+        raise NotPossible("a server's module can't be read")
+    if weights is None:
+        raise NotPossible("the engine's parameters were not read")
+    return None if weights.differing or weights.ignored else engine
 
 
 def asked_again(batch: DiagnosedBatch, current: Counterfactual, findings: Findings) -> AskedAgain:

@@ -6,13 +6,12 @@ from dataclasses import replace
 
 import torch
 
-from ...engine.base import in_process
 from ...scoring.dtypes import dtype_name
 from ...scoring.head import logits_chunk
 from ..counterfactual import Counterfactual, DiagnosedBatch
 from ..findings import NOTHING, Findings
 from ..forward_passes import ForwardPass
-from .asking import askable, whole_sequences
+from .asking import on_trainers_weights, whole_sequences
 from .base import Candidate, NotPossible, Probe, probe, recomputed
 
 __all__ = ["ENGINE_HEAD"]
@@ -28,13 +27,11 @@ def engine_head(
     batch: DiagnosedBatch, current: Counterfactual, findings: Findings
 ) -> tuple[Candidate | None, Findings]:
     """As if the engine's logits were what the trainer's head makes of the engine's own hidden states."""
-    engine, weights = askable(batch), findings.engine_weights
-    if not in_process(engine):
-        raise NotPossible("a server does not tell its hidden states")
-    if weights is None or batch.sharded:
-        raise NotPossible("the engine's head was not read, or the policy's is sharded over ranks")
-    if weights.differing or weights.ignored:  # other weights, perhaps the head's
+    engine = on_trainers_weights(batch, findings)
+    if engine is None:
         return None, NOTHING
+    if batch.sharded:
+        raise NotPossible("the policy's head is sharded over ranks")
     base = recomputed(current)
     reported, over = base.reported.clone(), torch.zeros(len(batch), dtype=torch.bool)
     theirs, ours = [], []

@@ -17,7 +17,17 @@ from ..counterfactual import Counterfactual, DiagnosedBatch
 from ..distribution import Distribution, huber
 from ..findings import NOTHING, AskedAgain, EngineWeights, Findings, Prefill, Rescored
 from ..profiles import onset_in_words
-from .asking import answered, askable, asked_again, others, prefill_drift, prefill_of, requests_for, size_of
+from .asking import (
+    answered,
+    askable,
+    asked_again,
+    on_trainers_weights,
+    others,
+    prefill_drift,
+    prefill_of,
+    requests_for,
+    size_of,
+)
 from .base import Candidate, NothingThere, NotPossible, Probe, probe, recomputed
 
 __all__ = ["RESCORE", "sampling_alone"]
@@ -259,13 +269,9 @@ def engine_state(
     batch: DiagnosedBatch, current: Counterfactual, findings: Findings
 ) -> tuple[Candidate | None, Findings]:
     """The engine answers once more, holding what one built anew from its config on the trainer's weights does."""
-    engine, weights = askable(batch), findings.engine_weights
-    if not in_process(engine):
-        raise NotPossible("a server's module can't be compared with one built anew")
-    if weights is None:
-        raise NotPossible("the engine's parameters were not read")
-    if weights.differing or weights.ignored:
-        return None, NOTHING  # other weights, whatever else
+    engine = on_trainers_weights(batch, findings)
+    if engine is None:
+        return None, NOTHING
     known = prefill_of(batch, findings)
     found = Findings(prefill=known)
     if size_of(prefill_drift(batch, current, batch.plain, known)) <= 3 * batch.floor:
