@@ -150,9 +150,9 @@ from pathlib import Path
 from trl_parity.files import FolderLock
 lock = FolderLock(Path(sys.argv[1]))
 if os.fork() == 0:  # a child that outlives its parent holds nothing
-    print("forked", flush=True)
+    os.write(1, b"forked\\n")  # a line at once: two processes write to one pipe
     time.sleep(60)
-print("locked", flush=True)
+os.write(1, b"locked\\n")
 time.sleep(60)
 """
 
