@@ -60,6 +60,7 @@ def repeat(batch: DiagnosedBatch, current: Counterfactual) -> Candidate | None:
         finding=f"a second pass in eval mode differs by {mean_in_words(gap)} nats on average"
         + (f"; dropout {dropped:g} is on while the policy is scored" if dropped else "")
         + ("" if dropped or not jitter else f"; its config has {', '.join(jitter)}"),
+        cause="moe_routing" if jitter and not dropped else "",
         details={"dropout": dropped},
         fix="" if dropped else _NO_DROPOUT + (f" ({', '.join(jitter)} to 0)" if jitter else "") + ".",
     )
