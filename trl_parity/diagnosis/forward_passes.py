@@ -6,6 +6,7 @@ Nothing of the run is changed: weights are swapped by pointer and put back, and 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -99,6 +100,33 @@ class ForwardPasses:
             return
         with self._applied(forward) as model, materialized_head(model, temperature) as head:
             yield head
+
+    @torch.no_grad()
+    def own_logits(self, ids: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Last hidden states (n, H) at some places of one sequence (T,), and the logits (n, V) the model makes there.
+
+        Raises ValueError for a model whose forward pass has no hidden states to be seen.
+        """
+        lm, seen = causal_lm(self._model), []
+        takes = "logits_to_keep" in inspect.signature(type(lm).forward).parameters
+        device = self._rollout.completion_ids.device
+        ids, places = ids[None].to(device), places.to(device)
+
+        def hook(module: Any, args: Any, output: Any) -> None:
+            seen.append((output[0] if isinstance(output, tuple) else output.last_hidden_state)[0, places])
+
+        handle = lm.base_model.register_forward_hook(hook)
+        try:
+            with self._applied(ForwardPass()), self._capture.trainer.accelerator.autocast():
+                output = lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False,
+                            **({"logits_to_keep": places} if takes else {}))  # fmt: skip
+        finally:
+            handle.remove()
+        if not seen:
+            raise ValueError(
+                f"{type(lm).__name__} does not call its base model as a module: no hidden states are seen"
+            )
+        return seen[0], output.logits[0] if takes else output.logits[0, places]
 
     def _pass(self, model: torch.nn.Module, forward: ForwardPass) -> torch.Tensor:
         rollout, keep = self._rollout, self._rollout.completion_ids.shape[1]
