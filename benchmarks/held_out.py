@@ -76,7 +76,7 @@ FAULTS: dict[str, tuple[str, Callable[[Any], Any], float]] = {
     "syncs lost": ("stale_weights", W(patches.lose_sync, None), 1e-3),
     "layer 0 never arrives": ("partial_sync", W(patches.lose_tensors, "layers.0"), 1e-3),
     "o_proj x 1.3": ("partial_sync", W(patches.touch_tensors("o_proj", lambda x, by: by * x), 1.3), 1e-5),
-    "embeddings one on": ("partial_sync", W(patches.touch_tensors("embed_tokens", lambda x, n: x.roll(n, 0)), 1), 1e-5),
+    "embeddings one on": ("partial_sync", W(patches.touch_tensors("embed", lambda x, n: x.roll(n, 0)), 1), 1e-5),
     "temperature 1": ("temperature", W(patches.hidden("temperature"), 1.0), 1e-5),
     "logits x 1.2": ("temperature", W(patches.touch_logits(patches.scale), 1.2), 1e-5),
     "soft cap 2": ("temperature", W(patches.touch_logits(patches.soft_capped), 2.0), 1e-5),
