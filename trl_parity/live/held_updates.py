@@ -103,5 +103,5 @@ def refuse_unheld(args: Any, action: str) -> None:
         if found:
             raise ConfigError(
                 f"{setting} with action={action!r}: it moves weights or moments within backward. Expected an update "
-                "in the optimizer's step, where a condemned batch is kept out. Leave it or use action='raise' or 'log'."
+                "in the optimizer's step, where a condemned one is kept out. Leave it or set action='raise' or 'log'."
             )
