@@ -92,7 +92,8 @@ def refuse_unheld(args: Any, action: str) -> None:
     config = {} if plugin is None else plugin.deepspeed_config
     zero = config.get("zero_optimization") or {}
     kind = str((config.get("optimizer") or {}).get("type", ""))
-    optim = str(getattr(args, "optim", ""))
+    optim = getattr(args, "optim", "")
+    optim = str(getattr(optim, "value", optim))
     elsewhere = {
         "DeepSpeed's zero_optimization.zenflow": zero.get("zenflow"),
         "DeepSpeed's offload_optimizer.super_offload": (zero.get("offload_optimizer") or {}).get("super_offload"),

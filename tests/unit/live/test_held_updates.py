@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.trainer_loop import FlatOptimizer, Loop
+from transformers.training_args import OptimizerNames
 
 from trl_parity import ParityCallback, ParityHalt
 from trl_parity.errors import ConfigError, InterceptionError
@@ -115,7 +116,7 @@ UNHELD = {
     "zenflow": arguments(zero_optimization={"stage": 2, "zenflow": {"topk_ratio": 0.1}}),
     "super_offload": arguments(zero_optimization={"offload_optimizer": {"device": "cpu", "super_offload": True}}),
     "'Muon'": arguments(optimizer={"type": "Muon", "params": {}}),
-    "'galore_adamw_layerwise'": SimpleNamespace(optim="galore_adamw_layerwise", deepspeed_plugin=None),
+    "'galore_adamw_layerwise'": SimpleNamespace(optim=OptimizerNames.GALORE_ADAMW_LAYERWISE, deepspeed_plugin=None),
 }
 
 
