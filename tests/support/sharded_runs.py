@@ -92,6 +92,7 @@ def run_here(model: str, out: str, settings: str, bad: str) -> None:
         "moments": len(watch.kept[-1]) - len([*trainer.model.parameters()]),
         "sharded_by": str(trainer.accelerator.distributed_type),
     }
+    import time; print("CPU", time.process_time())
     Path(out, f"rank{trainer.accelerator.process_index}.json").write_text(json.dumps(facts))
 
 

@@ -59,7 +59,7 @@ def test_stop_keeps_the_condemned_batch_out_and_raise_comes_before_it(loop):
 
 @pytest.mark.parametrize("action", ["raise", "stop"])
 def test_a_batch_that_went_missing_is_noticed_before_its_update(loop, action):
-    run = loop(hidden={2}, action=action)
+    run = loop(hidden={2}, action=action, halt_on_error=True)
     if action == "stop":
         assert run.run(6)[2:] == [((2,), False)]
     else:
@@ -78,7 +78,7 @@ def test_weights_that_move_past_the_optimizer_are_an_error_at_the_first_condemne
 
     def elsewhere():
         step()
-        run.parameter.data.add_(1e-6)
+        run.flat.copy.data.add_(1e-6)
 
     run.flat.step = elsewhere
     with pytest.raises(ConfigError, match="DeepSpeed moved weights in an update whose step did nothing"):
