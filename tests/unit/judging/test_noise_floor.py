@@ -339,6 +339,7 @@ def extremes_judged(seed, rate, floor_rate, windows=20):
     return [v.step for v in judge.verdicts if "ratio/extreme" in v.breaches]
 
 
+@pytest.mark.slow_unit
 def test_tokens_nats_off_by_rounding_are_in_the_floor_and_others_are_not():
     healthy = [extremes_judged(seed, rate=2e-3, floor_rate=2e-3) for seed in range(3)]
     without = [
