@@ -38,8 +38,8 @@ def run_here(model: str, out: str, settings: str, bad: str) -> None:
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # to be compiled on the spot; gloo does without
     import torch
+    import trl
     from transformers import TrainerCallback
-    from trl import GRPOTrainer
 
     from support.callbacks import statuses
     from support.trainers import digit_reward, grpo_args, prompts
@@ -68,7 +68,7 @@ def run_here(model: str, out: str, settings: str, bad: str) -> None:
 
     callback, watch = ParityCallback(**given["parity"]), Watch()
     args = grpo_args(
-        Path(out), use_cpu=False, bf16=False, ddp_backend="gloo", per_device_train_batch_size=8, max_steps=9,
+        Path(out), use_cpu=False, bf16=False, ddp_backend="gloo", per_device_train_batch_size=8, max_steps=9, learning_rate=1e-4,
         **given["trainer"],
     )  # fmt: skip
     adapters = None
@@ -76,7 +76,7 @@ def run_here(model: str, out: str, settings: str, bad: str) -> None:
         from peft import LoraConfig
 
         adapters = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
-    trainer = GRPOTrainer(
+    trainer: Any = trl.GRPOTrainer(
         model=model, args=args, reward_funcs=digit_reward, train_dataset=prompts(), callbacks=[callback, watch],
         peft_config=adapters,
     )  # fmt: skip
@@ -92,7 +92,6 @@ def run_here(model: str, out: str, settings: str, bad: str) -> None:
         "moments": len(watch.kept[-1]) - len([*trainer.model.parameters()]),
         "sharded_by": str(trainer.accelerator.distributed_type),
     }
-    import time; print("CPU", time.process_time())
     Path(out, f"rank{trainer.accelerator.process_index}.json").write_text(json.dumps(facts))
 
 

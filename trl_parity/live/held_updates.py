@@ -45,7 +45,7 @@ class HeldUpdates:
                 if optimizer is not None:
                     optimizer.step = held._unless_condemned(optimizer.step)
             outer.step = held._announced_before(outer.step)
-        return outer.held_updates  # type: ignore[no-any-return]
+        return outer.held_updates
 
     def over(self, condemned: bool) -> None:
         """An update is over. Raises InterceptionError if it is condemned and was not announced."""
