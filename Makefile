@@ -66,9 +66,9 @@ test-fast: setup
 test-ppo: setup-ppo
 	$(PPO)/bin/python -m pytest tests/ppo $(addprefix tests/unit/,metrics/test_statistics.py judging/test_breaker.py scoring/test_sampling.py)
 
-# whole runs under ZeRO, and what of the unit tests wants DeepSpeed
+# whole runs under ZeRO, and the unit test that wants DeepSpeed
 test-deepspeed: setup-deepspeed
-	PYTHONPATH=$(CURDIR)/$(ZERO) DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/zero tests/unit/scoring/test_sharded_head.py
+	PYTHONPATH=$(CURDIR)/$(ZERO) DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/zero tests/unit/scoring/test_sharded_head.py::test_a_zero3_head_is_gathered_and_let_go
 
 lint: setup
 	$(BIN)/ruff check .

@@ -68,8 +68,8 @@ def run_here(model: str, out: str, settings: str, bad: str) -> None:
 
     callback, watch = ParityCallback(**given["parity"]), Watch()
     args = grpo_args(
-        Path(out), use_cpu=False, bf16=False, ddp_backend="gloo", per_device_train_batch_size=8, max_steps=9, learning_rate=1e-4,
-        **given["trainer"],
+        Path(out), use_cpu=False, bf16=False, ddp_backend="gloo", per_device_train_batch_size=8, max_steps=9,
+        learning_rate=1e-4, **given["trainer"],
     )  # fmt: skip
     adapters = None
     if given["lora"]:
