@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config.parity import ParityConfig
+from ..errors import InterceptionError
 from ..judging.noise_floor import GROUPS, SOURCES
 from ..lines import say
 from ..metrics.sums import MismatchSums
@@ -76,6 +77,16 @@ class TrainerRun(Surroundings):
     def accelerator(self) -> Accelerator:  # type: ignore[override]
         """The trainer's."""
         return self.trainer.accelerator
+
+    def require_interception(self, seen: str) -> None:
+        """Raise InterceptionError where no training batch has come, though a step was ``seen``."""
+        if self.trainer is None:
+            raise InterceptionError(
+                f"{seen} but no rollout batch was intercepted. ParityCallback covers TRL's GRPOTrainer, RLOOTrainer "
+                "(with use_vllm=True), AsyncGRPOTrainer and PPOTrainer, and subclasses that call super() in "
+                "_generate_and_score_completions, compute_loss or train. Is this another trainer, a subclass that "
+                "replaces that method, or were the wrappers removed?"
+            )
 
     @contextmanager
     def watching(self) -> Iterator[None]:

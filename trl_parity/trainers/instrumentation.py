@@ -56,6 +56,10 @@ class Observer(ABC):
     def on_update(self, new: Any, old: Any, mask: Any) -> None:
         """Called at each loss with log-probs (B, C) of the training policy and of the one that generated."""
 
+    def before_update(self) -> bool:
+        """Called before each optimizer step, on every rank: whether the update may not be applied."""
+        return False
+
 
 def observer_of(trainer: Any) -> Observer | None:
     """The observer among the trainer's callbacks, or None. Raises ConfigError for more than one."""
