@@ -20,7 +20,7 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "ServerDistillation",
         {"loss_top_k": 8, "teacher_model_server_url": "http://teacher"},
     ),
-    "sdft": ("trl.experimental.sdft", "SDFT", {"num_loss_tokens_to_skip": 0}),
+    "sdft": ("trl.experimental.sdft", "SDFT", {"num_loss_tokens_to_skip": 0, "distillation_topk": 20}),
     "sdpo": ("trl.experimental.sdpo", "SDPO", {"success_reward_threshold": 0.3}),
     "gold": ("trl.experimental.gold", "GOLD", {"lmbda": 1.0, "max_length": 64}),
     "iw_opd": ("trl.experimental.iw_opd", "IWOPD", {"lmbda": 1.0, "max_length": 64}),
@@ -66,7 +66,11 @@ def distiller(kind: str, model_dir: Path, output_dir: Path, *callbacks: Any, **a
     module = import_module(where)
     config, trainer = getattr(module, f"{name}Config"), getattr(module, f"{name}Trainer")
     settings = {key: value for key, value in run_settings(output_dir).items() if key in config.__dataclass_fields__}
-    given: dict[str, Any] = {"model": str(model_dir), "train_dataset": dataset(kind), "callbacks": list(callbacks)}
+    given: dict[str, Any] = {
+        "model": str(model_dir),
+        "train_dataset": dataset(kind, model_dir),
+        "callbacks": list(callbacks),
+    }
     if kind in ("distillation", "gold", "iw_opd"):
         given["teacher_model"] = teacher(model_dir)
     if kind == "sdpo":
@@ -75,12 +79,18 @@ def distiller(kind: str, model_dir: Path, output_dir: Path, *callbacks: Any, **a
         return trainer(args=config(**(settings | own | args)), **given)
 
 
-def dataset(kind: str) -> Any:
+def dataset(kind: str, model_dir: Path) -> Any:
     """Prompts, with what the trainer wants beside them."""
+    from transformers import AutoTokenizer
+
     if kind in ("sdft", "sdpo"):
         return prompts().map(lambda row: {"privileged_context": "the answer is 1234567890"})
-    if kind in ("gold", "iw_opd"):
+    if kind == "iw_opd":
         answer = {"role": "assistant", "content": "2"}
         asked = prompts().map(lambda row: {"messages": [{"role": "user", "content": row["prompt"]}, answer]})
         return asked.remove_columns("prompt")
+    if kind == "gold":  # which tokenizes only where tokens are bytes
+        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        both = prompts().map(lambda row: {"input_ids": tokenizer(row["prompt"] + "2")["input_ids"]})
+        return both.map(lambda row: {"completion_mask": [0] * (len(row["input_ids"]) - 1) + [1]})
     return prompts()

@@ -50,17 +50,17 @@ def wrappers_of(cls: type, capture: type[GRPOCapture]) -> Iterator[Wrapper]:
     yield cls, _LOSS, _around_loss
 
 
-def around_generation(kind: type[Any], original: Callable[..., Any], trainer: Any, *args: Any) -> Any:
+def around_generation(kind: type[Any], original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
     """Hand over what a trainer's method samples, as a capture of this kind, before anything is learned from it."""
     observer = instrumentation.observer_of(trainer)
     training = bool(trainer.model.training)
     if observer is None or not (training or observer.measurement.evaluation):
-        return original(trainer, *args)
+        return original(trainer, *args, **kwargs)
     kind.require_interceptable(trainer)
     capture = kind(trainer, observer, training)
     start = time.perf_counter()
     with recorded_requests(capture.generation) as capture.requests, capture.recording():
-        capture.output = original(trainer, *args)
+        capture.output = original(trainer, *args, **kwargs)
     capture.batch_seconds = time.perf_counter() - start - capture.seconds
     try:
         observer.on_generation(capture)
