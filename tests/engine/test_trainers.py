@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from support.callbacks import Recorder, lose_sync, statuses
+from support.distillers import KINDS, distiller
 from support.models import save_tiny_model, save_tool_tokenizer
 from support.trainers import digit_reward, grpo_args, prompts, shared_engine
 
@@ -138,6 +139,67 @@ def test_faults_are_halted_and_named_whatever_the_trainer(make_trainer, tmp_path
     trainer.train()
     assert statuses(callback)[-1] == "HALT", statuses(callback)
     assert callback.diagnosis.cause == cause, callback.halt_message
+
+
+# ---- learning from a teacher --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_trainers_that_learn_from_a_teacher_are_measured_on_every_batch(
+    make_trainer, model_dir, tmp_path, monkeypatch, kind
+):
+    callback = Recorder()
+    trainer = distiller(kind, model_dir, tmp_path, callback)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    assert trainer.vllm_generation.logprobs is None or kind == "iw_opd"  # as TRL leaves it
+    generated = generated_by(trainer, monkeypatch)
+    trainer.train()
+    assert statuses(callback) == ["OK"] * 4
+    assert not all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+    assert all(v.stats["entropy/trainer"] is not None for v in callback.verdicts)  # own and fp32 head are one law
+    rows = (
+        (ids[mask].tolist(), logprobs[mask])
+        for rollout, _ in callback.seen
+        for ids, mask, logprobs in zip(
+            rollout.completion_ids, rollout.engine_mask, rollout.rollout_logprobs, strict=True
+        )
+    )
+    for (ids, logprobs), (expected, reported) in zip(rows, generated, strict=True):
+        assert ids == expected
+        torch.testing.assert_close(logprobs, torch.tensor(reported))
+
+
+@pytest.mark.parametrize("cause", ["stale_weights", "temperature"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_faults_under_a_teacher_are_halted_and_named(make_trainer, model_dir, tmp_path, monkeypatch, kind, cause):
+    patch, _ = FAULTS[cause]
+    callback = ParityCallback()
+    trainer = distiller(kind, model_dir, tmp_path, callback, max_steps=8)
+    patch(trainer, monkeypatch)
+    trainer.train()
+    assert statuses(callback)[-1] == "HALT", statuses(callback)
+    assert callback.diagnosis.cause == cause, callback.halt_message
+
+
+@pytest.mark.parametrize("settings", [{"vllm_sync_frequency": 2}, {"lmbda": 0.0}])
+def test_batches_of_older_weights_or_of_the_data_are_no_mismatch(make_trainer, model_dir, tmp_path, settings):
+    callback = ParityCallback()
+    distiller("gold", model_dir, tmp_path, callback, **settings).train()
+    assert statuses(callback) == (["NO_DATA"] * 4 if "lmbda" in settings else ["OK", "NO_DATA"] * 2)
+
+
+def test_a_trainer_that_cannot_be_measured_is_refused_before_its_engine_is_built(make_trainer, model_dir, tmp_path):
+    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+    args = OnlineDPOConfig(str(tmp_path), use_cpu=True, use_vllm=True, vllm_mode="colocate", report_to="none")
+    with pytest.raises(InterceptionError, match=r"with OnlineDPOConfig .*Expected one of TRL's GRPOTrainer, "):
+        OnlineDPOTrainer(
+            model=str(model_dir),
+            args=args,
+            reward_funcs=digit_reward,
+            train_dataset=prompts(),
+            callbacks=[ParityCallback()],
+        )
 
 
 # ---- tools, environments, rollout functions -----------------------------------------------------------------------

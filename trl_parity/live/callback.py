@@ -29,7 +29,7 @@ from ..scoring.perturb import own_random_numbers
 from ..tracking.sinks import WandbSink
 from ..trainers.capture import Capture, MeasurementSettings
 from ..trainers.engine_args import TRLEngineArguments
-from ..trainers.instrumentation import Observer, instrument
+from ..trainers.instrumentation import Observer, instrument, require_measured
 from ..trainers.server_client import sync_without_cuda
 from ..verdict import Status, Verdict
 from .console import shorten_console
@@ -61,7 +61,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
 
     Raises:
         ConfigError: an unknown field or a wrong value; engine arguments that the installed vLLM would not take.
-        InterceptionError: (from ``trainer.train()``, at the first step) the run's rollouts can't be measured.
+        InterceptionError: (while the trainer is built, or at its first step) the run's rollouts can't be measured.
         ParityHalt: (from ``trainer.train()``) a HALT verdict with ``action="raise"``.
     """
 
@@ -253,6 +253,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The trainer's class is imported by now, if it was not when the callback was made; its engine comes next."""
+        require_measured(args)
         instrument()
         refuse_unheld(args, self.config.action)
         if self.engine_request is not None:
@@ -263,6 +264,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the sinks and, when the trainer resumes from a checkpoint, restore the breaker."""
+        require_measured(args)
         if "ppo" in instrument() and hasattr(args, "num_ppo_epochs"):  # else: added after the trainer was built
             raise InterceptionError(
                 "PPOTrainer.train() began without trl-parity's wrapper and would run unobserved. Expected it in place "

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config.parity import ParityConfig
-from ..errors import InterceptionError
 from ..judging.noise_floor import GROUPS, SOURCES
 from ..lines import say
 from ..metrics.sums import MismatchSums
@@ -21,6 +20,7 @@ from ..report.outcome import window_in_words
 from ..scoring.perturb import own_random_numbers
 from ..tracking.sinks import RichLog
 from ..trainers.capture import Capture
+from ..trainers.instrumentation import not_intercepted
 from ..verdict import Status, Verdict
 from .batches import BatchSums
 from .floor_measurement import measure_floor
@@ -81,12 +81,7 @@ class TrainerRun(Surroundings):
     def require_interception(self, seen: str) -> None:
         """Raise InterceptionError where no training batch has come, though a step was ``seen``."""
         if self.trainer is None:
-            raise InterceptionError(
-                f"{seen} but no rollout batch was intercepted. ParityCallback covers TRL's GRPOTrainer, RLOOTrainer "
-                "(with use_vllm=True), AsyncGRPOTrainer and PPOTrainer, and subclasses that call super() in "
-                "_generate_and_score_completions, compute_loss or train. Is this another trainer, a subclass that "
-                "replaces that method, or were the wrappers removed?"
-            )
+            raise not_intercepted(seen)
 
     @contextmanager
     def watching(self) -> Iterator[None]:

@@ -110,6 +110,14 @@ class Capture(ABC):
         """The policy without wrappers of distribution."""
         return self.trainer.accelerator.unwrap_model(self.trainer.model)
 
+    def ends_step(self) -> bool:
+        """Whether no further generation comes before the next optimizer step. Needs ``micro_batches``."""
+        trainer = self.trainer
+        return self.training and (
+            trainer.accelerator.sync_gradients  # the update comes right after this micro-batch
+            or self.micro_batches >= trainer.current_gradient_accumulation_steps - self._observer.accumulated
+        )
+
     @property
     def temperature(self) -> float:
         """What the trainer's loss divides logits by."""
