@@ -14,9 +14,11 @@ from ..judging.breaker import Reading, read
 from ..judging.course import Course
 from ..records import Diagnosis
 from ..verdict import MismatchStats, Verdict
+from .concentrated import concentrated
 from .counted import counted
 from .escape import one_line
 from .format import cut, number
+from .health import HEALTH, health
 from .looser import looser_rules
 from .outcome import outcome
 from .recovery import last_checkpoint_before, learned_from, recovery
@@ -35,6 +37,8 @@ _SAYS = (
     (("nonfinite_rate",), "Log-probs are no finite numbers."),
     (("entropy/nonfinite_rate",), "The trainer's entropies are no finite numbers."),
     (("correction/",), "TRL's correction takes most of the loss away."),
+    (("reference/",), "The reference of the KL term is not the model that training began with."),
+    (("completions/",), "Completions that ended are masked as truncated."),
     (("floor/engine_excess",), "The engine does not agree with itself."),
 )  # fmt: skip
 
@@ -163,7 +167,7 @@ def _cause(diagnosis: Diagnosis) -> Iterator[str]:
 def alert_text(verdict: Verdict) -> str:
     """A few words for a WARN-level alert."""
     told = f"trl-parity: {verdict.status} at step {verdict.step}: {verdict.reason}. Training goes on."
-    explained = verdict.breaches or {"entropy/relative", "correction/lost"} & {*verdict.warnings}
+    explained = verdict.breaches or {"entropy/relative", "correction/lost", *HEALTH} & {*verdict.warnings}
     return " ".join([told, *findings(verdict)]) if explained else told
 
 
@@ -247,11 +251,15 @@ def findings(verdict: Verdict) -> Iterator[str]:
         )
     rank, own_mean = stats.get("replica/rank"), stats.get("replica/logp_abs_diff/mean")
     if any(name.startswith("replica/") for name in named) and rank is not None and own_mean is not None:
+        often = stats.get("replica/windows")
         yield (
-            f"Rank {rank:.0f} drifts in each of the last windows, by a mean |Δ| of {own_mean:.3g} at least (all ranks "
-            f"together: {number(stats.get('logp_abs_diff/mean'))})."
+            f"Rank {rank:.0f} drifts in {'each' if often is None else f'{often:.0f}'} of the last windows, by a mean "
+            f"|Δ| of {own_mean:.3g} at least (all ranks together: {number(stats.get('logp_abs_diff/mean'))})."
         )
+    if apart and (where := concentrated(stats)):
+        yield where
     yield from _accumulated(stats, named)
+    yield from health(stats, named)
     rate, left = stats.get("nonfinite_rate"), stats.get("entropy/relative")
     if rate:
         yield f"{rate:.2%} of the tokens have no finite log-prob."
