@@ -5,9 +5,10 @@
 
 Windows are simulated by sequences: a sequence's mean |Δ| is lognormal with a spread that all ranks share, its k3 goes
 with the square. Judged by ``Replicas`` and the breaker with the default settings, against a noise floor that is what
-noise is. First table: healthy windows, by the rules on one rank alone. Second: one rank at 10 x the noise in every n-th
-window, windows to the HALT, and whether it names the rank. Third: ``concentration/dispersion`` of drift that is spread evenly over sequences of
-unequal length, token by token of a heavy-tailed law, and the share of windows that would be called concentrated.
+noise is. First table: healthy windows, by the rules on one rank alone. Second: one rank at 10 x the noise in every
+n-th window, windows to the HALT, and whether it names the rank. Third: ``concentration/dispersion`` of drift that is
+spread evenly over sequences of unequal length, token by token of a heavy-tailed law, and how many windows would be
+called concentrated.
 """
 
 from __future__ import annotations
