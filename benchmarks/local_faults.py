@@ -27,7 +27,7 @@ from trl_parity.judging.breaker import Breaker
 from trl_parity.judging.replicas import Replicas
 from trl_parity.metrics.statistics import compute, measure
 from trl_parity.records import ScoredBatch
-from trl_parity.report.concentrated import concentrated
+from trl_parity.report.places import concentrated
 from trl_parity.verdict import MismatchStats
 
 NATS, TOKENS = 0.016, 64  # mean |Δ| of noise; tokens of a sequence

@@ -23,7 +23,9 @@ class FrozenWeights:
     """A sample of them, as it was. Not part of a checkpoint, which has no frozen weights either."""
 
     def __init__(self) -> None:
-        self._which: list[int] = []
+        self._parameters: list[int] = []
+        self._storages: list[int] = []
+        self._views: dict[torch.device, list[torch.Tensor]] = {}
         self._first: dict[torch.device, torch.Tensor] = {}
         self._layers: list[Any] | None = None  # those of adapters
 
@@ -33,11 +35,16 @@ class FrozenWeights:
         Empty where nothing is frozen. Waits for the device.
         """
         picked = _picked(model)
-        now, which = _sampled(picked), [id(p) for p in picked]
+        held: list[Any] = [p.to_local() if hasattr(p, "to_local") else p for p in picked]  # of a DTensor: this rank's
+        storages = [x.data_ptr() for x in held]
+        if storages != self._storages:
+            self._storages, self._views = storages, _middles(held)
+        now = {device: torch.cat(views) for device, views in self._views.items()}
         if not now:
             return {}
-        if which != self._which or _sizes(now) != _sizes(self._first):
-            self._first, self._which = now, which  # the first call, or other parameters are frozen
+        parameters = [id(p) for p in picked]
+        if parameters != self._parameters or _sizes(now) != _sizes(self._first):
+            self._first, self._parameters = now, parameters  # the first call, or others are frozen
         if self._layers is None:
             self._layers = [module for module in model.modules() if "merged_adapters" in vars(module)]
         found = {"frozen_moved": 0.0, "frozen_size": 0.0}
@@ -63,13 +70,11 @@ def _picked(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [frozen[i * len(frozen) // count] for i in range(count)]
 
 
-def _sampled(parameters: Iterable[torch.nn.Parameter]) -> dict[torch.device, torch.Tensor]:
-    """The elements by device."""
-    by_device: dict[torch.device, list[torch.Tensor]] = {}
-    for p in parameters:
-        local: Any = p.detach()
-        local = local.to_local() if hasattr(local, "to_local") else local  # of a DTensor: what this rank holds
-        flat, first = local.reshape(-1), max(0, local.numel() - _ELEMENTS) // 2
-        if len(flat):
-            by_device.setdefault(local.device, []).append(flat[first : first + _ELEMENTS])
-    return {device: torch.cat(parts) for device, parts in by_device.items()}
+def _middles(tensors: Iterable[torch.Tensor]) -> dict[torch.device, list[torch.Tensor]]:
+    """Views of the elements, by device."""
+    views: dict[torch.device, list[torch.Tensor]] = {}
+    for x in tensors:
+        if x.numel() and x.is_contiguous():
+            first = max(0, x.numel() - _ELEMENTS) // 2
+            views.setdefault(x.device, []).append(x.detach().view(-1)[first : first + _ELEMENTS])
+    return views

@@ -24,6 +24,10 @@ __all__ = ["add_carried", "concentration"]
 
 _LEAST, _PER_DECADE = -8, 8  # of the bins of K
 
+_TINY = 1e-300
+
+_K3_SQUARE = K3 * K3
+
 _SHARE = 0.9  # of Σ k3
 
 
@@ -32,13 +36,12 @@ def add_carried(part: np.ndarray, k3: np.ndarray, prompts: np.ndarray | None) ->
 
     ``k3``: (B,) sums of sequences. ``prompts``: (B,) what tells theirs; None: not known.
     """
-    of = [k3] if prompts is None else [k3, np.bincount(np.unique(prompts, return_inverse=True)[1], k3)]
-    for counts_and_sums, x in zip(part, of, strict=False):
-        with np.errstate(divide="ignore"):
-            bins = (np.log10(x) - _LEAST) * _PER_DECADE + 1.0
-        bins = np.minimum(np.maximum(bins, 0.0), CARRIED_BINS - 1).astype(np.intp)
-        counts_and_sums[0] += np.bincount(bins, minlength=CARRIED_BINS)
-        counts_and_sums[1] += np.bincount(bins, x, CARRIED_BINS)
+    x = k3 if prompts is None else np.concatenate([k3, np.bincount(np.unique(prompts, return_inverse=True)[1], k3)])
+    bins = (np.log10(np.maximum(x, _TINY)) - _LEAST) * _PER_DECADE + 1.0
+    bins = np.minimum(np.maximum(bins, 0.0), CARRIED_BINS - 1).astype(np.intp)
+    bins[len(k3) :] += 2 * CARRIED_BINS
+    places, added = np.concatenate([bins, bins + CARRIED_BINS]), np.concatenate([np.ones(len(x)), x])
+    part += np.bincount(places, added, part.size).reshape(part.shape)
 
 
 def concentration(s: Mapping[str, float], part: np.ndarray, histogram: np.ndarray) -> dict[str, float | None]:
@@ -51,7 +54,7 @@ def concentration(s: Mapping[str, float], part: np.ndarray, histogram: np.ndarra
             found[f"concentration/{name}"] = _carriers(counts[::-1], sums[::-1])
     n, t = s["tokens"], s["k3"]
     if "concentration/sequences" in found and n > 1:
-        q = min(float((K3 * K3 * histogram).sum()), t * t)
+        q = min(float(np.vdot(_K3_SQUARE, histogram)), t * t)
         even = q + (s["row_tokens_square"] - n) / (n * (n - 1.0)) * (t * t - q)
         if even > 0:  # not where each sequence is a token, and each |Δ| too small for the histogram
             found["concentration/dispersion"] = s["row_k3_square"] / even

@@ -36,8 +36,7 @@ _TINY = 1e-300
 
 def add_log_ratios(part: np.ndarray, log_ratios: np.ndarray) -> None:
     """Count sequences. ``part``: (2, bins), row 0 of S < 0; ``log_ratios``: (B,) S of those that were compared."""
-    with np.errstate(divide="ignore"):
-        bins = (np.log10(np.abs(log_ratios)) - _LEAST) * _PER_DECADE + 1.0
+    bins = (np.log10(np.maximum(np.abs(log_ratios), _TINY)) - _LEAST) * _PER_DECADE + 1.0
     bins = np.minimum(np.maximum(bins, 0.0), LOG_RATIO_BINS - 1).astype(np.intp)
     bins += LOG_RATIO_BINS * (log_ratios >= 0)
     part += np.bincount(bins, minlength=2 * LOG_RATIO_BINS).reshape(part.shape)

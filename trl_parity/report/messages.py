@@ -14,13 +14,13 @@ from ..judging.breaker import Reading, read
 from ..judging.course import Course
 from ..records import Diagnosis
 from ..verdict import MismatchStats, Verdict
-from .concentrated import concentrated
 from .counted import counted
 from .escape import one_line
 from .format import cut, number
 from .health import HEALTH, health
 from .looser import looser_rules
 from .outcome import outcome
+from .places import places
 from .recovery import last_checkpoint_before, learned_from, recovery
 
 __all__ = ["alert_text", "ending_text", "halt_text", "skipped_text", "start_text"]
@@ -79,6 +79,8 @@ def halt_text(
             lines += _wrap("", finding)
     else:
         lines += _wrap("", CAUSES[diagnosis.cause].harm)
+        for place in places(verdict.stats or {}, verdict.breaches):
+            lines += _wrap("", place)
     learned = learned_from(verdict, verdicts, config)
     if output_dir is not None and verdict.halted:
         checkpoint = last_checkpoint_before(output_dir, learned.first)
@@ -249,15 +251,7 @@ def findings(verdict: Verdict) -> Iterator[str]:
             "weight of all away. Log-ratios of sequences grow with length: vllm_importance_sampling_mode="
             "'token_truncate' weighs tokens one by one."
         )
-    rank, own_mean = stats.get("replica/rank"), stats.get("replica/logp_abs_diff/mean")
-    if any(name.startswith("replica/") for name in named) and rank is not None and own_mean is not None:
-        often = stats.get("replica/windows")
-        yield (
-            f"Rank {rank:.0f} drifts in {'each' if often is None else f'{often:.0f}'} of the last windows, by a mean "
-            f"|Δ| of {own_mean:.3g} at least (all ranks together: {number(stats.get('logp_abs_diff/mean'))})."
-        )
-    if apart and (where := concentrated(stats)):
-        yield where
+    yield from places(stats, named if apart else [name for name in named if name.startswith("replica/")])
     yield from _accumulated(stats, named)
     yield from health(stats, named)
     rate, left = stats.get("nonfinite_rate"), stats.get("entropy/relative")

@@ -6,7 +6,7 @@ import torch
 
 from trl_parity.metrics.statistics import compute, measure
 from trl_parity.records import ScoredBatch
-from trl_parity.report.concentrated import concentrated
+from trl_parity.report.places import concentrated
 
 ROWS, TOKENS = 64, 32
 
