@@ -8,13 +8,14 @@ with the square. Judged by ``Replicas`` and the breaker with the default setting
 noise is. First table: healthy windows, by the rules on one rank alone. Second: one rank at 10 x the noise in every
 n-th window, windows to the HALT, and whether it names the rank. Third: ``concentration/dispersion`` of drift that is
 spread evenly over sequences of unequal length, token by token of a heavy-tailed law, and how many windows would be
-called concentrated.
+called concentrated. Fourth: what comparing frozen weights and judging ranks costs.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from rich.table import Table
 from trl_parity.config.parity import ParityConfig
 from trl_parity.judging.breaker import Breaker
 from trl_parity.judging.replicas import Replicas
+from trl_parity.live.frozen import FrozenWeights
 from trl_parity.metrics.statistics import compute, measure
 from trl_parity.records import ScoredBatch
 from trl_parity.report.places import concentrated
@@ -127,15 +129,46 @@ def spread_evenly(args: argparse.Namespace) -> Table:
     return table
 
 
+def cost(args: argparse.Namespace) -> Table:
+    """CPU time of what a window costs, the least of many."""
+    table = Table("what", "ms", title="CPU time a window")
+    weights = [torch.randn(200, 200).bfloat16() for _ in range(512)]
+    model, frozen = (
+        torch.nn.ParameterList(torch.nn.Parameter(x, requires_grad=False) for x in weights),
+        FrozenWeights(),
+    )
+
+    def least(call: Callable[[], object], times: int = 60) -> str:
+        found = []
+        for _ in range(times):
+            start = time.process_time()
+            call()
+            found.append(time.process_time() - start)
+        return f"{1000 * min(found[times // 2 :]):.2f}"
+
+    table.add_row("512 frozen tensors compared", least(lambda: frozen.moved(model)))
+    for ranks in (2, 64, 1024):
+        source, replicas = (
+            windows(np.random.default_rng(0), ranks, 8, 0.5, lambda step, n=ranks: np.ones(n)),
+            Replicas(3, 20),
+        )
+        known = iter([next(source) for _ in range(60)])
+        table.add_row(f"{ranks} ranks judged", least(lambda r=replicas, k=known: r.add(*next(k))))
+    return table
+
+
+TABLES = {"healthy": healthy, "sick": sick, "even": spread_evenly, "cost": cost}
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--windows", type=int, default=10_000)
-    parser.add_argument("--only", nargs="+", choices=["healthy", "sick", "even"], default=["healthy", "sick", "even"])
+    parser.add_argument("--only", nargs="+", choices=list(TABLES), default=list(TABLES))
     args = parser.parse_args()
     torch.set_num_threads(1)
     console = Console(width=110)
-    for name, table in {"healthy": healthy, "sick": sick, "even": spread_evenly}.items():
+    for name, table in TABLES.items():
         if name in args.only:
             console.print(table(args))
 

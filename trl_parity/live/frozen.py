@@ -1,10 +1,10 @@
 """Whether the frozen weights of the policy, of which the reference of a PEFT run is made, are what they were.
 
-Of each frozen parameter on this rank, the 1,024 elements in its middle (of 512 parameters at most, evenly spaced) are
-kept on its device as they were at the first window, and compared at the end of each: at most 1 MiB of elements copied
-and held, a view a parameter and two kernels a device. What moves a whole matrix (an adapter merged and taken out again
-in half precision, or left merged) moves these; a single row elsewhere is not seen. Of weights that are sharded so that
-a rank holds nothing between two passes (ZeRO-3) nothing is known.
+Of each frozen parameter on this rank, the 256 elements in its middle (of 512 parameters at most, evenly spaced) are
+kept on its device as they were at the first window, and compared at the end of each: 256 KiB in half precision, and a
+few kernels a device. What moves a whole matrix (an adapter merged and taken out again in half precision, or left
+merged) moves these; a single row elsewhere is not seen. Of weights that are sharded so that a rank holds nothing
+between two passes (ZeRO-3) nothing is known.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 __all__ = ["FrozenWeights"]
 
-_PARAMETERS, _ELEMENTS = 512, 1024
+_PARAMETERS, _ELEMENTS = 512, 256
 
 
 class FrozenWeights:
