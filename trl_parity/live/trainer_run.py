@@ -24,6 +24,7 @@ from ..trainers.instrumentation import not_intercepted
 from ..verdict import Status, Verdict
 from .batches import BatchSums
 from .floor_measurement import measure_floor
+from .frozen import FrozenWeights
 from .incidents import Investigator
 from .judge import RunJudge
 from .pipeline import Pipeline, Surroundings
@@ -71,6 +72,7 @@ class TrainerRun(Surroundings):
         self._told_skipped = {"window": 0, "log": 0}  # of them, up to the last row there
         self._at_hand = False
         self._windows = 0
+        self._frozen: FrozenWeights | None = FrozenWeights()
         self._floor_failed = False
 
     @property
@@ -108,6 +110,16 @@ class TrainerRun(Surroundings):
         """Whether a server runs with other settings than before."""
         if self.capture is not None:
             self.investigator.check_settings(self.capture)
+
+    def add_to(self, sums: MismatchSums) -> None:
+        """How far the frozen weights have moved."""
+        if self.capture is None or self._frozen is None:
+            return
+        try:
+            sums.bump(**self._frozen.moved(self.capture.policy))
+        except Exception as e:  # the mismatch is measured without them
+            self._frozen = None
+            logger.warning("the frozen weights cannot be watched: %s: %s", type(e).__name__, e)
 
     def floor_sums(self) -> Mapping[str, Sequence[MismatchSums]] | None:
         """Of the batch at hand. A failure of ours is a warning: without any floor, windows stay CALIBRATING."""

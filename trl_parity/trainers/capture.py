@@ -16,7 +16,7 @@ from ..records import RolloutBatch, SamplingSettings, ScoredBatch
 from ..scoring.own_head import OwnHeadRounding
 from ..scoring.perturb import own_random_numbers
 from ..scoring.scorer import CompletionScorer, CompletionScores
-from .row_keys import row_keys
+from .row_keys import prompt_keys, row_keys
 
 if TYPE_CHECKING:
     from ..engine.base import Engine
@@ -80,6 +80,17 @@ class Capture(ABC):
     def reward_prompts(self) -> list[int] | None:
         """For each of ``rewards`` a number that is the same for completions of one prompt; None: each has its own."""
         return None
+
+    def stopped(self) -> dict[str, float]:
+        """By name of ``BUMPED``: completions the engine ended by itself, and those of them masked as truncated.
+
+        Empty where that is not known, or nothing is masked.
+        """
+        return {}
+
+    def start_of_reference(self) -> dict[str, float]:
+        """By name of ``BUMPED``: tokens with a log-prob of the reference, and Σ k3 of it against the policy."""
+        return {}
 
     @abstractmethod
     def run_policy(
@@ -205,6 +216,7 @@ class Capture(ABC):
             probe=rollout.probe,
             correction_weights=None if rollout.correction_weights is None else rollout.correction_weights[rows],
             keys=row_keys(rollout)[rows],
+            prompts=prompt_keys(rollout)[rows],
         )
 
     def _behind(

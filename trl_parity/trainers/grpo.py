@@ -215,6 +215,27 @@ class GRPOCapture(Capture):
         prompts = list(self.trainer._logs["prompt"])[-self._global_batch() :]
         return [zlib.crc32(repr(prompt).encode()) for prompt in prompts]
 
+    def stopped(self) -> dict[str, float]:
+        """Of a colocated engine's last call, which names the reason: a server's answer does not."""
+        trainer, outputs = self.trainer, self.requests[-1].outputs if self.requests else None
+        ends = getattr(trainer, "eos_token_ids", None)
+        if not getattr(trainer, "mask_truncated_completions", False) or not isinstance(outputs, list) or ends is None:
+            return {}
+        tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+        ends = {*ends, tokenizer.pad_token_id}
+        last = [c.token_ids[-1] for out in outputs for c in out.outputs if c.finish_reason == "stop" and c.token_ids]
+        return {"stopped": len(last), "stopped_masked": sum(token not in ends for token in last)}
+
+    def start_of_reference(self) -> dict[str, float]:
+        """Where the trainer has both by now: with beta, and a pass of its own over the policy."""
+        out = self.output
+        policy, reference = out.get("old_per_token_logps"), out.get("ref_per_token_logps")
+        if policy is None or reference is None:
+            return {}
+        mask = (out["completion_mask"] * out.get("tool_mask", 1)).bool()
+        delta = (reference.double() - policy.double())[mask]
+        return {"reference_tokens": len(delta), "reference_k3": float((torch.expm1(delta) - delta).sum())}
+
     def _global_batch(self) -> int:
         return len(self.output["completion_ids"]) * self.trainer.accelerator.num_processes
 
