@@ -13,7 +13,7 @@ import numpy as np
 
 from .correction import CORRECTION_ROWS, add_correction
 from .standard_errors import second_moments
-from .sums import INDEX, SCALES
+from .sums import INDEX, REPLAYED, SCALES
 
 __all__ = ["KEYS", "POOL", "ROWS", "SCALE", "TOKEN_ROWS", "add_sequences"]
 
@@ -75,7 +75,7 @@ def add_sequences(parts: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, f
     moments, copies = second_moments(np.array([delta, at["abs_delta"], at["k3"], tokens]), keys)
     last = np.abs(at["last_delta"])
     last = last[(last < math.inf) & (at["compared"] > 0)]
-    parts["added"] += (
+    parts["added"][: -len(REPLAYED)] += (
         *((whole * whole) @ x.T).ravel().tolist(),
         totals[_ENTROPY_NONFINITE],
         len(last), last.sum(), np.count_nonzero(last > _APART),
