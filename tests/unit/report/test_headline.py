@@ -146,7 +146,7 @@ def test_what_the_verdict_leaves_out_is_told_at_the_start_and_in_the_report(tmp_
         (tmp_path / "metrics.jsonl").write_text(
             "".join(json.dumps(row | {"schema_version": 2}) + "\n" for row in rows("OK"))
         )
-        (tmp_path / "config.json").write_text(json.dumps({"schema_version": 1, **config.to_dict()}))
+        (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
         return [start_text("GRPOTrainer", config, tmp_path), *summarize(tmp_path).notes]
 
     [start] = lines()
