@@ -129,7 +129,7 @@ def configured_facts(values: Mapping[str, Any], *, serve: str | None = None, tra
     return Facts(
         sampling=sampling,
         trainer_temperature=float(values.get("temperature", 1.0)),
-        replayed=values.get("truncation", "replay") == "replay",
+        replayed=values.get("truncation") == "replay",
         trainer_dtype=weights,
         compute_dtype="float16" if half is None else "bfloat16" if half else weights,
         trainer_head_fp32=bool(values.get("cast_lm_head_to_fp32")),

@@ -186,7 +186,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         if trainer.accelerator.is_main_process:
             if self.config.console == "short":
                 shorten_console(trainer)
-            self._run.say_start()
+            self._run.say_start(capture.sampling)
             self.monitor.write_run(self._run.investigator.surroundings(capture))
             found = live_traps(capture, self.measurement.replay_sampling)
             tell(finding for finding in found if finding.severity == "error")
@@ -391,7 +391,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
                 state.global_step,
             )
             return
-        self._run.resume_skipped(int(checkpoint.get("skipped", 0)))
+        self._run.resume((saved or {}).get("args") or {}, int(checkpoint.get("skipped", 0)))
         window = self._pipeline.window
         if not window.load_state(checkpoint, args.device, state.is_world_process_zero):
             logger.warning("bootstrap_samples changed: the first part of the window open at the checkpoint is dropped")

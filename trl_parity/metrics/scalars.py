@@ -53,8 +53,9 @@ SCALARS: dict[str, str] = {
     "correction/long/lost": "correction/lost of the same",
     "entropy/trainer": "mean exact entropy of the trainer's fp32-head law, nats",
     "entropy/rollout": "mean of -rollout log-prob: Monte Carlo entropy of the law sampled from, nats",
-    "entropy/drift": "trainer's exact entropy (of the law compared, after replay) - entropy/rollout",
-    "honesty": "mean(w): 1 if the engine reports the true log-prob of the law it sampled from",
+    "entropy/drift": "trainer's exact entropy (of the law that is judged) - entropy/rollout",
+    "honesty": "mean(w): 1 if the engine reports the true log-prob of the law it sampled from, and that law rules no "
+    "token out",
     "honesty_low": "lower end of the 99 % interval of honesty (sequences are independent, equal ones count once)",
     "honesty_high": "upper end of the 99 % interval of honesty",
     "honesty_gap": "distance of that interval from 1; 0 where it contains 1",
@@ -71,6 +72,9 @@ SCALARS: dict[str, str] = {
     "truncation/out_of_support": "share of sampled tokens outside the trainer's own kept set",
     "own_head/kl_k3": "kl_k3 with the trainer's own head and no replayed processing: what the run really has",
     "own_head/logp_abs_diff/mean": "mean |Δ| with the trainer's own head",
+    "replayed/kl_k3": "kl_k3 with the fp32 head and the engine's truncation and penalties replayed on it: what is "
+    "left of the drift beside them",
+    "replayed/logp_abs_diff/mean": "mean |Δ| of the same",
     "confident_disagreement": "share of tokens the engine gave >= 50 % and the trainer > 2 nats less",
     "trimmed/kl_k3": "kl_k3 without the token of largest |Δ|; the rest of the 0.1 % largest count 8 at most",
     "trimmed/logp_abs_diff/mean": "the same for logp_abs_diff/mean, 8 nats at most",

@@ -15,7 +15,7 @@ from .concentration import add_carried
 from .correction import CORRECTION_ROWS, add_correction
 from .pareto import add_log_ratios
 from .standard_errors import second_moments
-from .sums import INDEX, SCALES
+from .sums import INDEX, REPLAYED, SCALES
 
 __all__ = ["KEYS", "POOL", "ROWS", "SCALE", "TOKEN_ROWS", "add_sequences"]
 
@@ -82,7 +82,7 @@ def add_sequences(parts: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, f
     add_log_ratios(parts["log_ratios"], delta[some])
     last = np.abs(at["last_delta"])
     last = last[(last < math.inf) & (at["compared"] > 0)]
-    parts["added"] += (
+    parts["added"][: -len(REPLAYED)] += (
         *((whole * whole) @ x.T).ravel().tolist(),
         totals[_ENTROPY_NONFINITE],
         len(last), last.sum(), np.count_nonzero(last > _APART),

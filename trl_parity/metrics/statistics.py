@@ -24,7 +24,7 @@ from .pareto import khat
 from .scalars import LAG_BUCKETS, SCALARS
 from .sequences import KEYS, POOL, SCALE, TOKEN_ROWS, add_sequences
 from .standard_errors import evidence_inputs
-from .sums import BINS, DECADES, PER_DECADE, SCALES, MismatchSums
+from .sums import BINS, DECADES, PER_DECADE, REPLAYED, SCALES, MismatchSums
 from .trimmed import EXTREME, trimmed
 
 if TYPE_CHECKING:
@@ -132,6 +132,8 @@ def _add_tokens(out: MismatchSums, batch: ScoredBatch) -> torch.Tensor:
         log_kept = torch.where(valid, batch.log_kept.double(), 0.0)
         truncation = _stacked(valid, log_kept.exp() * valid, log_kept, valid & batch.out_of_support)
         out.span("trunc_tokens", "kept_mass", "log_kept", "out_of_support").add_(truncation.sum((1, 2)))
+    if batch.replayed_logprobs is not None:
+        _add_k3(out.span(*REPLAYED), batch.replayed_logprobs, batch.rollout_logprobs, mask)
 
     # scatter, not bincount: bincount syncs with the device to learn its size. log10(0) = -inf ends in bin 0
     bins = sizes[0].log10().mul_(PER_DECADE).add_(1 - DECADES[0] * PER_DECADE).clamp_(0, BINS - 1)
@@ -187,12 +189,18 @@ def measure_policy_drift(out: MismatchSums, new: torch.Tensor, old: torch.Tensor
     import torch
 
     with torch.no_grad():
-        delta = new.double() - old.double()
-        valid = (delta.abs() < math.inf) & mask.bool()
-        delta = torch.where(valid, delta, 0.0)
-        sums = _stacked(valid, torch.expm1(delta) - delta).sum((1, 2))
-        drift = out.span("drift_tokens", "drift_k3")
-        drift += sums.to(drift.device)
+        _add_k3(out.span("drift_tokens", "drift_k3"), new, old, mask)
+
+
+def _add_k3(sums: torch.Tensor, new: torch.Tensor, old: torch.Tensor, mask: torch.Tensor) -> None:
+    """Add tokens, Σ k3 and, where there is a third place, Σ |Δ| to ``sums``, in place. Δ = new - old."""
+    import torch
+
+    delta = new.double() - old.double()
+    valid = (delta.abs() < math.inf) & mask.bool()
+    delta = torch.where(valid, delta, 0.0)
+    k3 = torch.expm1(delta.clamp(max=_EXP_CLAMP)) - delta
+    sums += _stacked(valid, k3, *([delta.abs()] if len(sums) == 3 else [])).sum((1, 2)).to(sums.device)
 
 
 # scalars that are one sum over another
@@ -213,6 +221,8 @@ _SHARES = {
     "last_token/logp_abs_diff/mean": ("last_abs_delta", "last_tokens"),
     "last_token/disagreement": ("last_apart", "last_tokens"),
     "policy_drift/kl_k3": ("drift_k3", "drift_tokens"),
+    "replayed/kl_k3": ("replayed_k3", "replayed_tokens"),
+    "replayed/logp_abs_diff/mean": ("replayed_abs_delta", "replayed_tokens"),
     "lag": ("lag", "lags"),
     "lag/nonfinite_rate": ("stale_nonfinite", "stale_compared"),
     "lag/in_flight_share": ("in_flight_tokens", "flight_tokens"),

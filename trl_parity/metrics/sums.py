@@ -29,6 +29,7 @@ __all__ = [
     "INDEX",
     "LOG_RATIO_BINS",
     "PER_DECADE",
+    "REPLAYED",
     "SCALES",
     "SECOND_MOMENTS",
     "SUMS",
@@ -83,6 +84,9 @@ INDEX = {name: i for i, name in enumerate(SUMS)}
 
 SECOND_MOMENTS = (*(f"second_moment/{i}{j}" for i in range(4) for j in range(4)), "row_tokens_square")
 
+# the trainer's side with the engine's truncation and penalties replayed: tokens both sides have a number for, k3, |Δ|
+REPLAYED = ("replayed_tokens", "replayed_k3", "replayed_abs_delta")
+
 # behind all that 0.6.0 kept, whose checkpoints are read by place
 ADDED = (
     # over sequences: the square of w - tokens, H + rollout log-prob and tokens, each times each of the three
@@ -102,6 +106,7 @@ ADDED = (
     *SECOND_MOMENTS,
     # over rows: (Σ k3)²
     "row_k3_square",
+    *REPLAYED,
 )  # fmt: skip
 
 # plain numbers that are no sums over sequences
@@ -298,9 +303,10 @@ class MismatchSums:
 
     def span(self, *names: str) -> torch.Tensor:
         """A view of sums that stand side by side, to be added to as one vector in this order."""
-        first = INDEX[names[0]]
-        assert SUMS[first : first + len(names)] == names, f"{names} do not stand side by side in SUMS"
-        return self._additive[first : first + len(names)]
+        known, start = (SUMS, 0) if names[0] in INDEX else (ADDED, len(self._additive) - len(ADDED))
+        first = known.index(names[0])
+        assert known[first : first + len(names)] == names, f"{names} do not stand side by side in SUMS or ADDED"
+        return self._additive[start + first : start + first + len(names)]
 
     def peak_span(self, *names: str) -> torch.Tensor:
         """The same of maxima."""

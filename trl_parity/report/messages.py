@@ -23,14 +23,14 @@ from .outcome import outcome
 from .places import places
 from .recovery import last_checkpoint_before, learned_from, recovery
 
-__all__ = ["alert_text", "ending_text", "halt_text", "skipped_text", "start_text"]
+__all__ = ["alert_text", "ending_text", "halt_text", "left_out", "skipped_text", "start_text"]
 
 _APART = "The engine that samples is not the policy that learns."
 
 # what a statistic over its limit says, by the beginning of its name
 _SAYS = (
-    (("kl_", "logp_abs_diff/", "ratio/", "ess", "chi2", "confident_", "last_token/", "seq/", "own_head/", "trimmed/",
-      "excess/", "truncation/", "honesty", "evidence/honesty", "evidence/drift"), _APART),
+    (("kl_", "logp_abs_diff/", "ratio/", "ess", "chi2", "confident_", "last_token/", "seq/", "own_head/", "replayed/",
+      "trimmed/", "excess/", "truncation/", "honesty", "evidence/honesty", "evidence/drift"), _APART),
     (("replica/",), "The rollouts of one rank are not of the policy that learns."),
     (("evidence/change",), "The two sides are further apart than they were in this run's past."),
     (("entropy/drift",), "The sampled tokens do not have the entropy of the policy that learns."),
@@ -179,7 +179,19 @@ def start_text(trainer: str, config: ParityConfig, folder: Path, logging_steps: 
     text = f"trl-parity {__version__} watches {trainer}: windows of {n} step{'s' * (n != 1)}, action={config.action}"
     if logging_steps > n:
         text += f", a row in the trackers merges those of {logging_steps} steps (logging_steps)"
-    return f"{text}; files in {folder}"
+    left = left_out(config)
+    return f"{text}; files in {folder}" + (f". {left}" if left else "")
+
+
+def left_out(config: ParityConfig) -> str:
+    """One sentence: what of the run's loss this verdict is not about; "" where it is about all."""
+    if config.truncation != "replay":
+        return ""
+    return (
+        "Judged with the engine's truncation and penalties replayed (truncation='replay'), not as TRL's loss is: the "
+        "verdict leaves out own-head drift (parity/own_head/*) and what they make of TRL's correction weights "
+        "(parity/correction/lost, which only warns)."
+    )
 
 
 def ending_text(course: Course, last: Verdict | None, cause: str | None, skipped: int, look: Path) -> str:
@@ -227,7 +239,15 @@ def findings(verdict: Verdict) -> Iterator[str]:
     named = verdict.breaches or verdict.warnings  # while something is over its limit, a watch's warning is no news
     corrected = [name for name in named if name.startswith("correction/")]
     apart = _APART in _headlines(named)  # what else is over a limit is no word on the two sides
-    if apart and low is not None and high is not None and math.isfinite(low) and math.isfinite(high):
+    cut_off, replayed = stats.get("truncation/kept_mass") is not None, stats.get("replayed/kl_k3")
+    # before there was replayed/*, nothing was measured of a truncation that was not replayed
+    plain = not cut_off or (replayed is not None and fp32 is not None and not math.isclose(replayed, fp32))
+    if apart and plain and replayed is not None and fp32 is not None and fp32 > 2 * replayed:
+        yield (
+            f"With the engine's truncation and penalties on the trainer's side, too, the drift is {replayed:.3g} "
+            f"instead of {fp32:.3g}: the loss does not know them."
+        )
+    elif apart and low is not None and high is not None and math.isfinite(low) and math.isfinite(high):
         dishonest = any(name.startswith(("honesty", "seq/bias_gap", "evidence/honesty")) for name in named)
         if dishonest and (low > 1.0 or high < 1.0):
             yield (
@@ -240,7 +260,7 @@ def findings(verdict: Verdict) -> Iterator[str]:
                 "1), so the two sides seem to hold different models (stale or partial weights, precision, cache)."
             )
     if apart and own and fp32 is not None and own > 2 * fp32:
-        if stats.get("truncation/kept_mass") is None:
+        if plain:
             yield f"The trainer's own head drifts more ({own:.3g}) than an fp32 head ({fp32:.3g})."
         else:
             yield f"The loss, which knows no truncation, drifts more ({own:.3g}) than the replayed law ({fp32:.3g})."

@@ -40,7 +40,7 @@ _told: WeakSet[Any] = WeakSet()  # trainers whose own numbers are not those of t
 class MeasurementSettings:
     """What an observer wants measured, and how the trainer's log-probs are computed."""
 
-    replay_sampling: bool = True  # the engine's truncation, on the trainer's logits
+    replay_sampling: bool = False  # judged is the trainer's side with the engine's truncation and penalties
     chunk_bytes: int = 64 << 20  # of logits held at once
     head_backend: str = "auto"
     probe_tokens: int = 0  # wanted of an asynchronous engine right after each weight sync
@@ -163,14 +163,18 @@ class Capture(ABC):
     def new_scorer(
         self, logits_to_keep: int, logits_dtype: torch.dtype | None = None, *, compared: bool = True
     ) -> CompletionScorer:
-        """A scorer of one pass over the policy. ``compared``: with the numbers of the trainer's own head."""
+        """A scorer of one pass over the policy.
+
+        ``compared``: with the engine's numbers, under both laws, and with those of the trainer's own head. Else of the
+        judged law alone.
+        """
         settings = self._observer.measurement
         return CompletionScorer(
             self.policy,
             logits_to_keep,
             temperature=self.temperature,
             sampling=self.sampling,
-            replay_sampling=settings.replay_sampling,
+            replay_sampling=settings.replay_sampling or compared,
             chunk_bytes=settings.chunk_bytes,
             backend=settings.head_backend,
             logits_dtype=logits_dtype,
@@ -196,6 +200,9 @@ class Capture(ABC):
             scores = scorer.scores() if scorer.ran else None
         mask, stale = rollout.engine_mask[rows], None
         scores = self._behind(scores, own, mask)
+        replayed = None if scores is None or scores.log_kept is None else scores.logprobs
+        if scores is not None and not self._observer.measurement.replay_sampling:  # the loss has the plain law
+            scores = scores._replace(logprobs=scores.plain, law_entropy=scores.entropy)
         lags, in_flight = (None if x is None else x[rows] for x in (rollout.lags, rollout.in_flight))
         if lags is not None:  # what older weights generated differs by rights: only the rest is a mismatch
             mask, stale = mask & (lags == 0)[:, None], mask & (lags != 0)[:, None]
@@ -208,6 +215,7 @@ class Capture(ABC):
             law_entropy=None if scores is None else scores.law_entropy,
             log_kept=None if scores is None else scores.log_kept,
             out_of_support=None if scores is None else scores.out_of_support,
+            replayed_logprobs=replayed,
             rows=None if isinstance(rows, slice) else rows,
             lag=rollout.lag,
             lags=lags,
@@ -249,7 +257,7 @@ class Capture(ABC):
         if self._observer.measurement.replay_sampling and (self.sampling.truncates or self.sampling.penalizes):
             raise InterceptionError(
                 f"{text} The engine's truncation can't be replayed on such numbers: use TRL's method, or "
-                "truncation='ignore'."
+                "truncation='ignore', the default."
             )
         if self.trainer not in _told:
             _told.add(self.trainer)
