@@ -303,10 +303,11 @@ class MismatchSums:
 
     def span(self, *names: str) -> torch.Tensor:
         """A view of sums that stand side by side, to be added to as one vector in this order."""
-        known, start = (SUMS, 0) if names[0] in INDEX else (ADDED, len(self._additive) - len(ADDED))
+        part, known = ("sums", SUMS) if names[0] in INDEX else ("added", ADDED)
         first = known.index(names[0])
         assert known[first : first + len(names)] == names, f"{names} do not stand side by side in SUMS or ADDED"
-        return self._additive[start + first : start + first + len(names)]
+        [place] = [place for name, place, _ in _places(self.bootstrap_samples) if name == part]
+        return self._additive[place][first : first + len(names)]
 
     def peak_span(self, *names: str) -> torch.Tensor:
         """The same of maxima."""
