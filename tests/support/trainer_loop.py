@@ -49,21 +49,25 @@ class Loop:
     """One run. ``feeds``: micro-batches a generation feeds; ``accumulate``: of an optimizer step.
 
     ``shifts``: nats by number of the rollout batch. ``hidden``: numbers of batches that are not intercepted.
+    ``accelerator``: a real one, of a rank among several.
     ``updates``: of each optimizer step the numbers of the batches that fed it, and whether it was applied.
     """
 
-    def __init__(self, callback: Any, output_dir: Any, *, feeds: int, accumulate: int, shifts: Any, hidden: Any = ()):
+    def __init__(
+        self, callback: Any, output_dir: Any, *, feeds: int, accumulate: int, shifts: Any, hidden: Any = (),
+        accelerator: Any = None,
+    ):  # fmt: skip
         self.callback, self.feeds, self.accumulate, self.shifts, self.hidden = (
             callback, feeds, accumulate, shifts, hidden,
         )  # fmt: skip
         none = SimpleNamespace()
-        self.accelerator = SimpleNamespace(
+        self.accelerator = accelerator or SimpleNamespace(
             sync_gradients=False, process_index=0, num_processes=1, device=torch.device("cpu"), scaler=None,
             is_main_process=False, distributed_type=DistributedType.NO,
         )  # fmt: skip
         self.args = SimpleNamespace(
-            steps_per_generation=feeds, gradient_accumulation_steps=accumulate, world_size=1, report_to=[],
-            output_dir=str(output_dir),
+            steps_per_generation=feeds, gradient_accumulation_steps=accumulate, report_to=[],
+            world_size=self.accelerator.num_processes, output_dir=str(output_dir),
         )  # fmt: skip
         self.state = SimpleNamespace(global_step=0, is_world_process_zero=False)
         self.control = SimpleNamespace(should_training_stop=False, should_save=False, should_log=False)
