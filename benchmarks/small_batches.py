@@ -53,7 +53,7 @@ def main() -> None:
             for step in range(1, RUN + 1):
                 verdict = monitor.log_step(step, **batch(generator, sequences))
                 statuses[str(verdict.status)] += 1
-                by.update((f"{verdict.status} {stat}" for stat in (*verdict.breaches, *verdict.warnings)))
+                by.update(f"{verdict.status} {stat}" for stat in (*verdict.breaches, *verdict.warnings))
         print(f"{sequences} sequences, {sum(statuses.values()):,} windows: {dict(statuses)}; {dict(by)}", flush=True)
 
 

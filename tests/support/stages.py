@@ -29,15 +29,10 @@ STEPS = 6
 class Foreign:
     """Somebody's own tracker."""
 
-    def alert(self, verdict: Any, text: str) -> None:
+    def tell(self, *told: Any) -> None:
         """Nobody reads it."""
 
-    log = log_rich = alert
-
-    def tell(self, verdict: Any) -> None:
-        """Nobody reads it."""
-
-    before_row = tell
+    alert = log = log_rich = before_row = tell
 
 
 def diagnosed(self: Any, capture: Any, rollout: Any, scored: Any, *, step: int, **_: Any) -> Diagnosis:
@@ -50,7 +45,7 @@ def diagnosed(self: Any, capture: Any, rollout: Any, scored: Any, *, step: int, 
 
 
 def floor_of(capture: Any, config: Any) -> dict[str, Any]:
-    return {name: [sums_of(1e-4, rows=1) for _ in range(GROUPS)] for name in SOURCES}
+    return {name: [sums_of(1e-4, rows=1, bootstrap_samples=2) for _ in range(GROUPS)] for name in SOURCES}
 
 
 def prepare(patch: Any = setattr) -> None:

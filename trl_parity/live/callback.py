@@ -149,8 +149,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
             self._unfed, self._renewed = capture.micro_batches, True
             if not self.accumulated:  # nothing of an older batch is in this step's gradient
                 self._condemned = False
-            with self.monitor.stages("sums"):
-                window.add(sums, error)
+            window.add(sums, error, self.monitor.stages)
             step = capture.step + 1  # the optimizer step this batch feeds: the trackers' global_step of its row
             if capture.last_in_step and step - window.start >= self._window_steps:
                 self._judge_batch(step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import copy
+from copy import copy, deepcopy
 from typing import TYPE_CHECKING
 
 from ..collectives import on_any
@@ -153,5 +153,12 @@ class Pipeline:
             accelerator = self._surroundings.accelerator
             many = [sums for name in SOURCES for sums in measured[name]]
             reduced = iter(many if accelerator is None else reduce_many(many, accelerator))
-            with self._judge.stages("floor in force"):
-                self._judge.floor.update({name: [next(reduced) for _ in measured[name]] for name in SOURCES})
+            judge, before = self._judge, deepcopy(self._judge.floor)
+            failed = True
+            with judge.stages("floor in force"):
+                judge.floor.update({name: [next(reduced) for _ in measured[name]] for name in SOURCES})
+                failed = False
+            [failed] = on_any((failed,), accelerator)
+            if failed:  # on a rank: all go on with the older one
+                judge.floor = before
+                judge.floor.missed()

@@ -46,7 +46,6 @@ _WORDS = {
         "policy drift": "the policy drift could not be measured",
     },
     Kind.JUDGING: {
-        "floor in force": "the noise floor could not be taken over",
         "statistics": "the window's statistics could not be made",
         "verdict": "the window could not be judged",
     },
@@ -55,6 +54,7 @@ _WORDS = {
         "rewards": "rewards cannot be watched",
         "engine settings": "the engine's settings could not be looked at",
         "noise floor": "the noise floor could not be measured",
+        "floor in force": "the noise floor could not be taken over",
         "diagnosis": "the drift could not be diagnosed",
         "engine arguments": "what the engine was given could not be compared",
         "panels": "the tracker's axes or panels could not be made",

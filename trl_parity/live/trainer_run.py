@@ -111,8 +111,12 @@ class TrainerRun(Surroundings):
         empty = MismatchSums.zeros(self.accelerator.device, bootstrap_samples=2)
         sources: dict[str, Sequence[MismatchSums]] = dict.fromkeys(SOURCES, [empty] * GROUPS)
         capture, ranks = self.capture, self.accelerator.num_processes
-        found = self.judge.stages.together("noise floor", ranks, lambda: measure_floor(capture, self.config))
-        return sources | (found or {})
+
+        def measured() -> None:
+            sources.update(measure_floor(capture, self.config))
+
+        self.judge.stages.together("noise floor", ranks, measured)
+        return sources  # what this rank has measured counts, whatever failed on another
 
     def on_verdict(self, verdict: Verdict, sums: MismatchSums) -> None:
         """To the trainer's log, and histogram and tables to the trackers where they are due: a collective then."""

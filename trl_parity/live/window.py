@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -46,11 +47,12 @@ class OpenWindow:
             self._sums = MismatchSums.zeros(device, self._bootstrap_samples)
         return self._sums
 
-    def add(self, sums: MismatchSums, error: str) -> None:
-        """One rollout batch."""
+    def add(self, sums: MismatchSums, error: str, stages: Stages | None = None) -> None:
+        """One rollout batch. That there was one is known whatever fails of it: ranks decide by it."""
         self.batches += 1
         self.error = error or self.error
-        self._sums = added(self._sums, sums)
+        with stages("sums") if stages is not None else nullcontext():
+            self._sums = added(self._sums, sums)
 
     def add_update(self, new: torch.Tensor, old: torch.Tensor, mask: torch.Tensor) -> None:
         """Keep what the policy drift of one loss computation is measured from; a window's are measured together."""

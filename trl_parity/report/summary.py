@@ -187,7 +187,7 @@ def _read(folder: Path) -> tuple[Incident, list[dict[str, Any]], list[str]]:
 def _tokens(path: Path) -> list[dict[str, Any]]:
     """Rows of ``tokens.parquet``, of bounded number and types: the columns known here, a few rows at a time.
 
-    Text is read as a dictionary is: one that many rows share is held once, as it is in the file.
+    A text that many of them share is held once, as it is in the file.
     """
     import pyarrow
     from pyarrow import compute, parquet
@@ -207,9 +207,12 @@ def _tokens(path: Path) -> list[dict[str, Any]]:
             for name in names:
                 column = piece.column(name)
                 if isinstance(column, pyarrow.DictionaryArray):
-                    short = compute.utf8_slice_codeunits(column.dictionary, 0, _MOST_TEXT)
-                    column = pyarrow.DictionaryArray.from_arrays(column.indices, short)
-                columns[name] = column.to_pylist()
+                    places = column.indices.unique().drop_null()
+                    short = compute.utf8_slice_codeunits(column.dictionary.take(places), 0, _MOST_TEXT)
+                    words = dict(zip(places.to_pylist(), short.to_pylist(), strict=True))
+                    columns[name] = [words.get(place) for place in column.indices.to_pylist()]
+                else:
+                    columns[name] = column.to_pylist()
             kept += _clean(columns, piece.num_rows)
             if len(kept) >= _MOST_ROWS:
                 break
