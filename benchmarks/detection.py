@@ -12,6 +12,7 @@ fault to the verdict that halts, before the condemned batch reaches the weights;
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -100,12 +101,35 @@ def conclusion(runs: list[dict[str, Any]]) -> str:
     return text
 
 
+BINS = (0.0, 0.5, 0.75, 0.9, 1.0 + 1e-9)
+
+
+def calibration(rows: list[tuple[float, bool]]) -> str:
+    """Markdown: of the causes named with a confidence, how many are right."""
+    text = "| confidence | named | right |\n|---|---|---|"
+    for low, high in itertools.pairwise(BINS):
+        right = [ok for confidence, ok in rows if low <= confidence < high]
+        share = f"{sum(right)} ({sum(right) / len(right):.0%})" if right else "-"
+        text += f"\n| {low:.0%} to {min(high, 1.0):.0%} | {len(right)} | {share} |"
+    return text
+
+
+def named_with(runs: list[dict[str, Any]]) -> list[tuple[float, bool]]:
+    """Confidence and rightness of every cause that was named: of drills, or of ``held_out.py``."""
+    return [
+        (run["confidence"], run["named"] == (run["cause"] or "-"))
+        for run in runs
+        if run["confidence"] is not None and run["named"] not in (None, "-", "unknown")
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--from", dest="source", type=Path, help="JSON of `trl-parity drill --json`: nothing is run")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these drills")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.7, 1.0])
+    parser.add_argument("--held-out", type=Path, help="JSON of held_out.py, for the table of confidence")
     parser.add_argument("--json", type=Path, help="keep the figures here")
     options = parser.parse_args()
     found = json.loads(options.source.read_text()) if options.source else run_drills(options)
@@ -115,6 +139,8 @@ def main() -> None:
     repeats = sorted({(run["seed"], run["temperature"]) for run in runs})
     print(table(runs))
     print(f"\n{conclusion(runs)}\n")
+    more = json.loads(options.held_out.read_text()) if options.held_out else []
+    print(f"{calibration(named_with([*runs, *more]))}\n")
     print("\n".join(f"- {name}: {meaning}" for name, meaning in COLUMNS.items() if meaning))
     print(f"\n{len(repeats)} runs a drill (seed, temperature): {', '.join(f'({s}, {t:g})' for s, t in repeats)}")
     if options.source:  # of another time, perhaps of another machine

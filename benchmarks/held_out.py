@@ -16,7 +16,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Granite": {"embedding_multiplier": 2.0, "residual_multiplier": 0.7, "attention_multiplier": 0.2,
                 "logits_scaling": 0.5},
     "Cohere": {"logit_scale": 0.25, "tie_word_embeddings": True},
+    "Qwen3Moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+    "Gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 32},
     "Gemma3Text": {"sliding_window": 16, "query_pre_attn_scalar": 32},
 }  # fmt: skip
 
@@ -64,110 +66,33 @@ def model_of(name: str, folder: Path) -> str:
 # ---- faults -------------------------------------------------------------------------------------------------------
 
 
-def engine_tensors(part: str, change: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """After each sync, tensors of that name are changed inside the engine."""
-
-    def patch(trainer: Any) -> Any:
-        generation = trainer.vllm_generation
-        real = generation.sync_weights
-
-        def sync() -> None:
-            real()
-            for name, tensor in patches.engine_model(trainer).named_parameters():
-                if part in name:
-                    tensor.data.copy_(change(tensor.data))
-
-        return patches.swapped(generation, "sync_weights", sync)
-
-    return patch
+def with_strength(patch: patches.Patch, strength: Any) -> Callable[[Any], Any]:
+    return lambda trainer: patch(trainer, strength)
 
 
-def every(owner: str, attribute: str, value: Any) -> Callable[[Any], Any]:
-    """A number of all modules of one side that have it: ``trainer`` or ``engine``."""
-
-    @contextlib.contextmanager
-    def patch(trainer: Any) -> Iterator[None]:
-        model = trainer.model if owner == "trainer" else patches.engine_model(trainer)
-        with contextlib.ExitStack() as stack:
-            for module in model.modules():
-                if attribute in vars(module):
-                    stack.enter_context(patches.swapped(module, attribute, value))
-            yield
-
-    return patch
-
-
-def short_prompts(trainer: Any) -> Any:
-    """The engine reads prompts without their first token."""
-    generation = trainer.vllm_generation
-    real = generation.generate
-
-    def generate(prompts: Any, *args: Any, **kwargs: Any) -> Any:
-        _, *rest = real([list(ids)[1:] for ids in prompts], *args, **kwargs)
-        return prompts, *rest
-
-    return patches.swapped(generation, "generate", generate)
-
-
-def logits(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return lambda trainer: patches.touch_logits(lambda z, _: change(z))(trainer, None)
-
-
-def hidden(name: str, value: Any) -> Callable[[Any], Any]:
-    return lambda trainer: patches.hidden(name)(trainer, value)
-
-
-def soft_capped(z: Any) -> Any:
-    return 2.0 * (z / 2.0).tanh()
-
-
-def in_eight_bits(z: Any) -> Any:
-    import torch
-
-    return z.to(torch.float8_e4m3fn).to(z.dtype)
-
-
-def biased(z: Any) -> Any:
-    import torch
-
-    return z + torch.linspace(-1.0, 1.0, z.shape[-1])
-
-
-class Noise:
-    """Another one at each call, from random numbers of its own."""
-
-    def __init__(self) -> None:
-        import torch
-
-        self.generator = torch.Generator().manual_seed(5)
-
-    def __call__(self, z: Any) -> Any:
-        import torch
-
-        return z + 0.1 * torch.randn(z.shape, generator=self.generator)
-
-
+W = with_strength
 FAULTS: dict[str, tuple[str, Callable[[Any], Any], float]] = {
     "clean": ("", lambda trainer: contextlib.nullcontext(), 1e-5),
-    "syncs lost": ("stale_weights", lambda t: patches.lose_sync(t, None), 1e-3),
-    "layer 0 never arrives": ("partial_sync", lambda t: patches.lose_tensors(t, "layers.0"), 1e-3),
-    "o_proj x 1.3": ("partial_sync", engine_tensors("o_proj", lambda x: 1.3 * x), 1e-5),
-    "embeddings one place on": ("partial_sync", engine_tensors("embed_tokens", lambda x: x.roll(1, 0)), 1e-5),
-    "temperature 1": ("temperature", hidden("temperature", 1.0), 1e-5),
-    "logits x 1.2": ("temperature", logits(lambda z: 1.2 * z), 1e-5),
-    "soft cap 2": ("temperature", logits(soft_capped), 1e-5),
-    "top_k 5": ("truncated_sampling", hidden("top_k", 5), 1e-5),
-    "presence_penalty .8": ("penalties", hidden("presence_penalty", 0.8), 1e-5),
-    "min_tokens 12": ("constrained_decoding", hidden("min_tokens", 12), 1e-5),
-    "bias -1 to 1": ("constrained_decoding", logits(biased), 1e-5),
-    "logits in fp8": ("head_precision", logits(in_eight_bits), 1e-5),
-    "noise of .1": ("engine_numerics", lambda t: logits(Noise())(t), 1e-5),
-    "rotary table from 20 on": ("engine_state", lambda t: patches.other_table(t, 20), 1e-5),
-    "engine's norm eps .3": ("engine_state", every("engine", "variance_epsilon", 0.3), 1e-5),
-    "trainer's norm eps .3": ("model_definition", every("trainer", "variance_epsilon", 0.3), 1e-5),
-    "trainer's dropout .1": ("trainer_numerics", every("trainer", "attention_dropout", 0.1), 1e-5),
-    "prompts cut": ("token_misalignment", short_prompts, 1e-5),
-}
+    "syncs lost": ("stale_weights", W(patches.lose_sync, None), 1e-3),
+    "layer 0 never arrives": ("partial_sync", W(patches.lose_tensors, "layers.0"), 1e-3),
+    "o_proj x 1.3": ("partial_sync", W(patches.touch_tensors("o_proj", lambda x, by: by * x), 1.3), 1e-5),
+    "embeddings one on": ("partial_sync", W(patches.touch_tensors("embed", lambda x, n: x.roll(n, 0)), 1), 1e-5),
+    "temperature 1": ("temperature", W(patches.hidden("temperature"), 1.0), 1e-5),
+    "logits x 1.2": ("temperature", W(patches.touch_logits(patches.scale), 1.2), 1e-5),
+    "soft cap 2": ("temperature", W(patches.touch_logits(patches.soft_capped), 2.0), 1e-5),
+    "top_k 5": ("truncated_sampling", W(patches.hidden("top_k"), 5), 1e-5),
+    "presence_penalty .8": ("penalties", W(patches.hidden("presence_penalty"), 0.8), 1e-5),
+    "min_tokens 12": ("constrained_decoding", W(patches.hidden("min_tokens"), 12), 1e-5),
+    "bias -1 to 1": ("constrained_decoding", W(patches.touch_logits(patches.tilted), 1.0), 1e-5),
+    "logits in fp8": ("head_precision", W(patches.touch_logits(patches.rounded), "float8_e4m3fn"), 1e-5),
+    "noise of .1": ("engine_numerics", W(patches.noisy, 0.1), 1e-5),
+    "rotary table from 20 on": ("engine_state", W(patches.other_table, 20), 1e-5),
+    "engine's norm eps .3": ("engine_state", W(patches.numbers("engine", "variance_epsilon"), 0.3), 1e-5),
+    "trainer's norm eps .3": ("model_definition", W(patches.numbers("trainer", "variance_epsilon"), 0.3), 1e-5),
+    "trainer's dropout .1": ("trainer_numerics", W(patches.dropout, 0.1), 1e-5),
+    "own law x 1.2": ("model_definition", W(patches.own_law, 1.2), 1e-5),
+    "prompts cut": ("token_misalignment", W(patches.short_prompts, 1), 1e-5),
+}  # fmt: skip
 
 
 def run(name: str) -> None:

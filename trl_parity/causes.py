@@ -87,6 +87,12 @@ CAUSES: dict[str, Cause] = {
         "that sleep, wake or a patch changed. Build the engine anew (a restart), and deliver weights by a way that "
         "finishes the load (vLLM's process_weights_after_loading), or turn packing off.",
     ),
+    "moe_routing": Cause(
+        "The two sides take other experts for the same hidden states.",
+        "Tokens near a router's border are computed by other experts on one side, and whole nats apart.",
+        "one router on both sides: its precision (fp32 logits in both), normalization, groups and correction bias, "
+        "and no draw at random in training mode.",
+    ),
     "head_precision": Cause(
         "One side rounds its logits (lm_head in half precision), the other does not.",
         "Errors grow with the size of the logits; likely tokens are hit most.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -78,6 +79,27 @@ def rounded(logits: Any, dtype: str) -> Any:
     return logits.to(getattr(torch, dtype)).to(logits.dtype)
 
 
+def soft_capped(logits: Any, cap: float) -> Any:
+    """In life: a final soft cap (Gemma 2) that one side reads from the config and the other does not."""
+    return cap * (logits / cap).tanh()
+
+
+def tilted(logits: Any, most: float) -> Any:
+    """A bias from -most to most over the vocabulary. In life: a logits processor that steers what is sampled."""
+    import torch
+
+    return logits + torch.linspace(-most, most, logits.shape[-1], dtype=logits.dtype)
+
+
+def noisy(trainer: Any, size: float) -> Any:
+    """Every call adds other noise to the logits. In life: kernels whose sums depend on what else is in the batch."""
+    import torch
+
+    generator = torch.Generator().manual_seed(5)  # the run's random numbers stay as they are
+    add = lambda z, _: z + size * torch.randn(z.shape, generator=generator, dtype=z.dtype)  # noqa: E731
+    return touch_logits(add)(trainer, size)
+
+
 # ---- what is handed over ------------------------------------------------------------------------------------------
 
 
@@ -124,6 +146,34 @@ def extra_bos(trainer: Any, count: int) -> Any:
     return swapped(generation, "generate", generate)
 
 
+def short_prompts(trainer: Any, count: int) -> Any:
+    """The engine reads prompts without their first tokens. In life: truncation on the left on one side only."""
+    generation = trainer.vllm_generation
+    real = generation.generate
+
+    def generate(prompts: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        _, *rest = real([list(ids)[count:] for ids in prompts], *args, **kwargs)
+        return prompts, *rest
+
+    return swapped(generation, "generate", generate)
+
+
+def crossed(trainer: Any, share: float) -> Any:
+    """Neighbouring sequences have each other's log-probs. In life: results of a queue, matched in another order."""
+    generation, rng = trainer.vllm_generation, random.Random(0)
+    real = generation.generate
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        prompts, completions, logprobs, ids = real(*args, **kwargs)
+        for i in range(0, len(logprobs) - 1, 2):
+            n = min(len(logprobs[i]), len(logprobs[i + 1]))
+            if rng.random() < share:
+                logprobs[i][:n], logprobs[i + 1][:n] = logprobs[i + 1][:n], logprobs[i][:n]
+        return prompts, completions, logprobs, ids
+
+    return swapped(generation, "generate", generate)
+
+
 # ---- what weights the engine holds --------------------------------------------------------------------------------
 
 
@@ -154,6 +204,45 @@ def lose_tensors(trainer: Any, part: str) -> Any:
         nonlocal left
         left -= 1
         return real((name, tensor) for name, tensor in weights if left >= 0 or part not in name)
+
+    return swapped(model, "load_weights", load)
+
+
+def touch_tensors(part: str, change: Callable[[Any, Any], Any]) -> Patch:
+    """After each sync, the engine's tensors with ``part`` in their name are changed.
+
+    In life: a loader that transposes, scales or rounds what it should copy, a rank that got another rank's shard.
+    """
+
+    def patch(trainer: Any, strength: Any) -> Any:
+        generation = trainer.vllm_generation
+        real = generation.sync_weights
+
+        def sync() -> None:
+            real()
+            for name, tensor in engine_model(trainer).named_parameters():
+                if part in name:
+                    tensor.data.copy_(change(tensor.data, strength))
+
+        return swapped(generation, "sync_weights", sync)
+
+    return patch
+
+
+def exchange_layers(trainer: Any, part: str) -> Any:
+    """The loader takes tensors with ``part`` in their name of layer 0 for those of layer 1, and the other way round.
+
+    In life: pipeline stages or expert ranks whose names are counted from different layers.
+    """
+    model = engine_model(trainer)
+    real, other = model.load_weights, {"0": "1", "1": "0"}
+
+    def load(weights: Any) -> Any:
+        renamed = (
+            (re.sub(r"layers\.([01])\.", lambda m: f"layers.{other[m[1]]}.", name) if part in name else name, tensor)
+            for name, tensor in weights
+        )
+        return real(renamed)
 
     return swapped(model, "load_weights", load)
 
@@ -238,6 +327,46 @@ def other_scale(trainer: Any, factor: float) -> Iterator[None]:
         for module in engine_model(trainer).modules():
             if hasattr(getattr(module, "impl", None), "scale"):
                 stack.enter_context(swapped(module.impl, "scale", module.impl.scale * factor))
+        yield
+
+
+def numbers(owner: str, attribute: str) -> Patch:
+    """A number that all modules of one side (``trainer`` or ``engine``) have under that name.
+
+    In life: a default that one implementation has in its code and the other in its config.
+    """
+
+    @contextlib.contextmanager
+    def patch(trainer: Any, value: Any) -> Iterator[None]:
+        model = trainer.model if owner == "trainer" else engine_model(trainer)
+        with contextlib.ExitStack() as stack:
+            for module in model.modules():
+                if attribute in vars(module):
+                    stack.enter_context(swapped(module, attribute, value))
+            yield
+
+    return patch
+
+
+@contextlib.contextmanager
+def own_law(trainer: Any, factor: float) -> Iterator[None]:
+    """Both models multiply their logits at the end of their forward pass, under a name that TRL's loss does not know.
+
+    In life: a multiplier that a model has under a name of its own; TRL's fused head goes around the model's forward.
+    """
+    policy, model = trainer.accelerator.unwrap_model(trainer.model), engine_model(trainer)
+    real, logits = policy.forward, model.compute_logits
+
+    def forward(*args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        output = real(*args, fused_lm_head=fused_lm_head, **kwargs)
+        if not fused_lm_head:
+            output.logits = factor * output.logits
+        return output
+
+    with (
+        swapped(policy, "forward", forward),
+        swapped(model, "compute_logits", lambda *a, **k: factor * logits(*a, **k)),
+    ):
         yield
 
 

@@ -49,11 +49,19 @@ def tiny() -> str:
 
 
 def make_trainer(
-    model: str, callbacks: list[Any], *, chat: bool = False, prompt_prefix: str = "", **overrides: Any
+    model: str,
+    callbacks: list[Any],
+    *,
+    chat: bool = False,
+    prompt_prefix: str = "",
+    trainer: str = "grpo",
+    **overrides: Any,
 ) -> Any:
-    """A GRPOTrainer on the recipe's task; ``overrides``: fields of GRPOConfig."""
+    """A GRPOTrainer (or ``trainer="rloo"``) on the recipe's task; ``overrides``: fields of its config."""
     import task
-    from trl import GRPOConfig, GRPOTrainer
+    import trl
+
+    kind, config = {"grpo": ("GRPOTrainer", "GRPOConfig"), "rloo": ("RLOOTrainer", "RLOOConfig")}[trainer]
 
     settings: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(prefix="trl-parity-") if "output_dir" not in overrides else "",
@@ -77,12 +85,12 @@ def make_trainer(
         "beta": 0.0,
         "reward_weights": [1.0, 0.5],
     }
-    args = GRPOConfig(**(settings | overrides))
+    args = getattr(trl, config)(**(settings | overrides))
     rows = args.max_steps * args.per_device_train_batch_size // args.num_generations + 64
     prompts = task.make_dataset(rows, seed=args.seed, split="train", chat=chat)
     if prompt_prefix and not chat:
         prompts = prompts.map(lambda row: {"prompt": prompt_prefix + row["prompt"]})
-    return GRPOTrainer(
+    return getattr(trl, kind)(
         model=model,
         args=args,
         reward_funcs=[task.exact, task.closeness],

@@ -191,12 +191,30 @@ def nothing(trainer):
     return contextlib.nullcontext()
 
 
+def law_of_its_own(trainer):
+    """Both models scale their logits at the end of their forward pass; TRL's fused head knows nothing of it."""
+    stack = contextlib.ExitStack()
+    policy, model = trainer.accelerator.unwrap_model(trainer.model), engine_model(trainer)
+    real, real_logits = policy.forward, model.compute_logits
+
+    def forward(*args, fused_lm_head=False, **kwargs):
+        output = real(*args, fused_lm_head=fused_lm_head, **kwargs)
+        if not fused_lm_head:
+            output.logits = 1.4 * output.logits
+        return output
+
+    stack.enter_context(swapped(policy, "forward", forward))
+    stack.enter_context(swapped(model, "compute_logits", lambda *a, **k: 1.4 * real_logits(*a, **k)))
+    return stack
+
+
 REGEX = {"structured_outputs": {"regex": "[a-z]{8,16}"}}
 FAULTS = {
     "clean": (None, nothing, {}),
     "hidden temperature": ("temperature", requests_get(temperature=1.0), {}),
     "second soft cap": ("temperature", flat_softcap, {}),
     "no soft cap": ("temperature", no_softcap, {"temperature": 1.8}),
+    "law of its own": ("model_definition", law_of_its_own, {}),
     "layers exchanged": ("engine_state", layers_exchanged, {}),
     "hidden top_p": ("truncated_sampling", requests_get(top_p=0.7), {}),
     "hidden frequency penalty": ("penalties", requests_get(frequency_penalty=0.6), {}),
@@ -228,7 +246,7 @@ def test_unforeseen_faults_are_named_on_another_architecture(make_trainer, tmp_p
     assert found.cause == cause, found.summary
     assert found.explained > 0.6
     assert found.confidence > 0.5
-    assert found.fix == CAUSES[cause].fix
+    assert found.fix == CAUSES[cause].fix or (name == "law of its own" and "TRL's loss (a fused head" in found.fix)
     # the text, on the terminal and in the bundle
     assert f"Cause    {cause}: explains" in callback.halt_message
     assert callback.halt_message.strip() in capfd.readouterr().err
@@ -383,7 +401,7 @@ def test_once_an_episode_or_when_asked(make_trainer, tmp_path, monkeypatch):
 
     calls, real = [], module.diagnose
     monkeypatch.setattr(module, "diagnose", lambda *a, **k: calls.append(1) or real(*a, **k))
-    callback = ParityCallback(action="log")
+    callback = ParityCallback(action="log", diagnose_budget=100.0)
     trainer = make_trainer(tmp_path, callback)
     with requests_get(top_p=0.7)(trainer):
         trainer.train()

@@ -3,6 +3,7 @@
 import contextlib
 
 import pytest
+import torch
 from support.models import save_tiny_moe
 from support.trainers import digit_reward, grpo_args, prompts, shared_engine
 
@@ -78,3 +79,25 @@ def test_experts_that_are_not_as_delivered_are_halted_and_named(make_trainer, tm
     assert callback.diagnosis.cause == "partial_sync", callback.diagnosis.summary
     assert f"model.layers.0.mlp.{part}" in callback.diagnosis.summary
     assert callback.diagnosis.confidence > 0.9
+
+
+def test_routers_that_take_other_experts_for_the_same_states_are_halted_and_named(make_trainer, tmp_path, monkeypatch):
+    """Weights and all that is derived from them are the trainer's; the engine favours an expert."""
+    callback = ParityCallback()
+    trainer = make_trainer(tmp_path, callback)
+    model = trainer.vllm_generation.llm.llm_engine.model_executor.driver_worker.model_runner.model
+    for gate in (layer.mlp.gate for layer in model.model.layers):
+
+        def favouring(x, real=gate.forward):
+            logits, bias = real(x)
+            return logits + 0.5 * (torch.arange(logits.shape[-1]) == 3), bias
+
+        monkeypatch.setattr(gate, "forward", favouring)
+    trainer.train()
+    assert callback.status is Status.HALT
+    found = callback.diagnosis
+    assert found.cause == "moe_routing", found.summary
+    assert found.confidence > 0.9, found.summary
+    assert "model.layers.0.mlp.experts others for" in found.summary
+    [routing] = [e.details["routing"] for e in found.evidence if "routing" in e.details]
+    assert all(0.02 < others < 0.9 and reweighed < 0.01 for others, reweighed in routing.values())

@@ -97,7 +97,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     Rule(stat="confident_disagreement", limit=0.005),
     Rule(stat="nonfinite_rate", limit=0.01),
     Rule(stat="entropy/nonfinite_rate", limit=0.0),
-    Rule(stat="ratio/extreme", limit=4e-4),
+    Rule(stat="ratio/extreme", limit=4e-4, k=5.0, ceiling=0.02, absolute=4e-4),
     Rule(stat="last_token/disagreement", limit=0.05),
     Rule(stat="seq/bias_gap", limit=1.0),
     Rule(stat="correction/zeroed", limit=0.5, warn=0.8),

@@ -6,7 +6,8 @@ Nothing of the run is changed: weights are swapped by pointer and put back, and 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,17 +16,26 @@ import torch
 
 from ..engine.base import Engine, in_process
 from ..records import RolloutBatch
+from ..scoring.experts import ExpertLayer, Forced, forced
 from ..scoring.head_spec import Head
 from ..scoring.model_head import causal_lm, materialized_head
 from ..scoring.perturb import eval_mode, own_random_numbers, rebuilt, rounded_cache, swapped, without_adapters
 from ..trainers.capture import Capture
 from .findings import EnginePrompts, EngineWeights
 
-__all__ = ["FEW", "ForwardPass", "ForwardPasses"]
+__all__ = ["FEW", "ForcedRouting", "ForwardPass", "ForwardPasses"]
 
 FEW = 4  # sequences of a pass one by one, which is slow
 
 _REMEMBERED = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ForcedRouting:
+    """The experts that tokens take instead of their own, in layers of experts."""
+
+    by_row: Mapping[int, Sequence[Forced]]  # of the rollout batch; by layer
+    layers: tuple[ExpertLayer, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +48,7 @@ class ForwardPass:
     weights: EngineWeights | str = "own"  # those the engine holds; rounded: own ones, in the engine's dtype and back
     kv_dtype: torch.dtype | None = None  # round keys and values to this dtype
     kv_truncated: bool = False  # towards zero: the upper byte of fp16 is e5m2, and some kernels just take it
+    routing: ForcedRouting | None = None  # in an unpadded pass
     few: bool = False  # only the FEW that passes one by one are made of
 
 
@@ -90,6 +101,33 @@ class ForwardPasses:
         with self._applied(forward) as model, materialized_head(model, temperature) as head:
             yield head
 
+    @torch.no_grad()
+    def own_logits(self, ids: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Last hidden states (n, H) at some places of one sequence (T,), and the logits (n, V) the model makes there.
+
+        Raises ValueError for a model whose forward pass has no hidden states to be seen.
+        """
+        lm, seen = causal_lm(self._model), []
+        takes = "logits_to_keep" in inspect.signature(type(lm).forward).parameters
+        device = self._rollout.completion_ids.device
+        ids, places = ids[None].to(device), places.to(device)
+
+        def hook(module: Any, args: Any, output: Any) -> None:
+            seen.append((output[0] if isinstance(output, tuple) else output.last_hidden_state)[0, places])
+
+        handle = lm.base_model.register_forward_hook(hook)
+        try:
+            with self._applied(ForwardPass()), self._capture.trainer.accelerator.autocast():
+                output = lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False,
+                            **({"logits_to_keep": places} if takes else {}))  # fmt: skip
+        finally:
+            handle.remove()
+        if not seen:
+            raise ValueError(
+                f"{type(lm).__name__} does not call its base model as a module: no hidden states are seen"
+            )
+        return seen[0], output.logits[0] if takes else output.logits[0, places]
+
     def _pass(self, model: torch.nn.Module, forward: ForwardPass) -> torch.Tensor:
         rollout, keep = self._rollout, self._rollout.completion_ids.shape[1]
         some = self._few if forward.few else torch.arange(len(self._rows))
@@ -100,19 +138,23 @@ class ForwardPasses:
             hidden = self._hidden(model, ids, attention, keep, 1 if forward.layout == "single" else None)
             hidden = hidden[torch.searchsorted(some, self._row[known]), self._column[known]]
         else:
-            hidden = torch.cat([self._unpadded(model, i, forward.prompts) for i in some.tolist()])
+            hidden = torch.cat([self._unpadded(model, i, forward) for i in some.tolist()])
         out = hidden.new_zeros(len(self._row), hidden.shape[1])
         out[known.to(out.device)] = hidden
         return out
 
-    def _unpadded(self, model: torch.nn.Module, i: int, prompts: EnginePrompts | None) -> torch.Tensor:
+    def _unpadded(self, model: torch.nn.Module, i: int, forward: ForwardPass) -> torch.Tensor:
         at, columns = int(self._rows[i]), self._column[self._row == i]
+        prompts, routing = forward.prompts, forward.routing
         prompt = self._rollout.prompt_ids[at][self._rollout.prompt_mask[at].bool()]
         if prompts is not None and at in prompts.by_row:
             prompt = torch.tensor(prompts.by_row[at], dtype=prompt.dtype, device=prompt.device)
         length = int(columns.max()) + 1 if len(columns) else 1  # up to the last token looked at
         ids = torch.cat([prompt, self._rollout.completion_ids[at][:length]])[None]
-        return self._hidden(model, ids, torch.ones_like(ids), length, 1)[0, columns]
+        with ExitStack() as stack:
+            if routing is not None and at in routing.by_row:
+                stack.enter_context(forced(routing.layers, routing.by_row[at]))
+            return self._hidden(model, ids, torch.ones_like(ids), length, 1)[0, columns]
 
     def _hidden(
         self, model: torch.nn.Module, ids: torch.Tensor, attention: torch.Tensor, keep: int, batch_size: int | None

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 if TYPE_CHECKING:
     import torch
 
+    from .routing import Routed
+
 __all__ = ["Capability", "Engine", "InProcessEngine", "in_process"]
 
 
@@ -91,6 +93,9 @@ class InProcessEngine(Engine, Protocol):
 
     def last_states(self, sequence: Sequence[int], places: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Last hidden states (n, H) that predict the tokens at these places, and the logits (n, V) made of them."""
+
+    def routing(self, sequence: Sequence[int]) -> list[Routed]:
+        """Which experts each of its layers takes for the tokens of a sequence, by its own prefill; empty if dense."""
 
     @property
     def llm(self) -> Any:

@@ -93,13 +93,18 @@ def parted(live: torch.nn.Module, anew: torch.nn.Module, unreached: frozenset[st
     """What the live module holds and not as the new one does, in the live one's order.
 
     Tensors (parameters, buffers and plain attributes) are equal where all elements are, numbers to 1e-9. What only one
-    of the two has is left out, and so is what no weight reached.
+    of the two has is left out, and so is what no weight reached, whatever it is called.
     """
     theirs = {name: value for name, _, _, value in _state(anew)}
     found: list[Part] = []
     seen: set[tuple[int, torch.Size]] = set()
+    held = {_storage(p) for name, p in live.named_parameters() if name in unreached}
     for name, owner, attribute, value in _state(live):
-        if name not in theirs or name in unreached or _alike(value, theirs[name]):
+        if (
+            held and isinstance(value, torch.Tensor) and _storage(value) in held
+        ):  # under another name: a router keeps its bias
+            continue
+        if name not in theirs or _alike(value, theirs[name]):
             continue
         if isinstance(value, torch.Tensor):
             if (value.data_ptr(), value.shape) in seen:  # tied

@@ -15,6 +15,7 @@ import torch
 from ..scoring.dtypes import dtype_name
 from ..scoring.perturb import own_random_numbers
 from .base import Capability
+from .routing import Routed, recorded
 
 __all__ = ["ColocatedEngine", "engine_of"]
 
@@ -153,6 +154,12 @@ class ColocatedEngine:
             raise RuntimeError(f"the engine made logits of {done} tokens of {len(sequence) - 1}")
         states, logits = (torch.cat(parts) for parts in zip(*kept, strict=True))
         return states, logits
+
+    def routing(self, sequence: Sequence[int]) -> list[Routed]:
+        """Which experts each of its layers takes for the tokens of a sequence, by its own prefill; empty if dense."""
+        with recorded(self.model) as layers:
+            self._ask([sequence], self._params(temperature=0.0, prompt_logprobs=0), self._salt())
+        return [layer.of(len(sequence)) for layer in layers]
 
     def next_token(
         self, contexts: Sequence[Sequence[int]], targets: Sequence[int], temperature: float, *, cached: bool

@@ -60,7 +60,7 @@ class Reading(NamedTuple):
     limit: float  # what it was compared with
     over: bool
     warns: bool  # over the WARN level, or over the limit
-    missing: bool = False  # the rule wants a noise floor and there is none
+    missing: bool = False  # the rule wants a noise floor, there is none, and without one it allows more
 
     @property
     def text(self) -> str:
@@ -89,7 +89,7 @@ def read(rule: Rule, stats: Mapping[str, float | None]) -> Reading | None:
             if rule.absolute is None:
                 return Reading(rule, seen, value, limit, False, False, missing=True)
             over, warns = not value <= rule.absolute, not value <= rule.absolute * rule.warn
-            return Reading(rule, seen, value, rule.absolute, over, warns, missing=True)
+            return Reading(rule, seen, value, rule.absolute, over, warns, missing=rule.absolute > limit)
         seen, value = f"excess/{rule.stat}", value - floor
         limit = max(limit, (rule.k - 1.0) * floor)
     over = not value >= limit if rule.below else not value <= limit

@@ -30,7 +30,10 @@ SOURCES = ("rounding", "batch_shape", "engine")
 GROUPS = 8  # of sequences, in each source
 
 # What the engine's source may be of rounding's: both its passes are rounded, and its kernels differ in shape
-MOST = {"kl_k3": 4.0, "logp_abs_diff/mean": 2.0, "logp_abs_diff/p99": 2.0, "ratio/out_of_band": 4.0, "ess": 4.0}
+MOST = {"kl_k3": 4.0, "logp_abs_diff/mean": 2.0, "logp_abs_diff/p99": 2.0, "ratio/out_of_band": 4.0,
+        "ratio/extreme": 4.0, "ess": 4.0}  # fmt: skip
+
+_WHOLE = {"ratio/extreme": "ratio/extreme"}  # so rare in noise that the one left out is often the only one
 
 ENGINE_MOST = 3.0  # times rounding's mean |Δ|: beyond it the engine's own is a fault
 
@@ -170,7 +173,7 @@ def _stats(pool: Sequence[MismatchSums]) -> dict[str, float] | None:
     for sums in pool[1:]:
         total.add_(sums)
     found = compute(total)
-    values = {stat: found[f"trimmed/{stat}"] for stat in FLOORED}
+    values = {stat: found[_WHOLE.get(stat, f"trimmed/{stat}")] for stat in FLOORED}
     if any(value is None or not math.isfinite(value) for value in values.values()):
         return None
     return {stat: _told(stat, value or 0.0) for stat, value in values.items()}

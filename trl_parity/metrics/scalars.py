@@ -84,6 +84,7 @@ SCALARS: dict[str, str] = {
     "floor/logp_abs_diff/mean": "the same for logp_abs_diff/mean (at most 2 x rounding's)",
     "floor/logp_abs_diff/p99": "the same for logp_abs_diff/p99 (at most 2 x rounding's)",
     "floor/ratio/out_of_band": "the same for ratio/out_of_band",
+    "floor/ratio/extreme": "the same for ratio/extreme, all tokens counted",
     "floor/ess": "the same for ess: the lower bound, and the smallest",
     "floor_upper/kl_k3": "99.9 % upper bound, as floor/kl_k3 is of 95 %",
     "floor_upper/logp_abs_diff/mean": "the same of logp_abs_diff/mean",
@@ -95,6 +96,7 @@ SCALARS: dict[str, str] = {
     "excess/logp_abs_diff/mean": "trimmed - floor of logp_abs_diff/mean",
     "excess/logp_abs_diff/p99": "trimmed - floor of logp_abs_diff/p99",
     "excess/ratio/out_of_band": "trimmed - floor of ratio/out_of_band",
+    "excess/ratio/extreme": "trimmed - floor of ratio/extreme",
     "excess/ess": "floor/ess - trimmed/ess: effective sample size lost beyond noise",
     "limit/kl_k3": "what the rule on kl_k3 lets its excess be: max(limit, (k - 1) x floor), at most ceiling - floor",
     "limit/logp_abs_diff/mean": "the same for logp_abs_diff/mean",
@@ -148,4 +150,4 @@ SCALARS: dict[str, str] = {
 }
 
 # statistics with a noise floor; ``ess`` falls with noise, the others rise
-FLOORED = ("kl_k3", "logp_abs_diff/mean", "logp_abs_diff/p99", "ratio/out_of_band", "ess")
+FLOORED = ("kl_k3", "logp_abs_diff/mean", "logp_abs_diff/p99", "ratio/out_of_band", "ratio/extreme", "ess")

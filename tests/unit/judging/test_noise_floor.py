@@ -307,6 +307,50 @@ def test_a_bound_is_not_so_wide_that_a_faint_drift_is_missed():
     assert all(windows_judged(8, seed, drift=0.15) for seed in range(3))
 
 
+def flipping(seed, rate, tokens=24, sequences=16):
+    """Noise of a mixture of experts: where rounding flips a router, a token is 5 nats off."""
+    generator = torch.Generator().manual_seed(seed)
+    one = -torch.rand(sequences, tokens, generator=generator)
+    flipped = (
+        (torch.rand(one.shape, generator=generator) < rate) * 5.0 * torch.randn(one.shape, generator=generator).sign()
+    )
+    scored = ScoredBatch(
+        mask=torch.ones_like(one, dtype=torch.bool), rollout_logprobs=one, trainer_logprobs=(other := one + flipped),
+        own_logprobs=other, entropy=None,
+    )  # fmt: skip
+    return measure(scored, bootstrap_samples=2)
+
+
+def extremes_judged(seed, rate, floor_rate, windows=20):
+    """The windows that breached ``ratio/extreme``, the floor measured as a run does."""
+    judge = RunJudge(ParityConfig(), measured_floor=True)
+    for step in range(windows):
+
+        def measured(step=step):
+            return judge.floor.update({"rounding": flipping(5000 + 100 * seed + step, floor_rate)})
+
+        if judge.floor.due:
+            measured()
+        stats = compute(flipping(100 * seed + step, rate))
+        told = judge.scalars(stats)
+        if judge.doubts_floor(told) and measured():
+            told = judge.scalars(stats)
+        judge.judge(step, told)
+    return [v.step for v in judge.verdicts if "ratio/extreme" in v.breaches]
+
+
+@pytest.mark.slow_unit
+def test_tokens_nats_off_by_rounding_are_in_the_floor_and_others_are_not():
+    healthy = [extremes_judged(seed, rate=2e-3, floor_rate=2e-3) for seed in range(3)]
+    without = [
+        compute(flipping(100 * seed + step, 2e-3))["trimmed/ratio/extreme"] for seed in range(3) for step in range(20)
+    ]
+    assert 4 * sum(map(len, healthy)) < sum(x > 4e-4 for x in without)  # single windows now and then, a fifth as many
+    assert extremes_judged(0, rate=0.0, floor_rate=0.0) == []
+    assert len(extremes_judged(0, rate=0.02, floor_rate=0.0)) >= 18  # a dense model's floor has none
+    assert len(extremes_judged(0, rate=0.1, floor_rate=2e-3)) >= 18
+
+
 # ---- an engine that disagrees with itself ---------------------------------------------------------------------------
 
 

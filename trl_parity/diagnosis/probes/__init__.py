@@ -11,10 +11,11 @@ from .base import COSTS, FREE, Candidate, NotPossible, Probe, in_order, recomput
 from .engine_head import ENGINE_HEAD
 from .handoff import HANDOFF
 from .rescore import RESCORE
+from .routing import ROUTING
 from .sampling_params import SAMPLING_PARAMS
 from .trainer_forward import TRAINER_FORWARD
 from .weight_sync import WEIGHT_SYNC
 
 __all__ = ["COSTS", "FREE", "PROBES", "Candidate", "NotPossible", "Probe", "in_order", "recomputed"]
 
-PROBES = in_order((*HANDOFF, *TRAINER_FORWARD, *SAMPLING_PARAMS, *WEIGHT_SYNC, *ENGINE_HEAD, *RESCORE))
+PROBES = in_order((*HANDOFF, *TRAINER_FORWARD, *SAMPLING_PARAMS, *WEIGHT_SYNC, *ENGINE_HEAD, *RESCORE, *ROUTING))

@@ -9,11 +9,12 @@ import torch
 
 from ...engine.base import in_process
 from ...engine.built_anew import parted
+from ...scoring.head import logits_chunk
 from ...scoring.model_head import causal_lm
 from ...scoring.perturb import FP8_CACHES, config_differences, largest_dropout
 from ..counterfactual import Counterfactual, DiagnosedBatch
 from ..findings import NOTHING, Findings
-from ..forward_passes import FEW
+from ..forward_passes import FEW, ForwardPass
 from ..profiles import drift_profiles
 from .base import (
     Candidate,
@@ -41,6 +42,18 @@ _NO_POSITIONS = (
     "(attention_mask.cumsum(-1) - 1), use a model with rotary positions, or prompts of one length in a batch."
 )
 
+_OWN_LOGITS = (
+    "the engine serves the model's own logits; TRL's loss (a fused head since 1.15) multiplies the last hidden states "
+    "by lm_head and applies what constants the config has under the names it knows. Give the constant such a name in "
+    "the model's config, leave out what else the model does to its logits, or train with a TRL that uses the model's."
+)
+
+_OWN = 1e-3  # nats from which on the model's own logits are others
+
+_ROUNDED = 4.0  # times what rounding to their dtype does: less is that
+
+_TOKENS = 64  # of a sequence, whose whole logits are made
+
 _NO_DROPOUT = (
     "no dropout is on: a layer computes something else in train mode (a router that draws at random, statistics of "
     "the batch). Switch that off in the model's config"
@@ -60,6 +73,7 @@ def repeat(batch: DiagnosedBatch, current: Counterfactual) -> Candidate | None:
         finding=f"a second pass in eval mode differs by {mean_in_words(gap)} nats on average"
         + (f"; dropout {dropped:g} is on while the policy is scored" if dropped else "")
         + ("" if dropped or not jitter else f"; its config has {', '.join(jitter)}"),
+        cause="moe_routing" if jitter and not dropped else "",
         details={"dropout": dropped},
         fix="" if dropped else _NO_DROPOUT + (f" ({', '.join(jitter)} to 0)" if jitter else "") + ".",
     )
@@ -141,6 +155,43 @@ def kv_cache(batch: DiagnosedBatch, current: Counterfactual, findings: Findings)
     return candidate, Findings(cache_moved=moved)
 
 
+def own_logits(batch: DiagnosedBatch, current: Counterfactual) -> Candidate | None:
+    """As if the loss were of the logits that the model itself makes, not of its head and the config's constants."""
+    if batch.sharded:
+        raise NotPossible("the policy is sharded over ranks: its own logits are not asked of one rank")
+    base = recomputed(current)
+    reported, over = base.reported.clone(), torch.zeros(len(batch), dtype=torch.bool)
+    apart, rounding = [], []
+    with batch.passes.head(ForwardPass(), batch.temperature) as head:
+        for i in batch.few.tolist():
+            mine = (batch.row == i).nonzero().squeeze(-1)
+            if not len(mine):
+                continue
+            some = mine[torch.linspace(0, len(mine) - 1, min(_TOKENS, len(mine))).long().unique()]
+            at = int(batch.rows[i])
+            prompt, completion = batch.prompt(at, None), batch.rollout.completion_ids[at].tolist()
+            ids = torch.tensor(prompt + completion[: int(batch.column[mine].max()) + 1])
+            states, own = batch.passes.own_logits(ids, len(prompt) + batch.column[some] - 1)
+            made = logits_chunk(states.to(head.weight.device), head).cpu()
+            own = own[:, : made.shape[1]].cpu()
+            apart.append((own.float() - made).abs().mean())
+            rounding.append((made.to(own.dtype).float() - made).abs().mean())
+            targets = batch.targets[some].cpu()[:, None]
+            said = [(x / batch.temperature).double().log_softmax(-1).gather(1, targets)[:, 0] for x in (own, made)]
+            reported[some] -= said[0] - said[1]
+            over[some] = True
+    gap = (reported - base.reported)[over].abs()
+    if not len(gap) or float(gap.mean()) < _OWN or sum(apart) < _ROUNDED * sum(rounding):
+        return None
+    return Candidate(
+        counterfactual=replace(base, distribution=batch.plain, reported=reported, kept=base.kept & over),
+        over=over,
+        finding="the model's own forward pass makes other logits than its lm_head with the constants that TRL's loss "
+        f"reads from the config (logit_scale, final_logit_softcapping, ...): {mean_in_words(gap)} nats on average",
+        fix=_OWN_LOGITS,
+    )
+
+
 TRAINER_FORWARD: tuple[Probe, ...] = (
     probe("repeat", "trainer_numerics", "repeat", independent(repeat),
            "the trainer disagrees with itself", "a second pass, every layer in eval mode, agrees with the engine"),
@@ -151,6 +202,9 @@ TRAINER_FORWARD: tuple[Probe, ...] = (
     probe("engine's config", "model_definition", "forward", independent(engine_config),
            "the two sides run different models on one set of weights",
            "a model built from the engine's config on the trainer's weights agrees"),
+    probe("own logits", "model_definition", "forward", independent(own_logits),
+           "the loss is not of the logits that the model makes",
+           "with the log-probs of the model's own logits the trainer agrees"),
     probe("cache precision", "kv_cache_precision", "forward", kv_cache,
            "the engine's KV cache is quantized", "with keys and values rounded alike, the trainer agrees",
            gives=("cache_moved",)),

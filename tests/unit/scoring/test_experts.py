@@ -1,0 +1,77 @@
+"""Which experts a policy's routers take, and the same policy with others."""
+
+import pytest
+import torch
+
+from trl_parity.scoring.experts import Forced, expert_layers, forced
+
+IDS = torch.arange(12).reshape(1, 12)
+
+
+@pytest.fixture(scope="module")
+def model():
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        num_experts=6, num_experts_per_tok=2, moe_intermediate_size=8,
+    )  # fmt: skip
+    return Qwen3MoeForCausalLM(config).eval()
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def seen_by(layer, model):
+    """Hidden states, experts and weights of a pass."""
+    calls = []
+    handle = layer.experts.register_forward_pre_hook(lambda module, args: calls.append(args[:3]))
+    logits_of(model)
+    handle.remove()
+    return calls[0]
+
+
+def test_a_layers_choice_is_the_one_it_makes_in_a_pass(model):
+    layers = expert_layers(model)
+    assert [layer.name for layer in layers] == [f"model.layers.{i}.mlp.experts" for i in range(2)]
+    for layer in layers:
+        hidden, experts, weights = seen_by(layer, model)
+        again, same = layer.choice(hidden)
+        assert torch.equal(experts, again)
+        assert torch.equal(weights, same)
+    assert not expert_layers(torch.nn.Linear(2, 2))
+
+
+def test_forced_tokens_take_other_experts_and_the_rest_their_own(model):
+    layers = expert_layers(model)
+    before = logits_of(model)
+    none = [Forced(torch.zeros(12, dtype=torch.bool), torch.zeros(12, 2, dtype=torch.long), torch.ones(12, 2))] * 2
+    with forced(layers, none):
+        assert torch.equal(logits_of(model), before)
+    last = torch.arange(12) == 11
+    _, experts, weights = seen_by(layers[1], model)
+    swapped = [none[0], Forced(last, (experts + 1) % 6, weights)]
+    with forced(layers, swapped):
+        after = logits_of(model)
+    assert torch.equal(after[0, :11], before[0, :11])
+    assert (after[0, 11] - before[0, 11]).abs().max() > 1e-4
+    assert torch.equal(logits_of(model), before)  # nothing is left of it
+
+
+def test_another_sequence_or_another_way_of_routing_is_refused(model):
+    layers = expert_layers(model)
+    long = Forced(torch.ones(13, dtype=torch.bool), torch.zeros(13, 2, dtype=torch.long), torch.ones(13, 2))
+    with forced(layers, [long, long]), pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts routes \(12, 2\)"):
+        logits_of(model)
+
+    class OtherExperts(torch.nn.Module):
+        def forward(self, hidden):
+            return hidden
+
+    block = torch.nn.Sequential(torch.nn.Linear(4, 4), OtherExperts())
+    [layer] = expert_layers(block)
+    with pytest.raises(ValueError, match="1 is not called with experts and weights of each token"):
+        layer.choice(torch.zeros(3, 4))
