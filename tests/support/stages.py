@@ -56,10 +56,10 @@ def prepare(patch: Any = setattr) -> None:
     patch(judge, "alert_sinks", lambda report_to: [Foreign()])
 
 
-def run(folder: Path, accelerator: Any = None, action: str = "skip_update", **settings: Any) -> SimpleNamespace:
+def run(folder: Path, accelerator: Any = None, *, resumed: bool = True, **settings: Any) -> SimpleNamespace:
     """Two runs, the second from a checkpoint of the first: statuses, updates, and the callback of the first."""
     usual = {"consecutive": 1, "redact_text": True, "rich_every_n_windows": 1, "bootstrap_samples": 100}
-    usual |= {"floor_tokens": 64, "action": action, "evidence_alpha": 1e-30, "reward_baseline": None}
+    usual |= {"floor_tokens": 64, "action": "skip_update", "evidence_alpha": 1e-30}
     first = ParityCallback(**(usual | settings))
     first.engine_request = SimpleNamespace(disagreement=lambda *_: "", unlike=lambda _: [], apply_to=lambda _: None)
     main = accelerator is None or accelerator.is_main_process
@@ -86,6 +86,9 @@ def run(folder: Path, accelerator: Any = None, action: str = "skip_update", **se
     first.diagnose()
     first.on_train_end(*told)
     statuses = [str(v.status) for v in first.verdicts]
+    done = SimpleNamespace(statuses=statuses, updates=[applied for _, applied in updates], callback=first)
+    if not resumed:
+        return done
 
     second = ParityCallback(**(usual | settings))
     loop = Loop(second, folder / "second", feeds=1, accumulate=1, shifts=lambda _: 0.0, accelerator=accelerator)
@@ -96,20 +99,20 @@ def run(folder: Path, accelerator: Any = None, action: str = "skip_update", **se
     loop.run(2)
     second.on_train_end(loop.args, loop.state, loop.control)
     statuses += [str(v.status) for v in second.verdicts]
-    return SimpleNamespace(statuses=statuses, updates=[applied for _, applied in updates], callback=first)
+    return done
 
 
 @contextmanager
-def failing(name: str, seen: list[str] | None = None):
-    """A stage raises whenever it begins; "" for none."""
+def failing(*names: str, seen: list[str] | None = None):
+    """These stages raise whenever they begin."""
     begins = Stages.begins
 
     def begun(self: Any, stage: str) -> None:
         begins(self, stage)
         if seen is not None:
             seen.append(stage)
-        if stage == name:
-            raise RuntimeError(f"{name} made to fail")
+        if stage in names:
+            _raise_in(sys._getframe(1), RuntimeError(f"{stage} made to fail"))
 
     Stages.begins = begun  # type: ignore[method-assign]
     try:
@@ -118,34 +121,82 @@ def failing(name: str, seen: list[str] | None = None):
         Stages.begins = begins  # type: ignore[method-assign]
 
 
+def _raise_in(frame: Any, error: Exception) -> None:
+    """Raise where a stage begins; of a ``with`` block, at its first line."""
+    if frame.f_code.co_name != "__call__":
+        raise error
+
+    def trace(frame: Any, event: str, arg: Any) -> None:
+        frame.f_trace = None
+        sys.settrace(None)
+        raise error
+
+    frame.f_back.f_back.f_trace = trace  # the block's: behind contextlib's __enter__
+    sys.settrace(lambda *_: None)
+
+
 ROOT = str(Path(trl_parity.__file__).parent)
 
 # what guards, keeps time or hands out random numbers: were it to fail, there is nothing behind it
-UNDER = ("live/stages.py", "live/stopwatch.py", "collectives.py", "scoring/perturb.py", "config/", "credentials.py")
-
-
-def inner(frame: Any) -> str:
-    """The name of a function of ours that another one of ours called; "" of any other."""
-    code, before = frame.f_code, frame.f_back
-    if not code.co_filename.startswith(ROOT) or before is None or not before.f_code.co_filename.startswith(ROOT):
-        return ""
-    module = code.co_filename[len(ROOT) + 1 :]
-    if module.startswith(UNDER) or code.co_name.startswith("<"):
-        return ""
-    return f"{module}:{code.co_qualname}"
+UNDER = ("live/stages.py", "live/stopwatch.py", "collectives.py", "scoring/perturb.py")
 
 
 @contextmanager
-def traced(call: Any):
-    """``call(name)`` at each call of an inner function; what it raises is raised by that function."""
+def unguarded(found: dict[str, None]):
+    """Into ``found``: functions that one of ours calls, from the first batch on, while no stage takes their failure.
+
+    But for those that hold stages together.
+    """
+    open_stages, shells = [0], set()
+    call, begins, joined = Stages.__call__, Stages.begins, Stages.together
+
+    @contextmanager
+    def counted(self: Any, name: str):
+        with call(self, name):
+            open_stages[0] += 1
+            try:
+                yield
+            finally:
+                open_stages[0] -= 1
+
+    def together(self: Any, name: str, ranks: int, work: Any) -> Any:
+        with counted(self, name):
+            return joined(self, name, ranks, work)
+
+    def begun(self: Any, name: str) -> None:
+        begins(self, name)
+        if name == "rollout" and "rollout" not in shells:
+            found.clear()
+        frame = sys._getframe(1)
+        shells.add(name)
+        while frame is not None:
+            shells.add(_name(frame))
+            frame = frame.f_back
 
     def trace(frame: Any, event: str, arg: Any) -> None:
-        if event == "call" and (name := inner(frame)):
-            call(name)
+        before = frame.f_back
+        if event == "call" and not open_stages[0] and before is not None and _name(before) and (name := _name(frame)):
+            while before is not None and before.f_code.co_name != "_mismatch":  # its own stages are no blocks
+                before = before.f_back
+            if before is None:
+                found[name] = None
 
-    before = sys.gettrace()
+    Stages.__call__, Stages.begins, Stages.together = counted, begun, together  # type: ignore[method-assign]
+    usual = sys.gettrace()
     sys.settrace(trace)
     try:
         yield
     finally:
-        sys.settrace(before)
+        sys.settrace(usual)
+        Stages.__call__, Stages.begins, Stages.together = call, begins, joined  # type: ignore[method-assign]
+        for name in shells:
+            found.pop(name, None)
+
+
+def _name(frame: Any) -> str:
+    """Of a function of ours; "" of any other."""
+    code = frame.f_code
+    module = code.co_filename[len(ROOT) + 1 :]
+    if not code.co_filename.startswith(ROOT) or module.startswith(UNDER) or code.co_name.startswith("<"):
+        return ""
+    return f"{module}:{code.co_qualname}"

@@ -62,6 +62,7 @@ _WORDS = {
         "start": "the run could not be announced",
         "surroundings": "what the run runs on could not be told",
         "traps": "the settings could not be checked",
+        "run file": "run.json was not written",
         "windows file": "the window could not be written",
         "tokens file": "the window's tokens could not be written",
         "last files": "the run's files could not be closed",
@@ -96,15 +97,13 @@ class Stages:
         self._told: set[str] = set()
 
     def begins(self, name: str) -> None:
-        """A stage begins: inside whatever takes its failure."""
-        if name not in STAGES:
-            raise KeyError(name)
+        """A stage begins: whatever takes its failure is there."""
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """The block is this stage: what it raises comes to what its kind says, and the run goes on behind it."""
+        self.begins(name)
         try:
-            self.begins(name)
             yield
         except Exception as e:
             self.failed(name, e)

@@ -23,7 +23,8 @@ def no_engine(monkeypatch):
 @pytest.fixture
 def usual(tmp_path):
     """The run in which nothing fails."""
-    with stages.failing("", seen := []):
+    seen = []
+    with stages.failing(seen=seen):
         done = stages.run(tmp_path / "usual")
     assert done.statuses == ["OK", "OK", "HALT", "HALT", "OK", "OK", "OK", "OK"]
     assert done.updates == [True, True, False, False, True, True]
@@ -71,7 +72,7 @@ def test_a_halt_is_carried_out_though_nobody_can_be_told(tmp_path, monkeypatch, 
     watch, loop = quick(tmp_path, action)
     loop.accelerator.is_main_process = loop.state.is_world_process_zero = True
     monkeypatch.setattr(sys, "stderr", Gone())
-    with stages.failing("text"), stages.failing("incident"), stages.failing("line"):
+    with stages.failing("text", "incident", "line"):
         if action == "raise":
             with pytest.raises(ParityHalt, match="HALT, halted at step 2"):
                 loop.run(3)
@@ -124,36 +125,33 @@ def test_a_checkpoint_that_cannot_be_read_is_begun_anew_or_refused(tmp_path, cap
     assert (second.monitor.breaker.windows, second.status) == (1, "OK")
 
 
-ALLOWED = {
-    "live/callback.py:ParityCallback._require_interception",  # raises by its nature
+# arithmetic on a few numbers, and the collectives, into which every rank must go
+PLAIN = {
+    "callback": ("_window_steps", "_pipeline", "_require_interception", "_close_last_window"),
+    "window": ("__init__", "__bool__", "begin", "sums", "carry"),
+    "incidents": ("due", "leaves", "found", "_episode"),
+    "pipeline": ("_spent", "announce"),
+    "trainer_run": ("accelerator", "measured"),
+    "capture": ("__init__", "seconds"),
+    "grpo": ("sampling_settings",),  # kept as the batch's failure
+    "reduction": ("reduce_many", "reduce_sums"),
+    "sums": ("__init__", "zeros", "bump", "cpu", "settle", "parts", "additive", "maxima", "span"),
+    "noise_floor": ("due", "account"),
+    "breaker": ("halting", "reached"),
+    "course": ("add", "standing"),
+    "verdict": ("halted",),
+    "instrumentation": ("instrument",),  # of PPO's trainer, while it is built
 }
 
 
-@pytest.mark.slow_unit
-def test_no_function_of_ours_takes_a_run_down_or_lets_it_pass_for_healthy(tmp_path, usual):
-    """Not by what the code says of itself: each function that another of ours calls in a run is made to raise."""
-    found = []
-    with stages.traced(lambda name: found.append(name)):
-        stages.run(tmp_path / "found")
-    died = []
-    for i, name in enumerate(dict.fromkeys(found)):
-        hits = []
-
-        def fail(called, name=name, hits=hits):
-            if called == name:
-                hits.append(called)
-                raise RuntimeError(f"{name} made to fail")
-
-        try:
-            with stages.traced(fail):
-                done = stages.run(tmp_path / str(i))
-        except Exception as e:
-            died.append(f"{name}: {type(e).__name__}: {e}")
-            continue
-        if not all(s == was or s in ("ERROR", "CALIBRATING", "NO_DATA") or was == "OK"
-                   for s, was in zip(done.statuses, usual.statuses, strict=True)):  # fmt: skip
-            died.append(f"{name}: {done.statuses}")
-    assert [line for line in died if line.split(": ")[0] not in ALLOWED] == []
+def test_whatever_is_called_in_a_run_is_called_in_a_stage(tmp_path):
+    """Not by what the code says of itself: by what one run calls."""
+    found = {}
+    with stages.unguarded(found):
+        stages.run(tmp_path, resumed=False)
+    plain = {(module, name) for module, names in PLAIN.items() for name in names}
+    called = {(name.split("/")[-1].split(".py")[0], name.split(".")[-1].split(":")[-1]) for name in found}
+    assert called - plain == set()
 
 
 RANKS = """
@@ -172,7 +170,7 @@ stages.prepare()
 out, told = Path(sys.argv[1]), {}
 for name in ["", *STAGES]:
     for bad in (0, 1) if name else (0,):
-        with stages.failing(name if rank == bad else ""):
+        with stages.failing(*([name] if rank == bad else [])):
             done = stages.run(out / f"{name}{bad}", accelerator)
         row = {"statuses": done.statuses, "updates": done.updates, "diagnosed": done.callback.diagnosis is not None}
         both = gather_rows([row])  # nobody is left behind, and in no other gathering
