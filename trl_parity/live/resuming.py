@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from ..collectives import together
+from ..collectives import gather_rows, together
 from ..errors import ConfigError
 from .trainer_run import TrainerRun
 
@@ -35,6 +35,8 @@ def restore(run: TrainerRun, saved: Any, args: Any, state: Any) -> None:
     seen = ""
     try:
         known = together(lambda: _load(run, checkpoint, args, state), args.world_size)
+        if not known:
+            _forget(run, state)
     except Exception as e:
         if isinstance(e, ConfigError):
             raise
@@ -44,8 +46,7 @@ def restore(run: TrainerRun, saved: Any, args: Any, state: Any) -> None:
                 "set on_state_mismatch='restart' to begin with an empty streak and a new noise floor."
             ) from e
         known, seen = False, f" ({type(e).__name__}: {e})"
-        run.judge.reset()
-        run.pipeline.window.begin(int(state.global_step))
+        _forget(run, state)
     if not known:
         logger.warning(
             "the checkpoint of step %d holds no trl-parity state this version reads%s; the streak starts at 0 and "
@@ -54,9 +55,18 @@ def restore(run: TrainerRun, saved: Any, args: Any, state: Any) -> None:
 
 
 def _load(run: TrainerRun, checkpoint: Any, args: Any, state: Any) -> bool:
-    if not run.judge.load_state(checkpoint):
+    known = run.judge.load_state(checkpoint)
+    if args.world_size > 1:  # each rank reads a file, and may not find the same
+        known = all(row["known"] for row in gather_rows([{"known": known}]))
+    if not known:
         return False
     run.resume_skipped(int(checkpoint.get("skipped", 0)))
     if not run.pipeline.window.load_state(checkpoint, args.device, state.is_world_process_zero):
         logger.warning("bootstrap_samples changed: the first part of the window open at the checkpoint is dropped")
     return True
+
+
+def _forget(run: TrainerRun, state: Any) -> None:
+    """Begin anew, whatever was read before it failed."""
+    run.judge.reset()
+    run.pipeline.window.begin(int(state.global_step))
