@@ -144,6 +144,7 @@ PLAIN = {
 }
 
 
+@pytest.mark.slow_unit
 def test_whatever_is_called_in_a_run_is_called_in_a_stage(tmp_path):
     """Not by what the code says of itself: by what one run calls."""
     found = {}

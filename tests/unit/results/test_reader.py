@@ -54,6 +54,7 @@ def test_a_pilot_keeps_no_window(tmp_path):
     tracemalloc.stop()
 
 
+@pytest.mark.slow_unit
 def test_the_newest_incident_is_that_of_the_largest_step(tmp_path):
     judge = RunJudge(ParityConfig(), measured_floor=False)
     judge.open(tmp_path, [])
@@ -67,6 +68,7 @@ def test_the_newest_incident_is_that_of_the_largest_step(tmp_path):
     assert summary.incident.step == 12
 
 
+@pytest.mark.slow_unit
 def test_a_bundle_is_read_in_pieces_and_a_text_that_rows_share_is_held_once(tmp_path):
     rows = 300
     table = pyarrow.table(
