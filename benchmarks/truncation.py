@@ -1,4 +1,4 @@
-"""What it costs to replay the engine's truncation (truncation="replay") on top of the head, by setting.
+"""What it costs to replay the engine's truncation and penalties on top of the head, by setting.
 
     python benchmarks/truncation.py                              # 512 tokens x 151,936 vocabulary x 1,024 hidden, bf16
     python benchmarks/truncation.py --tokens 1024 --std 5 --json truncation.json

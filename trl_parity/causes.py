@@ -31,8 +31,8 @@ CAUSES: dict[str, Cause] = {
     "truncated_sampling": Cause(
         "The engine samples from a truncated vocabulary and renormalizes; the loss uses the whole of it.",
         "Every sampled token looks less likely to the trainer than it was: ratios are below 1 on average.",
-        "top_p=1.0, top_k=0, min_p=None in GRPOConfig and none on the engine's side, or "
-        'ParityConfig(truncation="replay") if it is meant.',
+        "top_p=1.0, top_k=0, min_p=None in GRPOConfig and none on the engine's side; "
+        'ParityConfig(truncation="replay") only where the loss renormalizes over the kept tokens as well.',
     ),
     "penalties": Cause(
         "The engine penalizes repeated tokens; the loss does not.",

@@ -18,7 +18,7 @@ import secrets
 import shutil
 import socket
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,6 +29,7 @@ __all__ = [
     "MOST_BYTES",
     "NUMBER",
     "FolderLock",
+    "bounded_lines",
     "check_version",
     "jsonable",
     "open_log",
@@ -233,6 +234,14 @@ def read_bytes(path: Path, largest: int = MOST_BYTES, *, within: bool = False) -
     if size > largest:
         raise ValueError(f"{size} bytes")
     return content
+
+
+def bounded_lines(file: BinaryIO, longest: int) -> Iterator[bytes]:
+    """Lines with their ends, one at a time. Raises ValueError for one of more than ``longest`` bytes."""
+    while line := file.readline(longest + 1):
+        if len(line) > longest:
+            raise ValueError(f"more than {longest:,} bytes")
+        yield line
 
 
 def parse_json(content: bytes) -> Any:

@@ -99,12 +99,13 @@ class ScoredBatch:
 
     mask: torch.Tensor  # bool: engine-generated tokens that were scored
     rollout_logprobs: torch.Tensor
-    trainer_logprobs: torch.Tensor  # fp32 head, with the engine's processing replayed when configured
+    trainer_logprobs: torch.Tensor  # judged: fp32 head, plain, or with the engine's processing replayed
     own_logprobs: torch.Tensor  # the trainer's own head, plain
     entropy: torch.Tensor | None  # nats, of the trainer's fp32-head law (plain); None: not known
     law_entropy: torch.Tensor | None = None  # of the law trainer_logprobs belongs to; None: the plain one's
     log_kept: torch.Tensor | None = None  # log probability mass of the engine's support under the trainer
     out_of_support: torch.Tensor | None = None  # bool: sampled token outside the trainer's own kept set
+    replayed_logprobs: torch.Tensor | None = None  # fp32 head, the engine's processing replayed; None: it has none
     rows: torch.Tensor | None = None  # of the rollout batch, where only some were scored; None: all of them
     lag: int = 0
     # where sequences come from different weights, ``mask`` has the tokens at lag 0, and these the others
@@ -114,6 +115,7 @@ class ScoredBatch:
     probe: bool = False
     correction_weights: torch.Tensor | None = None  # (B, 1) or (B, C) as in RolloutBatch
     keys: torch.Tensor | None = None  # (B,) int64, equal for the same completion of the same prompt; None: all differ
+    prompts: torch.Tensor | None = None  # (B,) int64, equal for the same prompt; None: not known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

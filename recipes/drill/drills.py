@@ -44,7 +44,6 @@ class Drill:
     base: Arguments = lambda s, _: {}
     base_engine: dict[str, Any] = field(default_factory=dict)
     arguments: Arguments = lambda s, _: {}
-    parity: dict[str, Any] = field(default_factory=dict)  # fields of ParityConfig
     engine: Callable[[Any], dict[str, Any]] = lambda s: {}  # engine arguments: a process of its own
     patch: patches.Patch | None = None
     onset: int = 1  # first window that can show it
@@ -72,7 +71,6 @@ def at_1e_3(s: Any, _: Setting) -> dict[str, Any]:
     return {"learning_rate": 1e-3}
 
 
-IGNORE = {"truncation": "ignore"}
 CACHED = {"block_size": 32, "enable_prefix_caching": True}
 
 DRILLS = [
@@ -89,13 +87,13 @@ DRILLS = [
     Drill(name="soft-cap", cause="temperature", what="the engine caps its logits at {}", strengths=(6.0, 4.0, 2.0),
           patch=patches.touch_logits(patches.soft_capped)),
     Drill(name="top-p", cause="truncated_sampling", what="top_p={}, not replayed", strengths=(0.98, 0.95, 0.9),
-          arguments=lambda s, _: {"top_p": s}, parity=IGNORE),
+          arguments=lambda s, _: {"top_p": s}),
     Drill(name="min-p", cause="truncated_sampling", what="min_p={}, not replayed", strengths=(0.02, 0.05, 0.2),
-          arguments=lambda s, _: {"min_p": s}, parity=IGNORE),
+          arguments=lambda s, _: {"min_p": s}),
     Drill(name="hidden-top-k", cause="truncated_sampling", what="requests get top_k={} behind TRL's back",
           strengths=(16, 12, 8), patch=patches.hidden("top_k")),
     Drill(name="repetition-penalty", cause="penalties", what="repetition_penalty={}, not replayed",
-          strengths=(1.02, 1.05, 1.2), arguments=lambda s, _: {"repetition_penalty": s}, parity=IGNORE),
+          strengths=(1.02, 1.05, 1.2), arguments=lambda s, _: {"repetition_penalty": s}),
     Drill(name="presence-penalty", cause="penalties", what="requests get presence_penalty={} behind TRL's back",
           strengths=(0.1, 0.3, 0.6), patch=patches.hidden("presence_penalty")),
     Drill(name="logit-bias", cause="constrained_decoding", what="logit_bias={} on the letter f",
@@ -151,8 +149,6 @@ DRILLS = [
           strengths=(16, 8, 2), patch=patches.other_table),
     Drill(name="attention-scale", cause="engine_state", what="the engine's attention scale x {}",
           strengths=(1.1, 1.3, 2.0), patch=patches.other_scale),
-    Drill(name="engine-eps", cause="engine_state", what="the engine's norms have eps {}", strengths=(0.1, 0.3, 1.0),
-          patch=patches.numbers("engine", "variance_epsilon")),
     Drill(name="fp8-kv", cause="kv_cache_precision", what="kv_cache_dtype=fp8_e5m2 (at most {} tokens)",
           strengths=(10, 20, 40), base=lambda s, _: {"max_completion_length": s},
           engine=lambda s: {"kv_cache_dtype": "fp8_e5m2"}),

@@ -56,7 +56,7 @@ def run(model: str, drill: Drill, job: Job, folder: Path) -> dict[str, Any]:
     setting = Setting(job.temperature, tokenizer)
     arguments: dict[str, Any] = {"max_steps": STEPS, "seed": job.seed, "output_dir": str(folder)}
     arguments |= drill.run_args(strength, setting, job.control)
-    callback = ParityCallback(action="stop", **({} if job.control else drill.parity))
+    callback = ParityCallback(action="stop")
     clock = _clock()
     callbacks = [*([_asking(callback, STEPS)] if healthy else []), clock, callback]
     trainer = stack.make_trainer(model, callbacks, chat=tokenizer.chat_template is not None, **arguments)

@@ -419,18 +419,23 @@ def test_a_lost_weight_sync_halts_with_a_checkpoint_and_a_reason(make_trainer, t
         callback.raise_if_halted()
 
 
-def test_truncated_sampling_halts_when_not_replayed(make_trainer, tmp_path):
-    callback = ParityCallback(truncation="ignore")
+def test_truncated_sampling_halts_and_is_named(make_trainer, tmp_path, caplog):
+    callback = ParityCallback()
     make_trainer(tmp_path, callback, max_steps=20, top_p=0.9, learning_rate=1e-5).train()
+    assert "the engine changes its distribution (top_p=0.9): the loss does not" in caplog.text
     assert statuses(callback) == ["BREACH", "BREACH", "HALT"]
-    assert callback.verdicts[-1].stats["honesty_high"] < 1.0
+    stats = callback.verdicts[-1].stats
+    assert stats["honesty_high"] < 1.0
+    assert stats["replayed/kl_k3"] < 0.2 * stats["kl_k3"]  # the other law is measured beside it
+    assert callback.diagnosis.cause == "truncated_sampling", callback.diagnosis.summary
+    assert "top_p=1.0" in callback.diagnosis.fix
 
 
 @pytest.mark.parametrize("few", [(64, 1024), (2, 4)], ids=["whole-vocabulary", "few-then-more-then-rows"])
 def test_truncated_sampling_is_reported_apart_when_replayed(make_trainer, tmp_path, few, monkeypatch):
     for name, n in zip(("_FEW", "_MANY"), few, strict=True):
         monkeypatch.setattr(f"trl_parity.scoring.sampling.{name}", n)
-    callback = ParityCallback()
+    callback = ParityCallback(truncation="replay")
     make_trainer(tmp_path, callback, max_steps=3, top_p=0.9, learning_rate=1e-5).train()
     # the two sides agree; what TRL's correction takes away of the loss, which knows no truncation, is told
     assert [(v.status, v.warnings, v.breaches) for v in callback.verdicts] == [("WARN", ("correction/lost",), ())] * 3
@@ -438,10 +443,11 @@ def test_truncated_sampling_is_reported_apart_when_replayed(make_trainer, tmp_pa
     assert stats["kl_k3"] < 1e-3
     assert 0.88 < stats["truncation/kept_mass"] < 0.99
     assert stats["own_head/logp_abs_diff/mean"] == pytest.approx(-stats["truncation/log_bias"], rel=0.2)
+    assert stats["replayed/kl_k3"] == pytest.approx(stats["kl_k3"])
 
 
 def test_penalties_are_replayed(make_trainer, tmp_path):
-    callback = ParityCallback()
+    callback = ParityCallback(truncation="replay")
     kwargs = {"presence_penalty": 0.5, "frequency_penalty": 0.3}
     make_trainer(tmp_path, callback, max_steps=2, repetition_penalty=1.2, generation_kwargs=kwargs).train()
     stats = callback.verdicts[-1].stats

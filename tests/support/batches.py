@@ -15,6 +15,7 @@ def scored(
     law_entropy=None,
     log_kept=None,
     outside=None,
+    replayed=None,
     lag=0,
     weights=None,
 ):
@@ -27,6 +28,7 @@ def scored(
         law_entropy=law_entropy,
         log_kept=log_kept,
         out_of_support=outside,
+        replayed_logprobs=replayed,
         lag=lag,
         correction_weights=weights,
     )
@@ -45,5 +47,6 @@ def random_batch(generator, rows, columns, scale):
         law_entropy=torch.rand(rows, columns, generator=generator, dtype=torch.float64),
         log_kept=-torch.rand(rows, columns, generator=generator, dtype=torch.float64) * 0.2,
         outside=torch.rand(rows, columns, generator=generator) < 0.1,
+        replayed=rollout + delta * 0.5,
         lag=2,
     )

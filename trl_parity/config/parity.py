@@ -173,12 +173,13 @@ class ParityConfig:
         },
     )
     truncation: str = field(
-        default="replay",
+        default="ignore",
         metadata={
-            "help": "'replay': apply the engine's top-k, top-p, min-p and penalties to the trainer's logits before "
-            "comparing, and report their effect apart (truncation/*). 'ignore': compare with the trainer's plain "
-            "policy, so that truncation counts as drift.",
-            "choices": ["replay", "ignore"],
+            "help": "What the engine's top-k, top-p, min-p and penalties are to the verdict. 'ignore': the trainer's "
+            "policy as TRL's loss has it is judged, which knows none of them, so that they are drift. 'replay': the "
+            "trainer's policy with all of them applied is judged, for a loss that really renormalizes; the drift of "
+            "TRL's own is then left out. Both are measured (replayed/*, own_head/*, truncation/*).",
+            "choices": ["ignore", "replay"],
         },
     )
     diagnose: str = field(

@@ -12,6 +12,7 @@ from ..config.reading import from_json
 from ..records import UNREPLAYED, SamplingSettings
 from ..scoring.dtypes import dtype_name
 from ..scoring.perturb import largest_dropout
+from ..trainers.generation import GenerationCapture
 from ..trainers.grpo import GRPOCapture
 from .models import adapter_facts, model_facts, tied_adapter
 from .rules import Facts, Finding, lint
@@ -35,7 +36,8 @@ def facts(capture: Capture, replayed: bool) -> Facts:
     model = model_facts(capture.policy.config)
     if getattr(args, "vllm_model_impl", "vllm") == "transformers" or getattr(args, "vllm_mode", None) != "colocate":
         del model["refused"]
-    model["absolute_positions"] &= isinstance(capture, GRPOCapture)  # other trainers pass position_ids
+    # other trainers pass position_ids
+    model["absolute_positions"] &= isinstance(capture, (GRPOCapture, GenerationCapture))
     return Facts(
         sampling=capture.sampling,
         trainer_temperature=capture.temperature,
@@ -127,7 +129,7 @@ def configured_facts(values: Mapping[str, Any], *, serve: str | None = None, tra
     return Facts(
         sampling=sampling,
         trainer_temperature=float(values.get("temperature", 1.0)),
-        replayed=values.get("truncation", "replay") == "replay",
+        replayed=values.get("truncation") == "replay",
         trainer_dtype=weights,
         compute_dtype="float16" if half is None else "bfloat16" if half else weights,
         trainer_head_fp32=bool(values.get("cast_lm_head_to_fp32")),

@@ -9,6 +9,12 @@ from ..records import SamplingSettings
 
 __all__ = ["Facts", "Finding", "lint"]
 
+_NEUTRAL = SamplingSettings()
+
+_TRUNCATION = ("top_k", "top_p", "min_p")
+
+_PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
@@ -16,7 +22,7 @@ class Facts:
 
     sampling: SamplingSettings | None
     trainer_temperature: float | None
-    replayed: bool  # the engine's truncation and penalties are replayed on the trainer's side
+    replayed: bool  # truncation="replay": the verdict leaves the engine's truncation and penalties out
     trainer_dtype: str | None = None  # of the weights
     compute_dtype: str | None = None  # of the forward, after mixed precision
     trainer_head_fp32: bool = False
@@ -206,16 +212,21 @@ def _requests(f: Facts) -> Iterator[Finding]:
             f"{f.trainer_temperature:g}.",
             "one temperature, set in the trainer's arguments and nowhere else.",
         )
-    if s.truncates or s.penalizes:
-        how = (
-            "it is replayed on the trainer's side and reported as parity/truncation/*, but the loss itself uses the "
-            "whole distribution (see parity/own_head/*)."
-            if f.replayed
-            else "it is not replayed (truncation='ignore'), so it counts as drift."
-        )
-        cause = "truncated_sampling" if s.truncates else "penalties"
-        fix = "top_p=1, top_k=0, min_p=0" if s.truncates else "repetition_penalty=1, presence_penalty=0"
-        yield Finding("warning", cause, f"the engine changes its distribution ({_changed(s)}): {how}", f"{fix}.")
+    how = (
+        "it is replayed on the trainer's side and reported as parity/truncation/*, but the loss itself uses the whole "
+        "distribution (see parity/own_head/*), and the verdict leaves that out."
+        if f.replayed
+        else "the loss does not, so it counts as drift, and halts the run where it is large enough."
+    )
+    severity = "warning" if f.replayed else "error"
+    for there, cause, names in (
+        (s.truncates, "truncated_sampling", _TRUNCATION),
+        (s.penalizes, "penalties", _PENALTIES),
+    ):
+        if there:
+            fix = ", ".join(f"{n}={getattr(_NEUTRAL, n):g}" for n in names)
+            said = f"the engine changes its distribution ({_changed(s, names)}): {how}"
+            yield Finding(severity, cause, said, f"{fix} in the requests.")
     if s.unreplayed:
         yield Finding(
             "warning",
@@ -245,8 +256,9 @@ def _correction(f: Facts) -> Iterator[Finding]:
     yield Finding(
         "error",
         "correction_weights",
-        f"the engine truncates ({_changed(s)}) and vllm_importance_sampling_mode={f.weighs_sequences!r} multiplies "
-        f"the loss of an answer by the mass kept at each of its tokens{size}: long answers are not learned from.",
+        f"the engine truncates ({_changed(s, _TRUNCATION)}) and vllm_importance_sampling_mode={f.weighs_sequences!r} "
+        f"multiplies the loss of an answer by the mass kept at each of its tokens{size}: long answers are not learned "
+        "from.",
         'top_p=1, top_k=0, min_p=0, or vllm_importance_sampling_mode="token_truncate".',
     )
 
@@ -354,10 +366,8 @@ def _adapter(f: Facts) -> Iterator[Finding]:
         )
 
 
-def _changed(sampling: SamplingSettings) -> str:
-    neutral = SamplingSettings()
-    names = ("top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-    return ", ".join(f"{n}={getattr(sampling, n):g}" for n in names if getattr(sampling, n) != getattr(neutral, n))
+def _changed(sampling: SamplingSettings, names: tuple[str, ...]) -> str:
+    return ", ".join(f"{n}={getattr(sampling, n):g}" for n in names if getattr(sampling, n) != getattr(_NEUTRAL, n))
 
 
 _CHECKS = (

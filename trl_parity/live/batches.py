@@ -83,6 +83,9 @@ class BatchSums:
         with self._judge.stages("rewards"):
             if capture.training:
                 self._judge.add_rewards(sums, capture.rewards(), capture.reward_prompts())
+        with self._judge.stages("readings"):
+            if capture.training:
+                sums.bump(**capture.stopped(), **(capture.start_of_reference() if capture.step == 0 else {}))
 
     def _add_cache_use(self, capture: Capture, sums: MismatchSums) -> None:
         """What the batch's requests did to the engine's caches."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ..collectives import fail_together
-from ..errors import ConfigError
 from ..lint.facts import live_traps, tell
 from ..lint.rules import Finding
 from ..tracking.sinks import WandbSink
@@ -23,11 +22,6 @@ def begin(run: TrainerRun, capture: Capture, request: TRLEngineArguments | None,
     trainer = run.trainer = capture.trainer
     config, stages = run.config, run.judge.stages
     advice: list[Finding] = []
-    if trainer.is_deepspeed_enabled and config.action in ("skip_update", "stop"):
-        raise ConfigError(
-            f"action={config.action!r} with DeepSpeed, which applies the update inside backward: the "
-            "condemned batch can't be kept from the weights there. Use action='raise' or action='log'."
-        )
     with stages("panels"):
         for sink in run.judge.sinks:
             if isinstance(sink, WandbSink):
@@ -45,7 +39,7 @@ def begin(run: TrainerRun, capture: Capture, request: TRLEngineArguments | None,
         if config.console == "short":
             shorten_console(trainer)
     with stages("start"):
-        run.say_start()
+        run.say_start(capture.sampling)
     with stages("surroundings"):
         run.judge.write_run(run.investigator.surroundings(capture))
     with stages("traps"):

@@ -41,6 +41,9 @@ class Surroundings:
         """
         return None
 
+    def add_to(self, sums: MismatchSums) -> None:
+        """Add to this rank's sums what is looked at once a window."""
+
     def scalars(self) -> Mapping[str, float | None]:
         """What belongs to the window that closes beside what was measured."""
         return {}
@@ -91,8 +94,7 @@ class Pipeline:
         doubts = False
         with judge.stages("statistics"):
             stats = compute(sums).updated({**spent, **self._surroundings.scalars()})
-            by_rank = None if sums.by_rank is None else sums.by_rank.numpy()
-            stats = judge.scalars(stats.updated(judge.replicas.add(by_rank, stats)), new_window=True)
+            stats = judge.scalars(stats.updated(judge.of_replicas(sums, stats)), new_window=True)
             doubts = judge.doubts_floor(stats)
         if not doubts:
             verdict = self._decided(step, stats)
@@ -117,7 +119,9 @@ class Pipeline:
         """The window's sums over all ranks, on the host; and what the window before cost after its verdict."""
         spent: dict[str, float | None] = {}
         accelerator = self._surroundings.accelerator
-        sums = self.window.settled("cpu" if accelerator is None else accelerator.device, self._judge.stages)
+        device = "cpu" if accelerator is None else accelerator.device
+        self._surroundings.add_to(self.window.sums(device))
+        sums = self.window.settled(device, self._judge.stages)
         if self._surroundings.accounts:
             seconds, wall = self.stopwatch.lap()
             floor = seconds.get("floor", 0.0)

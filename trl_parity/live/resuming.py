@@ -34,7 +34,8 @@ def restore(run: TrainerRun, saved: Any, args: Any, state: Any) -> None:
     checkpoint = (saved or {}).get("attributes", {}).get("checkpoint")
     seen = ""
     try:
-        known = together(lambda: _load(run, checkpoint, args, state), args.world_size)
+        settings = (saved or {}).get("args") or {}
+        known = together(lambda: _load(run, checkpoint, settings, args, state), args.world_size)
         if not known:
             _forget(run, state)
     except Exception as e:
@@ -54,13 +55,13 @@ def restore(run: TrainerRun, saved: Any, args: Any, state: Any) -> None:
         )  # fmt: skip
 
 
-def _load(run: TrainerRun, checkpoint: Any, args: Any, state: Any) -> bool:
+def _load(run: TrainerRun, checkpoint: Any, settings: Any, args: Any, state: Any) -> bool:
     known = run.judge.load_state(checkpoint)
     if args.world_size > 1:  # each rank reads a file, and may not find the same
         known = all(row["known"] for row in gather_rows([{"known": known}]))
     if not known:
         return False
-    run.resume_skipped(int(checkpoint.get("skipped", 0)))
+    run.resume(settings, int(checkpoint.get("skipped", 0)))
     if not run.pipeline.window.load_state(checkpoint, args.device, state.is_world_process_zero):
         logger.warning("bootstrap_samples changed: the first part of the window open at the checkpoint is dropped")
     return True

@@ -52,6 +52,7 @@ _WORDS = {
     Kind.TELLING: {
         "readings": "temperature or caches cannot be watched",
         "rewards": "rewards cannot be watched",
+        "frozen weights": "the frozen weights cannot be watched",
         "engine settings": "the engine's settings could not be looked at",
         "noise floor": "the noise floor could not be measured",
         "floor in force": "the noise floor could not be taken over",

@@ -14,15 +14,17 @@ from ..judging.noise_floor import GROUPS, SOURCES
 from ..lines import say
 from ..metrics.sums import MismatchSums
 from ..metrics.tokens import tokens_of_all
-from ..records import Diagnosis
+from ..records import Diagnosis, SamplingSettings
 from ..report.messages import alert_text, ending_text, halt_text, skipped_text, start_text
 from ..report.outcome import window_in_words
 from ..scoring.perturb import own_random_numbers
 from ..tracking.sinks import RichLog
 from ..trainers.capture import Capture
+from ..trainers.instrumentation import not_intercepted
 from ..verdict import Status, Verdict
 from .batches import BatchSums
 from .floor_measurement import measure_floor
+from .frozen import FrozenWeights
 from .incidents import Investigator
 from .judge import RunJudge
 from .pipeline import Pipeline, Surroundings
@@ -69,13 +71,20 @@ class TrainerRun(Surroundings):
         self.halt: Verdict | None = None
         self.skipped = 0
         self._told_skipped = {"window": 0, "log": 0}  # of them, up to the last row there
+        self._truncation_before: str | None = None  # of the run that is resumed
         self._at_hand = False
         self._windows = 0
+        self._frozen: FrozenWeights | None = FrozenWeights()
 
     @property
     def accelerator(self) -> Accelerator:  # type: ignore[override]
         """The trainer's."""
         return self.trainer.accelerator
+
+    def require_interception(self, seen: str) -> None:
+        """Raise InterceptionError where no training batch has come, though a step was ``seen``."""
+        if self.trainer is None:
+            raise not_intercepted(seen)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -103,6 +112,15 @@ class TrainerRun(Surroundings):
         with self.judge.stages("engine settings"):  # what is measured does not depend on it
             if self.capture is not None:
                 self.investigator.check_settings(self.capture)
+
+    def add_to(self, sums: MismatchSums) -> None:
+        """How far the frozen weights have moved."""
+        if self.capture is None or self._frozen is None:
+            return
+        with self.judge.stages("frozen weights"):  # the mismatch is measured without them, from then on
+            frozen, self._frozen = self._frozen, None
+            sums.bump(**frozen.moved(self.capture.policy))
+            self._frozen = frozen
 
     def floor_sums(self) -> Mapping[str, Sequence[MismatchSums]] | None:
         """Of the batch at hand. A failure of ours is a warning: without any floor, windows stay CALIBRATING."""
@@ -232,11 +250,17 @@ class TrainerRun(Surroundings):
         """Where its files are."""
         return Path(self.config.parity_dir or Path(self.trainer.args.output_dir) / "parity")
 
-    def say_start(self) -> None:
-        """What is watched from now on (main process)."""
-        args = self.trainer.args
+    def say_start(self, sampling: SamplingSettings) -> None:
+        """What is watched from now on (main process). ``sampling``: of the first batch."""
+        args, before, now = self.trainer.args, self._truncation_before, self.config.truncation
         every = int(args.logging_steps) if getattr(args, "logging_strategy", "no") == "steps" else 1
         say(start_text(type(self.trainer).__name__, self.config, self.parity_dir, every))
+        if before not in (None, now) and (sampling.truncates or sampling.penalizes):
+            logger.warning(
+                "the run was judged with truncation=%r up to the checkpoint, and is with %r from here on: the engine "
+                "truncates or penalizes, so the two are not the same. truncation=%r goes on as before.",
+                before, now, before,
+            )  # fmt: skip
 
     def ending(self) -> str:
         """One line about all of it."""
@@ -255,8 +279,9 @@ class TrainerRun(Surroundings):
             if remind and self.halt is not None and self.accelerator.is_main_process:
                 say(skipped_text(self.skipped, self.halt))
 
-    def resume_skipped(self, skipped: int) -> None:
-        """So many were dropped before."""
+    def resume(self, settings: Mapping[str, Any], skipped: int) -> None:
+        """The run had these settings before, and so many updates were dropped."""
+        self._truncation_before = settings.get("truncation")
         self.skipped, self._told_skipped = skipped, {"window": skipped, "log": skipped}
 
     def skips(self, row: str) -> dict[str, float | None]:

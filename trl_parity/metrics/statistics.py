@@ -16,13 +16,15 @@ import numpy as np
 
 from ..records import ScoredBatch
 from ..verdict import MismatchStats
+from .concentration import concentration
 from .correction import correction_rows, correction_scalars
 from .histogram import log_ratio_histogram, quantiles, quantiles_abs
 from .intervals import intervals
+from .pareto import khat
 from .scalars import LAG_BUCKETS, SCALARS
 from .sequences import KEYS, POOL, SCALE, TOKEN_ROWS, add_sequences
 from .standard_errors import evidence_inputs
-from .sums import BINS, DECADES, PER_DECADE, SCALES, MismatchSums
+from .sums import BINS, DECADES, PER_DECADE, REPLAYED, SCALES, MismatchSums
 from .trimmed import EXTREME, trimmed
 
 if TYPE_CHECKING:
@@ -86,7 +88,9 @@ def _add_sequences(out: MismatchSums, batch: ScoredBatch, first_sequence: int) -
     last = mask.cumsum(-1).argmax(-1, keepdim=True)  # the first of equal ones
     last_delta = batch.trainer_logprobs.gather(1, last) - batch.rollout_logprobs.gather(1, last)
     numbers = torch.arange(first_sequence, first_sequence + len(mask)) if batch.keys is None else batch.keys
-    rows = [sum(by_sequence[1:], by_sequence[0]), last_delta.t(), (numbers.to(mask.device) & KEYS)[None]]
+    prompts = torch.full_like(numbers, -1) if batch.prompts is None else batch.prompts & KEYS
+    numbers = torch.stack([numbers & KEYS, prompts]).to(mask.device)
+    rows = [sum(by_sequence[1:], by_sequence[0]), last_delta.t(), numbers]
     if batch.correction_weights is not None:
         rows.append(correction_rows(batch.correction_weights.to(mask.device), mask))
     out.wait(add_sequences, torch.cat(rows))
@@ -128,6 +132,8 @@ def _add_tokens(out: MismatchSums, batch: ScoredBatch) -> torch.Tensor:
         log_kept = torch.where(valid, batch.log_kept.double(), 0.0)
         truncation = _stacked(valid, log_kept.exp() * valid, log_kept, valid & batch.out_of_support)
         out.span("trunc_tokens", "kept_mass", "log_kept", "out_of_support").add_(truncation.sum((1, 2)))
+    if batch.replayed_logprobs is not None:
+        _add_k3(out.span(*REPLAYED), batch.replayed_logprobs, batch.rollout_logprobs, mask)
 
     # scatter, not bincount: bincount syncs with the device to learn its size. log10(0) = -inf ends in bin 0
     bins = sizes[0].log10().mul_(PER_DECADE).add_(1 - DECADES[0] * PER_DECADE).clamp_(0, BINS - 1)
@@ -183,12 +189,18 @@ def measure_policy_drift(out: MismatchSums, new: torch.Tensor, old: torch.Tensor
     import torch
 
     with torch.no_grad():
-        delta = new.double() - old.double()
-        valid = (delta.abs() < math.inf) & mask.bool()
-        delta = torch.where(valid, delta, 0.0)
-        sums = _stacked(valid, torch.expm1(delta) - delta).sum((1, 2))
-        drift = out.span("drift_tokens", "drift_k3")
-        drift += sums.to(drift.device)
+        _add_k3(out.span("drift_tokens", "drift_k3"), new, old, mask)
+
+
+def _add_k3(sums: torch.Tensor, new: torch.Tensor, old: torch.Tensor, mask: torch.Tensor) -> None:
+    """Add tokens, Σ k3 and, where there is a third place, Σ |Δ| to ``sums``, in place. Δ = new - old."""
+    import torch
+
+    delta = new.double() - old.double()
+    valid = (delta.abs() < math.inf) & mask.bool()
+    delta = torch.where(valid, delta, 0.0)
+    k3 = torch.expm1(delta.clamp(max=_EXP_CLAMP)) - delta
+    sums += _stacked(valid, k3, *([delta.abs()] if len(sums) == 3 else [])).sum((1, 2)).to(sums.device)
 
 
 # scalars that are one sum over another
@@ -209,6 +221,8 @@ _SHARES = {
     "last_token/logp_abs_diff/mean": ("last_abs_delta", "last_tokens"),
     "last_token/disagreement": ("last_apart", "last_tokens"),
     "policy_drift/kl_k3": ("drift_k3", "drift_tokens"),
+    "replayed/kl_k3": ("replayed_k3", "replayed_tokens"),
+    "replayed/logp_abs_diff/mean": ("replayed_abs_delta", "replayed_tokens"),
     "lag": ("lag", "lags"),
     "lag/nonfinite_rate": ("stale_nonfinite", "stale_compared"),
     "lag/in_flight_share": ("in_flight_tokens", "flight_tokens"),
@@ -218,6 +232,10 @@ _SHARES = {
     "temperature/engine": ("temperature_engine", "requests"),
     "temperature/trainer": ("temperature_trainer", "requests"),
     "reward/mean": ("reward_sum", "rewards"),
+    "completions/stopped_but_masked": ("stopped_masked", "stopped"),
+    "reference/start_kl_k3": ("reference_k3", "reference_tokens"),
+    "reference/base_moved": ("frozen_moved", "frozen_size"),
+    "reference/merged": ("merged_layers", "adapter_layers"),
     "engine/prefix_cache_hit_rate": ("cached_tokens", "looked_up_tokens"),
 }
 
@@ -244,6 +262,7 @@ def compute(sums: MismatchSums) -> MismatchStats:
         values |= intervals(s, parts["bootstrap"], moments) | trimmed(histogram, cumulative, s)
         values |= _of_sequences(s, parts["sequence_weights"], values["honesty_gap"])
         values |= correction_scalars(s, parts["correction_weights"])
+        values |= concentration(s, parts["carried"], histogram) | khat(parts["log_ratios"])
         values |= evidence_inputs(s, maxima["copies"], parts["bootstrap"])
         if s["entropy_nonfinite"]:
             unknown = ("entropy/trainer", "entropy/drift", "entropy/drift_gap", "kl_over_entropy")

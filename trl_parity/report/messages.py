@@ -17,24 +17,28 @@ from ..verdict import MismatchStats, Verdict
 from .counted import counted
 from .escape import one_line
 from .format import cut, number
+from .health import HEALTH, health
 from .looser import looser_rules
 from .outcome import outcome
+from .places import places
 from .recovery import last_checkpoint_before, learned_from, recovery
 
-__all__ = ["alert_text", "ending_text", "halt_text", "skipped_text", "start_text"]
+__all__ = ["alert_text", "ending_text", "halt_text", "left_out", "skipped_text", "start_text"]
 
 _APART = "The engine that samples is not the policy that learns."
 
 # what a statistic over its limit says, by the beginning of its name
 _SAYS = (
-    (("kl_", "logp_abs_diff/", "ratio/", "ess", "chi2", "confident_", "last_token/", "seq/", "own_head/", "trimmed/",
-      "excess/", "truncation/", "honesty", "evidence/honesty", "evidence/drift"), _APART),
+    (("kl_", "logp_abs_diff/", "ratio/", "ess", "chi2", "confident_", "last_token/", "seq/", "own_head/", "replayed/",
+      "trimmed/", "excess/", "truncation/", "honesty", "evidence/honesty", "evidence/drift"), _APART),
     (("replica/",), "The rollouts of one rank are not of the policy that learns."),
     (("evidence/change",), "The two sides are further apart than they were in this run's past."),
     (("entropy/drift",), "The sampled tokens do not have the entropy of the policy that learns."),
     (("nonfinite_rate",), "Log-probs are no finite numbers."),
     (("entropy/nonfinite_rate",), "The trainer's entropies are no finite numbers."),
     (("correction/",), "TRL's correction takes most of the loss away."),
+    (("reference/",), "The reference of the KL term is not the model that training began with."),
+    (("completions/",), "Completions that ended are masked as truncated."),
     (("floor/engine_excess",), "The engine does not agree with itself."),
 )  # fmt: skip
 
@@ -75,6 +79,8 @@ def halt_text(
             lines += _wrap("", finding)
     else:
         lines += _wrap("", CAUSES[diagnosis.cause].harm)
+        for place in places(verdict.stats or {}, verdict.breaches):
+            lines += _wrap("", place)
     learned = learned_from(verdict, verdicts, config)
     if output_dir is not None and verdict.halted:
         checkpoint = last_checkpoint_before(output_dir, learned.first)
@@ -163,7 +169,7 @@ def _cause(diagnosis: Diagnosis) -> Iterator[str]:
 def alert_text(verdict: Verdict) -> str:
     """A few words for a WARN-level alert."""
     told = f"trl-parity: {verdict.status} at step {verdict.step}: {verdict.reason}. Training goes on."
-    explained = verdict.breaches or {"entropy/relative", "correction/lost"} & {*verdict.warnings}
+    explained = verdict.breaches or {"entropy/relative", "correction/lost", *HEALTH} & {*verdict.warnings}
     return " ".join([told, *findings(verdict)]) if explained else told
 
 
@@ -173,7 +179,19 @@ def start_text(trainer: str, config: ParityConfig, folder: Path, logging_steps: 
     text = f"trl-parity {__version__} watches {trainer}: windows of {n} step{'s' * (n != 1)}, action={config.action}"
     if logging_steps > n:
         text += f", a row in the trackers merges those of {logging_steps} steps (logging_steps)"
-    return f"{text}; files in {folder}"
+    left = left_out(config)
+    return f"{text}; files in {folder}" + (f". {left}" if left else "")
+
+
+def left_out(config: ParityConfig) -> str:
+    """One sentence: what of the run's loss this verdict is not about; "" where it is about all."""
+    if config.truncation != "replay":
+        return ""
+    return (
+        "Judged with the engine's truncation and penalties replayed (truncation='replay'), not as TRL's loss is: the "
+        "verdict leaves out own-head drift (parity/own_head/*) and what they make of TRL's correction weights "
+        "(parity/correction/lost, which only warns)."
+    )
 
 
 def ending_text(course: Course, last: Verdict | None, cause: str | None, skipped: int, look: Path) -> str:
@@ -221,7 +239,15 @@ def findings(verdict: Verdict) -> Iterator[str]:
     named = verdict.breaches or verdict.warnings  # while something is over its limit, a watch's warning is no news
     corrected = [name for name in named if name.startswith("correction/")]
     apart = _APART in _headlines(named)  # what else is over a limit is no word on the two sides
-    if apart and low is not None and high is not None and math.isfinite(low) and math.isfinite(high):
+    cut_off, replayed = stats.get("truncation/kept_mass") is not None, stats.get("replayed/kl_k3")
+    # before there was replayed/*, nothing was measured of a truncation that was not replayed
+    plain = not cut_off or (replayed is not None and fp32 is not None and not math.isclose(replayed, fp32))
+    if apart and plain and replayed is not None and fp32 is not None and fp32 > 2 * replayed:
+        yield (
+            f"With the engine's truncation and penalties on the trainer's side, too, the drift is {replayed:.3g} "
+            f"instead of {fp32:.3g}: the loss does not know them."
+        )
+    elif apart and low is not None and high is not None and math.isfinite(low) and math.isfinite(high):
         dishonest = any(name.startswith(("honesty", "seq/bias_gap", "evidence/honesty")) for name in named)
         if dishonest and (low > 1.0 or high < 1.0):
             yield (
@@ -234,7 +260,7 @@ def findings(verdict: Verdict) -> Iterator[str]:
                 "1), so the two sides seem to hold different models (stale or partial weights, precision, cache)."
             )
     if apart and own and fp32 is not None and own > 2 * fp32:
-        if stats.get("truncation/kept_mass") is None:
+        if plain:
             yield f"The trainer's own head drifts more ({own:.3g}) than an fp32 head ({fp32:.3g})."
         else:
             yield f"The loss, which knows no truncation, drifts more ({own:.3g}) than the replayed law ({fp32:.3g})."
@@ -245,13 +271,9 @@ def findings(verdict: Verdict) -> Iterator[str]:
             "weight of all away. Log-ratios of sequences grow with length: vllm_importance_sampling_mode="
             "'token_truncate' weighs tokens one by one."
         )
-    rank, own_mean = stats.get("replica/rank"), stats.get("replica/logp_abs_diff/mean")
-    if any(name.startswith("replica/") for name in named) and rank is not None and own_mean is not None:
-        yield (
-            f"Rank {rank:.0f} drifts in each of the last windows, by a mean |Δ| of {own_mean:.3g} at least (all ranks "
-            f"together: {number(stats.get('logp_abs_diff/mean'))})."
-        )
+    yield from places(stats, named if apart else [name for name in named if name.startswith("replica/")])
     yield from _accumulated(stats, named)
+    yield from health(stats, named)
     rate, left = stats.get("nonfinite_rate"), stats.get("entropy/relative")
     if rate:
         yield f"{rate:.2%} of the tokens have no finite log-prob."

@@ -21,6 +21,7 @@ from ..results.paths import is_run, metrics_path
 from ..results.reader import Columns, Sample, as_number, iter_windows, recorded_config, run_facts, samples
 from ..results.redaction import bare
 from ..verdict import Status
+from .messages import left_out
 from .outcome import outcome
 
 __all__ = ["SHOWN", "Statistic", "Summary", "headline", "statistics", "summarize", "summary_of"]
@@ -132,7 +133,13 @@ def _of_run(path: Path, incident: Path | None = None) -> Summary:
 
 def _settings(summary: Summary) -> None:
     summary.facts = run_facts(summary.path)
-    summary.config = recorded_config(summary.path)
+    _judged_by(summary, recorded_config(summary.path))
+
+
+def _judged_by(summary: Summary, config: ParityConfig | None) -> None:
+    summary.config = config
+    if config is not None and (left := left_out(config)):
+        summary.notes.append(left)
 
 
 def _samples(summary: Summary) -> None:
@@ -157,7 +164,7 @@ def summary_of(incident: Incident, rows: Sequence[Mapping[str, Any]], path: Path
     summary = Summary(path=path or Path(), columns=Columns.of(windows, COLUMNS), rows=deque(windows))
     summary.incident, summary.tokens = bare(incident, rows)
     try:
-        summary.config = ParityConfig.from_mapping(incident.config)
+        _judged_by(summary, ParityConfig.from_mapping(incident.config))
     except (ConfigError, TypeError) as e:
         summary.notes.append(str(e))
     _sample_worst(summary)

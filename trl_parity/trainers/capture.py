@@ -18,7 +18,7 @@ from ..records import RolloutBatch, SamplingSettings, ScoredBatch
 from ..scoring.own_head import OwnHeadRounding
 from ..scoring.perturb import own_random_numbers
 from ..scoring.scorer import CompletionScorer, CompletionScores
-from .row_keys import row_keys
+from .row_keys import prompt_keys, row_keys
 
 if TYPE_CHECKING:
     from ..engine.base import Engine
@@ -42,7 +42,7 @@ _told: WeakSet[Any] = WeakSet()  # trainers whose own numbers are not those of t
 class MeasurementSettings:
     """What an observer wants measured, and how the trainer's log-probs are computed."""
 
-    replay_sampling: bool = True  # the engine's truncation, on the trainer's logits
+    replay_sampling: bool = False  # judged is the trainer's side with the engine's truncation and penalties
     chunk_bytes: int = 64 << 20  # of logits held at once
     head_backend: str = "auto"
     probe_tokens: int = 0  # wanted of an asynchronous engine right after each weight sync
@@ -92,6 +92,17 @@ class Capture(ABC):
         """For each of ``rewards`` a number that is the same for completions of one prompt; None: each has its own."""
         return None
 
+    def stopped(self) -> dict[str, float]:
+        """By name of ``BUMPED``: completions the engine ended by itself, and those of them masked as truncated.
+
+        Empty where that is not known, or nothing is masked.
+        """
+        return {}
+
+    def start_of_reference(self) -> dict[str, float]:
+        """By name of ``BUMPED``: tokens with a log-prob of the reference, and Σ k3 of it against the policy."""
+        return {}
+
     @abstractmethod
     def run_policy(
         self, ids: torch.Tensor, attention: torch.Tensor, keep: int, batch_size: int | None = None
@@ -120,6 +131,14 @@ class Capture(ABC):
     def policy(self) -> Any:
         """The policy without wrappers of distribution."""
         return self.trainer.accelerator.unwrap_model(self.trainer.model)
+
+    def ends_step(self) -> bool:
+        """Whether no further generation comes before the next optimizer step. Needs ``micro_batches``."""
+        trainer = self.trainer
+        return self.training and (
+            trainer.accelerator.sync_gradients  # the update comes right after this micro-batch
+            or self.micro_batches >= trainer.current_gradient_accumulation_steps - self._observer.accumulated
+        )
 
     @property
     def temperature(self) -> float:
@@ -155,14 +174,18 @@ class Capture(ABC):
     def new_scorer(
         self, logits_to_keep: int, logits_dtype: torch.dtype | None = None, *, compared: bool = True
     ) -> CompletionScorer:
-        """A scorer of one pass over the policy. ``compared``: with the numbers of the trainer's own head."""
+        """A scorer of one pass over the policy.
+
+        ``compared``: with the engine's numbers, under both laws, and with those of the trainer's own head. Else of the
+        judged law alone.
+        """
         settings = self._observer.measurement
         return CompletionScorer(
             self.policy,
             logits_to_keep,
             temperature=self.temperature,
             sampling=self.sampling,
-            replay_sampling=settings.replay_sampling,
+            replay_sampling=settings.replay_sampling or compared,
             chunk_bytes=settings.chunk_bytes,
             backend=settings.head_backend,
             logits_dtype=logits_dtype,
@@ -188,6 +211,9 @@ class Capture(ABC):
             scores = scorer.scores() if scorer.ran else None
         mask, stale = rollout.engine_mask[rows], None
         scores = self._behind(scores, own, mask)
+        replayed = None if scores is None or scores.log_kept is None else scores.logprobs
+        if scores is not None and not self._observer.measurement.replay_sampling:  # the loss has the plain law
+            scores = scores._replace(logprobs=scores.plain, law_entropy=scores.entropy)
         lags, in_flight = (None if x is None else x[rows] for x in (rollout.lags, rollout.in_flight))
         if lags is not None:  # what older weights generated differs by rights: only the rest is a mismatch
             mask, stale = mask & (lags == 0)[:, None], mask & (lags != 0)[:, None]
@@ -200,6 +226,7 @@ class Capture(ABC):
             law_entropy=None if scores is None else scores.law_entropy,
             log_kept=None if scores is None else scores.log_kept,
             out_of_support=None if scores is None else scores.out_of_support,
+            replayed_logprobs=replayed,
             rows=None if isinstance(rows, slice) else rows,
             lag=rollout.lag,
             lags=lags,
@@ -208,6 +235,7 @@ class Capture(ABC):
             probe=rollout.probe,
             correction_weights=None if rollout.correction_weights is None else rollout.correction_weights[rows],
             keys=row_keys(rollout)[rows],
+            prompts=prompt_keys(rollout)[rows],
         )
 
     def _behind(
@@ -240,7 +268,7 @@ class Capture(ABC):
         if self._observer.measurement.replay_sampling and (self.sampling.truncates or self.sampling.penalizes):
             raise InterceptionError(
                 f"{text} The engine's truncation can't be replayed on such numbers: use TRL's method, or "
-                "truncation='ignore'."
+                "truncation='ignore', the default."
             )
         if self.trainer not in _told:
             _told.add(self.trainer)

@@ -10,7 +10,7 @@ from support import TESTS
 
 from trl_parity import ParityCallback, ParityConfig
 from trl_parity.metrics.statistics import compute
-from trl_parity.records import ScoredBatch
+from trl_parity.records import SamplingSettings, ScoredBatch
 
 SAVED = json.loads((TESTS / "data" / "checkpoint_0.6.0.json").read_text())
 CALLBACK = SAVED["stateful_callbacks"]["ParityCallback"]
@@ -101,6 +101,20 @@ def test_with_other_resamples_the_half_window_is_dropped_and_the_streak_kept(tmp
     assert callback.monitor.breaker.streak == 2
     assert callback._pipeline.window.batches == 0
     assert "bootstrap_samples changed" in caplog.text
+    callback.monitor.close()
+
+
+@pytest.mark.parametrize(
+    ("truncation", "sampling", "told"),
+    [("ignore", {"top_p": 0.9}, False), ("replay", {}, False), ("replay", {"presence_penalty": 1.0}, True)],
+)
+def test_a_run_judged_otherwise_from_here_on_says_so_where_that_is_another_law(
+    tmp_path, caplog, truncation, sampling, told
+):
+    callback = resumed(tmp_path, {"ParityCallback": CALLBACK}, truncation=truncation)
+    callback._run.trainer = SimpleNamespace(args=SimpleNamespace(output_dir=str(tmp_path)))
+    callback._run.say_start(SamplingSettings(**sampling))
+    assert ("truncation='ignore' up to the checkpoint, and is with 'replay' from here on" in caplog.text) == told
     callback.monitor.close()
 
 

@@ -127,13 +127,13 @@ def test_a_checkpoint_that_cannot_be_read_is_begun_anew_or_refused(tmp_path, cap
 
 # arithmetic on a few numbers, and the collectives, into which every rank must go
 PLAIN = {
-    "callback": ("_window_steps", "_pipeline", "_require_interception", "_close_last_window"),
+    "callback": ("_window_steps", "_pipeline", "_close_last_window"),
     "window": ("__init__", "__bool__", "begin", "sums", "carry"),
     "incidents": ("due", "leaves", "found", "_episode"),
     "pipeline": ("_spent", "announce"),
-    "trainer_run": ("accelerator", "measured"),
+    "trainer_run": ("accelerator", "measured", "require_interception"),
     "capture": ("__init__", "seconds"),
-    "grpo": ("sampling_settings",),  # kept as the batch's failure
+    "grpo": ("sampling_settings", "ends_step"),  # the former is kept as the batch's failure
     "reduction": ("reduce_many", "reduce_sums"),
     "sums": ("__init__", "zeros", "bump", "cpu", "settle", "parts", "additive", "maxima", "span"),
     "noise_floor": ("due", "account"),

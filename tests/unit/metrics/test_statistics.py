@@ -18,7 +18,7 @@ from trl_parity.records import ScoredBatch
 
 def oracle(batches):
     """Every scalar by its formula, token by token."""
-    d, own, ent, law, roll, kept, out, seqs = [], [], [], [], [], [], [], []
+    d, own, replayed, ent, law, roll, kept, out, seqs = [], [], [], [], [], [], [], [], []
     for batch in batches:
         for b in range(batch.mask.shape[0]):
             row = []
@@ -28,6 +28,7 @@ def oracle(batches):
                 r = float(batch.rollout_logprobs[b, t])
                 row.append(float(batch.trainer_logprobs[b, t]) - r)
                 own.append(float(batch.own_logprobs[b, t]) - r)
+                replayed.append(float(batch.replayed_logprobs[b, t]) - r)
                 ent.append(float(batch.entropy[b, t]))
                 law.append(float(batch.law_entropy[b, t]))
                 roll.append(r)
@@ -60,6 +61,8 @@ def oracle(batches):
         "truncation/out_of_support": mean(out),
         "own_head/kl_k3": mean([math.expm1(x) - x for x in own]),
         "own_head/logp_abs_diff/mean": mean([abs(x) for x in own]),
+        "replayed/kl_k3": mean([math.expm1(x) - x for x in replayed]),
+        "replayed/logp_abs_diff/mean": mean([abs(x) for x in replayed]),
         "confident_disagreement": mean([r >= math.log(0.5) and x < -2.0 for r, x in zip(roll, d, strict=True)]),
         "nonfinite_rate": 0.0,
         "lag": 2.0,
@@ -359,7 +362,8 @@ def test_nothing_is_read_back_from_the_device_before_the_window_ends():
         )  # fmt: skip
 
     sums = measure(on_meta())
-    sums.add_(measure(on_meta(log_kept=torch.zeros(6, 9, device="meta"), out_of_support=on_meta().mask)))
+    zeros = torch.zeros(6, 9, device="meta")
+    sums.add_(measure(on_meta(log_kept=zeros, out_of_support=on_meta().mask, replayed_logprobs=zeros)))
     lags = torch.zeros(6, dtype=torch.long, device="meta")
     sums.add_(measure(on_meta(lags=lags, stale=on_meta().mask, in_flight=lags)))
     measure_policy_drift(sums, on_meta().entropy, on_meta().entropy, on_meta().mask)

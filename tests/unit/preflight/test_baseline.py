@@ -216,6 +216,20 @@ def test_what_is_corrupt_is_refused_by_name(copy):
     refused(DataError, "has no settings")
     manifest.write_text(json.dumps(json.loads(said) | {"shards": [{"file": "x"}]}))
     refused(DataError, "has a shard without")
+    for wrong, seen in (
+        ({"bytes": "many"}, r"has shards\[0\]\.bytes as str"),
+        ({"file": 5}, r"has shards\[0\]\.file as int"),
+        ({"file": "../elsewhere.parquet"}, r"'\.\./elsewhere\.parquet', which is no name in its folder"),
+    ):
+        one = json.loads(said)
+        one["shards"][0] |= wrong
+        manifest.write_text(json.dumps(one))
+        refused(DataError, seen)
+    (copy.parent / "elsewhere.parquet").write_bytes(whole)
+    shard.unlink()
+    shard.symlink_to(copy.parent / "elsewhere.parquet")
+    with pytest.raises(DataError, match="can't be read: it is a link out of its folder"):
+        open_baseline(copy)
 
 
 def test_what_is_foreign_is_refused_by_name(copy, model_dir, tmp_path):

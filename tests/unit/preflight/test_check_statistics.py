@@ -2,11 +2,14 @@
 
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from trl_parity.errors import InterceptionError
 from trl_parity.preflight.check.drift import Counterfactuals, Drift, Floors, Gaps, bucket, bucket_name
+from trl_parity.preflight.check.engines import variant_rows
 from trl_parity.preflight.check.equivalence import limit_rows, mechanism_rows
 from trl_parity.preflight.check.journal import Journal
 from trl_parity.preflight.check.rows import CheckOutcome, Limits, Row, RowVerdict, outcome, within_floor
@@ -155,9 +158,10 @@ def rows_of(seen, engine, trainer=None, **what_if):
     floors = Floors(trainer or engine, engine, "float32", "bfloat16" if trainer else "float32")
     drift = Drift(seen, floors, Limits())
     settings = {"kv_cache_dtype": "auto", "engine_head_dtype": "float32"}
+    read = what_if.pop("read", {"held": [], "held_error": ""})
     tried = Counterfactuals(what_if.pop("base", 0.0), 0.0, what_if)
     rows = limit_rows(drift)
-    rows += mechanism_rows(drift, tried, settings=settings, config_differs={}, held=[], held_error="")
+    rows += mechanism_rows(drift, tried, settings=settings, config_differs={}, **read)
     return {row.id: row for row in rows}
 
 
@@ -250,6 +254,31 @@ def test_not_run_is_never_a_pass():
     assert outcome([row(RowVerdict.PASS), row(RowVerdict.NOT_RUN, needed=False)]) is CheckOutcome.FIT
     assert outcome([row(RowVerdict.PASS), row(RowVerdict.UNCLEAR)]) is CheckOutcome.UNKNOWN
     assert outcome([row(RowVerdict.NOT_RUN), row(RowVerdict.FAIL)]) is CheckOutcome.UNFIT
+
+
+@pytest.mark.parametrize(
+    ("eager", "open"), [(True, {"chunked_prefill"}), (False, {"compiled", "chunked_prefill", "block_size"})]
+)
+def test_another_engine_that_can_not_be_built_leaves_the_answer_open(eager, open):
+    """Only that there is no other block size is known of an engine: the rest was asked for, and not answered."""
+
+    def build(over):
+        raise InterceptionError("the engine broke")
+
+    settings = {"eager": eager, "block_size": 16, "chunk_size": 64}
+    ask = SimpleNamespace(contexts=[[1] * 100])
+    wanted = ["chunked_prefill", "block_size"] + ([] if eager else ["compiled"])
+    rows = list(variant_rows(build, settings, ask, [], None, lambda: math.inf, wanted))
+    assert {r.id for r in rows if r.needed} == open
+    assert {r.verdict for r in rows} == {RowVerdict.NOT_RUN}
+    assert outcome([row(RowVerdict.PASS), *rows]) is CheckOutcome.UNKNOWN
+
+
+def test_weights_that_the_engines_loader_does_not_take_leave_the_answer_open():
+    for needed in (True, False):
+        rows = rows_of(gaps(2e-12), gaps(1e-12), read={"held": None, "held_error": "why", "held_needed": needed})
+        assert (rows["weights"].verdict, rows["weights"].needed) == (RowVerdict.NOT_RUN, needed)
+        assert outcome(list(rows.values())) is (CheckOutcome.UNKNOWN if needed else CheckOutcome.FIT)
 
 
 def test_rows_survive_json():

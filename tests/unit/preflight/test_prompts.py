@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from support.models import save_tokenizer
 from support.processes import environment
 
 from trl_parity.errors import ConfigError, DataError
+from trl_parity.preflight.baseline.sources import FilePrompts
 from trl_parity.preflight.prompts.cases import Case, Prompt, Vocabulary, read_jsonl
 from trl_parity.preflight.prompts.prompts import batches, draw, prompts, shrink, stream
 
@@ -269,15 +271,30 @@ def test_a_users_own_file_is_read_line_by_line(bpe, characters, tmp_path):
         ('{"prompt": [{"content": "x"}]}', "a text or a list of messages"),
         ('{"prompt": "x"', "delimiter"),
         (b'{"prompt": "\xff"}', "decode"),
+        ('{"prompt_ids": ' + "[" * 5000 + "]" * 5000 + "}", "nested more than 64 deep"),
+        ('{"prompt_ids": [' + "9" * 400 + "]}", "a number of about 400 digits"),
+        ('{"prompt": "' + "a" * 300 + '"}', "more than 300 bytes"),
     ],
 )
-def test_a_bad_line_is_refused_by_its_number(bpe, tmp_path, line, seen):
+def test_a_bad_line_is_refused_by_its_number(bpe, tmp_path, line, seen, monkeypatch):
+    if "bytes" in seen:
+        monkeypatch.setattr("trl_parity.preflight.prompts.cases.LONGEST_LINE", 300)
     path = tmp_path / "mine.jsonl"
     line = line if isinstance(line, bytes) else line.encode()
     path.write_bytes(b'{"prompt_ids": [1]}\n' + line + b"\n")
     with pytest.raises(DataError, match=r"line 2: ") as error:
         list(read_jsonl(path, bpe, 10))
     assert seen in str(error.value)
+
+
+def test_what_is_no_file_is_neither_waited_for_nor_read_for_ever(bpe, tmp_path):
+    path = tmp_path / "pipe.jsonl"
+    os.mkfifo(path)
+    for place in (path, Path("/dev/zero")):
+        with pytest.raises(DataError, match="it is no regular file"):
+            list(read_jsonl(place, bpe, 10))
+        with pytest.raises(ConfigError, match="it is no regular file"):
+            FilePrompts(place, bpe, 10)
 
 
 def test_a_conversation_needs_a_chat_template(characters, tmp_path):

@@ -11,8 +11,8 @@ from support.windows import window
 
 from trl_parity import ParityConfig
 from trl_parity.preflight.pilot import judge_pilot
-from trl_parity.report.messages import findings
-from trl_parity.report.summary import COLUMNS, Summary, headline, statistics
+from trl_parity.report.messages import findings, start_text
+from trl_parity.report.summary import COLUMNS, Summary, headline, statistics, summarize
 from trl_parity.report.terminal import dashboard
 from trl_parity.results.reader import Columns
 from trl_parity.verdict import SEVERITY, Status, Verdict, enough_judged, judged, worst
@@ -117,3 +117,40 @@ def test_numbers_that_are_none_are_told_as_such():
     stats = window(kl_k3=0.2, honesty_low=math.nan, honesty_high=math.nan, entropy__relative=math.nan)
     verdict = Verdict(step=1, status=Status.BREACH, streak=1, breaches=("kl_k3",), stats=stats)
     assert list(findings(verdict)) == ["The policy's entropy is no finite number."]
+
+
+def cut_off(**stats):
+    return window(truncation__kept_mass=0.9, honesty_low=0.88, honesty_high=0.92, own_head__kl_k3=5e-3, **stats)
+
+
+@pytest.mark.parametrize(
+    ("stats", "told"),
+    [
+        # judged as the loss is
+        ({"kl_k3": 5e-3, "replayed__kl_k3": 1e-5}, "too, the drift is 1e-05 instead of 0.005: the loss does not know"),
+        ({"kl_k3": 5e-3, "replayed__kl_k3": 4e-3}, "are not those of the law that was sampled"),
+        # judged with truncation="replay", also by versions that had no replayed/*
+        ({"kl_k3": 1e-3, "replayed__kl_k3": 1e-3}, "The loss, which knows no truncation, drifts more (0.005)"),
+        ({"kl_k3": 1e-3}, "The loss, which knows no truncation, drifts more (0.005)"),
+    ],
+)
+def test_a_truncation_the_loss_does_not_know_is_told_as_what_it_is(stats, told):
+    rules = ("honesty_gap", "kl_k3")
+    texts = list(findings(Verdict(step=1, status=Status.BREACH, streak=1, breaches=rules, stats=cut_off(**stats))))
+    assert told in texts[-1], texts
+
+
+def test_what_the_verdict_leaves_out_is_told_at_the_start_and_in_the_report(tmp_path):
+    def lines(**settings):
+        config = ParityConfig(**settings)
+        (tmp_path / "metrics.jsonl").write_text(
+            "".join(json.dumps(row | {"schema_version": 2}) + "\n" for row in rows("OK"))
+        )
+        (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+        return [start_text("GRPOTrainer", config, tmp_path), *summarize(tmp_path).notes]
+
+    [start] = lines()
+    assert "own-head" not in start
+    start, note = lines(truncation="replay")
+    assert note in start
+    assert "the verdict leaves out own-head drift (parity/own_head/*)" in note

@@ -31,8 +31,8 @@ class Batch(Capture):
     rewards = log = rollout = None
     step = 3
 
-    def __init__(self, trainer, sampling=None):
-        observer = SimpleNamespace(measurement=MeasurementSettings())
+    def __init__(self, trainer, sampling=None, **measured):
+        observer = SimpleNamespace(measurement=MeasurementSettings(**measured))
         super().__init__(trainer, observer, training=True)
         self.sampling = sampling or SamplingSettings(temperature=TEMPERATURE)
         self.rows_passed = []
@@ -102,10 +102,37 @@ def test_the_trainers_own_numbers_are_judged_where_something_else_made_them(tiny
 
 
 def test_sampling_that_can_not_be_replayed_on_the_trainers_numbers_is_refused(tiny_model):
-    capture = Batch(Trainer(tiny_model), SamplingSettings(temperature=TEMPERATURE, top_p=0.9))
+    capture = Batch(Trainer(tiny_model), SamplingSettings(temperature=TEMPERATURE, top_p=0.9), replay_sampling=True)
     assert capture.score(capture.batch(), 10**6).log_kept is not None
     with pytest.raises(InterceptionError, match="can't be replayed on such numbers"):
         capture.score(capture.batch(change=CHANGES["a token late"]), 10**6)
+
+
+@pytest.mark.parametrize("settings", [{"top_p": 0.6}, {"repetition_penalty": 1.3, "top_k": 20}])
+def test_both_laws_are_measured_and_the_setting_says_which_is_judged(tiny_model, settings):
+    sampling = SamplingSettings(temperature=TEMPERATURE, **settings)
+    plain, replayed = (Batch(Trainer(tiny_model), sampling, replay_sampling=replay) for replay in (False, True))
+    one, other = (capture.score(capture.batch(), 10**6) for capture in (plain, replayed))
+    torch.testing.assert_close(one.trainer_logprobs, one.own_logprobs, atol=1e-5, rtol=0)
+    assert torch.equal(other.trainer_logprobs, other.replayed_logprobs)
+    assert float((one.trainer_logprobs - other.trainer_logprobs)[one.mask].abs().mean()) > 0.05
+    for name in ("own_logprobs", "replayed_logprobs", "entropy", "log_kept", "out_of_support"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+    assert torch.equal(one.law_entropy, one.entropy)
+    assert not torch.equal(other.law_entropy, other.entropy)
+    # what is set against itself for the noise floor is the law that is judged
+    for capture, scored in ((plain, one), (replayed, other)):
+        scores, _ = capture.forward(capture.batch(), torch.arange(ROWS))
+        torch.testing.assert_close(scores.logprobs, scored.trainer_logprobs, atol=1e-5, rtol=0)
+
+
+def test_what_needs_no_replay_is_judged_on_numbers_that_it_could_not_be_made_of(tiny_model, caplog):
+    capture = Batch(Trainer(tiny_model), SamplingSettings(temperature=TEMPERATURE, top_p=0.9))
+    batch = capture.batch(change=CHANGES["a token late"])
+    scored = capture.score(batch, 10**6)
+    assert torch.equal(scored.trainer_logprobs, batch.own_logprobs)
+    assert scored.replayed_logprobs is None
+    assert "nats a token from what its head makes" in caplog.text
 
 
 def test_numbers_that_come_from_no_forward_of_the_policy_are_judged_alone(tiny_model, caplog):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError, DataError
-from ...files import read_versioned
+from ...files import open_regular, read_versioned, require_kinds
 
 __all__ = ["Baseline", "model_sha256", "open_baseline", "tokenizer_sha256"]
 
@@ -54,7 +54,8 @@ class Baseline:
         import pyarrow.parquet as pq
 
         for shard in self.manifest["shards"]:
-            with pq.ParquetFile(self.directory / shard["file"]) as file:
+            path = self.directory / shard["file"]
+            with open_regular(path, within=True) as raw, pq.ParquetFile(raw) as file:
                 for batch in file.iter_batches(batch_size=64):
                     yield from batch.to_pylist()
 
@@ -90,7 +91,11 @@ def open_baseline(directory: str | Path, model: str | Path | None = None, tokeni
         path = directory / shard["file"]
         if not path.is_file():
             raise DataError(f"{path} is missing; {MANIFEST} lists it. {_MAKE} again, or copy the whole folder.")
-        if (seen := file_sha256(path)) != shard["sha256"]:
+        try:
+            seen = file_sha256(path, within=True)
+        except OSError as e:
+            raise DataError(f"{path} can't be read: {e.strerror}. {_MAKE} again, or copy the whole folder.") from e
+        if seen != shard["sha256"]:
             raise DataError(
                 f"{path} is corrupt: its SHA-256 is {seen[:12]}…, {MANIFEST} says {shard['sha256'][:12]}… "
                 f"({path.stat().st_size:,} bytes, expected {shard['bytes']:,}). Delete it and run the command that "
@@ -115,6 +120,12 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     keys = {"file", "sha256", "rows", "bytes"}
     if any(not isinstance(shard, dict) or keys - shard.keys() for shard in manifest["shards"]):
         raise DataError(f"{path} has a shard without {', '.join(sorted(keys))}. {_MAKE} again.")
+    try:
+        require_kinds(manifest["shards"], [{"file": str, "sha256": str, "rows": int, "bytes": int}], "shards")
+        if away := next((s["file"] for s in manifest["shards"] if Path(s["file"]).name != s["file"]), None):
+            raise ValueError(f"the shard {away[:80]!r}, which is no name in its folder")
+    except ValueError as e:
+        raise DataError(f"{path} has {e}. Expected the manifest of a reference baseline; {_REMEDY}.") from e
     return manifest
 
 
@@ -157,9 +168,9 @@ def _check_hash(directory: Path, what: str, name: str, seen: str, manifest: Mapp
 # ---- who is who -----------------------------------------------------------------------------------------------------
 
 
-def file_sha256(path: Path) -> str:
-    """Of the file's bytes, read in pieces."""
-    with open(path, "rb") as file:
+def file_sha256(path: Path, *, within: bool = False) -> str:
+    """Of a regular file's bytes, read in pieces. ``within``: which is no link out of its folder."""
+    with open_regular(path, within=within) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

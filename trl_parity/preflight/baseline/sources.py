@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ...errors import ConfigError, DataError
-from ..prompts.cases import Prompt, Vocabulary, read_jsonl
+from ...files import bounded_lines, open_regular
+from ..prompts.cases import LONGEST_LINE, Prompt, Vocabulary, read_jsonl
 from .baseline import file_sha256
 
 __all__ = ["DrawnPrompts", "FilePrompts", "Source"]
@@ -71,9 +72,11 @@ class FilePrompts:
     def __init__(self, path: Path, tokenizer: Any, max_len: int, count: int | None = None):
         self._path, self._tokenizer, self._max_len = path, tokenizer, max_len
         try:
-            with open(path, "rb") as file:
-                lines = sum(1 for line in file if line.strip())
+            with open_regular(path) as file:
+                lines = sum(1 for line in bounded_lines(file, LONGEST_LINE) if line.strip())
             self._sha256 = file_sha256(path)
+        except ValueError as e:
+            raise DataError(f"{path} has a line of {e}. Expected a JSONL file of prompts.") from e
         except OSError as e:
             raise ConfigError(f"cannot read {path}: {e.strerror}. Expected a JSONL file of prompts.") from e
         self.count = lines if count is None else min(count, lines)

@@ -194,7 +194,7 @@ class _Check:
             theirs = torch.cat([one.laws for one in scored if one.laws is not None])
             drift = replace(drift, gaps=replace(drift.gaps, curve=scale_curve(laws, theirs).tolist()))
         differs = config_differences(self.subject.reference.config, self.subject.engine.hf_config)
-        held, error = held_tensors(self.subject)
+        held, error, needed = held_tensors(self.subject)
         yield from mechanism_rows(
             drift,
             what_if(self.subject, drift, differs, held) if drift.excessive else Counterfactuals(0.0, 0.0, {}),
@@ -202,6 +202,7 @@ class _Check:
             config_differs={k: [str(x) for x in v] for k, v in differs.items()},
             held=held,
             held_error=error,
+            held_needed=needed,
         )
 
     def _reproducible(self, rows: Sequence[Row], found: Sequence[Trial]) -> list[Row]:

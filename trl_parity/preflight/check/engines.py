@@ -104,7 +104,11 @@ def _other_block(
             continue
         if found[1]["block"] != block:
             return found
-    raise ParityError(f"the engine takes no other block size than {block}")
+    raise _NoOther(f"the engine takes no other block size than {block}")
+
+
+class _NoOther(ParityError):
+    """There is no such engine beside this one."""
 
 
 class _NoTime(Exception):
@@ -113,7 +117,7 @@ class _NoTime(Exception):
 
 
 def _left_out(id: str, why: Exception) -> Row:
-    return not_run(id, "invariances", TITLES[id], str(why).splitlines()[0], needed=isinstance(why, _NoTime))
+    return not_run(id, "invariances", TITLES[id], str(why).splitlines()[0], needed=not isinstance(why, _NoOther))
 
 
 def _row(id: str, one: Sequence[Sampled], other: Sequence[Sampled], noise: Noise, words: str) -> Row:

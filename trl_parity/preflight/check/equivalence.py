@@ -148,12 +148,13 @@ def mechanism_rows(
     config_differs: Mapping[str, Sequence[str]],
     held: Sequence[Any] | None,
     held_error: str = "",
+    held_needed: bool = False,
 ) -> list[Row]:
     """One row a mechanism, and ``model`` for what none of them explains."""
     rows = [
         _dtype(drift, settings),
         _kv_cache(drift, what_if, settings),
-        _weights(drift, what_if, held, held_error),
+        _weights(drift, what_if, held, held_error, held_needed),
         _config(drift, what_if, config_differs),
         _scale(drift),
         _positions(drift),
@@ -205,10 +206,10 @@ def _kv_cache(drift: Drift, what_if: Counterfactuals, settings: Mapping[str, Any
     )  # fmt: skip
 
 
-def _weights(drift: Drift, what_if: Counterfactuals, held: Sequence[Any] | None, error: str) -> Row:
+def _weights(drift: Drift, what_if: Counterfactuals, held: Sequence[Any] | None, error: str, needed: bool) -> Row:
     row: dict[str, Any] = {"id": "weights", "title": "weights the engine holds", **_common(drift)}
     if held is None:
-        return Row(verdict=RowVerdict.NOT_RUN, evidence=error, needed=False, **row)
+        return Row(verdict=RowVerdict.NOT_RUN, evidence=error, needed=needed, **row)
     off = [t for t in held if t.differing]
     lost = [t for t in held if not t.written]
     total = sum(t.numel for t in held)

@@ -42,21 +42,28 @@ def measure_floors(subject: Subject) -> dict[str, Any]:
     }
 
 
-def held_tensors(subject: Subject) -> tuple[list[HeldTensor] | None, str]:
-    """The engine's side of each of the reference's tensors; None, and why, where it can't be read."""
+def held_tensors(subject: Subject) -> tuple[list[HeldTensor] | None, str, bool]:
+    """The engine's side of each of the reference's tensors; None, and why, where it can't be read.
+
+    And whether it should have been: what is quantized or spread over ranks has no such side.
+    """
     engine = subject.engine
     if engine.tensor_parallel > 1 or engine.settings()["quantization"] is not None:
-        return None, "the engine's weights are quantized or spread over ranks: they can't be read back"
+        return None, "the engine's weights are quantized or spread over ranks: they can't be read back", False
     named = {name: t.to(subject.reference.dtype) for name, t in subject.reference.named_tensors()}
     try:
         held = read_back(engine.model.load_weights, engine.model, named.items())
         # an engine of more digits than the trainer has: alike once rounded, and delivered so by the first sync
-        return [
-            replace(t, differing=0) if t.values is not None and torch.equal(t.values, named[t.name]) else t
-            for t in held
-        ], ""
+        return (
+            [
+                replace(t, differing=0) if t.values is not None and torch.equal(t.values, named[t.name]) else t
+                for t in held
+            ],
+            "",
+            True,
+        )
     except Exception as e:
-        return None, f"the engine's load_weights does not take the trainer's tensors: {type(e).__name__}: {e}"
+        return None, f"the engine's load_weights does not take the trainer's tensors: {type(e).__name__}: {e}", True
 
 
 def what_if(

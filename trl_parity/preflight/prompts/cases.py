@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import base64
-import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError, DataError
+from ...files import bounded_lines, open_regular, parse_json
 
-__all__ = ["Case", "Prompt", "Vocabulary", "read_jsonl"]
+__all__ = ["LONGEST_LINE", "Case", "Prompt", "Vocabulary", "read_jsonl"]
+
+LONGEST_LINE = 1 << 24  # bytes of a prompt in a file
 
 _CODE = (
     'def mean(xs: list[float]) -> float:\n    """Of an empty list: 0."""\n    return sum(xs) / max(1, len(xs))\n',
@@ -168,12 +170,15 @@ def read_jsonl(path: str | Path, tokenizer: Any, max_len: int) -> Iterator[Promp
     path = Path(path)
     limit = len(tokenizer)
     try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
+        with open_regular(path) as file:
+            lines = bounded_lines(file, LONGEST_LINE)
+            for number in count(1):
                 try:
-                    prompt = _prompt(json.loads(line), tokenizer)
+                    if (line := next(lines, None)) is None:
+                        return
+                    if not line.strip():
+                        continue
+                    prompt = _prompt(parse_json(line), tokenizer)
                     if not 1 <= len(prompt.ids) <= max_len:
                         raise ValueError(f"{len(prompt.ids)} tokens; expected 1 to {max_len}")
                     if bad := next((i for i in prompt.ids if not 0 <= i < limit), None):
