@@ -191,17 +191,17 @@ class MismatchSums:
     @property
     def additive(self) -> torch.Tensor:
         """Everything that adds. A device sync on accelerators where sequences wait."""
-        self._settle()
+        self.settle()
         return self._additive
 
     @property
     def maxima(self) -> torch.Tensor:
         """Everything that takes the maximum. The same."""
-        self._settle()
+        self.settle()
         return self._maxima
 
-    def _settle(self) -> None:
-        """Add what is on its way, on the host."""
+    def settle(self) -> None:
+        """Add what is on its way, on the host: whatever can fail of it fails here."""
         if not (self._waiting or self._bumps or self._raises):
             return
         waiting, self._waiting = self._waiting, []
@@ -229,7 +229,7 @@ class MismatchSums:
 
     def cpu(self) -> MismatchSums:
         """On the host: itself, where it is there. A device sync on accelerators."""
-        self._settle()
+        self.settle()
         if self._additive.device.type == "cpu":
             return self
         import torch
@@ -274,7 +274,7 @@ class MismatchSums:
         """Keep (rows, B) numbers of sequences for ``add``, which is called when the sums are read."""
         self._waiting.append((add, rows))
         if len(self._waiting) >= _WAIT:
-            self._settle()
+            self.settle()
 
     def copy(self) -> MismatchSums:
         """A copy with tensors of its own."""
