@@ -1,17 +1,19 @@
 # trl-parity: `make demo` runs the main job on a CPU, `make test` the tests; both set up what they need.
-# PPOTrainer is gone from newer TRLs: it has an environment of its own, `make test-ppo` its tests.
+# PPOTrainer is gone from newer TRLs: it has an environment of its own, `make test-ppo` its tests. DeepSpeed lies
+# beside the same stack for `make test-deepspeed` alone.
 PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 PPO    := .venv-ppo
 DOCS   := .venv-docs
+ZERO   := .venv-deepspeed/lib/python3.11/site-packages
 CLEAN  := build/clean
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 # what the commands need to say anything; torch, TRL and vLLM are for what they run
 LIGHT  := jinja2 markdown-it-py markupsafe mdurl pygments pyyaml rich
 
-.PHONY: setup setup-ppo demo test test-fast test-ppo lint docs dist licenses clean
+.PHONY: setup setup-ppo setup-deepspeed demo test test-fast test-ppo test-deepspeed lint docs dist licenses clean
 
 setup: $(VENV)/.installed
 setup-ppo: $(PPO)/.installed
@@ -38,6 +40,17 @@ one = awk -v name="$(1)==" '/^[^ \#]/ {on = index($$0, name) == 1} on' $(2)
 	$*/bin/pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 
+# DeepSpeed's sdist is whole as it is: unpacked and not built, it needs no compiler
+setup-deepspeed: $(ZERO)/.installed
+$(ZERO)/.installed: requirements-deepspeed.lock $(VENV)/.installed
+	rm -rf $(ZERO) build/deepspeed && mkdir -p $(ZERO) build/deepspeed
+	for name in hjson msgpack; do $(call one,$$name,$<); done > build/deepspeed/wheels.lock
+	$(BIN)/pip install -q --no-compile --no-deps --require-hashes --target $(ZERO) -r build/deepspeed/wheels.lock
+	$(call one,deepspeed,$<) > build/deepspeed/sdist.lock
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/pip download -q --no-build-isolation --no-deps --require-hashes -d build/deepspeed -r build/deepspeed/sdist.lock
+	tar xzf build/deepspeed/deepspeed-*.tar.gz -C $(ZERO) --strip-components=1 --wildcards '*/deepspeed' '*/deepspeed.egg-info'
+	@touch $@
+
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" accelerate launch --cpu --num_processes 1 recipes/grpo/train.py --config configs/grpo_tiny_cpu.yaml
 
@@ -52,6 +65,10 @@ test-fast: setup
 # the engine-free tests show that this stack, too, is one trl-parity works with
 test-ppo: setup-ppo
 	$(PPO)/bin/python -m pytest tests/ppo $(addprefix tests/unit/,metrics/test_statistics.py judging/test_breaker.py scoring/test_sampling.py)
+
+# whole runs under ZeRO, and the unit test that wants DeepSpeed
+test-deepspeed: setup-deepspeed
+	PYTHONPATH=$(CURDIR)/$(ZERO) DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/zero tests/unit/scoring/test_sharded_head.py::test_a_zero3_head_is_gathered_and_let_go
 
 lint: setup
 	$(BIN)/ruff check .
@@ -83,8 +100,9 @@ dist: setup
 	  && bin/python -P $(CURDIR)/.ci/check_dist.py $(CURDIR)
 
 # who wrote what the lock files bring, and on which terms
-licenses: setup setup-ppo docs
-	$(BIN)/python .ci/licenses.py requirements-cpu.lock=$(VENV) requirements-ppo-cpu.lock=$(PPO) requirements-docs.lock=$(DOCS) > THIRD_PARTY_LICENSES.md
+licenses: setup setup-ppo setup-deepspeed docs
+	$(BIN)/python .ci/licenses.py requirements-cpu.lock=$(VENV) requirements-ppo-cpu.lock=$(PPO) requirements-docs.lock=$(DOCS) \
+	  requirements-deepspeed.lock=.venv-deepspeed > THIRD_PARTY_LICENSES.md
 
 clean:
-	rm -rf $(VENV) $(PPO) $(DOCS) runs .cache build dist site *.egg-info
+	rm -rf $(VENV) $(PPO) $(DOCS) .venv-deepspeed runs .cache build dist site *.egg-info

@@ -11,8 +11,8 @@ from pathlib import Path
 HEAD = """# Licences of the pinned packages
 
 trl-parity itself is under the [Apache License 2.0](LICENSE), and its wheel holds nobody else's code. This is what
-`make setup`, `make setup-ppo` and `make docs` install, each licence as the package's metadata states it
-(`make licenses` writes the table; the packages bring the texts, in their `dist-info`).
+`make setup`, `make setup-ppo`, `make setup-deepspeed` and `make docs` install, each licence as the package's metadata
+states it (`make licenses` writes the table; the packages bring the texts, in their `dist-info`).
 """
 
 NAME = re.compile(r"^([A-Za-z0-9._-]+)==(\S+)", re.MULTILINE)
@@ -40,7 +40,7 @@ def main(pairs):
     for lock, environment in (pair.split("=") for pair in pairs):
         [packages] = Path(environment).glob("lib/python3*/site-packages")
         found = {}
-        for path in packages.glob("*.dist-info/METADATA"):
+        for path in (*packages.glob("*.dist-info/METADATA"), *packages.glob("*.egg-info/PKG-INFO")):
             about = HeaderParser().parsestr(path.read_text("utf-8", "replace"))
             found[normal(about["Name"])] = licence(about, path.parent)
         for name, version in NAME.findall(Path(lock).read_text()):

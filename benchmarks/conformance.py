@@ -41,19 +41,44 @@ SMALL = {
     "hidden_size_per_layer_input": 8, "sliding_window": 8, "tie_word_embeddings": False,
 }  # fmt: skip
 
+BASE = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id",
+)  # fmt: skip
 
-def tiny(kind: type) -> Any:
-    """A config of this class with small numbers, in it and in what it holds."""
-    config = kind()
-    for part in {id(c): c for c in (config, config.get_text_config(decoder=True))}.values():
-        for name, value in SMALL.items():
-            old = getattr(part, name, None)
-            if isinstance(old, int) or (name.endswith("_token_id") and hasattr(part, name)):
-                setattr(part, name, value)
-        for name in ("layer_types", "layers_block_type", "mlp_layer_types"):
-            if isinstance(kinds := getattr(part, name, None), list):
-                setattr(part, name, kinds[:2])
-    return config
+# what is left as the class has it, one after the other, until it can be built and run
+LEFT = (
+    (),
+    ("head_dim",),
+    ("num_key_value_heads",),
+    ("head_dim", "num_key_value_heads"),
+    tuple(name for name in SMALL if name not in BASE),
+    tuple(name for name in SMALL if name not in (*BASE, "num_key_value_heads")),
+)
+
+
+def tiny(kind: type, left: tuple[str, ...]) -> Any:
+    """A config of this class made of small numbers, and so that of its text model."""
+    default = kind()
+    text = default.get_text_config(decoder=True)
+    if text is not default:
+        return kind(text_config=small(text, left))
+    return kind(**small(default, left))
+
+
+def small(config: Any, left: tuple[str, ...]) -> dict[str, Any]:
+    """The numbers of ``SMALL`` that it has under these names, and a layer of each of two kinds where it lists them."""
+    found = {}
+    for name, value in SMALL.items():
+        try:
+            old = getattr(config, name, None)
+        except Exception:  # one that differs by layer
+            continue
+        if name not in left and (isinstance(old, int) or (name.endswith("_token_id") and old is None)):
+            found[name] = value
+    kinds = getattr(config, "layer_types", None)
+    mixed = isinstance(kinds, list) and len(set(kinds)) > 1
+    return found | ({"layer_types": [*dict.fromkeys(kinds)][:2]} if mixed else {})
 
 
 def laws(model: Any) -> dict[str, torch.Tensor]:
@@ -91,21 +116,21 @@ def laws(model: Any) -> dict[str, torch.Tensor]:
 def row_of(name: str, kind: type, config_kind: type) -> dict[str, Any]:
     """What became of one class."""
     row: dict[str, Any] = {"model_type": name, "class": kind.__name__}
-    try:
-        torch.manual_seed(0)
-        model = kind(tiny(config_kind)).float().eval()
-        if sum(p.numel() for p in model.parameters()) > 20_000_000:
-            raise ValueError("too large to be called tiny")
-        for path, p in model.named_parameters():  # so that the layers, and the head, matter
-            if p.ndim == 2 and "norm" not in path:
-                torch.nn.init.normal_(p, std=0.2)
-    except Exception as e:
-        return row | {"outcome": "not built", "why": f"{type(e).__name__}: {e}".splitlines()[0][:200]}
-    try:
-        with torch.no_grad():
-            found = laws(model)
-    except Exception as e:
-        return row | {"outcome": "refused", "why": f"{type(e).__name__}: {e}".splitlines()[0][:200]}
+    for left in LEFT:
+        try:
+            model = built(kind, tiny(config_kind, left))
+        except Exception as e:
+            row |= {"outcome": "not built", "why": f"{type(e).__name__}: {e}".splitlines()[0][:200]}
+            continue
+        try:
+            with torch.no_grad():
+                found = laws(model)
+            break
+        except Exception as e:
+            row |= {"outcome": "refused", "why": f"{type(e).__name__}: {e}".splitlines()[0][:200]}
+    else:
+        return row
+    row.pop("why", None)
     for other in ("model", "TRL"):
         if isinstance(found[other], torch.Tensor):
             row[other] = float((found["scorer"] - found[other]).abs().max())
@@ -118,6 +143,20 @@ def row_of(name: str, kind: type, config_kind: type) -> dict[str, Any]:
     else:
         row["outcome"] = "one law" if row["model"] <= SAME else "TRL's, not the model's"
     return row
+
+
+def built(kind: type, config: Any) -> Any:
+    """A random model whose layers, and head, matter. Raises ValueError for one that is not small."""
+    with torch.device("meta"):
+        size = sum(p.numel() for p in kind(config).parameters())
+    if size > 20_000_000:
+        raise ValueError(f"{size:,} parameters, whatever is made small here")
+    torch.manual_seed(0)
+    model = kind(config).float().eval()
+    for path, p in model.named_parameters():
+        if p.ndim == 2 and "norm" not in path:
+            torch.nn.init.normal_(p, std=0.2)
+    return model
 
 
 def main() -> None:

@@ -115,6 +115,7 @@ class ScoredBatch:
     probe: bool = False
     correction_weights: torch.Tensor | None = None  # (B, 1) or (B, C) as in RolloutBatch
     keys: torch.Tensor | None = None  # (B,) int64, equal for the same completion of the same prompt; None: all differ
+    prompts: torch.Tensor | None = None  # (B,) int64, equal for the same prompt; None: not known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

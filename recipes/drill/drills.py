@@ -149,8 +149,6 @@ DRILLS = [
           strengths=(16, 8, 2), patch=patches.other_table),
     Drill(name="attention-scale", cause="engine_state", what="the engine's attention scale x {}",
           strengths=(1.1, 1.3, 2.0), patch=patches.other_scale),
-    Drill(name="engine-eps", cause="engine_state", what="the engine's norms have eps {}", strengths=(0.1, 0.3, 1.0),
-          patch=patches.numbers("engine", "variance_epsilon")),
     Drill(name="fp8-kv", cause="kv_cache_precision", what="kv_cache_dtype=fp8_e5m2 (at most {} tokens)",
           strengths=(10, 20, 40), base=lambda s, _: {"max_completion_length": s},
           engine=lambda s: {"kv_cache_dtype": "fp8_e5m2"}),

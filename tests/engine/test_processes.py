@@ -1,5 +1,7 @@
 """Engines of their own process: settings that only an engine's construction decides, and many ranks."""
 
+import json
+
 import pytest
 from support import ROOT, warm
 from support.models import save_tiny_model
@@ -65,7 +67,7 @@ from trl_parity import ParityCallback
 model, out, kind = sys.argv[1:]
 os.environ["WANDB_DIR"] = out
 from accelerate import PartialState
-arguments = {"top_p": 0.9} if kind == "truncated" else {"max_steps": 3, "mask_truncated_completions": True}
+arguments = {"truncated": {"top_p": 0.9}, "masked": {"max_steps": 3, "mask_truncated_completions": True}}.get(kind, {})
 if kind == "masked":  # on rank 1 no completion may end: all are truncated, and so masked
     never = {0: -100.0, 1: -100.0}
     arguments["generation_kwargs"] = {"logit_bias": never if PartialState().process_index else {1: 4.0}}
@@ -74,8 +76,14 @@ args = grpo_args(Path(out), **({"max_steps": 20, "learning_rate": 1e-4, "per_dev
                                 "report_to": "wandb"} | arguments))
 trainer = GRPOTrainer(model=model, args=args, reward_funcs=digit_reward, train_dataset=prompts(), callbacks=[callback])
 assert trainer.accelerator.num_processes == 2
+rank, generation = trainer.accelerator.process_index, trainer.vllm_generation
+generate = generation.generate
+def now_and_then(*args, **kwargs):
+    generation.top_p = 1.0 if trainer.state.global_step % 2 else 0.5
+    return generate(*args, **kwargs)
+if kind == "now and then" and rank == 1:
+    generation.generate = now_and_then
 trainer.train()
-rank = trainer.accelerator.process_index
 lines = [f"{v.step} {v.status} {v.streak} {v.stats.num_tokens} {v.stats['kl_k3']!r} {v.stats.get('floor/kl_k3')!r}"
          for v in callback.verdicts]
 d = callback.diagnosis
@@ -107,6 +115,15 @@ def test_two_ranks_reach_the_same_verdicts_and_stop_together(tmp_path):
 
 
 @pytest.mark.engine
+def test_a_rank_that_is_sick_in_every_second_window_halts_both_and_is_named(tmp_path):
+    out, lines, _, told = two_ranks(tmp_path, "now and then")
+    assert [line.split()[1] for line in lines] == ["BREACH", "OK", "BREACH", "OK", "HALT"]
+    assert "Rank 1 drifts in 3 of the last windows" in told
+    stats = json.loads((out / "parity" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (stats["replica/rank"], stats["replica/windows"]) == (1, 3)
+
+
+@pytest.mark.engine
 def test_a_rank_whose_batches_are_all_masked_judges_like_the_others(tmp_path):
     _, lines, _, _ = two_ranks(tmp_path, "masked")
     assert len(lines) == 3
@@ -118,8 +135,6 @@ def test_a_rank_whose_batches_are_all_masked_judges_like_the_others(tmp_path):
 @pytest.mark.engine
 def test_sixty_clean_batches_from_still_to_sharpening_never_halt(tmp_path):
     """The short form of benchmarks/false_alarms.py; the long one has 1,200."""
-    import json
-
     script, out = ROOT / "benchmarks" / "false_alarms.py", tmp_path / "figures.json"
     done = warm.run([script, "--quick", "--json", out], env=environment(PYTHONPATH=PATH), timeout=800)
     assert done.returncode == 0, done.stderr[-3000:]

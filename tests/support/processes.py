@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from support import ROOT, TESTS, warm
+from support import PATH as PATH
+from support import warm
 
 
 def free_port() -> int:
@@ -18,8 +19,6 @@ def free_port() -> int:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
 
-
-PATH = os.pathsep.join([str(TESTS), str(ROOT)])
 
 # TRL writes these when it builds a colocated engine; a child process must not join its parent's process group
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE")

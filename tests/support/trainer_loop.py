@@ -45,21 +45,42 @@ class GivenCapture(GRPOCapture):
         """Nobody reads it."""
 
 
+class FlatOptimizer:
+    """What DeepSpeed's own optimizers do: a torch optimizer steps an fp32 copy, which has the gradient that long."""
+
+    def __init__(self, parameter: torch.Tensor):
+        self.parameter, self.copy = parameter, parameter.detach().clone().requires_grad_()
+        self.optimizer = torch.optim.AdamW([self.copy], lr=0.1, weight_decay=0.1)
+
+    def step(self) -> None:
+        self.copy.grad = self.parameter.grad
+        self.optimizer.step()
+        self.parameter.data.copy_(self.copy)
+        self.parameter.grad = self.copy.grad = None
+
+
 class Loop:
     """One run. ``feeds``: micro-batches a generation feeds; ``accumulate``: of an optimizer step.
 
     ``shifts``: nats by number of the rollout batch. ``hidden``: numbers of batches that are not intercepted.
     ``updates``: of each optimizer step the numbers of the batches that fed it, and whether it was applied.
+    ``deepspeed``: updates are made inside backward; the gradient of update n (from 0) is n + 1.
     """
 
-    def __init__(self, callback: Any, output_dir: Any, *, feeds: int, accumulate: int, shifts: Any, hidden: Any = ()):
+    def __init__(
+        self, callback: Any, output_dir: Any, *, feeds: int, accumulate: int, shifts: Any, hidden: Any = (),
+        deepspeed: bool = False,
+    ):  # fmt: skip
         self.callback, self.feeds, self.accumulate, self.shifts, self.hidden = (
             callback, feeds, accumulate, shifts, hidden,
         )  # fmt: skip
+        self.parameter = torch.nn.Parameter(torch.ones(1))
+        self.flat = FlatOptimizer(self.parameter) if deepspeed else None
         none = SimpleNamespace()
         self.accelerator = SimpleNamespace(
             sync_gradients=False, process_index=0, num_processes=1, device=torch.device("cpu"), scaler=None,
             is_main_process=False, distributed_type=DistributedType.NO,
+            deepspeed_engine_wrapped=SimpleNamespace(engine=SimpleNamespace(optimizer=self.flat)),
         )  # fmt: skip
         self.args = SimpleNamespace(
             steps_per_generation=feeds, gradient_accumulation_steps=accumulate, world_size=1, report_to=[],
@@ -73,10 +94,10 @@ class Loop:
         )  # fmt: skip
         self.trainer = SimpleNamespace(
             args=self.args, state=self.state, accelerator=self.accelerator, num_iterations=1, _step=0,
-            vllm_generation=generation, is_deepspeed_enabled=False, model=none, processing_class=none, temperature=1.0,
+            vllm_generation=generation, is_deepspeed_enabled=deepspeed, processing_class=none, temperature=1.0,
             callback_handler=SimpleNamespace(callbacks=[callback]),
+            model=SimpleNamespace(parameters=lambda: iter([self.parameter])),
         )  # fmt: skip
-        self.parameter = torch.nn.Parameter(torch.zeros(1))
         self.optimizer = SimpleNamespace(param_groups=[{"params": [self.parameter]}])
         self.updates: list[tuple[tuple[int, ...], bool]] = []
         self.generated_in: dict[int, int] = {}  # batch -> optimizer step
@@ -98,9 +119,13 @@ class Loop:
                     if not self.accelerator.sync_gradients:
                         self.callback.on_substep_end(*told)
                         continue
-                    self.parameter.grad = torch.ones(1)
+                    self.parameter.grad = torch.full((1,), len(self.updates) + 1.0)
+                    before = self.parameter.item()
+                    if self.flat is not None:
+                        self.flat.step()
                     self.callback.on_pre_optimizer_step(*told, optimizer=self.optimizer)
-                    self.updates.append((tuple(self._fed), self.parameter.grad is not None))
+                    applied = self.parameter.item() != before if self.flat else self.parameter.grad is not None
+                    self.updates.append((tuple(self._fed), applied))
                     self._fed = []
                     self.state.global_step += 1
                     self.callback.on_step_end(*told)

@@ -23,6 +23,11 @@ def grpo_args(output_dir: Path, config: str = "GRPOConfig", **overrides: Any) ->
     """Arguments of a GRPO run, or of another trainer's, whose config class of TRL's is named."""
     import trl
 
+    return getattr(trl, config)(**run_settings(output_dir, **overrides))
+
+
+def run_settings(output_dir: Path, **overrides: Any) -> dict[str, Any]:
+    """The same by name."""
     settings: dict[str, Any] = {
         "output_dir": str(output_dir),
         "use_cpu": True,
@@ -44,4 +49,4 @@ def grpo_args(output_dir: Path, config: str = "GRPOConfig", **overrides: Any) ->
         "seed": 0,
         "beta": 0.0,
     }
-    return getattr(trl, config)(**(settings | overrides))
+    return settings | overrides

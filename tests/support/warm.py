@@ -32,7 +32,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from support import ROOT, TESTS
+from support import PATH, ROOT
 
 
 class Child:
@@ -87,7 +87,7 @@ def _connected() -> socket.socket:
         if (found := _try(place)) is None:
             place.unlink(missing_ok=True)
             command = [sys.executable, "-m", "support.warm", str(place), str(session)]
-            env = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(ROOT)]), "OMP_NUM_THREADS": "1"}
+            env = os.environ | {"PYTHONPATH": PATH, "OMP_NUM_THREADS": "1"}
             started = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL)
             while (found := _try(place)) is None:
                 assert started.poll() is None, f"the warm parent ended with {started.returncode}"

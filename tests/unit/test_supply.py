@@ -6,6 +6,7 @@ import pytest
 from support import ROOT
 
 LOCKS = ("requirements-cpu.lock", "requirements-ppo-cpu.lock", "requirements-docs.lock")
+DEEPSPEED = "requirements-deepspeed.lock"  # beside the first
 
 ENTRY = re.compile(r"^(\S+)==(\S+) \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", re.MULTILINE)
 
@@ -19,6 +20,12 @@ def test_every_pinned_package_has_hashes(lock):
     left = ENTRY.sub("", (ROOT / lock).read_text())
     assert all(line.startswith("#") for line in left.splitlines()), left
     assert len(entries(lock)) > 30
+
+
+def test_what_deepspeed_adds_to_the_stack_has_hashes_and_nothing_is_pinned_twice():
+    assert all(line.startswith("#") for line in ENTRY.sub("", (ROOT / DEEPSPEED).read_text()).splitlines())
+    assert {name for name, *_ in entries(DEEPSPEED)} == {"deepspeed", "hjson", "msgpack"}
+    assert not {name for name, *_ in entries(DEEPSPEED)} & {name for name, *_ in entries(LOCKS[0])}
 
 
 @pytest.mark.parametrize("lock", LOCKS[:2])
@@ -41,7 +48,7 @@ def test_licences_are_those_of_what_is_pinned():
     listed = re.findall(r"^\| (\S+) \| (\S+) \| .+ \| (.+) \|$", said, re.MULTILINE)
     assert "not told" not in said
     assert "not installed" not in said
-    for lock in LOCKS:
+    for lock in (*LOCKS, DEEPSPEED):
         kind = lock.removeprefix("requirements-").removesuffix(".lock")
         assert {(n, v) for n, v, where in listed if kind in where.split(", ")} == {(n, v) for n, v, _ in entries(lock)}
 

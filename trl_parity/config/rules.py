@@ -107,6 +107,10 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     Rule(stat="entropy/relative", limit=0.1, below=True, warn_only=True),
     Rule(stat="temperature/gap", limit=1e-6, warn_only=True),
     Rule(stat="reward/parted", limit=0.5, warn=1.0, warn_only=True),
+    Rule(stat="completions/stopped_but_masked", limit=0.01, warn_only=True),
+    Rule(stat="reference/base_moved", limit=0.001, warn_only=True),
+    Rule(stat="reference/merged", limit=0.0, warn_only=True),
+    Rule(stat="reference/start_kl_k3", limit=0.01, warn_only=True),
     Rule(stat="floor/engine_excess", limit=0.003),
     # as of all ranks together, in a bound of ``consecutive`` windows: the first at it halts
     Rule(stat="replica/kl_k3", limit=1e-4, k=5.0, absolute=0.01, consecutive=1),

@@ -12,6 +12,7 @@ from ..config.reading import from_json
 from ..records import UNREPLAYED, SamplingSettings
 from ..scoring.dtypes import dtype_name
 from ..scoring.perturb import largest_dropout
+from ..trainers.generation import GenerationCapture
 from ..trainers.grpo import GRPOCapture
 from .models import adapter_facts, model_facts, tied_adapter
 from .rules import Facts, Finding, lint
@@ -35,7 +36,8 @@ def facts(capture: Capture, replayed: bool) -> Facts:
     model = model_facts(capture.policy.config)
     if getattr(args, "vllm_model_impl", "vllm") == "transformers" or getattr(args, "vllm_mode", None) != "colocate":
         del model["refused"]
-    model["absolute_positions"] &= isinstance(capture, GRPOCapture)  # other trainers pass position_ids
+    # other trainers pass position_ids
+    model["absolute_positions"] &= isinstance(capture, (GRPOCapture, GenerationCapture))
     return Facts(
         sampling=capture.sampling,
         trainer_temperature=capture.temperature,

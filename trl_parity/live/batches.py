@@ -71,6 +71,7 @@ class BatchSums:
             self._check_temperature(capture, sums)
             if capture.training:
                 self._judge.add_rewards(sums, capture.rewards(), capture.reward_prompts())
+                sums.bump(**capture.stopped(), **(capture.start_of_reference() if capture.step == 0 else {}))
         except Exception as e:  # the mismatch is measured without them
             if "readings" not in self._told:
                 self._told.add("readings")

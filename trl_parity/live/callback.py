@@ -29,10 +29,11 @@ from ..scoring.perturb import own_random_numbers
 from ..tracking.sinks import WandbSink
 from ..trainers.capture import Capture, MeasurementSettings
 from ..trainers.engine_args import TRLEngineArguments
-from ..trainers.instrumentation import Observer, instrument
+from ..trainers.instrumentation import Observer, instrument, require_measured
 from ..trainers.server_client import sync_without_cuda
 from ..verdict import Status, Verdict
 from .console import shorten_console
+from .held_updates import HeldUpdates, refuse_unheld
 from .monitor import ParityMonitor
 from .pipeline import Pipeline
 from .trainer_run import TrainerRun
@@ -60,7 +61,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
 
     Raises:
         ConfigError: an unknown field or a wrong value; engine arguments that the installed vLLM would not take.
-        InterceptionError: (from ``trainer.train()``, at the first step) the run's rollouts can't be measured.
+        InterceptionError: (while the trainer is built, or at its first step) the run's rollouts can't be measured.
         ParityHalt: (from ``trainer.train()``) a HALT verdict with ``action="raise"``.
     """
 
@@ -129,6 +130,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         self._condemned = False  # the gradient being accumulated has, or will have, a condemned batch in it
         self._renewed = False  # a batch has come since the condemned one
         self._stop = False
+        self._held: HeldUpdates | None = None  # with DeepSpeed
         self._advice: list[Finding] = []  # of lint, on the settings; told at the first window without an alarm
 
     # ---- rollouts in (called by trainers) ---------------------------------------------------------------------
@@ -171,11 +173,8 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
 
     def _on_first_batch(self, capture: Capture) -> None:
         trainer = self._run.trainer = capture.trainer
-        if trainer.is_deepspeed_enabled and self.config.action in ("skip_update", "stop"):
-            raise ConfigError(
-                f"action={self.config.action!r} with DeepSpeed, which applies the update inside backward: the "
-                "condemned batch can't be kept from the weights there. Use action='raise' or action='log'."
-            )
+        if trainer.is_deepspeed_enabled:
+            self._held = HeldUpdates.of(trainer)
         for sink in self.monitor.sinks:
             if isinstance(sink, WandbSink):
                 sink.define_metrics()
@@ -254,7 +253,9 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The trainer's class is imported by now, if it was not when the callback was made; its engine comes next."""
+        require_measured(args)
         instrument()
+        refuse_unheld(args, self.config.action)
         if self.engine_request is not None:
             if kwargs.get("model") is not None:
                 self.engine_request.apply_to(kwargs["model"])
@@ -263,6 +264,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the sinks and, when the trainer resumes from a checkpoint, restore the breaker."""
+        require_measured(args)
         if "ppo" in instrument() and hasattr(args, "num_ppo_epochs"):  # else: added after the trainer was built
             raise InterceptionError(
                 "PPOTrainer.train() began without trl-parity's wrapper and would run unobserved. Expected it in place "
@@ -283,27 +285,26 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Refuse to learn from what was never measured; drop the gradient of a condemned batch."""
-        self._require_interception("an optimizer step is due")
-        run, window, step = self._run, self._pipeline.window, int(state.global_step) + 1
+        self._run.require_interception("an optimizer step is due")
+        if self._held is not None:
+            self._held.over(self._condemned)
+        elif self.before_update():
+            drop_gradient(optimizer, self._run.accelerator)
+
+    def before_update(self) -> bool:
+        """Judge what is left to judge; whether the update has a condemned batch in it. Collective."""
+        run, window = self._run, self._pipeline.window
+        step = int(run.trainer.state.global_step) + 1
         if self._missing or self._unfed <= 0:
             self._on_missing_batch(step)
         elif window.batches and not run.moved and not 0 < step - window.start < self._window_steps:
             with run.watching():  # the trainer ended the step earlier, or later, than its last generation could know
                 self._judge_batch(step)
         if self._condemned:
-            drop_gradient(optimizer, run.accelerator)
             run.skip()
         else:
             run.moved = True
-
-    def _require_interception(self, seen: str) -> None:
-        if self._run.trainer is None:
-            raise InterceptionError(
-                f"{seen} but no rollout batch was intercepted. ParityCallback covers TRL's GRPOTrainer, RLOOTrainer "
-                "(with use_vllm=True), AsyncGRPOTrainer and PPOTrainer, and subclasses that call super() in "
-                "_generate_and_score_completions, compute_loss or train. Is this another trainer, a subclass that "
-                "replaces that method, or were the wrappers removed?"
-            )
+        return self._condemned
 
     def _on_missing_batch(self, step: int) -> None:
         """A batch that should have been intercepted was not: a failed measurement, never silence."""
@@ -328,7 +329,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         if self._renewed:  # what comes is not fed by the condemned batch
             self._condemned = False
         with self._pipeline.stopwatch.account("cost"):
-            self._require_interception(f"step {state.global_step} is over")  # PPO's loop announces no optimizer step
+            self._run.require_interception(f"step {state.global_step} is over")  # PPO announces no optimizer step
             if self._stop:
                 control.should_training_stop = control.should_save = control.should_log = True
             if control.should_training_stop:  # the last row that every tracker gets

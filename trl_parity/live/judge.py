@@ -14,7 +14,7 @@ from ..config.parity import ParityConfig
 from ..credentials import masked, without_credentials
 from ..errors import ConfigError
 from ..files import FolderLock, jsonable, require_no_link, sweep, write_atomic
-from ..judging.breaker import Breaker
+from ..judging.breaker import SETTLED, Breaker
 from ..judging.course import Course
 from ..judging.evidence import Evidence
 from ..judging.limits import allowed
@@ -60,7 +60,7 @@ class RunJudge:
         self.course = Course(action=self.config.action)
         self.floor = NoiseFloor(config)
         self.evidence = Evidence.from_config(config)
-        self.replicas = Replicas(config.consecutive)
+        self.replicas = Replicas(config.consecutive, config.breach_memory)
         self.entropy = EntropyWatch()
         self.rewards = RewardWindow(self.config.reward_window)
         path = self.config.reward_baseline
@@ -155,6 +155,12 @@ class RunJudge:
                     "reward/parted": float(comparison.parted(self.config.reward_min_effect, _REWARD_ALPHA)),
                 }
         return stats.updated(extra)
+
+    def of_replicas(self, sums: MismatchSums, stats: MismatchStats) -> dict[str, float | None]:
+        """``replica/*`` of a window, from its reduced sums and what was computed of them."""
+        by_rank, sequences = sums.by_rank, self.floor.sequences
+        settled = sequences is None or sequences >= SETTLED
+        return self.replicas.add(None if by_rank is None else by_rank.numpy(), stats, settled=settled)
 
     def doubts_floor(self, stats: MismatchStats) -> bool:
         """Whether an older floor should be measured anew before this window is judged.

@@ -39,6 +39,9 @@ class Surroundings:
         """
         return None
 
+    def add_to(self, sums: MismatchSums) -> None:
+        """Add to this rank's sums what is looked at once a window."""
+
     def scalars(self) -> Mapping[str, float | None]:
         """What belongs to the window that closes beside what was measured."""
         return {}
@@ -71,8 +74,7 @@ class Pipeline:
                 self._measure_floor()
             sums, spent = self._reduced()
             stats = compute(sums).updated({**spent, **surroundings.scalars()})
-            by_rank = None if sums.by_rank is None else sums.by_rank.numpy()
-            stats = judge.scalars(stats.updated(judge.replicas.add(by_rank, stats)), new_window=True)
+            stats = judge.scalars(stats.updated(judge.of_replicas(sums, stats)), new_window=True)
             if judge.doubts_floor(stats) and self._measure_floor():
                 stats = judge.scalars(stats)
             verdict = judge.judge(step, stats, self.window.error)
@@ -89,6 +91,7 @@ class Pipeline:
         accelerator = self._surroundings.accelerator
         self.window.add_updates()
         sums = self.window.sums("cpu" if accelerator is None else accelerator.device)
+        self._surroundings.add_to(sums)
         if self._surroundings.accounts:
             seconds, wall = self.stopwatch.lap()
             floor = seconds.get("floor", 0.0)

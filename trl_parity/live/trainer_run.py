@@ -20,9 +20,11 @@ from ..report.outcome import window_in_words
 from ..scoring.perturb import own_random_numbers
 from ..tracking.sinks import RichLog
 from ..trainers.capture import Capture
+from ..trainers.instrumentation import not_intercepted
 from ..verdict import Status, Verdict
 from .batches import BatchSums
 from .floor_measurement import measure_floor
+from .frozen import FrozenWeights
 from .incidents import Investigator
 from .judge import RunJudge
 from .pipeline import Pipeline, Surroundings
@@ -71,12 +73,18 @@ class TrainerRun(Surroundings):
         self._truncation_before: str | None = None  # of the run that is resumed
         self._at_hand = False
         self._windows = 0
+        self._frozen: FrozenWeights | None = FrozenWeights()
         self._floor_failed = False
 
     @property
     def accelerator(self) -> Accelerator:  # type: ignore[override]
         """The trainer's."""
         return self.trainer.accelerator
+
+    def require_interception(self, seen: str) -> None:
+        """Raise InterceptionError where no training batch has come, though a step was ``seen``."""
+        if self.trainer is None:
+            raise not_intercepted(seen)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -103,6 +111,16 @@ class TrainerRun(Surroundings):
         """Whether a server runs with other settings than before."""
         if self.capture is not None:
             self.investigator.check_settings(self.capture)
+
+    def add_to(self, sums: MismatchSums) -> None:
+        """How far the frozen weights have moved."""
+        if self.capture is None or self._frozen is None:
+            return
+        try:
+            sums.bump(**self._frozen.moved(self.capture.policy))
+        except Exception as e:  # the mismatch is measured without them
+            self._frozen = None
+            logger.warning("the frozen weights cannot be watched: %s: %s", type(e).__name__, e)
 
     def floor_sums(self) -> Mapping[str, Sequence[MismatchSums]] | None:
         """Of the batch at hand. A failure of ours is a warning: without any floor, windows stay CALIBRATING."""

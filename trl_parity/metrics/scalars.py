@@ -34,7 +34,13 @@ SCALARS: dict[str, str] = {
     "seq/log_ratio_mean": "mean of S over sequences",
     "seq/log_ratio_max": "largest |S|",
     "seq/ess": "(Σe^S)² / (N Σe^2S) over sequences: the same for S and S + any constant",
+    "seq/khat": "PSIS k-hat of the sequences' e^S, from 25 sequences on: the shape of its largest min(N / 5, 3 √N)",
+    "seq/khat_limit": "min(1 - 1 / log10 N, 0.7), N the sequences: weights of a larger k-hat are not to be relied on",
     "seq/bias_gap": "honesty_gap x mean tokens of a sequence: nats a sequence is off, beyond chance and honest noise",
+    "concentration/sequences": "smallest share of the sequences that carries 90 % of Σ k3",
+    "concentration/prompts": "the same of prompts, each in a batch of one rank",
+    "concentration/dispersion": "Σ (Σ k3 of a sequence)² / its mean, had the same tokens been dealt out to the "
+    "sequences at random: 1 where drift is spread evenly",
     "last_token/logp_abs_diff/mean": "mean |Δ| of the last token of each sequence",
     "last_token/disagreement": "share of last tokens with |Δ| > 1",
     "correction/zeroed": "share of sequences (token modes: of a sequence's tokens, mean over sequences) whose loss "
@@ -114,6 +120,11 @@ SCALARS: dict[str, str] = {
     "reward/ks": "two-sample Kolmogorov-Smirnov distance of the same",
     "reward/p_value": "its p-value",
     "reward/parted": "1 where the two differ by more than chance and by more than reward_min_effect, else 0",
+    "completions/stopped_but_masked": "of the completions that a colocated engine ended by itself, the share that "
+    "mask_truncated_completions takes out of the loss",
+    "reference/base_moved": "mean |x - x at the first window| / mean |x| of a sample of the frozen weights",
+    "reference/merged": "share of an adapter's layers that are merged into the base when a window ends",
+    "reference/start_kl_k3": "k3 of the reference against the policy before the first update, mean over tokens",
     "cost/floor_share": "host seconds spent on the noise floor / wall seconds, since the run began",
     "nonfinite_rate": "share of completion tokens whose rollout or trainer log-prob is NaN, None or infinite",
     "policy_drift/kl_k3": "kl_k3 of the training policy at each update against the policy that generated the batch",
@@ -135,10 +146,11 @@ SCALARS: dict[str, str] = {
     "cost/diagnosis_seconds": "host seconds of diagnoses since the window before was judged, mean over ranks",
     "cost/incident_seconds": "the same of incidents left behind, their pictures included",
     "effective_sequences": "(Σ n)² / Σ n², n the tokens of independent sequences: how many of one length they are",
-    "replica/kl_k3": "lower bound of a rank's own kl_k3, without its largest token: the smallest of its last "
-    "`consecutive` windows, the largest over ranks",
+    "replica/kl_k3": "lower bound of a rank's own kl_k3, without its largest token, that it reached in each of its "
+    "last `consecutive` windows, or now and in too many of its last 22 for chance; the largest over ranks",
     "replica/logp_abs_diff/mean": "the same of logp_abs_diff/mean",
     "replica/rank": "the rank of the largest replica/logp_abs_diff/mean",
+    "replica/windows": "in how many of its last windows that rank reached it, where it is sick now and then",
     "evidence/honesty": "log10 of the evidence of a run's windows that the mean ratio is not 1; 4 decides",
     "evidence/drift": "the same that mean Δ, mean |Δ| or k3 are above what the noise floor allows",
     "evidence/change": "the same that mean |Δ| or k3 are above what they were in the run's past",

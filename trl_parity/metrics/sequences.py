@@ -11,7 +11,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from .concentration import add_carried
 from .correction import CORRECTION_ROWS, add_correction
+from .pareto import add_log_ratios
 from .standard_errors import second_moments
 from .sums import INDEX, REPLAYED, SCALES
 
@@ -30,6 +32,7 @@ ROWS = (
     "clipped", "clipped_square",  # of min(w, 2) - 1
     "last_delta",  # of its last token
     "number",  # what tells it from others, up to ``KEYS``
+    "prompt",  # what tells its prompt from others; -1: not known
     # with a correction only
     *CORRECTION_ROWS,
 )  # fmt: skip
@@ -73,6 +76,10 @@ def add_sequences(parts: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, f
     whole = np.array([np.bincount(numbers, one)[numbers] for one in x])  # of all equal sequences together
 
     moments, copies = second_moments(np.array([delta, at["abs_delta"], at["k3"], tokens]), keys)
+    some = tokens > 0
+    k3 = at["k3"][some]
+    add_carried(parts["carried"], k3, at["prompt"][some] if at["prompt"][0] >= 0 else None)
+    add_log_ratios(parts["log_ratios"], delta[some])
     last = np.abs(at["last_delta"])
     last = last[(last < math.inf) & (at["compared"] > 0)]
     parts["added"][: -len(REPLAYED)] += (
@@ -81,7 +88,7 @@ def add_sequences(parts: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, f
         len(last), last.sum(), np.count_nonzero(last > _APART),
         *add_correction(parts["correction_weights"], at),
         totals[_CLIPPED], totals[_CLIPPED + 1], tokens.sum(),
-        *moments,
+        *moments, float(k3 @ k3),
     )  # fmt: skip
     return {"seq_abs_delta": float(np.abs(delta).max()), "copies": copies}
 

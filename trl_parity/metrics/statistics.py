@@ -16,9 +16,11 @@ import numpy as np
 
 from ..records import ScoredBatch
 from ..verdict import MismatchStats
+from .concentration import concentration
 from .correction import correction_rows, correction_scalars
 from .histogram import log_ratio_histogram, quantiles, quantiles_abs
 from .intervals import intervals
+from .pareto import khat
 from .scalars import LAG_BUCKETS, SCALARS
 from .sequences import KEYS, POOL, SCALE, TOKEN_ROWS, add_sequences
 from .standard_errors import evidence_inputs
@@ -86,7 +88,9 @@ def _add_sequences(out: MismatchSums, batch: ScoredBatch, first_sequence: int) -
     last = mask.cumsum(-1).argmax(-1, keepdim=True)  # the first of equal ones
     last_delta = batch.trainer_logprobs.gather(1, last) - batch.rollout_logprobs.gather(1, last)
     numbers = torch.arange(first_sequence, first_sequence + len(mask)) if batch.keys is None else batch.keys
-    rows = [sum(by_sequence[1:], by_sequence[0]), last_delta.t(), (numbers.to(mask.device) & KEYS)[None]]
+    prompts = torch.full_like(numbers, -1) if batch.prompts is None else batch.prompts & KEYS
+    numbers = torch.stack([numbers & KEYS, prompts]).to(mask.device)
+    rows = [sum(by_sequence[1:], by_sequence[0]), last_delta.t(), numbers]
     if batch.correction_weights is not None:
         rows.append(correction_rows(batch.correction_weights.to(mask.device), mask))
     out.wait(add_sequences, torch.cat(rows))
@@ -228,6 +232,10 @@ _SHARES = {
     "temperature/engine": ("temperature_engine", "requests"),
     "temperature/trainer": ("temperature_trainer", "requests"),
     "reward/mean": ("reward_sum", "rewards"),
+    "completions/stopped_but_masked": ("stopped_masked", "stopped"),
+    "reference/start_kl_k3": ("reference_k3", "reference_tokens"),
+    "reference/base_moved": ("frozen_moved", "frozen_size"),
+    "reference/merged": ("merged_layers", "adapter_layers"),
     "engine/prefix_cache_hit_rate": ("cached_tokens", "looked_up_tokens"),
 }
 
@@ -254,6 +262,7 @@ def compute(sums: MismatchSums) -> MismatchStats:
         values |= intervals(s, parts["bootstrap"], moments) | trimmed(histogram, cumulative, s)
         values |= _of_sequences(s, parts["sequence_weights"], values["honesty_gap"])
         values |= correction_scalars(s, parts["correction_weights"])
+        values |= concentration(s, parts["carried"], histogram) | khat(parts["log_ratios"])
         values |= evidence_inputs(s, maxima["copies"], parts["bootstrap"])
         if s["entropy_nonfinite"]:
             unknown = ("entropy/trainer", "entropy/drift", "entropy/drift_gap", "kl_over_entropy")

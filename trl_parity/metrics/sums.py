@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 __all__ = [
     "ADDED",
     "BINS",
+    "BUMPED",
+    "CARRIED_BINS",
     "DECADES",
     "INDEX",
+    "LOG_RATIO_BINS",
     "PER_DECADE",
     "REPLAYED",
     "SCALES",
@@ -44,6 +47,10 @@ BINS = (DECADES[1] - DECADES[0]) * PER_DECADE + 1  # bin 0 holds |Δ| < 1e-9
 _BOOT = 3  # sums a resample keeps
 
 WEIGHT_BINS = 62  # of the weights the trainer's correction gave to sequences
+
+CARRIED_BINS = 13 * 8 + 1  # of Σ k3 of sequences and prompts: 8 a decade from 1e-8 (below: bin 0) to 1e5
+
+LOG_RATIO_BINS = 6 * 64 + 1  # of |S|: 64 a decade from 1e-3 nats (below: bin 0) to 1e3
 
 # What a sequence's e^S is divided by before it is added to those of its scale, the nearest: e^(600 k), |k| <= 32
 SCALES = 65
@@ -97,10 +104,24 @@ ADDED = (
     "clipped", "clipped_square", "clipped_tokens",
     # over clusters of equal rows of a batch: products of Σ Δ, Σ |Δ|, Σ k3 and tokens; over rows: tokens squared
     *SECOND_MOMENTS,
+    # over rows: (Σ k3)²
+    "row_k3_square",
     *REPLAYED,
 )  # fmt: skip
 
-_NAMES = SUMS + ADDED
+# plain numbers that are no sums over sequences
+BUMPED = (
+    # completions that stopped by themselves, where TRL masks truncated ones; of them, those that it masks
+    "stopped", "stopped_masked",
+    # of the first batch: tokens with a reference log-prob, k3 of reference against policy
+    "reference_tokens", "reference_k3",
+    # of a sample of the frozen weights: Σ |x - what it was|, Σ |what it was|
+    "frozen_moved", "frozen_size",
+    # layers of adapters found merged into the base
+    "merged_layers", "adapter_layers",
+)  # fmt: skip
+
+_NAMES = SUMS + ADDED + BUMPED
 
 # ``copies``: the largest number of equal rows in a batch; behind all that 0.6.0 kept
 MAXIMA = ("delta", "neg_delta", "seq_abs_delta", "temperature_gap", "kv_cache_usage", "copies")
@@ -115,6 +136,9 @@ _SHAPES: dict[str, tuple[int, ...]] = {
     "sequence_weights": (2, SCALES),  # Σ e^S and Σ e^2S over the sequences of each scale, divided by it (its square)
     "correction_weights": (WEIGHT_BINS,),  # sequences by the weight the trainer's correction gave them
     "added": (len(ADDED),),
+    "carried": (2, 2, CARRIED_BINS),  # sequences, and prompts, by Σ k3: counts and sums
+    "log_ratios": (2, LOG_RATIO_BINS),  # sequences by S
+    "bumped": (len(BUMPED),),
 }
 
 _SIZE = sum(map(math.prod, _SHAPES.values()))
@@ -136,9 +160,10 @@ class MismatchSums:
 
     ``additive``: fp64, the sums named in ``SUMS``, then the histogram (2 signs x ``BINS``), then the bootstrap
     (R resamples x [Σ w, Σ (H + rollout log-prob), Σ tokens]), sequence weights by scale (2 x ``SCALES``), the
-    histogram of the correction's weights (``WEIGHT_BINS``), and the sums named in ``ADDED``. ``maxima``: fp64,
-    ``-inf`` where nothing was seen. About 19 KiB with R = 200, whatever the number of tokens. ``by_rank``: where they
-    were reduced over several ranks, (ranks, 5) tokens, Σ k3, Σ |Δ|, max Δ and max -Δ of each; it does not merge.
+    histogram of the correction's weights (``WEIGHT_BINS``), the sums named in ``ADDED``, sequences and prompts by
+    their Σ k3, sequences by S, and the sums named in ``BUMPED``. ``maxima``: fp64, ``-inf`` where nothing was seen.
+    About 28 KiB with R = 200, whatever the number of tokens. ``by_rank``: where they were reduced over several ranks,
+    (ranks, 5) tokens, Σ k3, Σ |Δ|, max Δ and max -Δ of each; it does not merge.
     """
 
     __slots__ = ("_additive", "_bumps", "_maxima", "_raises", "_waiting", "bootstrap_samples", "by_rank")
@@ -183,7 +208,10 @@ class MismatchSums:
             for name, value in add(parts, rows.cpu().numpy()).items():
                 raises[name] = max(value, raises.get(name, -math.inf))
         for name, amount in bumps.items():
-            parts["sums"][INDEX[name]] += amount
+            if name in INDEX:
+                parts["sums"][INDEX[name]] += amount
+            else:
+                parts["bumped"][BUMPED.index(name)] += amount
         for name, value in raises.items():
             maxima[MAXIMA.index(name)] = max(value, maxima[MAXIMA.index(name)])
         if here is not self:
@@ -269,7 +297,7 @@ class MismatchSums:
 
     def bump(self, **amounts: float) -> None:
         """Add plain numbers to named sums."""
-        assert amounts.keys() <= INDEX.keys(), amounts
+        assert amounts.keys() <= INDEX.keys() | set(BUMPED), amounts
         for name, amount in amounts.items():
             self._bumps[name] = self._bumps.get(name, 0.0) + amount
 
@@ -295,7 +323,8 @@ class MismatchSums:
     def totals(self) -> dict[str, float]:
         """All sums by name. A device sync on accelerators, as of the next."""
         parts = self.cpu().parts()
-        return dict(zip(_NAMES, parts["sums"].tolist() + parts["added"].tolist(), strict=True))
+        found = [*parts["sums"].tolist(), *parts["added"].tolist(), *parts["bumped"].tolist()]
+        return dict(zip(_NAMES, found, strict=True))
 
     def peaks(self) -> dict[str, float]:
         """All maxima by name."""

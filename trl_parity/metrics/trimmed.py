@@ -13,7 +13,7 @@ import numpy as np
 
 from .histogram import CENTERS
 
-__all__ = ["CAP", "EXTREME", "TRIM", "trimmed"]
+__all__ = ["CAP", "EXTREME", "K3", "TRIM", "trimmed"]
 
 TRIM = 1000  # one token of so many, the worst ones, at least one, is no more than CAP in trimmed/*
 
@@ -26,9 +26,9 @@ _DELTA = np.stack([-CENTERS, CENTERS])
 
 _CLAMPED = _DELTA.clip(max=300.0)  # as in the exact sums
 
-_ABS, _W, _K3 = np.abs(_DELTA), np.exp(_CLAMPED), np.expm1(_CLAMPED) - _DELTA
+_ABS, _W, K3 = np.abs(_DELTA), np.exp(_CLAMPED), np.expm1(_CLAMPED) - _DELTA
 
-_TERMS = np.stack([_ABS, _K3, _W, _W * _W]).reshape(4, -1)
+_TERMS = np.stack([_ABS, K3, _W, _W * _W]).reshape(4, -1)
 
 _CAPPED = _TERMS.clip(max=np.array([[CAP], [CAP], [CAP], [CAP * CAP]]))
 

@@ -17,8 +17,10 @@ from ..verdict import MismatchStats, Verdict
 from .counted import counted
 from .escape import one_line
 from .format import cut, number
+from .health import HEALTH, health
 from .looser import looser_rules
 from .outcome import outcome
+from .places import places
 from .recovery import last_checkpoint_before, learned_from, recovery
 
 __all__ = ["alert_text", "ending_text", "halt_text", "left_out", "skipped_text", "start_text"]
@@ -35,6 +37,8 @@ _SAYS = (
     (("nonfinite_rate",), "Log-probs are no finite numbers."),
     (("entropy/nonfinite_rate",), "The trainer's entropies are no finite numbers."),
     (("correction/",), "TRL's correction takes most of the loss away."),
+    (("reference/",), "The reference of the KL term is not the model that training began with."),
+    (("completions/",), "Completions that ended are masked as truncated."),
     (("floor/engine_excess",), "The engine does not agree with itself."),
 )  # fmt: skip
 
@@ -75,6 +79,8 @@ def halt_text(
             lines += _wrap("", finding)
     else:
         lines += _wrap("", CAUSES[diagnosis.cause].harm)
+        for place in places(verdict.stats or {}, verdict.breaches):
+            lines += _wrap("", place)
     learned = learned_from(verdict, verdicts, config)
     if output_dir is not None and verdict.halted:
         checkpoint = last_checkpoint_before(output_dir, learned.first)
@@ -163,7 +169,7 @@ def _cause(diagnosis: Diagnosis) -> Iterator[str]:
 def alert_text(verdict: Verdict) -> str:
     """A few words for a WARN-level alert."""
     told = f"trl-parity: {verdict.status} at step {verdict.step}: {verdict.reason}. Training goes on."
-    explained = verdict.breaches or {"entropy/relative", "correction/lost"} & {*verdict.warnings}
+    explained = verdict.breaches or {"entropy/relative", "correction/lost", *HEALTH} & {*verdict.warnings}
     return " ".join([told, *findings(verdict)]) if explained else told
 
 
@@ -265,13 +271,9 @@ def findings(verdict: Verdict) -> Iterator[str]:
             "weight of all away. Log-ratios of sequences grow with length: vllm_importance_sampling_mode="
             "'token_truncate' weighs tokens one by one."
         )
-    rank, own_mean = stats.get("replica/rank"), stats.get("replica/logp_abs_diff/mean")
-    if any(name.startswith("replica/") for name in named) and rank is not None and own_mean is not None:
-        yield (
-            f"Rank {rank:.0f} drifts in each of the last windows, by a mean |Δ| of {own_mean:.3g} at least (all ranks "
-            f"together: {number(stats.get('logp_abs_diff/mean'))})."
-        )
+    yield from places(stats, named if apart else [name for name in named if name.startswith("replica/")])
     yield from _accumulated(stats, named)
+    yield from health(stats, named)
     rate, left = stats.get("nonfinite_rate"), stats.get("entropy/relative")
     if rate:
         yield f"{rate:.2%} of the tokens have no finite log-prob."

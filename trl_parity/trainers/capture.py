@@ -16,7 +16,7 @@ from ..records import RolloutBatch, SamplingSettings, ScoredBatch
 from ..scoring.own_head import OwnHeadRounding
 from ..scoring.perturb import own_random_numbers
 from ..scoring.scorer import CompletionScorer, CompletionScores
-from .row_keys import row_keys
+from .row_keys import prompt_keys, row_keys
 
 if TYPE_CHECKING:
     from ..engine.base import Engine
@@ -81,6 +81,17 @@ class Capture(ABC):
         """For each of ``rewards`` a number that is the same for completions of one prompt; None: each has its own."""
         return None
 
+    def stopped(self) -> dict[str, float]:
+        """By name of ``BUMPED``: completions the engine ended by itself, and those of them masked as truncated.
+
+        Empty where that is not known, or nothing is masked.
+        """
+        return {}
+
+    def start_of_reference(self) -> dict[str, float]:
+        """By name of ``BUMPED``: tokens with a log-prob of the reference, and Σ k3 of it against the policy."""
+        return {}
+
     @abstractmethod
     def run_policy(
         self, ids: torch.Tensor, attention: torch.Tensor, keep: int, batch_size: int | None = None
@@ -109,6 +120,14 @@ class Capture(ABC):
     def policy(self) -> Any:
         """The policy without wrappers of distribution."""
         return self.trainer.accelerator.unwrap_model(self.trainer.model)
+
+    def ends_step(self) -> bool:
+        """Whether no further generation comes before the next optimizer step. Needs ``micro_batches``."""
+        trainer = self.trainer
+        return self.training and (
+            trainer.accelerator.sync_gradients  # the update comes right after this micro-batch
+            or self.micro_batches >= trainer.current_gradient_accumulation_steps - self._observer.accumulated
+        )
 
     @property
     def temperature(self) -> float:
@@ -205,6 +224,7 @@ class Capture(ABC):
             probe=rollout.probe,
             correction_weights=None if rollout.correction_weights is None else rollout.correction_weights[rows],
             keys=row_keys(rollout)[rows],
+            prompts=prompt_keys(rollout)[rows],
         )
 
     def _behind(

@@ -29,8 +29,6 @@ _GENERATE, _SCORE, _LOSS = "_generate_and_score_completions", "_get_per_token_lo
 
 _TRAINER = ("_metrics", "_logs", "_step", "reward_func_names", "reward_weights", "temperature", "num_iterations")
 
-_WITH_VLLM = ("_last_loaded_step", "vllm_generation")
-
 _GENERATION = (
     "mode", "logprobs", "generation_kwargs", "structured_outputs_regex", "temperature", "top_k", "top_p", "min_p",
     "repetition_penalty", "tensor_parallel_size", "enable_sleep_mode",
@@ -48,20 +46,21 @@ def wrappers_of(cls: type, capture: type[GRPOCapture]) -> Iterator[Wrapper]:
     """For a trainer class that works the way GRPOTrainer does."""
     if not hasattr(cls, _SCORE):
         raise instrumentation.moved(cls, _SCORE)
-    yield cls, _GENERATE, functools.partial(_around_generation, capture)
+    yield cls, _GENERATE, functools.partial(around_generation, capture)
     yield cls, _LOSS, _around_loss
 
 
-def _around_generation(kind: type[GRPOCapture], original: Callable[..., Any], trainer: Any, inputs: Any) -> Any:
+def around_generation(kind: type[Any], original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    """Hand over what a trainer's method samples, as a capture of this kind, before anything is learned from it."""
     observer = instrumentation.observer_of(trainer)
     training = bool(trainer.model.training)
     if observer is None or not (training or observer.measurement.evaluation):
-        return original(trainer, inputs)
+        return original(trainer, *args, **kwargs)
     kind.require_interceptable(trainer)
     capture = kind(trainer, observer, training)
     start = time.perf_counter()
-    with recorded_requests(trainer.vllm_generation) as capture.requests, capture.recording():
-        capture.output = original(trainer, inputs)
+    with recorded_requests(capture.generation) as capture.requests, capture.recording():
+        capture.output = original(trainer, *args, **kwargs)
     capture.batch_seconds = time.perf_counter() - start - capture.seconds
     try:
         observer.on_generation(capture)
@@ -102,6 +101,31 @@ def sampling_settings(generation: Any) -> SamplingSettings:
     return SamplingSettings(**values, unreplayed=tuple(unreplayed))
 
 
+def require_engine(trainer: Any, synced: str = "_last_loaded_step") -> None:
+    """Raise InterceptionError where a trainer samples without TRL's VLLMGeneration, or can't be told log-probs by it.
+
+    ``synced``: the trainer's attribute with the optimizer step of the weights last handed to the engine.
+    """
+    if not trainer.use_vllm:
+        raise InterceptionError(
+            "the trainer generates with transformers (use_vllm=False), so there is no engine to compare with. "
+            "Set use_vllm=True (and vllm_mode='colocate' or 'server'), or remove ParityCallback."
+        )
+    instrumentation.require_attributes(trainer, (synced, "vllm_generation"))
+    generation = trainer.vllm_generation
+    instrumentation.require_attributes(generation, _GENERATION)
+    if generation.logprobs is None:
+        raise InterceptionError(
+            "the engine is asked for no log-probs (vllm_generation.logprobs is None). Set "
+            "trainer.vllm_generation.logprobs = 0 before trainer.train()."
+        )
+    if generation.mode == "colocate" and not getattr(generation, "_trl_parity_checked", False):
+        from ..engine.cpu import require_live_weights
+
+        require_live_weights(generation.llm)
+        generation._trl_parity_checked = True
+
+
 class GRPOCapture(Capture):
     """One generation batch of a GRPOTrainer."""
 
@@ -111,10 +135,7 @@ class GRPOCapture(Capture):
         generate_every = args.steps_per_generation * trainer.num_iterations  # micro-batches per generation
         self.step = int(trainer.state.global_step)
         self.micro_batches = generate_every - trainer._step % generate_every
-        self.last_in_step = training and (
-            trainer.accelerator.sync_gradients  # the update comes right after this micro-batch
-            or self.micro_batches >= trainer.current_gradient_accumulation_steps - observer.accumulated
-        )
+        self.last_in_step = self.ends_step()
         self.sampling = sampling_settings(trainer.vllm_generation)
         self._generated: Any = None  # what TRL's _generate returned: prompt ids, completion ids, tool mask, ...
 
@@ -122,24 +143,7 @@ class GRPOCapture(Capture):
     def require_interceptable(cls, trainer: Any) -> None:
         """Raise InterceptionError when this trainer's rollouts can't be measured, before any is generated."""
         instrumentation.require_attributes(trainer, _TRAINER)
-        if not trainer.use_vllm:
-            raise InterceptionError(
-                "the trainer generates with transformers (use_vllm=False), so there is no engine to compare with. "
-                "Set use_vllm=True (and vllm_mode='colocate' or 'server'), or remove ParityCallback."
-            )
-        instrumentation.require_attributes(trainer, _WITH_VLLM)
-        generation = trainer.vllm_generation
-        instrumentation.require_attributes(generation, _GENERATION)
-        if generation.logprobs is None:
-            raise InterceptionError(
-                "the engine is asked for no log-probs (vllm_generation.logprobs is None). Set "
-                "trainer.vllm_generation.logprobs = 0 before trainer.train()."
-            )
-        if generation.mode == "colocate" and not getattr(generation, "_trl_parity_checked", False):
-            from ..engine.cpu import require_live_weights
-
-            require_live_weights(generation.llm)
-            generation._trl_parity_checked = True
+        require_engine(trainer)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -210,6 +214,27 @@ class GRPOCapture(Capture):
         """A checksum of each completion's prompt, as TRL logs it."""
         prompts = list(self.trainer._logs["prompt"])[-self._global_batch() :]
         return [zlib.crc32(repr(prompt).encode()) for prompt in prompts]
+
+    def stopped(self) -> dict[str, float]:
+        """Of a colocated engine's last call, which names the reason: a server's answer does not."""
+        trainer, outputs = self.trainer, self.requests[-1].outputs if self.requests else None
+        ends = getattr(trainer, "eos_token_ids", None)
+        if not getattr(trainer, "mask_truncated_completions", False) or not isinstance(outputs, list) or ends is None:
+            return {}
+        tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+        ends = {*ends, tokenizer.pad_token_id}
+        last = [c.token_ids[-1] for out in outputs for c in out.outputs if c.finish_reason == "stop" and c.token_ids]
+        return {"stopped": len(last), "stopped_masked": sum(token not in ends for token in last)}
+
+    def start_of_reference(self) -> dict[str, float]:
+        """Where the trainer has both by now: with beta, and a pass of its own over the policy."""
+        out = self.output
+        policy, reference = out.get("old_per_token_logps"), out.get("ref_per_token_logps")
+        if policy is None or reference is None:
+            return {}
+        mask = (out["completion_mask"] * out.get("tool_mask", 1)).bool()
+        delta = (reference.double() - policy.double())[mask]
+        return {"reference_tokens": len(delta), "reference_k3": float((torch.expm1(delta) - delta).sum())}
 
     def _global_batch(self) -> int:
         return len(self.output["completion_ids"]) * self.trainer.accelerator.num_processes

@@ -35,7 +35,19 @@ _TAPS = {
     "rloo": "trl.trainer.rloo_trainer",
     "ppo": "trl.experimental.ppo.ppo_trainer",
     "async_grpo": "trl.experimental.async_grpo.async_grpo_trainer",
+    "distillation": "trl.trainer.distillation_trainer",
+    "sdft": "trl.experimental.sdft.sdft_trainer",
+    "sdpo": "trl.experimental.sdpo.sdpo_trainer",
+    "gold": "trl.experimental.gold.gold_trainer",
+    "iw_opd": "trl.experimental.iw_opd.iw_opd_trainer",
 }
+
+# arguments -> the trainer that takes them; a trainer's subclass takes these or a subclass of them
+_MEASURED = {
+    "GRPOConfig": "GRPOTrainer", "RLOOConfig": "RLOOTrainer", "DistillationConfig": "DistillationTrainer",
+    "SDFTConfig": "SDFTTrainer", "SDPOConfig": "SDPOTrainer", "GOLDConfig": "GOLDTrainer",
+    "IWOPDConfig": "IWOPDTrainer", "AsyncGRPOConfig": "AsyncGRPOTrainer", "PPOConfig": "PPOTrainer",
+}  # fmt: skip
 
 _wraps: list[_Wrap] = []  # in the order they were laid on
 
@@ -55,6 +67,10 @@ class Observer(ABC):
     @abstractmethod
     def on_update(self, new: Any, old: Any, mask: Any) -> None:
         """Called at each loss with log-probs (B, C) of the training policy and of the one that generated."""
+
+    def before_update(self) -> bool:
+        """Called before each optimizer step, on every rank: whether the update may not be applied."""
+        return False
 
 
 def observer_of(trainer: Any) -> Observer | None:
@@ -145,6 +161,26 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
             delattr(owner, name)
         else:
             setattr(owner, name, own)
+
+
+def require_measured(args: Any) -> None:
+    """Raise InterceptionError for arguments of a TRL trainer that nothing is known of: anything else passes."""
+    theirs = [cls.__name__ for cls in type(args).__mro__ if cls.__module__.startswith("trl.")]
+    if theirs and not any(name in _MEASURED for name in theirs):
+        raise InterceptionError(
+            f"what a trainer with {theirs[0]} samples can't be measured. Expected one of TRL's "
+            f"{', '.join(_MEASURED.values())}, or a subclass. Train this one without ParityCallback."
+        )
+
+
+def not_intercepted(seen: str) -> InterceptionError:
+    """The error for a step that nothing was seen of. ``seen``: the step, in words."""
+    return InterceptionError(
+        f"{seen} but no rollout batch was intercepted. ParityCallback covers TRL's {', '.join(_MEASURED.values())} "
+        "(with use_vllm=True where there is that setting), and subclasses that call super() in the method that "
+        "samples (_generate_and_score_completions, _prepare_training_batch, _fill_buffer), in compute_loss or train. "
+        "Is this another trainer, a subclass that replaces that method, or were the wrappers removed?"
+    )
 
 
 def require_attributes(owner: Any, names: Iterable[str]) -> None:

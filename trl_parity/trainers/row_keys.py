@@ -8,7 +8,7 @@ import torch
 
 from ..records import RolloutBatch
 
-__all__ = ["row_keys"]
+__all__ = ["prompt_keys", "row_keys"]
 
 
 def row_keys(rollout: RolloutBatch) -> torch.Tensor:
@@ -23,6 +23,13 @@ def row_keys(rollout: RolloutBatch) -> torch.Tensor:
     ids = torch.cat([before, after], dim=1) + 1
     mask = torch.cat([rollout.prompt_mask.long(), rollout.completion_mask.long()], dim=1)
     return _mixed((ids * mask * places[wide - before.shape[1] : wide + after.shape[1]]).sum(-1))
+
+
+def prompt_keys(rollout: RolloutBatch) -> torch.Tensor:
+    """(B,) int64: the same of prompts alone."""
+    ids, mask = rollout.prompt_ids + 1, rollout.prompt_mask.long()
+    wide = 1 << ids.shape[1].bit_length()
+    return _mixed((ids * mask * _multipliers(wide, ids.device)[wide - ids.shape[1] : wide]).sum(-1))
 
 
 @lru_cache(maxsize=16)

@@ -7,6 +7,7 @@ is asked alone, on the engine's own hidden states; only where it takes others th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -63,8 +64,9 @@ def moe_routing(
     if not shares.any():
         return None, NOTHING
     routing = ForcedRouting(by_row, tuple(layers))
+    other = with_forward(current, layout="unpadded", few=True, routing=routing, prompts=prompts)
     candidate = Candidate(
-        counterfactual=with_forward(current, layout="unpadded", few=True, routing=routing, prompts=prompts),
+        counterfactual=replace(other, kept=current.kept & over),
         over=over,
         finding=_in_words([layer.name for layer in layers], shares) + why,
         fix=_BIAS if "correction bias" in why else "",
