@@ -327,7 +327,7 @@ def test_the_default_rules_number_by_number():
         ("confident_disagreement", 0.005, None, None, None, 0.5, False, False),
         ("nonfinite_rate", 0.01, None, None, None, 0.5, False, False),
         ("entropy/nonfinite_rate", 0.0, None, None, None, 0.5, False, False),
-        ("ratio/extreme", 4e-4, None, None, None, 0.5, False, False),
+        ("ratio/extreme", 4e-4, 5.0, 0.02, 4e-4, 0.5, False, False),
         ("last_token/disagreement", 0.05, None, None, None, 0.5, False, False),
         ("seq/bias_gap", 1.0, None, None, None, 0.5, False, False),
         ("correction/zeroed", 0.5, None, None, None, 0.8, False, False),
