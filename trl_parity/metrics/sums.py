@@ -303,7 +303,8 @@ class MismatchSums:
 
     def span(self, *names: str) -> torch.Tensor:
         """A view of sums that stand side by side, to be added to as one vector in this order."""
-        known, start = (SUMS, 0) if names[0] in INDEX else (ADDED, len(self._additive) - len(ADDED))
+        known, part = (SUMS, "sums") if names[0] in INDEX else (ADDED, "added")
+        start = next(place.start for name, place, _ in _places(self.bootstrap_samples) if name == part)
         first = known.index(names[0])
         assert known[first : first + len(names)] == names, f"{names} do not stand side by side in SUMS or ADDED"
         return self._additive[start + first : start + first + len(names)]
