@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 __all__ = ["LastResort", "progress_bar", "say"]
 
@@ -34,7 +34,8 @@ class LastResort(logging.Handler):
         """Say it, unless somebody else takes it."""
         loggers = (logging.getLogger(), logging.getLogger(__package__))
         if not any(handler is not self for logger in loggers for handler in logger.handlers):
-            say(self.format(record))
+            with suppress(Exception):  # nobody is there to be told, as where stderr is gone
+                say(self.format(record))
 
 
 _PATIENCE = 30.0  # seconds between two lines about the same

@@ -63,13 +63,14 @@ class Loop:
     """One run. ``feeds``: micro-batches a generation feeds; ``accumulate``: of an optimizer step.
 
     ``shifts``: nats by number of the rollout batch. ``hidden``: numbers of batches that are not intercepted.
+    ``accelerator``: a real one, of a rank among several.
     ``updates``: of each optimizer step the numbers of the batches that fed it, and whether it was applied.
     ``deepspeed``: updates are made inside backward; the gradient of update n (from 0) is n + 1.
     """
 
     def __init__(
         self, callback: Any, output_dir: Any, *, feeds: int, accumulate: int, shifts: Any, hidden: Any = (),
-        deepspeed: bool = False,
+        accelerator: Any = None, deepspeed: bool = False,
     ):  # fmt: skip
         self.callback, self.feeds, self.accumulate, self.shifts, self.hidden = (
             callback, feeds, accumulate, shifts, hidden,
@@ -77,14 +78,14 @@ class Loop:
         self.parameter = torch.nn.Parameter(torch.ones(1))
         self.flat = FlatOptimizer(self.parameter) if deepspeed else None
         none = SimpleNamespace()
-        self.accelerator = SimpleNamespace(
+        self.accelerator = accelerator or SimpleNamespace(
             sync_gradients=False, process_index=0, num_processes=1, device=torch.device("cpu"), scaler=None,
             is_main_process=False, distributed_type=DistributedType.NO,
             deepspeed_engine_wrapped=SimpleNamespace(engine=SimpleNamespace(optimizer=self.flat)),
         )  # fmt: skip
         self.args = SimpleNamespace(
-            steps_per_generation=feeds, gradient_accumulation_steps=accumulate, world_size=1, report_to=[],
-            output_dir=str(output_dir),
+            steps_per_generation=feeds, gradient_accumulation_steps=accumulate, report_to=[],
+            world_size=self.accelerator.num_processes, output_dir=str(output_dir),
         )  # fmt: skip
         self.state = SimpleNamespace(global_step=0, is_world_process_zero=False)
         self.control = SimpleNamespace(should_training_stop=False, should_save=False, should_log=False)

@@ -14,7 +14,7 @@ def window(num_errors=0, nonfinite_rate=0.0, **values):
     return MismatchStats(100, 10, 1, num_errors, scalars)
 
 
-def sums_of(delta=0.1, rows=8, columns=4):
+def sums_of(delta=0.1, rows=8, columns=4, bootstrap_samples=200):
     rollout = torch.full((rows, columns), -1.0)
     trainer = rollout + delta
     return measure(
@@ -24,7 +24,8 @@ def sums_of(delta=0.1, rows=8, columns=4):
             trainer_logprobs=trainer,
             own_logprobs=trainer,
             entropy=torch.ones(rows, columns),
-        )
+        ),
+        bootstrap_samples=bootstrap_samples,
     )
 
 

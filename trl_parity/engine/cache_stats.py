@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -65,7 +65,8 @@ def block_usage(llm: Any) -> Iterator[CacheUse]:
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
         out = schedule(*args, **kwargs)
-        use.kv_usage = max(use.kv_usage or 0.0, float(manager.usage))
+        with suppress(Exception):  # the engine is at work: it must not hear of it
+            use.kv_usage = max(use.kv_usage or 0.0, float(manager.usage))
         return out
 
     scheduler.schedule = recorded

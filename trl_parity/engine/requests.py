@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from .cache_stats import CacheUse, block_usage, prefix_hits, server_use
 
 __all__ = ["Request", "recorded_requests"]
+
+logger = logging.getLogger(__name__)
+
+_told: set[type] = set()  # kinds of failures
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,19 +39,16 @@ def recorded_requests(generation: Any) -> Iterator[list[Request]]:
     generate, own = target.generate, target.__dict__.get("generate")
 
     def recording(*args: Any, **kwargs: Any) -> Any:
-        with block_usage(target) if colocated else server_use(target) as use:
+        use, watch = CacheUse(), ExitStack()
+        with _beside():
+            use = watch.enter_context(block_usage(target) if colocated else server_use(target))
+        try:
             out = generate(*args, **kwargs)
-        if colocated:
-            params = kwargs.get("sampling_params", args[1] if len(args) > 1 else None)
-            first: Any = params[0] if isinstance(params, list) and params else params
-            temperature = None if first is None else first.temperature
-            if target.llm_engine.vllm_config.cache_config.enable_prefix_caching:
-                use.cached, use.looked_up = prefix_hits(out)
-            seen.append(Request(temperature, first, out, use))
-        else:
-            temperature = (kwargs.get("generation_kwargs") or {}).get("temperature", kwargs.get("temperature"))
-            sent = {k: v for k, v in kwargs.items() if k not in ("prompts", "features")}
-            seen.append(Request(None if temperature is None else float(temperature), sent, out, use))
+        finally:
+            with _beside():
+                watch.close()
+        with _beside():
+            seen.append(_request(target, colocated, use, out, args, kwargs))
         return out
 
     target.generate = recording
@@ -57,3 +59,27 @@ def recorded_requests(generation: Any) -> Iterator[list[Request]]:
             del target.generate
         else:
             target.generate = own
+
+
+def _request(target: Any, colocated: bool, use: CacheUse, out: Any, args: Any, kwargs: Any) -> Request:
+    if colocated:
+        params = kwargs.get("sampling_params", args[1] if len(args) > 1 else None)
+        first: Any = params[0] if isinstance(params, list) and params else params
+        temperature = None if first is None else first.temperature
+        if target.llm_engine.vllm_config.cache_config.enable_prefix_caching:
+            use.cached, use.looked_up = prefix_hits(out)
+        return Request(temperature, first, out, use)
+    temperature = (kwargs.get("generation_kwargs") or {}).get("temperature", kwargs.get("temperature"))
+    sent = {k: v for k, v in kwargs.items() if k not in ("prompts", "features")}
+    return Request(None if temperature is None else float(temperature), sent, out, use)
+
+
+@contextmanager
+def _beside() -> Iterator[None]:
+    """What fails in here is said once, and never reaches who generates."""
+    try:
+        yield
+    except Exception as e:
+        if type(e) not in _told:
+            _told.add(type(e))
+            logger.warning("the engine's requests could not be recorded: %s: %s", type(e).__name__, e)

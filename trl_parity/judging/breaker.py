@@ -35,6 +35,7 @@ WARN (or BREACH) and once at HALT.
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -76,6 +77,8 @@ def read(rule: Rule, stats: Mapping[str, float | None]) -> Reading | None:
     if value is None:
         return None
     seen, limit = rule.stat, rule.limit
+    if not math.isfinite(value):  # never healthy, on whichever side of whatever limit
+        return Reading(rule, seen, value, limit, True, True)
     if rule.k is not None:
         floor = stats.get(f"floor/{rule.stat.removeprefix('replica/')}")
         if rule.stat == "ess":  # 1 without noise, less with it

@@ -80,12 +80,12 @@ class NoiseFloor:
 
         False, and everything as before, when the trainer's rounding has no token.
         """
-        self._tried = True
         groups = {name: [one] if isinstance(one, MismatchSums) else list(one) for name, one in sources.items()}
         measured = {name: [one.cpu() for one in many if _tokens(one)] for name, many in groups.items()}
         if not _bounds(measured.get("rounding", [])):
-            self.age = self.age if self.values else 0
+            self.missed()
             return False
+        self._tried = True
         for name in SOURCES:
             self._pool(name, measured.get(name, []))
         self.age, self.sequences = 0, _sequences(self._pools["rounding"])
@@ -99,6 +99,11 @@ class NoiseFloor:
             excess = bounds["engine"][_SIZE].low - ENGINE_MOST * highs["rounding"][_SIZE]
             self.values["floor/engine_excess"] = max(0.0, excess)
         return True
+
+    def missed(self) -> None:
+        """A measurement came to nothing: it is not tried again at once."""
+        self._tried = True
+        self.age = self.age if self.values else 0
 
     def _pool(self, name: str, new: list[MismatchSums]) -> None:
         """Add a measurement to its source's pool, or begin a new one with it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import traceback
 
+from ..collectives import together
 from ..config.parity import ParityConfig
 from ..errors import InterceptionError
 from ..metrics.sums import MismatchSums
@@ -46,17 +47,21 @@ class BatchSums:
     def _mismatch(self, capture: Capture) -> tuple[MismatchSums, str]:
         if capture.training:
             self.last = None
-        accelerator = capture.trainer.accelerator
+        accelerator, stages = capture.trainer.accelerator, self._judge.stages
+        # passes over sharded weights are collectives: made by all ranks, or by none; and what is raised, is by all
+        ranks = accelerator.num_processes if capture.sharded or not self._began else 1
         try:
-            rollout = capture.rollout()
+            rollout = together(lambda: self._rollout(capture), ranks)
+            stages.begins("scores")
             scored = capture.score(rollout, self._config.token_budget)
+            stages.begins("sums")
             sums = self._judge.sums_of(scored, accelerator.process_index)
             if capture.training:  # an evaluation's is no batch to learn from, nor to diagnose
                 self.last = (rollout, scored)
             return sums, ""
         except Exception as e:  # ours: a window of status ERROR, and training goes on
-            if isinstance(e, InterceptionError) and not self._began:
-                raise
+            if not self._began and InterceptionError.__name__ in (type(e).__name__, getattr(e, "kind", "")):
+                raise InterceptionError(str(e)) from e
             error = f"{type(e).__name__}: {e}"
             logger.warning("parity measurement failed at step %d: %s", capture.step + 1, error)
             logger.debug("%s", traceback.format_exc())
@@ -64,18 +69,23 @@ class BatchSums:
             sums.bump(batches=1, errors=1)
             return sums, error
 
+    def _rollout(self, capture: Capture) -> RolloutBatch:
+        self._judge.stages.begins("rollout")
+        if capture.failure is not None:
+            raise capture.failure
+        return capture.rollout()
+
     def _add_readings(self, capture: Capture, sums: MismatchSums) -> None:
         """Cache use, temperature and rewards of a batch; a failure there is a warning and no measurement."""
-        try:
+        with self._judge.stages("readings"):  # the mismatch is measured without them
             self._add_cache_use(capture, sums)
             self._check_temperature(capture, sums)
+        with self._judge.stages("rewards"):
             if capture.training:
                 self._judge.add_rewards(sums, capture.rewards(), capture.reward_prompts())
+        with self._judge.stages("readings"):
+            if capture.training:
                 sums.bump(**capture.stopped(), **(capture.start_of_reference() if capture.step == 0 else {}))
-        except Exception as e:  # the mismatch is measured without them
-            if "readings" not in self._told:
-                self._told.add("readings")
-                logger.warning("temperature or rewards cannot be watched: %s: %s", type(e).__name__, e)
 
     def _add_cache_use(self, capture: Capture, sums: MismatchSums) -> None:
         """What the batch's requests did to the engine's caches."""

@@ -18,7 +18,7 @@ from ..engine.cpu import prepare_cpu_engine
 from ..engine.handle import EngineHandle
 from ..errors import ConfigError, InterceptionError, ParityHalt
 from ..lines import say
-from ..lint.facts import live_traps, tell
+from ..lint.facts import tell
 from ..lint.rules import Finding
 from ..metrics.reduction import reduce_sums
 from ..metrics.statistics import compute
@@ -32,10 +32,11 @@ from ..trainers.engine_args import TRLEngineArguments
 from ..trainers.instrumentation import Observer, instrument, require_measured
 from ..trainers.server_client import sync_without_cuda
 from ..verdict import Status, Verdict
-from .console import shorten_console
+from .beginning import begin
 from .held_updates import HeldUpdates, refuse_unheld
 from .monitor import ParityMonitor
 from .pipeline import Pipeline
+from .resuming import checkpoint_of, restore
 from .trainer_run import TrainerRun
 from .window import UnloggedWindows, added
 
@@ -145,12 +146,14 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         with run.watching():
             sums, error = run.batches.of(capture)
             if run.trainer is None:
-                self._on_first_batch(capture)
+                if capture.trainer.is_deepspeed_enabled:
+                    self._held = HeldUpdates.of(capture.trainer)
+                self._advice = begin(run, capture, self.engine_request, self.measurement.replay_sampling)
             run.capture, run.moved = capture, False
             self._unfed, self._renewed = capture.micro_batches, True
             if not self.accumulated:  # nothing of an older batch is in this step's gradient
                 self._condemned = False
-            window.add(sums, error)
+            window.add(sums, error, self.monitor.stages)
             step = capture.step + 1  # the optimizer step this batch feeds: the trackers' global_step of its row
             if capture.last_in_step and step - window.start >= self._window_steps:
                 self._judge_batch(step)
@@ -168,37 +171,19 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
 
     def on_update(self, new: torch.Tensor, old: torch.Tensor, mask: torch.Tensor) -> None:
         """Take in one loss computation for the policy drift."""
-        with self._pipeline.stopwatch.account("cost"):
+        with self._pipeline.stopwatch.account("cost"), self.monitor.stages("policy drift"):
             self._pipeline.window.add_update(new, old, mask)
-
-    def _on_first_batch(self, capture: Capture) -> None:
-        trainer = self._run.trainer = capture.trainer
-        if trainer.is_deepspeed_enabled:
-            self._held = HeldUpdates.of(trainer)
-        for sink in self.monitor.sinks:
-            if isinstance(sink, WandbSink):
-                sink.define_metrics()
-                if self.config.panels:
-                    sink.make_panels()
-        if self.engine_request is not None:  # collective: a server tells one rank alone
-            error = self.engine_request.disagreement(capture.generation, capture.engine)
-            fail_together(error, trainer.args.world_size)
-        if trainer.accelerator.is_main_process:
-            if self.config.console == "short":
-                shorten_console(trainer)
-            self._run.say_start(capture.sampling)
-            self.monitor.write_run(self._run.investigator.surroundings(capture))
-            found = live_traps(capture, self.measurement.replay_sampling)
-            tell(finding for finding in found if finding.severity == "error")
-            self._advice = [finding for finding in found if finding.severity != "error"]
 
     def _on_eval_batch(self, capture: Capture) -> None:
         with own_random_numbers():
             sums, _ = self._run.batches.of(capture)
+        with self.monitor.stages("evaluation"):
+            sums.settle()
         reduced = reduce_sums(sums, capture.trainer.accelerator)
-        self._eval = added(self._eval, reduced)
-        # overwritten batch by batch: the last value covers the whole evaluation
-        capture.log(_scalars(compute(self._eval)))
+        with self.monitor.stages("evaluation"):
+            self._eval = added(self._eval, reduced)
+            # overwritten batch by batch: the last value covers the whole evaluation
+            capture.log(_scalars(compute(self._eval)))
 
     def _act(self, verdict: Verdict) -> None:
         self._tell_advice()
@@ -214,8 +199,9 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
     def _tell_advice(self) -> None:
         """Say what lint advises, once; while an alarm stands nobody wants it."""
         if not self.monitor.breaker.alerted:
-            tell(self._advice)
-            self._advice = []
+            with self.monitor.stages("advice"):
+                advice, self._advice = self._advice, []
+                tell(advice)
 
     def raise_if_halted(self) -> None:
         """Raise ``ParityHalt`` where a halt stands: where no window since the last HALT was OK.
@@ -235,17 +221,16 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         else of the run is changed. None when there is no batch the present weights generated (none yet, or updated
         since): then the next window's batch is diagnosed, and ``diagnosis`` has it.
         """
-        run = self._run
-        diagnosis = None
-        if run.capture is None or run.batches.last is None or run.moved:
+        run, capture, diagnosis = self._run, self._run.capture, None
+        if capture is None or run.moved or not run.measured:
             run.investigator.wanted = True
             logger.warning("no batch of the present weights is at hand: the next one will be diagnosed")
         else:
             with run.watching():
                 run.check_engine()
-                diagnosis = run.diagnose_batch(run.capture.step + 1)
-        if heal and run.capture is not None:
-            moved = run.investigator.heal(run.capture)
+                diagnosis = run.diagnose_batch(capture.step + 1)
+        if heal and capture is not None:
+            moved = run.investigator.heal(capture)
             logger.warning("weights delivered to the engine: %d tensors moved; prefix cache emptied", len(moved))
         return diagnosis
 
@@ -274,13 +259,13 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         resume = int(state.global_step)
         self._pipeline.window.begin(resume)
         if resume:
-            self._restore(args, state)
+            restore(self._run, state.stateful_callbacks.get(type(self).__name__), args, state)
         error = ""
         if state.is_world_process_zero:
             try:
                 self.monitor.open(args.output_dir, args.report_to, resume)
-            except (ConfigError, ImportError) as e:
-                error = str(e)
+            except Exception as e:
+                error = str(e) if isinstance(e, ConfigError | ImportError) else f"{type(e).__name__}: {e}"
         fail_together(error, args.world_size)  # main alone writes
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
@@ -335,13 +320,13 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
                 self._close_last_window(int(state.global_step))
                 control.should_log |= bool(run.unlogged)
             if control.should_log and run.unlogged:
-                assert run.capture is not None
-                for sink in self.monitor.sinks:
-                    sink.before_row(int(state.global_step))
-                run.capture.log(_scalars(run.unlogged.scalars(self.monitor) | run.skips("log")))
+                self.monitor.tell(lambda sink: sink.before_row(int(state.global_step)))
+                with self.monitor.stages("row"):
+                    assert run.capture is not None
+                    run.capture.log(_scalars(run.unlogged.scalars(self.monitor) | run.skips("log")))
                 run.unlogged = UnloggedWindows()
             if control.should_save:  # the same on every rank
-                self._pipeline.window.carry(run.accelerator)
+                self._pipeline.window.carry(run.accelerator, self.monitor.stages)
 
     def _close_last_window(self, step: int) -> None:
         """Judge what the window holds that no step will fill. Collective: batches come together."""
@@ -358,14 +343,16 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         run = self._run
         self._close_last_window(int(state.global_step))
         if run.unlogged:  # the loop was left otherwise than by its last step: the trainer logs no row any more
-            scalars = _scalars(run.unlogged.scalars(self.monitor) | run.skips("log"))
-            for sink in self.monitor.sinks:
-                if isinstance(sink, WandbSink):  # trackio's run is over
-                    sink.log(int(state.global_step), {f"train/{name}": value for name, value in scalars.items()})
+            with self.monitor.stages("row"):
+                scalars = _scalars(run.unlogged.scalars(self.monitor) | run.skips("log"))
+                for sink in self.monitor.sinks:
+                    if isinstance(sink, WandbSink):  # trackio's run is over
+                        sink.log(int(state.global_step), {f"train/{name}": value for name, value in scalars.items()})
             run.unlogged = UnloggedWindows()
         self._tell_advice()
-        if state.is_world_process_zero and self._run.trainer is not None:
-            say(self._run.ending())
+        with self.monitor.stages("ending"):
+            if state.is_world_process_zero and self._run.trainer is not None:
+                say(self._run.ending())
         self.monitor.close()
 
     # ---- checkpoints ------------------------------------------------------------------------------------------
@@ -373,27 +360,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
     def state(self) -> dict[str, Any]:
         """What the trainer's checkpoint keeps: the settings and the monitor's memory."""
         instrument()  # PPOTrainer sends no on_init_end, but asks for this while it is built
-        checkpoint = self.monitor.state() | self._pipeline.window.state()
-        if self._run.skipped:
-            checkpoint["skipped"] = self._run.skipped
-        return {"args": self.config.to_dict(), "attributes": {"checkpoint": checkpoint}}
-
-    def _restore(self, args: Any, state: Any) -> None:
-        saved = state.stateful_callbacks.get(type(self).__name__)
-        if isinstance(saved, list):
-            saved = saved[0] if saved else None
-        checkpoint = (saved or {}).get("attributes", {}).get("checkpoint")
-        if not self.monitor.load_state(checkpoint):
-            logger.warning(
-                "the checkpoint of step %d holds no trl-parity state this version reads; the streak starts at 0 and "
-                "the noise floor is measured anew.",
-                state.global_step,
-            )
-            return
-        self._run.resume((saved or {}).get("args") or {}, int(checkpoint.get("skipped", 0)))
-        window = self._pipeline.window
-        if not window.load_state(checkpoint, args.device, state.is_world_process_zero):
-            logger.warning("bootstrap_samples changed: the first part of the window open at the checkpoint is dropped")
+        return checkpoint_of(self._run)
 
 
 def _scalars(stats: Mapping[str, float | None]) -> dict[str, float]:

@@ -61,6 +61,8 @@ def measure_floor(capture: Capture, config: ParityConfig) -> dict[str, list[Mism
     dtype, head_dtype = _engine_dtypes(engine, capture, config)  # first: nothing that fails on one rank alone
     dtype = noise_dtype(dtype, capture)
     rollout = capture.rollout()
+    if capture.sharded:  # from here on passes: nobody begins where another can't
+        gather_rows([])
     rows = capture.rows_of_tokens(rollout, config.floor_tokens, _LEAST_SEQUENCES)
     if not len(rows):
         return {}

@@ -55,10 +55,7 @@ class Investigator:
 
     def check_settings(self, capture: Capture) -> None:
         """Look whether a server still runs with the settings the run began with; what changed is a warning."""
-        try:
-            self._settings.compare(capture.refreshed_engine())
-        except Exception as e:  # an answer of another shape: what is measured does not depend on it
-            logger.warning("the vLLM server's settings can't be compared: %s: %s", type(e).__name__, e)
+        self._settings.compare(capture.refreshed_engine())
 
     def due(self, verdict: Verdict) -> bool:
         """Whether this window is to be diagnosed; the same on every rank."""
@@ -112,9 +109,11 @@ class Investigator:
             redacted=self.config.redact_text,
         )
         budget = None if self._unbounded else self.config.diagnose_budget * seconds
-        self.diagnosis = diagnose(batch, step, budget=budget, ranks=ranks)
-        self._named = self.diagnosis.cause != "unknown"
-        return self.diagnosis
+        return diagnose(batch, step, budget=budget, ranks=ranks)
+
+    def found(self, diagnosis: Diagnosis) -> None:
+        """A diagnosis that all ranks have come to."""
+        self.diagnosis, self._named = diagnosis, diagnosis.cause != "unknown"
 
     def heal(self, capture: Capture) -> list[str]:
         """Deliver the policy's weights to the colocated engine and empty its prefix cache; names of what moved."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..collectives import gather_rows
 from ..config.parity import ParityConfig
 from ..credentials import masked, without_credentials
 from ..errors import ConfigError
@@ -29,8 +30,12 @@ from ..records import ScoredBatch
 from ..report.reward_figure import plot_rewards
 from ..results.jsonl import JsonlSink
 from ..results.paths import CONFIG_NAME, RUN_NAME, TOKENS_NAME
-from ..tracking.sinks import AlertSink, RichLog, alert_sinks
+from ..tracking.sinks import AlertSink, RichLog, TrackioSink, WandbSink, alert_sinks
 from ..verdict import MismatchStats, Status, Verdict
+from .stages import Stages
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 __all__ = ["RunJudge"]
 
@@ -54,6 +59,7 @@ class RunJudge:
     def reset(self, measured_floor: bool = True) -> None:
         """Forget everything: a new run begins. ``measured_floor``: somebody will measure the noise floor."""
         config = self.config if measured_floor else replace(self.config, floor_tokens=0)
+        self.stages = Stages()
         self._sequences = 0
         self.verdicts: deque[Verdict] = deque(maxlen=_KEEP_VERDICTS)
         self.breaker = Breaker.from_config(config)
@@ -92,24 +98,27 @@ class RunJudge:
         ``rewards.json``, as ``RewardBaseline`` reads it, where there are 20 or more; ``rewards.png``
         if there is a baseline to compare them with.
         """
+        with self.stages("alert"):
+            for sink in self.sinks:
+                if isinstance(sink, WandbSink | TrackioSink):
+                    sink.flush()
         if self._jsonl is None:
             return
-        self._jsonl.close()
-        if len(self.rewards) >= MIN_REWARDS:
-            try:
-                RewardBaseline(self.rewards.rewards).save(self._jsonl.path.with_name(REWARDS_NAME))
-            except ConfigError as e:  # a full disk
-                logger.warning("the rewards are not kept: %s", e)
-        if self._tokens is not None:
-            self._tokens.close()
-            self._tokens = None
-        if self.baseline is not None and len(self.rewards):
-            try:
-                plot_rewards(self.baseline, self.rewards.rewards, self._jsonl.path.with_name("rewards.png"))
-            except ConfigError as e:  # a picture less: no matplotlib, a full disk
-                logger.warning("no picture of the rewards: %s", e)
-        self._jsonl = None
-        self._unlock()
+        path = self._jsonl.path
+        with self.stages("last files"):
+            self._jsonl.close()
+        with self.stages("last files"):
+            if self._tokens is not None:
+                self._tokens.close()
+        with self.stages("rewards file"):  # a full disk
+            if len(self.rewards) >= MIN_REWARDS:
+                RewardBaseline(self.rewards.rewards).save(path.with_name(REWARDS_NAME))
+        with self.stages("rewards file"):  # a picture less: no matplotlib, a full disk
+            if self.baseline is not None and len(self.rewards):
+                plot_rewards(self.baseline, self.rewards.rewards, path.with_name("rewards.png"))
+        self._jsonl = self._tokens = None
+        with self.stages("last files"):
+            self._unlock()
 
     def _unlock(self) -> None:
         if self._lock is not None:
@@ -178,38 +187,72 @@ class RunJudge:
 
     def judge(self, step: int, stats: MismatchStats | None, error: str = "") -> Verdict:
         """The verdict on a window's (reduced) statistics; kept and written."""
-        verdict = self.breaker.judge(step, self.evidence.add(step, stats), masked(error) if error else "")
+        verdict = self.decide(step, stats, error)
+        self.keep(verdict)
+        return verdict
+
+    def decide(self, step: int, stats: MismatchStats | None, error: str = "") -> Verdict:
+        """The verdict on a window's (reduced) statistics."""
+        return self.breaker.judge(step, self.evidence.add(step, stats), masked(error) if error else "")
+
+    def unjudged(self, step: int, before: Breaker, accelerator: Accelerator | None) -> Verdict:
+        """The verdict on a window that could not be judged on some rank: a failure, to the breaker ``before`` it.
+
+        What else remembers windows is taken over from a rank on which it was judged, if there is one, so that all go
+        on alike. Every rank must call it.
+        """
+        error, verdict = self.stages.unjudged, None
+        try:
+            verdict = before.judge(step, None, masked(error) if error else "")
+        except Exception:
+            logger.debug("a failed window could not be judged, either", exc_info=True)
+        memory = None if error else (self.floor, self.evidence, self.replicas, self.entropy)
+        row: dict[str, Any] = {"error": error, "memory": memory, "breaker": before, "verdict": verdict}
+        rows = gather_rows([row]) if accelerator is not None and accelerator.num_processes > 1 else [row]
+        if healthy := next((row["memory"] for row in rows if row["memory"]), None):
+            self.floor, self.evidence, self.replicas, self.entropy = healthy
+        failed = sorted((row for row in rows if row["verdict"]), key=lambda row: not row["error"])  # first its words
+        self.breaker = failed[0]["breaker"] if failed else before
+        told = next(row["error"] for row in rows if row["error"])
+        broken = Verdict(step=step, status=Status.ERROR, streak=0, reason=f"measurement failed: {masked(told)}")
+        return failed[0]["verdict"] if failed else broken
+
+    def keep(self, verdict: Verdict) -> None:
+        """Keep the verdict on a window, and write it."""
         self.verdicts.append(verdict)
         self.course.add(verdict.step, verdict.status)
         self.floor.age += 1
-        if self._jsonl is not None:
-            self._jsonl.write(verdict)
-        return verdict
+        with self.stages("windows file"):
+            if self._jsonl is not None:
+                self._jsonl.write(verdict)
+
+    def tell(self, call: Callable[[AlertSink], None], stage: str = "tracker") -> None:
+        """Do this with each tracker, whatever becomes of the others."""
+        for sink in self.sinks:
+            with self.stages(stage):
+                call(sink)
 
     def log_rich(self, rich: RichLog) -> None:
         """Histogram and tables of a window to the trackers; its sample of tokens to ``tokens.jsonl``."""
-        if self._tokens is not None and rich.sample:
-            self._tokens.write_tokens(rich.verdicts[-1], rich.sample)
-        for sink in self.sinks:
-            sink.log_rich(rich)
+        with self.stages("tokens file"):
+            if self._tokens is not None and rich.sample:
+                self._tokens.write_tokens(rich.verdicts[-1], rich.sample)
+        self.tell(lambda sink: sink.log_rich(rich))
 
     def write_run(self, about: Mapping[str, Any]) -> None:
         """What the run ran on, as ``run.json`` beside the windows. A failure is a warning."""
         if self._jsonl is None:
             return
-        try:
+        with self.stages("run file"):
             content = json.dumps(
                 jsonable({"schema_version": 1, **without_credentials(about)}), indent=1, allow_nan=False
             )
             write_atomic(self._jsonl.path.with_name(RUN_NAME), content)
-        except (ConfigError, ValueError) as e:
-            logger.warning("%s was not written: %s", RUN_NAME, e)
 
     def alert(self, verdict: Verdict, text: str) -> None:
         """Tell people through the trackers, if this window is the first of its episode to reach WARN or HALT."""
         if verdict.alert:
-            for sink in self.sinks:
-                sink.alert(verdict, text)
+            self.tell(lambda sink: sink.alert(verdict, text), "alert")
 
     # ---- checkpoints ------------------------------------------------------------------------------------------
 

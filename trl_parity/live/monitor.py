@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..config.parity import ParityConfig
 from ..errors import ConfigError
 from ..metrics.scalars import FLOORED
+from ..metrics.sums import MismatchSums
 from ..records import ScoredBatch
 from ..report.outcome import window_in_words
 from ..verdict import Verdict
@@ -112,13 +113,17 @@ class ParityMonitor(RunJudge):
             own_logprobs=trainer_logprobs,
             entropy=entropy,
         )
-        sums = self.sums_of(scored, 0 if self._accelerator is None else self._accelerator.process_index)
-        self.add_rewards(sums, [] if rewards is None else list(rewards))
-        self._pipeline.window.add(sums, "")
+        window = self._pipeline.window
+        sums = MismatchSums.zeros(rollout_logprobs.device, self.config.bootstrap_samples)
+        with self.stages("sums"):
+            sums = self.sums_of(scored, 0 if self._accelerator is None else self._accelerator.process_index)
+        with self.stages("rewards"):
+            self.add_rewards(sums, [] if rewards is None else list(rewards))
+        window.add(sums, "", self.stages)
         verdict = self._pipeline.close_window(step)
-        for sink in self.sinks:
-            sink.tell(window_in_words(verdict, self.course))
-            sink.log(step, {f"parity/{name}": x for name, x in (verdict.stats or {}).items() if x is not None})
+        scalars = {f"parity/{name}": x for name, x in (verdict.stats or {}).items() if x is not None}
+        self.tell(lambda sink: sink.tell(window_in_words(verdict, self.course)))
+        self.tell(lambda sink: sink.log(step, scalars))
         return verdict
 
     def summary(self, n: int = 10) -> dict[str, Any]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy, deepcopy
 from typing import TYPE_CHECKING
 
+from ..collectives import on_any
 from ..judging.noise_floor import SOURCES
 from ..metrics.reduction import reduce_many, reduce_sums
 from ..metrics.statistics import compute
 from ..metrics.sums import MismatchSums
-from ..verdict import Verdict
+from ..verdict import MismatchStats, Verdict
 from .judge import RunJudge
 from .stopwatch import Stopwatch
 from .window import SPENT, OpenWindow
@@ -73,25 +75,53 @@ class Pipeline:
             if judge.floor.due:
                 self._measure_floor()
             sums, spent = self._reduced()
-            stats = compute(sums).updated({**spent, **surroundings.scalars()})
-            stats = judge.scalars(stats.updated(judge.of_replicas(sums, stats)), new_window=True)
-            if judge.doubts_floor(stats) and self._measure_floor():
-                stats = judge.scalars(stats)
-            verdict = judge.judge(step, stats, self.window.error)
+            verdict = self._judged(step, sums, spent)
+            judge.stages.forget()
             self.window.begin(step)
+            judge.keep(verdict)
             surroundings.on_verdict(verdict, sums)
             surroundings.diagnose(verdict)
             if verdict.alert:
                 judge.alert(verdict, surroundings.announce(verdict))
         return verdict
 
+    def _judged(self, step: int, sums: MismatchSums, spent: Mapping[str, float | None]) -> Verdict:
+        """The verdict on reduced sums: the same on every rank, also where judging failed on one. Collective."""
+        judge, accelerator = self._judge, self._surroundings.accelerator
+        breaker = copy(judge.breaker)
+        stats: MismatchStats | None = None
+        verdict: Verdict | None = None
+        doubts = False
+        with judge.stages("statistics"):
+            stats = compute(sums).updated({**spent, **self._surroundings.scalars()})
+            stats = judge.scalars(stats.updated(judge.of_replicas(sums, stats)), new_window=True)
+            doubts = judge.doubts_floor(stats)
+        if not doubts:
+            verdict = self._decided(step, stats)
+        failed, doubts = on_any((bool(judge.stages.unjudged), doubts), accelerator)
+        if doubts and not failed:
+            self._measure_floor()
+            with judge.stages("statistics"):
+                assert stats is not None
+                stats = judge.scalars(stats)
+            verdict = self._decided(step, stats)
+            [failed] = on_any((bool(judge.stages.unjudged),), accelerator)
+        return judge.unjudged(step, breaker, accelerator) if failed or verdict is None else verdict
+
+    def _decided(self, step: int, stats: MismatchStats | None) -> Verdict | None:
+        """On this rank; None where judging failed."""
+        judge = self._judge
+        with judge.stages("verdict"):
+            return None if judge.stages.unjudged else judge.decide(step, stats, self.window.error)
+        return None
+
     def _reduced(self) -> tuple[MismatchSums, dict[str, float | None]]:
         """The window's sums over all ranks, on the host; and what the window before cost after its verdict."""
         spent: dict[str, float | None] = {}
         accelerator = self._surroundings.accelerator
-        self.window.add_updates()
-        sums = self.window.sums("cpu" if accelerator is None else accelerator.device)
-        self._surroundings.add_to(sums)
+        device = "cpu" if accelerator is None else accelerator.device
+        self._surroundings.add_to(self.window.sums(device))
+        sums = self.window.settled(device, self._judge.stages)
         if self._surroundings.accounts:
             seconds, wall = self.stopwatch.lap()
             floor = seconds.get("floor", 0.0)
@@ -116,15 +146,23 @@ class Pipeline:
             found = dict(zip(found, accelerator.reduce(values, "mean").tolist(), strict=True))
         return found
 
-    def _measure_floor(self) -> bool:
-        """Measure the noise floor on the batch at hand. Collective; False when there is none, or nothing came out."""
+    def _measure_floor(self) -> None:
+        """Measure the noise floor on the batch at hand, where there is one. Collective."""
         if not self._judge.floor.enabled:
-            return False
+            return
         with self.stopwatch.account("floor"):
             measured = self._surroundings.floor_sums()
             if measured is None:
-                return False
+                return
             accelerator = self._surroundings.accelerator
             many = [sums for name in SOURCES for sums in measured[name]]
             reduced = iter(many if accelerator is None else reduce_many(many, accelerator))
-            return self._judge.floor.update({name: [next(reduced) for _ in measured[name]] for name in SOURCES})
+            judge, before = self._judge, deepcopy(self._judge.floor)
+            failed = True
+            with judge.stages("floor in force"):
+                judge.floor.update({name: [next(reduced) for _ in measured[name]] for name in SOURCES})
+                failed = False
+            [failed] = on_any((failed,), accelerator)
+            if failed:  # on a rank: all go on with the older one
+                judge.floor = before
+                judge.floor.missed()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..collectives import on_any
 from ..config.parity import ParityConfig
 from ..judging.noise_floor import GROUPS, SOURCES
 from ..lines import say
@@ -44,14 +44,15 @@ class TrainerRun(Surroundings):
     """What a trainer's run offers around a window.
 
     ``trainer``: None before the first training batch. ``capture``: the last training batch. ``moved``: the weights
-    have been updated since. ``unlogged``: windows the trainer has not logged. ``halt_message``, ``incident``: of the
-    last halt. ``halt``: the last HALT while it stands, until a window is OK. ``skipped``: updates dropped in all.
+    have been updated since. ``judge``: what judges it. ``unlogged``: windows the trainer has not logged.
+    ``halt_message``, ``incident``: of the last halt. ``halt``: the last HALT while it stands, until a window is OK.
+    ``skipped``: updates dropped in all.
     """
 
     accounts = True
 
     def __init__(self, config: ParityConfig, judge: RunJudge):
-        self.config, self._judge = config, judge
+        self.config, self.judge = config, judge
         self.batches = BatchSums(config, judge)
         self.investigator = Investigator(config)
         self.halt_message: str | None = None
@@ -62,7 +63,7 @@ class TrainerRun(Surroundings):
         """Another run begins."""
         self.batches.reset()
         self.investigator.reset()
-        self.pipeline = Pipeline(self._judge, self)
+        self.pipeline = Pipeline(self.judge, self)
         self.unlogged = UnloggedWindows()
         self.trainer: Any = None
         self.capture: Capture | None = None
@@ -74,7 +75,6 @@ class TrainerRun(Surroundings):
         self._at_hand = False
         self._windows = 0
         self._frozen: FrozenWeights | None = FrozenWeights()
-        self._floor_failed = False
 
     @property
     def accelerator(self) -> Accelerator:  # type: ignore[override]
@@ -109,18 +109,18 @@ class TrainerRun(Surroundings):
 
     def check_engine(self) -> None:
         """Whether a server runs with other settings than before."""
-        if self.capture is not None:
-            self.investigator.check_settings(self.capture)
+        with self.judge.stages("engine settings"):  # what is measured does not depend on it
+            if self.capture is not None:
+                self.investigator.check_settings(self.capture)
 
     def add_to(self, sums: MismatchSums) -> None:
         """How far the frozen weights have moved."""
         if self.capture is None or self._frozen is None:
             return
-        try:
-            sums.bump(**self._frozen.moved(self.capture.policy))
-        except Exception as e:  # the mismatch is measured without them
-            self._frozen = None
-            logger.warning("the frozen weights cannot be watched: %s: %s", type(e).__name__, e)
+        with self.judge.stages("frozen weights"):  # the mismatch is measured without them, from then on
+            frozen, self._frozen = self._frozen, None
+            sums.bump(**frozen.moved(self.capture.policy))
+            self._frozen = frozen
 
     def floor_sums(self) -> Mapping[str, Sequence[MismatchSums]] | None:
         """Of the batch at hand. A failure of ours is a warning: without any floor, windows stay CALIBRATING."""
@@ -128,37 +128,40 @@ class TrainerRun(Surroundings):
             return None
         empty = MismatchSums.zeros(self.accelerator.device, bootstrap_samples=2)
         sources: dict[str, Sequence[MismatchSums]] = dict.fromkeys(SOURCES, [empty] * GROUPS)
-        try:
-            sources |= measure_floor(self.capture, self.config)
-        except Exception as e:
-            level = logging.DEBUG if self._floor_failed else logging.WARNING  # it is tried again: once is enough
-            self._floor_failed = True
-            logger.log(level, "the noise floor could not be measured: %s: %s", type(e).__name__, e)
-            logger.debug("%s", traceback.format_exc())
-        return sources
+        capture, ranks = self.capture, self.accelerator.num_processes
+
+        def measured() -> None:
+            sources.update(measure_floor(capture, self.config))
+
+        self.judge.stages.together("noise floor", ranks, measured)
+        return sources  # what this rank has measured counts, whatever failed on another
 
     def on_verdict(self, verdict: Verdict, sums: MismatchSums) -> None:
         """To the trainer's log, and histogram and tables to the trackers where they are due: a collective then."""
-        self.halt = verdict if verdict.halted else self.halt if self._judge.course.standing else None
-        self.unlogged.add(verdict, sums)
-        every, verdicts = self.config.rich_every_n_windows, self._judge.verdicts
+        self.halt = verdict if verdict.halted else self.halt if self.judge.course.standing else None
+        with self.judge.stages("merged windows"):
+            self.unlogged.add(verdict, sums)
+        every, verdicts = self.config.rich_every_n_windows, self.judge.verdicts
         before = verdicts[-2].status if len(verdicts) > 1 else Status.OK
         worse = verdict.status in (Status.BREACH, Status.HALT) and verdict.status is not before
         due = every and (worse or verdict.alert or self._windows % every == 0)
         self._windows += 1
         if due:
             self._log_rich(verdict, sums)
-        for sink in self._judge.sinks:
-            sink.tell(window_in_words(verdict, self._judge.course))
+        self.judge.tell(lambda sink: sink.tell(window_in_words(verdict, self.judge.course)))
 
     def _log_rich(self, verdict: Verdict, sums: MismatchSums) -> None:
         """Collective."""
-        config = self.config
-        decode = None if config.redact_text else self.trainer.processing_class.decode
-        worst, sample = tokens_of_all(
-            self.batches.last, verdict.step, config.worst_tokens, config.sample_tokens, decode, self.accelerator
-        )
-        self._judge.log_rich(RichLog(verdict.step, sums, worst, sample, list(self._judge.verdicts)))
+        config, accelerator = self.config, self.accelerator
+
+        def tokens() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+            decode = None if config.redact_text else self.trainer.processing_class.decode
+            return tokens_of_all(
+                self.batches.last, verdict.step, config.worst_tokens, config.sample_tokens, decode, accelerator
+            )
+
+        found = self.judge.stages.together("tables", accelerator.num_processes, tokens)
+        self.judge.log_rich(RichLog(verdict.step, sums, *(found or ([], [])), list(self.judge.verdicts)))
 
     def diagnose(self, verdict: Verdict) -> None:
         """Once an episode, of the batch at hand; its first breach leaves an incident, as a halt does."""
@@ -169,65 +172,76 @@ class TrainerRun(Surroundings):
                 self._leave_incident(verdict)
 
     def diagnose_batch(self, step: int) -> Diagnosis | None:
-        """Collective. Our own failure is a warning: the verdict stands without a cause."""
-        if self.capture is None or self.batches.last is None:
+        """Collective. None where a rank's batch was not measured, or where it failed: the verdict stands alone."""
+        if not self.measured:
             return None
-        verdicts = self._judge.verdicts
-        first = next((v for v in verdicts if v.stats is not None), None)
-        resumed = self._judge.breaker.windows > len(verdicts)
         # twice an episode at most, and said in its details: no part of the running cost
         with self.pipeline.stopwatch.account("diagnosis"):
-            try:
-                return self.investigator.diagnose(
-                    self.capture,
-                    *self.batches.last,
-                    step=step,
-                    floor=self._judge.floor.values.get("floor/kl_k3"),
-                    began_healthy=None if first is None or resumed else first.status is Status.OK,
-                )
-            except Exception as e:
-                logger.warning("the drift of step %d could not be diagnosed: %s: %s", step, type(e).__name__, e)
-                logger.debug("%s", traceback.format_exc())
-                return None
+            ranks = self.accelerator.num_processes
+            found = self.judge.stages.together("diagnosis", ranks, lambda: self._diagnosis(step))
+            if found is not None:
+                self.investigator.found(found)
+            return found
+
+    @property
+    def measured(self) -> bool:
+        """Whether every rank has its last batch with its scores. Collective."""
+        if self.capture is None:
+            return False
+        [missing] = on_any((self.batches.last is None,), self.accelerator)
+        return not missing
+
+    def _diagnosis(self, step: int) -> Diagnosis:
+        assert self.capture is not None
+        assert self.batches.last is not None
+        verdicts = self.judge.verdicts
+        first = next((v for v in verdicts if v.stats is not None), None)
+        resumed = self.judge.breaker.windows > len(verdicts)
+        return self.investigator.diagnose(
+            self.capture,
+            *self.batches.last,
+            step=step,
+            floor=self.judge.floor.values.get("floor/kl_k3"),
+            began_healthy=None if first is None or resumed else first.status is Status.OK,
+        )
 
     def announce(self, verdict: Verdict) -> str:
         """A halt is printed by the main process and leaves its incident; anything else is a warning."""
+        text = super().announce(verdict)
         if verdict.halted:
             with self.pipeline.stopwatch.account("incident"):
-                text = self._halted(verdict)
+                self.incident, text = self._leave_incident(verdict)
+                self.halt_message = text
         else:
-            text = alert_text(verdict)
-        if self.accelerator.is_main_process:
-            if verdict.halted:
-                say(text)
-            else:
-                logger.warning("%s", text)
+            with self.judge.stages("text"):
+                text = alert_text(verdict)
+        with self.judge.stages("line"):
+            if self.accelerator.is_main_process:
+                if verdict.halted:
+                    say(text)
+                else:
+                    logger.warning("%s", text)
         return text
 
-    def _halted(self, verdict: Verdict) -> str:
-        self.incident, self.halt_message = self._leave_incident(verdict)
-        return self.halt_message
-
     def _leave_incident(self, verdict: Verdict) -> tuple[Path | None, str]:
-        """Its folder, and what it says."""
-        assert self.capture is not None
-        verdicts, diagnosis = list(self._judge.verdicts), self.investigator.diagnosis
+        """Its folder, and what it says. On other ranks, and on a full disk, nothing is written."""
+        verdicts, diagnosis = list(self.judge.verdicts), self.investigator.diagnosis
+        folder, stages = None, self.judge.stages
 
         def text(look: Path) -> str:
-            try:
+            with stages("text"):  # what is told badly is no reason to take the run down, or not to halt it
+                args = self.trainer.args
+                checkpoints = None if hasattr(args, "num_ppo_epochs") else Path(args.output_dir)  # PPO can't resume
                 return halt_text(verdict, self.config, verdicts, look, diagnosis, checkpoints)
-            except Exception as e:  # what is told badly is no reason to take the run down, or not to halt it
-                logger.warning("the text of step %d could not be made: %s: %s", verdict.step, type(e).__name__, e)
-                return f"trl-parity: {verdict.status} at step {verdict.step}: {verdict.reason}. Look: {look}"
+            return f"trl-parity: {verdict.status} at step {verdict.step}: {verdict.reason}. Look: {look}"
 
-        parity_dir, args = self.parity_dir, self.trainer.args
-        checkpoints = None if hasattr(args, "num_ppo_epochs") else Path(args.output_dir)  # PPOTrainer can't resume
-        last = self.batches.last if self._at_hand else None
-        folder = self.investigator.write(
-            parity_dir, verdict, verdicts, last, lambda folder: text(folder / "report.md"), self.capture
-        )
-        # nothing was written: on other ranks, or on a full disk
-        return folder, text(parity_dir / "metrics.jsonl" if folder is None else folder / "report.md")
+        with stages("incident"):
+            assert self.capture is not None
+            last = self.batches.last if self._at_hand else None
+            folder = self.investigator.write(
+                self.parity_dir, verdict, verdicts, last, lambda folder: text(folder / "report.md"), self.capture
+            )
+        return folder, text(self.parity_dir / "metrics.jsonl" if folder is None else folder / "report.md")
 
     # ---- what is said of a run --------------------------------------------------------------------------------
 
@@ -250,17 +264,20 @@ class TrainerRun(Surroundings):
 
     def ending(self) -> str:
         """One line about all of it."""
-        diagnosis = self.investigator.diagnosis
-        cause = None if diagnosis is None else diagnosis.cause
-        look = self.parity_dir if self.halt is None or self.incident is None else self.incident / "report.md"
-        return ending_text(self._judge.course, self.halt, cause, self.skipped, look)
+        with self.judge.stages("ending"):
+            diagnosis = self.investigator.diagnosis
+            cause = None if diagnosis is None else diagnosis.cause
+            look = self.parity_dir if self.halt is None or self.incident is None else self.incident / "report.md"
+            return ending_text(self.judge.course, self.halt, cause, self.skipped, look)
+        return "" if self.halt is None else f"trl-parity: HALT at step {self.halt.step}: {self.halt.reason}"
 
     def skip(self) -> None:
         """An update was dropped. While a halt stands, that is said again from time to time."""
         self.skipped += 1
         remind = self.config.action == "skip_update" and self.skipped % _REMIND == 0
-        if remind and self.halt is not None and self.accelerator.is_main_process:
-            say(skipped_text(self.skipped, self.halt))
+        with self.judge.stages("reminder"):
+            if remind and self.halt is not None and self.accelerator.is_main_process:
+                say(skipped_text(self.skipped, self.halt))
 
     def resume(self, settings: Mapping[str, Any], skipped: int) -> None:
         """The run had these settings before, and so many updates were dropped."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
+from ..collectives import on_any
 from ..metrics.reduction import reduce_sums
 from ..metrics.statistics import compute, measure_policy_drift
 from ..metrics.sums import MismatchSums
 from ..verdict import MismatchStats, Status, Verdict, worst
 from .judge import RunJudge
+from .stages import Stages
 
 __all__ = ["SPENT", "OpenWindow", "UnloggedWindows"]
 
@@ -44,11 +47,12 @@ class OpenWindow:
             self._sums = MismatchSums.zeros(device, self._bootstrap_samples)
         return self._sums
 
-    def add(self, sums: MismatchSums, error: str) -> None:
-        """One rollout batch."""
+    def add(self, sums: MismatchSums, error: str, stages: Stages | None = None) -> None:
+        """One rollout batch. That there was one is known whatever fails of it: ranks decide by it."""
         self.batches += 1
         self.error = error or self.error
-        self._sums = added(self._sums, sums)
+        with stages("sums") if stages is not None else nullcontext():
+            self._sums = added(self._sums, sums)
 
     def add_update(self, new: torch.Tensor, old: torch.Tensor, mask: torch.Tensor) -> None:
         """Keep what the policy drift of one loss computation is measured from; a window's are measured together."""
@@ -58,17 +62,29 @@ class OpenWindow:
 
     def add_updates(self) -> None:
         """Measure the policy drift of the updates that wait for it."""
-        for new, old, mask in self._updates:
+        waiting, self._updates = self._updates, []
+        for new, old, mask in waiting:
             measure_policy_drift(self.sums(new.device), new, old, mask)
-        self._updates.clear()
 
-    def carry(self, accelerator: Any) -> None:
+    def settled(self, device: torch.device | str, stages: Stages) -> MismatchSums:
+        """As ``sums``, with nothing in them that can still fail: what did is counted. They can be reduced."""
+        with stages("policy drift"):
+            self.add_updates()
+        sums = self.sums(device)
+        with stages("sums"):
+            sums.settle()
+        if stages.unmeasured:
+            self.error, stages.unmeasured = self.error or stages.unmeasured, ""
+            sums.bump(errors=1)
+        return sums
+
+    def carry(self, accelerator: Any, stages: Stages) -> None:
         """Reduce it, so that rank 0's checkpoint holds all of it. Collective."""
         self._saved = None
-        self.add_updates()
-        if self._sums is None:
+        [begun] = on_any((self._sums is not None or bool(self._updates or stages.unmeasured),), accelerator)
+        if not begun:
             return
-        self._saved = reduce_sums(self._sums, accelerator)
+        self._saved = reduce_sums(self.settled(accelerator.device, stages), accelerator)
         fresh = MismatchSums.zeros(accelerator.device, self._bootstrap_samples)
         self._sums = self._saved.copy() if accelerator.is_main_process else fresh
 
@@ -104,13 +120,13 @@ class UnloggedWindows:
         self._spent: dict[str, float | None] = {}
 
     def __bool__(self) -> bool:
-        return self._sums is not None
+        return self._windows > 0
 
     def add(self, verdict: Verdict, sums: MismatchSums) -> None:
         """One window that was judged."""
-        self._only = verdict.stats if self._sums is None else None
+        self._windows += 1  # first: whether there is a row is the same on every rank, whatever fails of it
+        self._only = verdict.stats if self._windows == 1 else None
         self._sums = added(self._sums, sums)
-        self._windows += 1
         self._status = worst((self._status, verdict.status))
         self._streak, self._level = max(self._streak, verdict.streak), max(self._level, verdict.level)
         for name in SPENT:

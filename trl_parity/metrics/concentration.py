@@ -2,7 +2,7 @@
 
 Of K, the Σ k3 of a sequence, and of all sequences of a prompt in a batch of one rank, counts and sums are kept by
 bins of a log scale: they add over batches and ranks, in constant memory. From the largest K down, as many are counted
-as carry 90 % of all; within the last bin, in which K differs by a third at most, all weigh alike.
+as carry 90 % of all; within the last bin, in which K differs by half at most, all weigh alike.
 
 Few of them carry most of an evenly spread drift, too, where few tokens do: k3 has heavy tails. So K² is held against
 what it would be, had the same tokens been dealt out to the sequences at random (n tokens in all, n_i in sequence i;
@@ -22,7 +22,7 @@ from .trimmed import K3
 
 __all__ = ["add_carried", "concentration"]
 
-_LEAST, _PER_DECADE = -8, 8  # of the bins of K
+_LEAST, _PER_DECADE = -8, 6  # of the bins of K
 
 _TINY = 1e-300
 

@@ -19,7 +19,7 @@ from .sums import LOG_RATIO_BINS
 
 __all__ = ["add_log_ratios", "khat", "pareto_shape"]
 
-_LEAST, _PER_DECADE = -3, 64  # of the bins of |S|
+_LEAST, _PER_DECADE = -2, 48  # of the bins of |S|
 
 _EDGES = np.concatenate([[0.0], 10.0 ** (_LEAST + np.arange(LOG_RATIO_BINS) / _PER_DECADE)])  # of |S|
 

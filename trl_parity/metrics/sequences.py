@@ -63,7 +63,7 @@ def add_sequences(parts: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, f
     scale = np.minimum(np.maximum(np.rint(delta / SCALE), -(SCALES // 2)), SCALES // 2)
     w = np.exp(np.minimum(np.maximum(delta - SCALE * scale, -SCALE / 2), SCALE / 2)) * has_tokens
     scales = scale.astype(np.intp) + SCALES // 2
-    for part, x in zip(parts["sequence_weights"], (w, w * w), strict=True):
+    for part, x in zip(parts["sequence_weights"], (w, w * w), strict=False):  # none of a noise floor
         part += np.bincount(scales, x, SCALES)
 
     keys = at["number"].astype(np.int64)
@@ -78,8 +78,9 @@ def add_sequences(parts: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, f
     moments, copies = second_moments(np.array([delta, at["abs_delta"], at["k3"], tokens]), keys)
     some = tokens > 0
     k3 = at["k3"][some]
-    add_carried(parts["carried"], k3, at["prompt"][some] if at["prompt"][0] >= 0 else None)
-    add_log_ratios(parts["log_ratios"], delta[some])
+    if parts["carried"].size:
+        add_carried(parts["carried"], k3, at["prompt"][some] if at["prompt"][0] >= 0 else None)
+        add_log_ratios(parts["log_ratios"], delta[some])
     last = np.abs(at["last_delta"])
     last = last[(last < math.inf) & (at["compared"] > 0)]
     parts["added"][: -len(REPLAYED)] += (

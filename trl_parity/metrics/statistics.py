@@ -260,9 +260,10 @@ def compute(sums: MismatchSums) -> MismatchStats:
         cumulative = histogram.sum(0).cumsum()  # both signs side by side, |Δ| ascending
         values |= _ratios(s, maxima, histogram, cumulative) | _entropies(s)
         values |= intervals(s, parts["bootstrap"], moments) | trimmed(histogram, cumulative, s)
-        values |= _of_sequences(s, parts["sequence_weights"], values["honesty_gap"])
         values |= correction_scalars(s, parts["correction_weights"])
-        values |= concentration(s, parts["carried"], histogram) | khat(parts["log_ratios"])
+        if parts["sequence_weights"].size:  # of a noise floor nobody asks for these
+            values |= _of_sequences(s, parts["sequence_weights"], values["honesty_gap"])
+            values |= concentration(s, parts["carried"], histogram) | khat(parts["log_ratios"])
         values |= evidence_inputs(s, maxima["copies"], parts["bootstrap"])
         if s["entropy_nonfinite"]:
             unknown = ("entropy/trainer", "entropy/drift", "entropy/drift_gap", "kl_over_entropy")

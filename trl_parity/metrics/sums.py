@@ -48,9 +48,9 @@ _BOOT = 3  # sums a resample keeps
 
 WEIGHT_BINS = 62  # of the weights the trainer's correction gave to sequences
 
-CARRIED_BINS = 13 * 8 + 1  # of Σ k3 of sequences and prompts: 8 a decade from 1e-8 (below: bin 0) to 1e5
+CARRIED_BINS = 13 * 6 + 1  # of Σ k3 of sequences and prompts: 6 a decade from 1e-8 (below: bin 0) to 1e5
 
-LOG_RATIO_BINS = 6 * 64 + 1  # of |S|: 64 a decade from 1e-3 nats (below: bin 0) to 1e3
+LOG_RATIO_BINS = 4 * 48 + 1  # of |S|: 48 a decade from 1e-2 nats (below: bin 0) to 1e2
 
 # What a sequence's e^S is divided by before it is added to those of its scale, the nearest: e^(600 k), |k| <= 32
 SCALES = 65
@@ -141,7 +141,9 @@ _SHAPES: dict[str, tuple[int, ...]] = {
     "bumped": (len(BUMPED),),
 }
 
-_SIZE = sum(map(math.prod, _SHAPES.values()))
+_OF_A_WINDOW = ("sequence_weights", "correction_weights", "carried", "log_ratios")
+
+_FLOOR = 2  # resamples of a noise floor's sums, which are reduced for three sources and have no such parts
 
 _WAIT = 16  # batches whose sequences are kept before they are added
 
@@ -150,7 +152,10 @@ _WAIT = 16  # batches whose sequences are kept before they are added
 def _places(bootstrap_samples: int) -> list[tuple[str, slice, tuple[int, ...]]]:
     """Name, place and shape of each part of ``additive``."""
     found, first = [], 0
-    for name, shape in (_SHAPES | {"bootstrap": (bootstrap_samples, _BOOT)}).items():
+    shapes = _SHAPES | {"bootstrap": (bootstrap_samples, _BOOT)}
+    if bootstrap_samples <= _FLOOR:
+        shapes |= {name: (0, *shapes[name][1:]) for name in _OF_A_WINDOW}
+    for name, shape in shapes.items():
         found.append((name, slice(first, first := first + math.prod(shape)), shape))
     return found
 
@@ -186,17 +191,17 @@ class MismatchSums:
     @property
     def additive(self) -> torch.Tensor:
         """Everything that adds. A device sync on accelerators where sequences wait."""
-        self._settle()
+        self.settle()
         return self._additive
 
     @property
     def maxima(self) -> torch.Tensor:
         """Everything that takes the maximum. The same."""
-        self._settle()
+        self.settle()
         return self._maxima
 
-    def _settle(self) -> None:
-        """Add what is on its way, on the host."""
+    def settle(self) -> None:
+        """Add what is on its way, on the host: whatever can fail of it fails here."""
         if not (self._waiting or self._bumps or self._raises):
             return
         waiting, self._waiting = self._waiting, []
@@ -224,7 +229,7 @@ class MismatchSums:
 
     def cpu(self) -> MismatchSums:
         """On the host: itself, where it is there. A device sync on accelerators."""
-        self._settle()
+        self.settle()
         if self._additive.device.type == "cpu":
             return self
         import torch
@@ -239,7 +244,7 @@ class MismatchSums:
         """The sums of no tokens."""
         import torch
 
-        size = _SIZE + _BOOT * bootstrap_samples
+        size = _places(bootstrap_samples)[-1][1].stop
         return cls(
             torch.zeros(size, dtype=torch.float64, device=device),
             torch.full((len(MAXIMA),), -math.inf, dtype=torch.float64, device=device),
@@ -269,7 +274,7 @@ class MismatchSums:
         """Keep (rows, B) numbers of sequences for ``add``, which is called when the sums are read."""
         self._waiting.append((add, rows))
         if len(self._waiting) >= _WAIT:
-            self._settle()
+            self.settle()
 
     def copy(self) -> MismatchSums:
         """A copy with tensors of its own."""

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import itertools
 import math
 import statistics
+from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,7 @@ from ..judging.course import Course
 from ..metrics.rewards import MIN_REWARDS, REWARDS_NAME, RewardBaseline
 from ..report.outcome import halts_in_words
 from ..results.paths import metrics_path
-from ..results.reader import recorded_config
-from ..results.rejudge import read_windows
+from ..results.reader import iter_windows, recorded_config
 from ..verdict import enough_judged, judged
 
 __all__ = ["Check", "Decision", "PilotOutcome", "PilotReport", "judge_pilot"]
@@ -113,20 +112,24 @@ def judge_pilot(
         steps: Optimizer steps that were asked for; None: as many as there are.
         returncode: Exit code of the training.
     """
+    whole = _Seen()
     try:
-        windows: Sequence[Mapping[str, Any]] = read_windows(run)
+        for window in iter_windows(run):
+            whole.add(window)
     except DataError as e:
-        return PilotReport((_training([], steps, returncode), Check("parity", PilotOutcome.UNKNOWN, str(e))))
-    course = Course()
-    for window in windows:
-        course.add(window["step"], window["status"])
+        return PilotReport((_training(_Seen(), steps, returncode), Check("parity", PilotOutcome.UNKNOWN, str(e))))
+    course = whole.course
     with contextlib.suppress(ParityError):  # of another version: as by default
         course.action = (recorded_config(run) or ParityConfig()).action
-    since = course.since if course.recovered and course.since is not None else -math.inf
-    recent = [window for window in windows if window["step"] >= since]
-    rewards, reward_check = _rewards(metrics_path(run).with_name(REWARDS_NAME), windows, baseline, min_effect)
+    recent = whole
+    if course.recovered and course.since is not None:
+        recent = _Seen()
+        for window in iter_windows(run, quiet=True):
+            if window["step"] >= course.since:
+                recent.add(window)
+    rewards, reward_check = _rewards(metrics_path(run).with_name(REWARDS_NAME), whole, baseline, min_effect)
     checks = (
-        _training(windows, steps, returncode),
+        _training(whole, steps, returncode),
         _parity(recent, course),
         _drift(recent),
         _entropy(recent),
@@ -135,36 +138,77 @@ def judge_pilot(
     return PilotReport(checks, rewards)
 
 
-def _training(windows: Sequence[Mapping[str, Any]], steps: int | None, returncode: int) -> Check:
-    last = windows[-1]["step"] if windows else 0
-    halted = bool(windows) and windows[-1]["status"] == "HALT"
-    if halted:  # judged by the windows, whatever the launcher makes of the exit code
+_NAMES = (
+    "trimmed/kl_k3", "kl_k3", "floor/kl_k3", "excess/kl_k3", "limit/kl_k3", "entropy/trainer", "reward/mean",
+)  # fmt: skip
+
+
+class _Seen:
+    """What the checks ask of windows, oldest first; of each a few numbers are kept, of two their reasons."""
+
+    def __init__(self) -> None:
+        self.course, self.counts = Course(), Counter[str]()
+        self.windows, self.period = 0, 0
+        self.last: Mapping[str, Any] = {"step": 0, "status": ""}
+        self.breach = self.halt = ""  # why the last one was
+        self.numbers = {name: array("d") for name in _NAMES}  # NaN where not measured, or no number
+        self.lost: Counter[tuple[str, ...]] = Counter()
+
+    def add(self, window: Mapping[str, Any]) -> None:
+        """One window."""
+        step, status = window["step"], str(window["status"])
+        if self.windows:
+            self.period = max(self.period, step - self.last["step"])
+        self.windows += 1
+        halts = self.course.halts
+        self.course.add(step, status)
+        self.counts[status] += 1
+        if self.course.halts > halts:  # of those that count, the last is told of
+            self.halt = str(window.get("reason"))
+        if status == "BREACH":
+            self.breach = str(window.get("reason"))
+        self.last = {"step": step, "status": status}
+        for name, column in self.numbers.items():
+            column.append(float(window[name]) if _finite(window, name) else math.nan)
+        for names in _LOST:
+            values = [value for name in names if (value := window.get(name)) is not None]
+            self.lost[names] += not all(map(math.isfinite, values))
+
+    def values(self, name: str) -> list[float]:
+        """Those that were measured, and are finite."""
+        return [x for x in self.numbers[name] if x == x]
+
+
+_LOST = (("trimmed/kl_k3", "kl_k3"), ("entropy/trainer",))
+
+
+def _training(seen: _Seen, steps: int | None, returncode: int) -> Check:
+    last = seen.last["step"]
+    if seen.last["status"] == "HALT":  # judged by the windows, whatever the launcher makes of the exit code
         return Check("training", PilotOutcome.PASS, f"ended by trl-parity at step {last}")
     if returncode:
         return Check("training", PilotOutcome.UNKNOWN, f"ended with exit code {returncode} after step {last}")
     # a batch may feed several optimizer steps: its window has the first one's number
-    period = max((b["step"] - a["step"] for a, b in itertools.pairwise(windows)), default=1)
+    period = seen.period if seen.windows > 1 else 1
     if steps is not None and last + period <= steps:
         return Check("training", PilotOutcome.UNKNOWN, f"measured up to step {last} of {steps}")
     return Check("training", PilotOutcome.PASS, f"went through, {last} steps")
 
 
-def _parity(windows: Sequence[Mapping[str, Any]], course: Course) -> Check:
+def _parity(seen: _Seen, course: Course) -> Check:
     """Of the windows since the last halt was over."""
-    counts = Counter(str(window["status"]) for window in windows)
+    counts = seen.counts
     told = ", ".join(f"{n} {status}" for status, n in counts.items())
-    n, last = judged(counts), windows[-1]
+    n = judged(counts)
     if course.halted:
-        first = next(window for window in windows if window["step"] == course.last_halt)
-        return Check("parity", PilotOutcome.FAIL, f"{halts_in_words(course)}: {first.get('reason') or told}")
+        return Check("parity", PilotOutcome.FAIL, f"{halts_in_words(course)}: {seen.halt or told}")
     if not n:
         return Check("parity", PilotOutcome.UNKNOWN, f"no window could be judged: {told}")
-    if last["status"] == "BREACH" or counts["BREACH"] > _MAX_BREACHED * n:
-        reasons = [str(window.get("reason")) for window in windows if window["status"] == "BREACH"]
-        return Check("parity", PilotOutcome.FAIL, f"{told}; the last breach: {reasons[-1]}")
-    if counts["ERROR"] > _MAX_FAILED * len(windows):
+    if seen.last["status"] == "BREACH" or counts["BREACH"] > _MAX_BREACHED * n:
+        return Check("parity", PilotOutcome.FAIL, f"{told}; the last breach: {seen.breach}")
+    if counts["ERROR"] > _MAX_FAILED * seen.windows:
         return Check("parity", PilotOutcome.UNKNOWN, f"the measurement failed too often: {told}")
-    text = f"{n} of {len(windows)} windows judged: {told}"
+    text = f"{n} of {seen.windows} windows judged: {told}"
     if course.recovered:
         text = f"OK since step {course.since}; {halts_in_words(course)}; {text}"
     if not enough_judged(counts):
@@ -172,29 +216,29 @@ def _parity(windows: Sequence[Mapping[str, Any]], course: Course) -> Check:
     return Check("parity", PilotOutcome.PASS, text)
 
 
-def _drift(windows: Sequence[Mapping[str, Any]]) -> Check:
+def _drift(seen: _Seen) -> Check:
     """k3 KL against its floor and its limit: what there is left before the breaker speaks."""
-    drift, floor = _values(windows, "trimmed/kl_k3") or _values(windows, "kl_k3"), _values(windows, "floor/kl_k3")
-    if lost := _not_finite(windows, "trimmed/kl_k3", "kl_k3"):
-        return Check("drift", PilotOutcome.FAIL, f"k3 KL was no finite number in {lost} of {len(windows)} windows")
+    drift, floor = seen.values("trimmed/kl_k3") or seen.values("kl_k3"), seen.values("floor/kl_k3")
+    if lost := seen.lost[_LOST[0]]:
+        return Check("drift", PilotOutcome.FAIL, f"k3 KL was no finite number in {lost} of {seen.windows} windows")
     if not drift:
         return Check("drift", PilotOutcome.UNKNOWN, "k3 KL was never measured")
     text = f"k3 KL {statistics.median(drift):.2g} (median), {max(drift):.2g} (largest)"
     if not floor:  # a loop of one's own without one: the rules' absolute limits judged it
         return Check("drift", PilotOutcome.PASS, f"{text}; no noise floor, judged by absolute limits")
     text += f"; noise floor {statistics.median(floor):.2g}"
-    limits = [(w["excess/kl_k3"], w["limit/kl_k3"]) for w in windows if _finite(w, "excess/kl_k3", "limit/kl_k3")]
-    shares = [max(0.0, excess) / limit for excess, limit in limits if limit > 0]
+    limits = zip(seen.numbers["excess/kl_k3"], seen.numbers["limit/kl_k3"], strict=True)
+    shares = [max(0.0, excess) / limit for excess, limit in limits if limit > 0 and excess == excess]
     if not shares:
         return Check("drift", PilotOutcome.PASS, text)
     text += f"; beyond it {statistics.median(shares):.0%} of the limit (median), {max(shares):.0%} (largest)"
     return Check("drift", PilotOutcome.FAIL if statistics.median(shares) > 1 else PilotOutcome.PASS, text)
 
 
-def _entropy(windows: Sequence[Mapping[str, Any]]) -> Check:
-    entropy = _values(windows, "entropy/trainer")
-    if lost := _not_finite(windows, "entropy/trainer"):
-        return Check("entropy", PilotOutcome.FAIL, f"was no finite number in {lost} of {len(windows)} windows")
+def _entropy(seen: _Seen) -> Check:
+    entropy = seen.values("entropy/trainer")
+    if lost := seen.lost[_LOST[1]]:
+        return Check("entropy", PilotOutcome.FAIL, f"was no finite number in {lost} of {seen.windows} windows")
     if len(entropy) < 2:
         return Check("entropy", PilotOutcome.UNKNOWN, "measured in fewer than 2 windows")
     span = min(_SPAN, len(entropy) // 2)
@@ -206,47 +250,37 @@ def _entropy(windows: Sequence[Mapping[str, Any]]) -> Check:
 
 
 def _rewards(
-    path: Path, windows: Sequence[Mapping[str, Any]], baseline: RewardBaseline | None, min_effect: float
+    path: Path, seen: _Seen, baseline: RewardBaseline | None, min_effect: float
 ) -> tuple[RewardBaseline | None, Check]:
     if not path.exists():
-        means = _values(windows, "reward/mean")
-        seen = f"their mean was {means[-1]:.3g} at the end; " if means else ""
-        text = f"{seen}{path} is missing: fewer than {MIN_REWARDS} finite ones, or the run did not end by itself"
+        means = seen.values("reward/mean")
+        mean = f"their mean was {means[-1]:.3g} at the end; " if means else ""
+        text = f"{mean}{path} is missing: fewer than {MIN_REWARDS} finite ones, or the run did not end by itself"
         return None, Check("rewards", PilotOutcome.UNKNOWN, text)
     try:
         run = RewardBaseline.load(path)
     except ConfigError as e:
         return None, Check("rewards", PilotOutcome.UNKNOWN, str(e))
-    seen = f"mean {run.rewards.mean():.3g} of {run.rewards.size}"
+    told = f"mean {run.rewards.mean():.3g} of {run.rewards.size}"
     if run.rewards.min() == run.rewards.max():
         return run, Check("rewards", PilotOutcome.FAIL, f"every one is {run.rewards[0]:g}: nothing to learn from")
     if baseline is None:
-        return run, Check("rewards", PilotOutcome.PASS, f"{seen}; no baseline was given to compare them with")
+        return run, Check("rewards", PilotOutcome.PASS, f"{told}; no baseline was given to compare them with")
     comparison = baseline.compare(run.rewards)
     if comparison is None:
-        return run, Check("rewards", PilotOutcome.UNKNOWN, f"{seen}; too few to compare, at least {MIN_REWARDS}")
-    seen += f", baseline {comparison.baseline_mean:.3g} of {baseline.rewards.size}"
-    seen += f"; Cliff's delta {comparison.effect_size:+.2f}, KS {comparison.ks:.2f} (p {comparison.p_value:.1g})"
+        return run, Check("rewards", PilotOutcome.UNKNOWN, f"{told}; too few to compare, at least {MIN_REWARDS}")
+    told += f", baseline {comparison.baseline_mean:.3g} of {baseline.rewards.size}"
+    told += f"; Cliff's delta {comparison.effect_size:+.2f}, KS {comparison.ks:.2f} (p {comparison.p_value:.1g})"
     if not comparison.parted(min_effect, _ALPHA):
-        return run, Check("rewards", PilotOutcome.PASS, f"{seen}: as the baseline's")
+        return run, Check("rewards", PilotOutcome.PASS, f"{told}: as the baseline's")
     if comparison.effect_size >= min_effect:
         return run, Check(
-            "rewards", PilotOutcome.PASS, f"{seen}: higher than the baseline's; make sure that is learning"
+            "rewards", PilotOutcome.PASS, f"{told}: higher than the baseline's; make sure that is learning"
         )
     what = "lower than the baseline's" if comparison.effect_size <= -min_effect else "distributed otherwise"
-    return run, Check("rewards", PilotOutcome.FAIL, f"{seen}: {what}")
-
-
-def _values(windows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    return [float(window[name]) for window in windows if _finite(window, name)]
+    return run, Check("rewards", PilotOutcome.FAIL, f"{told}: {what}")
 
 
 def _finite(window: Mapping[str, Any], *names: str) -> bool:
     """Whether all were measured, and are finite."""
     return all(isinstance(value := window.get(name), (int, float)) and math.isfinite(value) for name in names)
-
-
-def _not_finite(windows: Sequence[Mapping[str, Any]], *names: str) -> int:
-    """Windows in which one of them was measured, and is no finite number."""
-    values = ((window.get(name) for name in names) for window in windows)
-    return sum(any(v is not None and not math.isfinite(v) for v in found) for found in values)

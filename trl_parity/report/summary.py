@@ -16,7 +16,7 @@ from ..errors import ConfigError, DataError
 from ..files import open_regular
 from ..judging.breaker import read
 from ..judging.limits import allowed
-from ..results.incident import Incident, read_incident
+from ..results.incident import Incident, order_of, read_incident
 from ..results.paths import is_run, metrics_path
 from ..results.reader import Columns, Sample, as_number, iter_windows, recorded_config, run_facts, samples
 from ..results.redaction import bare
@@ -40,6 +40,15 @@ _WORST_IS_LOW = ("ess", "entropy/trainer", "reward/mean")
 _KEEP, _MOST_ROWS = 400, 20_000  # last windows as they are; tokens of worst sequences
 
 _MOST_BYTES = 1 << 28  # unpacked, of those tokens
+
+_PIECE, _MOST_TEXT = 64, 20_000  # rows read at once; characters of a text in them
+
+_TEXTS = ("token", "prompt")
+
+_TOKEN_COLUMNS = (
+    "sequence", "position", "token_id", *_TEXTS, "rollout_logprob", "trainer_logprob", "log_ratio", "entropy",
+    "compared",
+)  # fmt: skip
 
 _SAMPLED = ("position", "rollout_logprob", "trainer_logprob", "entropy")
 
@@ -111,7 +120,7 @@ def _of_run(path: Path, incident: Path | None = None) -> Summary:
         except (ConfigError, DataError) as e:  # the windows are told without
             summary.notes.append(str(e))
     folder = metrics_path(path).parent / "incidents"
-    summary.incidents = sorted(folder.glob("step-*/incident.json"), key=lambda p: p.stat().st_mtime)
+    summary.incidents = sorted(folder.glob("step-*/incident.json"), key=lambda path: order_of(path.parent))
     chosen = incident or (summary.incidents[-1].parent if summary.incidents else None)
     if chosen is not None:
         found, rows, notes = _read(chosen)
@@ -183,26 +192,51 @@ def _read(folder: Path) -> tuple[Incident, list[dict[str, Any]], list[str]]:
 
 
 def _tokens(path: Path) -> list[dict[str, Any]]:
-    """Rows of ``tokens.parquet``, of bounded number and types."""
-    from pyarrow import parquet
+    """Rows of ``tokens.parquet``, of bounded number and types: the columns known here, a few rows at a time.
 
-    with open_regular(path, within=True) as raw, parquet.ParquetFile(raw) as file:
+    A text that many of them share is held once, as it is in the file.
+    """
+    import pyarrow
+    from pyarrow import compute, parquet
+
+    kept: list[dict[str, Any]] = []
+    with open_regular(path, within=True) as raw:
+        schema = parquet.read_schema(raw)
+        texts = [name for name in _TEXTS if name in schema.names]
+        file = parquet.ParquetFile(raw, read_dictionary=texts)
         groups = [file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)]
         if max(groups, default=0) > _MOST_BYTES:
             raise ValueError(f"more than {_MOST_BYTES:,} bytes unpacked")
-        rows = next(file.iter_batches(batch_size=_MOST_ROWS), None) if file.metadata.num_rows else None
-    if rows is None:
-        return []
-    kept = []
-    for row in rows.to_pylist():
+        flat = [field.name for field in schema if not pyarrow.types.is_nested(field.type)]
+        names = [name for name in _TOKEN_COLUMNS if name in flat]
+        for piece in file.iter_batches(batch_size=_PIECE, columns=names):
+            columns = {}
+            for name in names:
+                column = piece.column(name)
+                if isinstance(column, pyarrow.DictionaryArray):
+                    places = column.indices.unique().drop_null()
+                    short = compute.utf8_slice_codeunits(column.dictionary.take(places), 0, _MOST_TEXT)
+                    words = dict(zip(places.to_pylist(), short.to_pylist(), strict=True))
+                    columns[name] = [words.get(place) for place in column.indices.to_pylist()]
+                else:
+                    columns[name] = column.to_pylist()
+            kept += _clean(columns, piece.num_rows)
+            if len(kept) >= _MOST_ROWS:
+                break
+    return kept[:_MOST_ROWS]
+
+
+def _clean(columns: Mapping[str, Sequence[Any]], count: int) -> Iterator[dict[str, Any]]:
+    """Rows with numbers and texts where those belong."""
+    for i in range(count):
+        row = {name: values[i] for name, values in columns.items()}
         for name in ("log_ratio", *_SAMPLED[1:]):
             row[name] = as_number(row.get(name))
-        for name in ("token", "prompt"):
+        for name in _TEXTS:
             if row.get(name) is not None:
-                row[name] = str(row[name])[:_MOST_ROWS]
+                row[name] = str(row[name])[:_MOST_TEXT]
         if isinstance(row.get("position"), int) and isinstance(row.get("sequence"), int):
-            kept.append(row | {"compared": bool(row.get("compared"))})
-    return kept
+            yield row | {"compared": bool(row.get("compared"))}
 
 
 def _sample_worst(summary: Summary) -> None:

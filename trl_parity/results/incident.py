@@ -6,6 +6,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -171,10 +172,9 @@ def prune_incidents(parity_dir: Path, keep: Path) -> None:
         try:
             incident = read_incident(folder)
             size = sum(file.stat(follow_symlinks=False).st_size for file in folder.iterdir())
-            age = (folder / "incident.json").stat(follow_symlinks=False).st_mtime_ns
         except (ConfigError, OSError):
             continue
-        found.append((incident.verdict.get("status") == "HALT", age, size, folder))
+        found.append((incident.verdict.get("status") == "HALT", order_of(folder), size, folder))
     first = min((folder for folder in found if folder[0]), default=None)
     count, total = len(found), sum(size for *_, size, _ in found)
     for one in sorted(found):
@@ -199,6 +199,12 @@ def versions() -> dict[str, str]:
 def _known(values: torch.Tensor, where: torch.Tensor) -> list[float | None]:
     """Values as numbers; None where they are undefined."""
     return [v if k else None for v, k in zip(values.tolist(), where.tolist(), strict=True)]
+
+
+def order_of(folder: Path) -> tuple[int, int]:
+    """Incidents in the order of their steps, by the name ``incident_folder`` gave: a copy has other file times."""
+    found = re.fullmatch(r"step-(\d{1,18})(?:-(\d{1,18}))?", folder.name)
+    return (-1, 0) if found is None else (int(found[1]), int(found[2] or 1))
 
 
 def incident_folder(parity_dir: Path, step: int) -> Path:

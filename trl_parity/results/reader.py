@@ -6,12 +6,11 @@ over, and values that are no numbers count as not measured. Imports no torch.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,8 +82,28 @@ def _lines(path: Path, quiet: bool) -> Iterator[bytes]:
         raise DataError(f"cannot read {path}: {e.strerror}. Expected a run's metrics.jsonl or its folder.") from e
 
 
-def window_of(line: bytes) -> dict[str, Any] | None:
-    """The window in a line of ``metrics.jsonl``, its scalars as numbers or None; None for a torn or foreign line."""
+# what is kept of a line beside scalars; whatever else stands in it is foreign
+_KEYS = frozenset(
+    ("schema_version", "step", "status", "streak", "breaches", "warnings", "alert", "reason", "num_tokens",
+     "num_sequences", "num_batches", "num_errors", "breaker/status", "breaker/streak", "breaker/level")
+)  # fmt: skip
+
+_COUNTS = frozenset(name for name in _KEYS if name.startswith(("num_", "breaker/")))
+
+_TOKENS = ("position", "rollout_logprob", "trainer_logprob", "entropy")  # columns of a line of tokens.jsonl
+
+_MOST_SAMPLES, _MOST_TOKENS = 32, 4096  # windows that are kept, and tokens of each
+
+_LONGEST = 1 << 14  # characters of a reason
+
+_NAME = 256  # of a name
+
+
+def window_of(line: bytes, columns: Sequence[str] = ()) -> dict[str, Any] | None:
+    """The window in a line of ``metrics.jsonl``, its scalars as numbers or None; None for a torn or foreign line.
+
+    Nothing else of the line is kept, but lists by the names of ``columns``, their first 4096 values.
+    """
     if line.count(b"[") + line.count(b"{") > MAX_NESTED:
         return None
     try:
@@ -96,15 +115,25 @@ def window_of(line: bytes) -> dict[str, Any] | None:
     step = row.get("step")
     if isinstance(step, bool) or not isinstance(step, int | float) or not abs(step) < 1 << 63:
         return None
-    row["step"] = int(step)
-    for name, value in row.items():
-        if type(value) is not float and value is not None and name in SCALARS:
-            row[name] = as_number(value)
+    found, row = row, {}
+    for name, value in found.items():
+        if name in SCALARS:
+            row[name] = value if type(value) is float or value is None else as_number(value)
+        elif name in _KEYS:
+            row[name] = value
+    for name in columns:
+        row[name] = value[:_MOST_TOKENS] if isinstance(value := found.get(name), list) else None
+    row["step"], row["status"] = int(step), row["status"][:_NAME]
+    for name in ("schema_version", "alert"):
+        if isinstance(row.get(name), list | dict) or len(str(row.get(name))) > _NAME:
+            row[name] = None
+    for name in _COUNTS & row.keys():
+        row[name] = as_number(row[name])
     row["streak"] = int(as_number(row.get("streak")) or 0) if math.isfinite(as_number(row.get("streak")) or 0) else 0
     for name in ("breaches", "warnings"):
         given = row.get(name)
-        row[name] = [str(x) for x in given[:64]] if isinstance(given, list) else []
-    row["reason"] = str(row.get("reason") or "")
+        row[name] = [str(x)[:_NAME] for x in given[:64]] if isinstance(given, list) else []
+    row["reason"] = str(row.get("reason") or "")[:_LONGEST]
     return row
 
 
@@ -217,9 +246,6 @@ class Sample:
         return len(self.position)
 
 
-_MOST_SAMPLES, _MOST_TOKENS = 32, 4096  # windows that are kept, and tokens of each
-
-
 def samples(path: str | Path, onset: int | None) -> tuple[Sample, Sample]:
     """The last samples before the onset, and the last from it on (without an onset: all of them before)."""
     file = metrics_path(path).with_name(f"{TOKENS_NAME}.jsonl")
@@ -227,7 +253,7 @@ def samples(path: str | Path, onset: int | None) -> tuple[Sample, Sample]:
     after: deque[dict[str, Any]] = deque(maxlen=_MOST_SAMPLES)
     if file.is_file():
         for line in _lines(file, quiet=True):
-            row = window_of(line)
+            row = window_of(line, _TOKENS)
             if row is None:
                 continue
             check_version(file, row.get("schema_version"), TOKENS_READABLE, DataError)
@@ -237,17 +263,16 @@ def samples(path: str | Path, onset: int | None) -> tuple[Sample, Sample]:
 
 def _sample(rows: Iterable[dict[str, Any]]) -> Sample:
     out = Sample()
-    names = ("position", "rollout_logprob", "trainer_logprob", "entropy")
     for row in rows:
-        columns = [row.get(name) for name in names]
+        columns = [row.get(name) for name in _TOKENS]
         if not all(isinstance(column, list) for column in columns):
             continue
         out.windows += 1
-        for values in itertools.islice(zip(*columns, strict=False), _MOST_TOKENS):
+        for values in zip(*columns, strict=False):
             position, rollout, trainer, entropy = map(as_number, values)
             if any(x is None or not math.isfinite(x) for x in (position, rollout, trainer)):
                 continue
-            for name, value in zip(names, (position, rollout, trainer, entropy), strict=True):
+            for name, value in zip(_TOKENS, (position, rollout, trainer, entropy), strict=True):
                 getattr(out, name).append(math.nan if value is None else value)
     return out
 

@@ -1,9 +1,10 @@
-"""Verdicts, histograms and tables to W&B and trackio. One that fails later warns once and the run goes on."""
+"""Verdicts, histograms and tables to W&B and trackio. One that fails warns once, and is tried again."""
 
 from __future__ import annotations
 
 import importlib
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,6 +19,10 @@ __all__ = ["AlertSink", "RichLog", "TrackioSink", "WandbSink", "alert_sinks"]
 logger = logging.getLogger(__name__)
 
 _VERDICTS = 50  # windows that were not healthy, in the table of verdicts
+
+_ALERTS = 8  # that wait for a tracker, the newest
+
+_PAUSES = (0.0, 0.5, 2.0)  # seconds before each try to tell of a HALT
 
 # what a run's summary keeps of a scalar besides its last value: the worst of it
 _WORST = {
@@ -67,9 +72,12 @@ def alert_sinks(report_to: Iterable[str]) -> list[AlertSink]:
 
 
 class _GuardedSink:
-    """Base of sinks on a tracker: a failure warns once and ends this sink, never the run.
+    """Base of sinks on a tracker: a failure warns once, never ends the run, and does not end this sink.
 
-    In a trainer the scalars don't pass here: they reach the tracker through it, as they reach every other reporter.
+    After n failures in a row the next 2^n - 1 calls (63 at most) are left out, so that a tracker that is down costs
+    few waits. An alert that failed is kept, and sent before what comes next; that of a HALT is tried at once, three
+    times: the run may be over then. In a trainer the scalars don't pass here: they reach the tracker through it, as
+    they reach every other reporter.
     """
 
     name = ""
@@ -81,21 +89,51 @@ class _GuardedSink:
             raise ConfigError(
                 f"report_to names {self.name}, which is not installed. Run: pip install 'trl-parity[{self.name}]'."
             ) from e
-        self._failed = False
+        self._failures = self._rest = 0  # in a row; calls to leave out
+        self._told = False
+        self._unsent: list[Callable[[], Any]] = []  # alerts
 
     def _guarded(self, send: Callable[[], Any]) -> None:
-        if self._failed:
-            return
+        """Send, with the alerts that wait, unless the tracker has failed just now."""
+        if self._rest:
+            self._rest -= 1
+        elif self._caught_up():
+            self._sent(send)
+
+    def _caught_up(self) -> bool:
+        while self._unsent and self._sent(self._unsent[0]):
+            del self._unsent[0]
+        return not self._unsent
+
+    def flush(self) -> None:
+        """Send the alerts that wait: the run is over."""
+        self._caught_up()
+
+    def _sent(self, send: Callable[[], Any]) -> bool:
         try:
             send()
         except Exception as e:  # a tracker must not take the run down, whatever it raises
-            self._failed = True
-            logger.warning(
-                "%s failed (%s: %s); metrics.jsonl goes on, alerts and objects there stop.",
-                self.name,
-                type(e).__name__,
-                e,
-            )
+            self._failures += 1
+            self._rest = 2 ** min(self._failures, 6) - 1
+            if not self._told:
+                self._told = True
+                logger.warning(
+                    "%s failed (%s: %s); metrics.jsonl goes on, alerts and objects there are tried again.",
+                    self.name,
+                    type(e).__name__,
+                    e,
+                )
+            return False
+        self._failures = self._rest = 0
+        return True
+
+    def _alert(self, verdict: Verdict, send: Callable[[], Any]) -> None:
+        """Send an alert now, whatever has failed before; or keep it."""
+        for pause in _PAUSES if verdict.halted else _PAUSES[:1]:
+            time.sleep(pause)
+            if self._sent(send):
+                return
+        self._unsent = [*self._unsent, send][-_ALERTS:]
 
     def _log(self, step: int, values: Mapping[str, Any]) -> None:
         self._module.log({**values, "train/global_step": step})
@@ -157,13 +195,13 @@ class WandbSink(_GuardedSink):
         run = self._module.run
         if run is self._defined:
             return
-        self._defined = run
         run.define_metric("parity/*", step_metric="train/global_step", step_sync=True)
         for prefix in ("train/parity", "parity"):  # the trainer's reporter, and a monitor outside a trainer
             for name, worst in _WORST.items():
                 run.define_metric(
                     f"{prefix}/{name}", step_metric="train/global_step", step_sync=True, summary=f"{worst},last"
                 )
+        self._defined = run
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
         """Log scalars at ``train/global_step`` = ``step``."""
@@ -202,7 +240,8 @@ class WandbSink(_GuardedSink):
             level = self._module.AlertLevel.ERROR if verdict.halted else self._module.AlertLevel.WARN
             self._module.run.alert(title=_title(verdict), text=text, level=level)
 
-        self._guarded(send)
+        if self._module.run is not None:
+            self._alert(verdict, send)
 
 
 class TrackioSink(_GuardedSink):
@@ -228,8 +267,12 @@ class TrackioSink(_GuardedSink):
 
     def alert(self, verdict: Verdict, text: str) -> None:
         """Send a trackio alert: level warn, or error for a halt."""
-        level = self._module.AlertLevel.ERROR if verdict.halted else self._module.AlertLevel.WARN
-        self._guarded(lambda: self._module.alert(title=_title(verdict), text=text, level=level))
+
+        def send() -> None:
+            level = self._module.AlertLevel.ERROR if verdict.halted else self._module.AlertLevel.WARN
+            self._module.alert(title=_title(verdict), text=text, level=level)
+
+        self._alert(verdict, send)
 
 
 def _title(verdict: Verdict) -> str:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -148,7 +148,8 @@ class AsyncGRPOCapture(Capture):
         self.output = dict(inputs)
         self.step = int(trainer.state.global_step)
         self.last_in_step = False
-        self.sampling = sampling_settings(trainer)
+        with self.trying():
+            self.sampling = sampling_settings(trainer)
 
     @property
     def generation(self) -> Any:
@@ -164,21 +165,21 @@ class AsyncGRPOCapture(Capture):
     @contextmanager
     def scored_loss(self) -> Iterator[None]:
         """Open during the loss: its pass is scored, and its own log-probs are kept, without their graph."""
-        self.scorer = self.new_scorer(0)
-        self.scorer.locate = self._locate
 
         def keep(module: Any, args: Any, output: Any) -> None:
             own = getattr(output, "log_probs", None)
             if own is not None:
-                index = self.output["token_index"]
-                self.pass_logprobs = own.detach().flatten()[index[index >= 0]]
+                with self.trying():
+                    index = self.output["token_index"]
+                    self.pass_logprobs = own.detach().flatten()[index[index >= 0]]
 
-        handle = self.policy.register_forward_hook(keep)
-        try:
-            with self.scorer:
-                yield
-        finally:
-            handle.remove()
+        with ExitStack() as stack:
+            with self.trying():
+                self.scorer = self.new_scorer(0)
+                self.scorer.locate = self._locate
+                stack.callback(self.policy.register_forward_hook(keep).remove)
+                stack.enter_context(self.scorer)
+            yield
 
     def _locate(self, hidden: torch.Tensor, given: Mapping[str, Any]) -> Located:
         samples = self.samples

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -58,6 +60,7 @@ class Capture(ABC):
     step: int  # optimizer steps done
     last_in_step: bool  # no further generation before the next optimizer step
     micro_batches: int  # that this batch feeds, of a trainer that accumulates gradients over some
+    failure: Exception | None = None  # of ours while the trainer worked; the batch can't be measured
 
     def __init__(self, trainer: Any, observer: Any, training: bool):
         self.trainer = trainer
@@ -68,6 +71,14 @@ class Capture(ABC):
         self.pass_logprobs: torch.Tensor | None = None  # (B, C) of the trainer's own head, from that pass
         self.requests: list[Request] = []  # what was really sent, and until it is measured what came back
         self.batch_seconds = 0.0  # host seconds that generating and scoring took the trainer
+
+    @contextmanager
+    def trying(self) -> Iterator[None]:
+        """What fails of ours in here, while the trainer works, never reaches it: it is the batch's ``failure``."""
+        try:
+            yield
+        except Exception as e:
+            self.failure = self.failure or e
 
     @abstractmethod
     def rollout(self) -> RolloutBatch:

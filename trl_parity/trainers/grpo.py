@@ -136,7 +136,8 @@ class GRPOCapture(Capture):
         self.step = int(trainer.state.global_step)
         self.micro_batches = generate_every - trainer._step % generate_every
         self.last_in_step = self.ends_step()
-        self.sampling = sampling_settings(trainer.vllm_generation)
+        with self.trying():
+            self.sampling = sampling_settings(trainer.vllm_generation)
         self._generated: Any = None  # what TRL's _generate returned: prompt ids, completion ids, tool mask, ...
 
     @classmethod
@@ -163,10 +164,12 @@ class GRPOCapture(Capture):
             # only the first pass over the policy can be the one behind old_per_token_logps; later ones are reference
             if self.scorer is not None or model is not self.trainer.model:
                 return score(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
-            self.scorer = self.new_scorer(logits_to_keep)
-            if self.sampling.penalizes and len(self._tool_mask()):
-                self.scorer.engine_mask = self._sampled(input_ids[:, -logits_to_keep:]).bool()
-            with self.scorer:
+            with ExitStack() as stack:
+                with self.trying():
+                    self.scorer = self.new_scorer(logits_to_keep)
+                    if self.sampling.penalizes and len(self._tool_mask()):
+                        self.scorer.engine_mask = self._sampled(input_ids[:, -logits_to_keep:]).bool()
+                    stack.enter_context(self.scorer)
                 result = score(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
             self.pass_logprobs = result[0]
             return result

@@ -105,7 +105,8 @@ class _Interception:
         capture = PPOCapture(self._trainer, self._observer, queries, pad_token_id, generation_config)
         if self._rollouts is None:
             sequences, logits = self._generate(model, queries, batch_size, pad_token_id, generation_config)
-            capture.sampled(sequences, logits)
+            with capture.trying():
+                capture.sampled(sequences, logits)
         else:
             sequences, logits = self._rollouts.generate(queries, pad_token_id, batch_size, capture)
             capture.sync_step = self._rollouts.sync_step
@@ -169,10 +170,11 @@ class PPOCapture(Capture):
         self._scores: list[torch.Tensor] = []
         self._truncated: list[torch.Tensor] = []  # responses cut after the stop token, as the reward model sees them
         self.output = {"queries": queries}
-        if self.generation is None:
-            self.sampling = _transformers_settings(generation_config, self.policy.generation_config)
-        else:
-            self.sampling = sampling_settings(self.generation)
+        with self.trying():
+            if self.generation is None:
+                self.sampling = _transformers_settings(generation_config, self.policy.generation_config)
+            else:
+                self.sampling = sampling_settings(self.generation)
 
     @property
     def generation(self) -> Any:

@@ -7,7 +7,7 @@ import torch
 from support.batches import random_batch
 
 from trl_parity.metrics.statistics import compute, measure
-from trl_parity.metrics.sums import MismatchSums
+from trl_parity.metrics.sums import ADDED, MismatchSums, _places
 from trl_parity.records import ScoredBatch
 
 
@@ -97,7 +97,8 @@ def test_without_keys_all_rows_differ_and_a_ratio_of_e300_is_a_number():
 
 def test_a_window_saved_before_these_sums_has_none_of_them():
     saved = measure(batch_of(8)).to_sparse()
-    first = MismatchSums.zeros().additive.numel() - 20
+    [added] = [place for name, place, _ in _places(200) if name == "added"]
+    first = added.start + ADDED.index("clipped")
     old = {i: x for i, x in saved["additive"].items() if int(i) < first}
     stats = compute(MismatchSums.from_sparse(saved | {"additive": old, "maxima": saved["maxima"][:5]}))
     assert stats["kl_k3"] is not None

@@ -170,7 +170,8 @@ def _check_hash(directory: Path, what: str, name: str, seen: str, manifest: Mapp
 
 def file_sha256(path: Path, *, within: bool = False) -> str:
     """Of a regular file's bytes, read in pieces. ``within``: which is no link out of its folder."""
-    with open_regular(path, within=within) as file:
+    raw: Any = open_regular(path, within=within)
+    with raw as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
