@@ -221,17 +221,16 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         else of the run is changed. None when there is no batch the present weights generated (none yet, or updated
         since): then the next window's batch is diagnosed, and ``diagnosis`` has it.
         """
-        run = self._run
-        diagnosis = None
-        if run.moved or not run.measured:
+        run, capture, diagnosis = self._run, self._run.capture, None
+        if capture is None or run.moved or not run.measured:
             run.investigator.wanted = True
             logger.warning("no batch of the present weights is at hand: the next one will be diagnosed")
         else:
             with run.watching():
                 run.check_engine()
-                diagnosis = run.diagnose_batch(run.capture.step + 1)
-        if heal and run.capture is not None:
-            moved = run.investigator.heal(run.capture)
+                diagnosis = run.diagnose_batch(capture.step + 1)
+        if heal and capture is not None:
+            moved = run.investigator.heal(capture)
             logger.warning("weights delivered to the engine: %d tensors moved; prefix cache emptied", len(moved))
         return diagnosis
 

@@ -207,7 +207,7 @@ class RunJudge:
         except Exception:
             logger.debug("a failed window could not be judged, either", exc_info=True)
         memory = None if error else (self.floor, self.evidence, self.replicas, self.entropy)
-        row = {"error": error, "memory": memory, "breaker": before, "verdict": verdict}
+        row: dict[str, Any] = {"error": error, "memory": memory, "breaker": before, "verdict": verdict}
         rows = gather_rows([row]) if accelerator is not None and accelerator.num_processes > 1 else [row]
         if healthy := next((row["memory"] for row in rows if row["memory"]), None):
             self.floor, self.evidence, self.replicas, self.entropy = healthy

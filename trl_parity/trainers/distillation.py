@@ -30,8 +30,7 @@ class DistillationCapture(GenerationCapture):
 
     def learned(self) -> Sequence[torch.Tensor]:
         """The batch it makes."""
-        ids: torch.Tensor = self.output["completion_ids"]
-        return ids
+        return list(self.output["completion_ids"])
 
     def logprobs(self, model: Any, ids: torch.Tensor, attention: torch.Tensor, keep: int) -> torch.Tensor:
         """(b, keep) by the fused head that its loss uses, without whole logits; a teacher's server wants those."""

@@ -33,5 +33,4 @@ class SDFTCapture(GenerationCapture):
 
     def learned(self) -> Sequence[torch.Tensor]:
         """The batch it makes."""
-        ids: torch.Tensor = self.output["completion_ids"]
-        return ids
+        return list(self.output["completion_ids"])

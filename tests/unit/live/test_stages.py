@@ -132,8 +132,8 @@ PLAIN = {
     "incidents": ("due", "leaves", "found", "_episode"),
     "pipeline": ("_spent", "announce"),
     "trainer_run": ("accelerator", "measured", "require_interception"),
-    "capture": ("__init__", "seconds"),
-    "grpo": ("sampling_settings", "ends_step"),  # the former is kept as the batch's failure
+    "capture": ("__init__", "seconds", "ends_step"),
+    "grpo": ("sampling_settings",),  # kept as the batch's failure
     "reduction": ("reduce_many", "reduce_sums"),
     "sums": ("__init__", "zeros", "bump", "cpu", "settle", "parts", "additive", "maxima", "span"),
     "noise_floor": ("due", "account"),
