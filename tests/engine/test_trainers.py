@@ -170,7 +170,7 @@ def test_trainers_that_learn_from_a_teacher_are_measured_on_every_batch(
 
 
 @pytest.mark.parametrize("cause", ["stale_weights", "temperature"])
-@pytest.mark.parametrize("kind", ["distillation", "server_distillation", "sdft", "sdpo"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_faults_under_a_teacher_are_halted_and_named(make_trainer, model_dir, tmp_path, monkeypatch, kind, cause):
     patch, _ = FAULTS[cause]
     callback = ParityCallback()
@@ -179,6 +179,13 @@ def test_faults_under_a_teacher_are_halted_and_named(make_trainer, model_dir, tm
     trainer.train()
     assert statuses(callback)[-1] == "HALT", statuses(callback)
     assert callback.diagnosis.cause == cause, callback.halt_message
+
+
+@pytest.mark.parametrize("settings", [{"vllm_sync_frequency": 2}, {"lmbda": 0.0}])
+def test_batches_of_older_weights_or_of_the_data_are_no_mismatch(make_trainer, model_dir, tmp_path, settings):
+    callback = ParityCallback()
+    distiller("gold", model_dir, tmp_path, callback, **settings).train()
+    assert statuses(callback) == (["NO_DATA"] * 4 if "lmbda" in settings else ["OK", "NO_DATA"] * 2)
 
 
 def test_a_trainer_that_cannot_be_measured_is_refused_before_its_engine_is_built(make_trainer, model_dir, tmp_path):
