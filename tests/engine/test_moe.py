@@ -100,4 +100,5 @@ def test_routers_that_take_other_experts_for_the_same_states_are_halted_and_name
     assert found.confidence > 0.9, found.summary
     assert "model.layers.0.mlp.experts others for" in found.summary
     [routing] = [e.details["routing"] for e in found.evidence if "routing" in e.details]
-    assert all(0.02 < others < 0.9 and reweighed < 0.01 for others, reweighed in routing.values())
+    assert len(routing) == 2
+    assert all(0.3 < others < 0.95 and others + reweighed <= 1 for others, reweighed in routing.values())

@@ -189,6 +189,7 @@ def test_batches_of_older_weights_or_of_the_data_are_no_mismatch(make_trainer, m
 
 
 def test_a_trainer_that_cannot_be_measured_is_refused_before_its_engine_is_built(make_trainer, model_dir, tmp_path):
+    from transformers import AutoTokenizer
     from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
     args = OnlineDPOConfig(str(tmp_path), use_cpu=True, use_vllm=True, vllm_mode="colocate", report_to="none")
@@ -196,6 +197,7 @@ def test_a_trainer_that_cannot_be_measured_is_refused_before_its_engine_is_built
         OnlineDPOTrainer(
             model=str(model_dir),
             args=args,
+            processing_class=AutoTokenizer.from_pretrained(model_dir),
             reward_funcs=digit_reward,
             train_dataset=prompts(),
             callbacks=[ParityCallback()],

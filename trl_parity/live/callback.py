@@ -278,8 +278,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
 
     def before_update(self) -> bool:
         """Judge what is left to judge; whether the update has a condemned batch in it. Collective."""
-        run, window = self._run, self._pipeline.window
-        step = int(run.trainer.state.global_step) + 1
+        run, window, step = self._run, self._pipeline.window, int(self._run.trainer.state.global_step) + 1
         if self._missing or self._unfed <= 0:
             self._on_missing_batch(step)
         elif window.batches and not run.moved and not 0 < step - window.start < self._window_steps:
