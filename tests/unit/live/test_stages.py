@@ -135,7 +135,7 @@ PLAIN = {
     "capture": ("__init__", "seconds", "ends_step"),
     "grpo": ("sampling_settings",),  # kept as the batch's failure
     "reduction": ("reduce_many", "reduce_sums"),
-    "sums": ("__init__", "zeros", "bump", "cpu", "settle", "parts", "additive", "maxima", "span"),
+    "sums": ("_places", "__init__", "zeros", "bump", "cpu", "settle", "parts", "additive", "maxima", "span"),
     "noise_floor": ("due", "account"),
     "breaker": ("halting", "reached"),
     "course": ("add", "standing"),
