@@ -14,7 +14,7 @@ from .trainer_run import TrainerRun
 __all__ = ["begin"]
 
 
-def begin(run: TrainerRun, capture: Capture, request: TRLEngineArguments | None, replayed: bool) -> list[Finding]:
+def begin(run: TrainerRun, capture: Capture, request: TRLEngineArguments | None) -> list[Finding]:
     """Refuse what can't be watched, and say what is. The advice of lint, for later. Collective.
 
     ``request``: what TRL's engine was to be built with. Raises ConfigError on every rank.
@@ -43,7 +43,7 @@ def begin(run: TrainerRun, capture: Capture, request: TRLEngineArguments | None,
     with stages("surroundings"):
         run.judge.write_run(run.investigator.surroundings(capture))
     with stages("traps"):
-        found = live_traps(capture, replayed)
+        found = live_traps(capture, capture.replayed)
         advice = [finding for finding in found if finding.severity != "error"]
         tell(finding for finding in found if finding.severity == "error")
     return advice

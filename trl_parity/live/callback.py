@@ -148,7 +148,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
             if run.trainer is None:
                 if capture.trainer.is_deepspeed_enabled:
                     self._held = HeldUpdates.of(capture.trainer)
-                self._advice = begin(run, capture, self.engine_request, self.measurement.replay_sampling)
+                self._advice = begin(run, capture, self.engine_request)
             run.capture, run.moved = capture, False
             self._unfed, self._renewed = capture.micro_batches, True
             if not self.accumulated:  # nothing of an older batch is in this step's gradient

@@ -103,7 +103,7 @@ class Investigator:
             scored,
             capture.engine,
             token_budget=self.config.diagnose_tokens,
-            replayed=self.config.truncation == "replay",
+            replayed=capture.replayed,
             floor=floor or 0.0,
             began_healthy=began_healthy,
             redacted=self.config.redact_text,

@@ -132,6 +132,11 @@ class Capture(ABC):
         """The policy without wrappers of distribution."""
         return self.trainer.accelerator.unwrap_model(self.trainer.model)
 
+    @property
+    def replayed(self) -> bool:
+        """Whether the trainer's side is judged with the engine's truncation and penalties, as asked for."""
+        return self._observer.measurement.replay_sampling
+
     def ends_step(self) -> bool:
         """Whether no further generation comes before the next optimizer step. Needs ``micro_batches``."""
         trainer = self.trainer
@@ -185,7 +190,7 @@ class Capture(ABC):
             logits_to_keep,
             temperature=self.temperature,
             sampling=self.sampling,
-            replay_sampling=settings.replay_sampling or compared,
+            replay_sampling=self.replayed or compared,
             chunk_bytes=settings.chunk_bytes,
             backend=settings.head_backend,
             logits_dtype=logits_dtype,
@@ -212,7 +217,7 @@ class Capture(ABC):
         mask, stale = rollout.engine_mask[rows], None
         scores = self._behind(scores, own, mask)
         replayed = None if scores is None or scores.log_kept is None else scores.logprobs
-        if scores is not None and not self._observer.measurement.replay_sampling:  # the loss has the plain law
+        if scores is not None and not self.replayed:  # the loss has the plain law
             scores = scores._replace(logprobs=scores.plain, law_entropy=scores.entropy)
         lags, in_flight = (None if x is None else x[rows] for x in (rollout.lags, rollout.in_flight))
         if lags is not None:  # what older weights generated differs by rights: only the rest is a mismatch
@@ -265,7 +270,7 @@ class Capture(ABC):
             "_get_per_token_logps_and_entropies replaced by a subclass or a library, or is there an adapter on the LM "
             "head that TRL's fused head leaves out?"
         )
-        if self._observer.measurement.replay_sampling and (self.sampling.truncates or self.sampling.penalizes):
+        if self.replayed and (self.sampling.truncates or self.sampling.penalizes):
             raise InterceptionError(
                 f"{text} The engine's truncation can't be replayed on such numbers: use TRL's method, or "
                 "truncation='ignore', the default."

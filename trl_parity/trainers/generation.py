@@ -56,6 +56,11 @@ class GenerationCapture(Capture):
         """What is instrumented for a trainer class that samples in this method."""
         yield trainer, method, functools.partial(around_generation, cls)
 
+    @property
+    def replayed(self) -> bool:
+        """Always: no log-prob of a sample is in the loss, so what was asked for to sample (GOLD's top_p) is meant."""
+        return True
+
     @staticmethod
     def feeds(args: Any) -> int:
         """Micro-batches that one generation feeds."""
