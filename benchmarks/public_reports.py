@@ -1,6 +1,6 @@
 """Mismatches that people reported, made again on the real stack, and what is said of each: a Markdown table.
 
-    python benchmarks/public_reports.py                       # all of them, about three minutes
+    python benchmarks/public_reports.py                       # all of them, a few minutes
     python benchmarks/public_reports.py --only raw-logprobs
 
 A report is made again by a drill (recipes/drill): one setting or one small patch of real TRL and real vLLM. What the
