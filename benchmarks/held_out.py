@@ -16,7 +16,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,32 +65,28 @@ def model_of(name: str, folder: Path) -> str:
 # ---- faults -------------------------------------------------------------------------------------------------------
 
 
-def with_strength(patch: patches.Patch, strength: Any) -> Callable[[Any], Any]:
-    return lambda trainer: patch(trainer, strength)
-
-
-W = with_strength
-FAULTS: dict[str, tuple[str, Callable[[Any], Any], float]] = {
-    "clean": ("", lambda trainer: contextlib.nullcontext(), 1e-5),
-    "syncs lost": ("stale_weights", W(patches.lose_sync, None), 1e-3),
-    "layer 0 never arrives": ("partial_sync", W(patches.lose_tensors, "layers.0"), 1e-3),
-    "o_proj x 1.3": ("partial_sync", W(patches.touch_tensors("o_proj", lambda x, by: by * x), 1.3), 1e-5),
-    "embeddings one on": ("partial_sync", W(patches.touch_tensors("embed", lambda x, n: x.roll(n, 0)), 1), 1e-5),
-    "temperature 1": ("temperature", W(patches.hidden("temperature"), 1.0), 1e-5),
-    "logits x 1.2": ("temperature", W(patches.touch_logits(patches.scale), 1.2), 1e-5),
-    "soft cap 2": ("temperature", W(patches.touch_logits(patches.soft_capped), 2.0), 1e-5),
-    "top_k 5": ("truncated_sampling", W(patches.hidden("top_k"), 5), 1e-5),
-    "presence_penalty .8": ("penalties", W(patches.hidden("presence_penalty"), 0.8), 1e-5),
-    "min_tokens 12": ("constrained_decoding", W(patches.hidden("min_tokens"), 12), 1e-5),
-    "bias -1 to 1": ("constrained_decoding", W(patches.touch_logits(patches.tilted), 1.0), 1e-5),
-    "logits in fp8": ("head_precision", W(patches.touch_logits(patches.rounded), "float8_e4m3fn"), 1e-5),
-    "noise of .1": ("engine_numerics", W(patches.noisy, 0.1), 1e-5),
-    "rotary table from 20 on": ("engine_state", W(patches.other_table, 20), 1e-5),
-    "engine's norm eps .3": ("engine_state", W(patches.numbers("engine", "variance_epsilon"), 0.3), 1e-5),
-    "trainer's norm eps .3": ("model_definition", W(patches.numbers("trainer", "variance_epsilon"), 0.3), 1e-5),
-    "trainer's dropout .1": ("trainer_numerics", W(patches.dropout, 0.1), 1e-5),
-    "own law x 1.2": ("model_definition", W(patches.own_law, 1.2), 1e-5),
-    "prompts cut": ("token_misalignment", W(patches.short_prompts, 1), 1e-5),
+# the cause to be named, what is broken, how much, and the learning rate
+FAULTS: dict[str, tuple[str, patches.Patch, Any, float]] = {
+    "clean": ("", lambda trainer, _: contextlib.nullcontext(), None, 1e-5),
+    "syncs lost": ("stale_weights", patches.lose_sync, None, 1e-3),
+    "layer 0 never arrives": ("partial_sync", patches.lose_tensors, "layers.0", 1e-3),
+    "o_proj x 1.3": ("partial_sync", patches.touch_tensors("o_proj", lambda x, by: by * x), 1.3, 1e-5),
+    "embeddings one on": ("partial_sync", patches.touch_tensors("embed", lambda x, n: x.roll(n, 0)), 1, 1e-5),
+    "temperature 1": ("temperature", patches.hidden("temperature"), 1.0, 1e-5),
+    "logits x 1.2": ("temperature", patches.touch_logits(patches.scale), 1.2, 1e-5),
+    "soft cap 2": ("temperature", patches.touch_logits(patches.soft_capped), 2.0, 1e-5),
+    "top_k 5": ("truncated_sampling", patches.hidden("top_k"), 5, 1e-5),
+    "presence_penalty .8": ("penalties", patches.hidden("presence_penalty"), 0.8, 1e-5),
+    "min_tokens 12": ("constrained_decoding", patches.hidden("min_tokens"), 12, 1e-5),
+    "bias -1 to 1": ("constrained_decoding", patches.touch_logits(patches.tilted), 1.0, 1e-5),
+    "logits in fp8": ("head_precision", patches.touch_logits(patches.rounded), "float8_e4m3fn", 1e-5),
+    "noise of .1": ("engine_numerics", patches.noisy, 0.1, 1e-5),
+    "rotary table from 20 on": ("engine_state", patches.other_table, 20, 1e-5),
+    "engine's norm eps .3": ("engine_state", patches.numbers("engine", "variance_epsilon"), 0.3, 1e-5),
+    "trainer's norm eps .3": ("model_definition", patches.numbers("trainer", "variance_epsilon"), 0.3, 1e-5),
+    "trainer's dropout .1": ("trainer_numerics", patches.dropout, 0.1, 1e-5),
+    "own law x 1.2": ("model_definition", patches.own_law, 1.2, 1e-5),
+    "prompts cut": ("token_misalignment", patches.short_prompts, 1, 1e-5),
 }  # fmt: skip
 
 
@@ -102,10 +97,10 @@ def run(name: str) -> None:
     quiet()
     with tempfile.TemporaryDirectory() as folder, shared_engine():
         model = model_of(name, Path(folder))
-        for fault, (cause, patch, rate) in FAULTS.items():
+        for fault, (cause, patch, strength, rate) in FAULTS.items():
             callback = ParityCallback()
             trainer = make_trainer(model, [callback], max_steps=6, learning_rate=rate)
-            with patch(trainer):
+            with patch(trainer, strength):
                 trainer.train()
             found = callback.diagnosis
             row = {
@@ -144,7 +139,7 @@ def main() -> None:
         options.json.write_text(json.dumps(rows, indent=1))
     print("| fault | cause | " + " | ".join(options.only) + " |")
     print("|---|---|" + "---|" * len(options.only))
-    for fault, (cause, _, _) in FAULTS.items():
+    for fault, (cause, *_) in FAULTS.items():
         cells = [told(row) for name in options.only for row in rows
                  if (row["architecture"], row["fault"]) == (name, fault)]  # fmt: skip
         print(f"| {fault} | {f'`{cause}`' if cause else 'none'} | " + " | ".join(cells) + " |")

@@ -103,14 +103,15 @@ class ForwardPasses:
 
     @torch.no_grad()
     def own_logits(self, ids: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Last hidden states (n, H) at some places of one sequence (T,), and the logits (n, V) the model makes there.
+        """What tokens of a sequence (T,) are predicted from: last hidden states (n, H), and the model's logits (n, V).
 
+        ``places``: of the tokens, from 1 on.
         Raises ValueError for a model whose forward pass has no hidden states to be seen.
         """
         lm, seen = causal_lm(self._model), []
         takes = "logits_to_keep" in inspect.signature(type(lm).forward).parameters
         device = self._rollout.completion_ids.device
-        ids, places = ids[None].to(device), places.to(device)
+        ids, places = ids[None].to(device), places.to(device) - 1
 
         def hook(module: Any, args: Any, output: Any) -> None:
             seen.append((output[0] if isinstance(output, tuple) else output.last_hidden_state)[0, places])

@@ -204,8 +204,8 @@ class RunJudge:
         error, verdict = self.stages.unjudged, None
         try:
             verdict = before.judge(step, None, masked(error) if error else "")
-        except Exception:
-            logger.debug("a failed window could not be judged, either", exc_info=True)
+        except Exception as e:  # not even as a failure: an ERROR that no breaker has counted, below
+            self.stages.failed("verdict", e)
         memory = None if error else (self.floor, self.evidence, self.replicas, self.entropy)
         row: dict[str, Any] = {"error": error, "memory": memory, "breaker": before, "verdict": verdict}
         rows = gather_rows([row]) if accelerator is not None and accelerator.num_processes > 1 else [row]

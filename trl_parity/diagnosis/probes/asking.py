@@ -133,8 +133,8 @@ class Whole(NamedTuple):
     start: int  # where its completion begins
 
 
-def whole_sequences(batch: DiagnosedBatch, engine: Engine, prompts: EnginePrompts | None) -> list[Whole]:
-    """The few sequences as the engine would read them. Raises NotPossible where none fits it."""
+def whole_sequences(batch: DiagnosedBatch, engine: Engine | None, prompts: EnginePrompts | None) -> list[Whole]:
+    """The few sequences as the engine would read them; all, where none is asked. NotPossible where none fits it."""
     some = []
     for i in batch.few.tolist():
         at = int(batch.rows[i])
@@ -142,7 +142,7 @@ def whole_sequences(batch: DiagnosedBatch, engine: Engine, prompts: EnginePrompt
         prompt = batch.prompt(at, prompts)
         if len(mine):
             ids = prompt + batch.rollout.completion_ids[at, : int(batch.column[mine].max()) + 1].tolist()
-            if len(ids) < engine.max_model_len:
+            if engine is None or len(ids) < engine.max_model_len:
                 some.append(Whole(ids, mine, len(prompt)))
     if not some:
         raise NotPossible("no sequence fits the engine's max_model_len")

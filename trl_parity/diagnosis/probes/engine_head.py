@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from ...scoring.dtypes import dtype_name
-from ...scoring.head import logits_chunk
 from ..counterfactual import Counterfactual, DiagnosedBatch
 from ..findings import NOTHING, Findings
-from ..forward_passes import ForwardPass
 from .asking import on_trainers_weights, whole_sequences
-from .base import Candidate, NotPossible, Probe, probe, recomputed
+from .base import Candidate, NotPossible, Probe, probe
+from .same_states import on_same_states
 
 __all__ = ["ENGINE_HEAD"]
-
-_TOKENS = 64  # of a sequence
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -32,26 +27,14 @@ def engine_head(
         return None, NOTHING
     if batch.sharded:
         raise NotPossible("the policy's head is sharded over ranks")
-    base = recomputed(current)
-    reported, over = base.reported.clone(), torch.zeros(len(batch), dtype=torch.bool)
-    theirs, ours = [], []
-    with batch.passes.head(ForwardPass(), batch.temperature) as head:
-        for whole in whole_sequences(batch, engine, findings.engine_prompts):
-            n = len(whole.tokens)
-            some = whole.tokens[torch.linspace(0, n - 1, min(_TOKENS, n)).long().unique()]
-            states, logits = engine.last_states(whole.ids, (whole.start + batch.column[some]).tolist())
-            made = logits_chunk(states.to(head.weight.device), head).cpu()
-            logits = logits[:, : made.shape[1]].float().cpu()
-            targets = batch.targets[some].cpu()[:, None]
-            apart = [(x / batch.temperature).double().log_softmax(-1).gather(1, targets)[:, 0] for x in (logits, made)]
-            reported[some] -= apart[0] - apart[1]
-            over[some] = True
-            theirs.append(logits)
-            ours.append(made)
-    cause, words = _in_words(torch.cat(theirs), torch.cat(ours), engine.head_dtype, batch.redacted)
+    found = on_same_states(
+        batch, current, whole_sequences(batch, engine, findings.engine_prompts),
+        lambda whole, places: engine.last_states(whole.ids, places.tolist()),
+    )  # fmt: skip
+    cause, words = _in_words(found.others.float(), found.heads, engine.head_dtype, batch.redacted)
     candidate = Candidate(
-        counterfactual=replace(base, distribution=batch.plain, reported=reported, kept=base.kept & over),
-        over=over,
+        counterfactual=found.counterfactual,
+        over=found.over,
         cause=cause,
         finding=words,
         fix="" if cause != "model_definition" else _FIX,

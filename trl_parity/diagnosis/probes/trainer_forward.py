@@ -9,13 +9,13 @@ import torch
 
 from ...engine.base import in_process
 from ...engine.built_anew import parted
-from ...scoring.head import logits_chunk
 from ...scoring.model_head import causal_lm
 from ...scoring.perturb import FP8_CACHES, config_differences, largest_dropout
 from ..counterfactual import Counterfactual, DiagnosedBatch
 from ..findings import NOTHING, Findings
-from ..forward_passes import FEW, ForwardPass
+from ..forward_passes import FEW
 from ..profiles import drift_profiles
+from .asking import whole_sequences
 from .base import (
     Candidate,
     NotPossible,
@@ -28,6 +28,7 @@ from .base import (
     require_engine,
     with_forward,
 )
+from .same_states import on_same_states
 
 __all__ = ["TRAINER_FORWARD"]
 
@@ -51,8 +52,6 @@ _OWN_LOGITS = (
 _OWN = 1e-3  # nats from which on the model's own logits are others
 
 _ROUNDED = 4.0  # times what rounding to their dtype does: less is that
-
-_TOKENS = 64  # of a sequence, whose whole logits are made
 
 _NO_DROPOUT = (
     "no dropout is on: a layer computes something else in train mode (a router that draws at random, statistics of "
@@ -159,35 +158,20 @@ def own_logits(batch: DiagnosedBatch, current: Counterfactual) -> Candidate | No
     """As if the loss were of the logits that the model itself makes, not of its head and the config's constants."""
     if batch.sharded:
         raise NotPossible("the policy is sharded over ranks: its own logits are not asked of one rank")
-    base = recomputed(current)
-    reported, over = base.reported.clone(), torch.zeros(len(batch), dtype=torch.bool)
-    apart, rounding = [], []
-    with batch.passes.head(ForwardPass(), batch.temperature) as head:
-        for i in batch.few.tolist():
-            mine = (batch.row == i).nonzero().squeeze(-1)
-            if not len(mine):
-                continue
-            some = mine[torch.linspace(0, len(mine) - 1, min(_TOKENS, len(mine))).long().unique()]
-            at = int(batch.rows[i])
-            prompt, completion = batch.prompt(at, None), batch.rollout.completion_ids[at].tolist()
-            ids = torch.tensor(prompt + completion[: int(batch.column[mine].max()) + 1])
-            states, own = batch.passes.own_logits(ids, len(prompt) + batch.column[some] - 1)
-            made = logits_chunk(states.to(head.weight.device), head).cpu()
-            own = own[:, : made.shape[1]].cpu()
-            apart.append((own.float() - made).abs().mean())
-            rounding.append((made.to(own.dtype).float() - made).abs().mean())
-            targets = batch.targets[some].cpu()[:, None]
-            said = [(x / batch.temperature).double().log_softmax(-1).gather(1, targets)[:, 0] for x in (own, made)]
-            reported[some] -= said[0] - said[1]
-            over[some] = True
-    gap = (reported - base.reported)[over].abs()
-    if not len(gap) or float(gap.mean()) < _OWN or sum(apart) < _ROUNDED * sum(rounding):
+    found = on_same_states(
+        batch, current, whole_sequences(batch, None, None),
+        lambda whole, places: batch.passes.own_logits(torch.tensor(whole.ids), places),
+    )  # fmt: skip
+    apart = (found.others.float() - found.heads).abs().mean()
+    rounding = (found.heads.to(found.others.dtype).float() - found.heads).abs().mean()
+    gap = float(found.gap.abs().mean())
+    if gap < _OWN or apart < _ROUNDED * rounding:
         return None
     return Candidate(
-        counterfactual=replace(base, distribution=batch.plain, reported=reported, kept=base.kept & over),
-        over=over,
+        counterfactual=found.counterfactual,
+        over=found.over,
         finding="the model's own forward pass makes other logits than its lm_head with the constants that TRL's loss "
-        f"reads from the config (logit_scale, final_logit_softcapping, ...): {mean_in_words(gap)} nats on average",
+        f"reads from the config (logit_scale, final_logit_softcapping, ...): {gap:.3g} nats on average",
         fix=_OWN_LOGITS,
     )
 
