@@ -60,7 +60,8 @@ class BatchSums:
                 self.last = (rollout, scored)
             return sums, ""
         except Exception as e:  # ours: a window of status ERROR, and training goes on
-            if not self._began and InterceptionError.__name__ in (type(e).__name__, getattr(e, "kind", "")):
+            refused = isinstance(e, InterceptionError) or getattr(e, "kind", "") == InterceptionError.__name__
+            if refused and not self._began:  # on this rank, or on another
                 raise InterceptionError(str(e)) from e
             error = f"{type(e).__name__}: {e}"
             logger.warning("parity measurement failed at step %d: %s", capture.step + 1, error)

@@ -36,19 +36,17 @@ def restore(run: TrainerRun, saved: Any, args: Any, state: Any) -> None:
     try:
         settings = (saved or {}).get("args") or {}
         known = together(lambda: _load(run, checkpoint, settings, args, state), args.world_size)
-        if not known:
-            _forget(run, state)
+    except ConfigError:
+        raise
     except Exception as e:
-        if isinstance(e, ConfigError):
-            raise
         if run.config.on_state_mismatch == "error":
             raise ConfigError(
                 f"the checkpoint's trl-parity state can't be read ({type(e).__name__}: {e}). Resume from another, or "
                 "set on_state_mismatch='restart' to begin with an empty streak and a new noise floor."
             ) from e
         known, seen = False, f" ({type(e).__name__}: {e})"
-        _forget(run, state)
     if not known:
+        _forget(run, state)
         logger.warning(
             "the checkpoint of step %d holds no trl-parity state this version reads%s; the streak starts at 0 and "
             "the noise floor is measured anew.", state.global_step, seen,
