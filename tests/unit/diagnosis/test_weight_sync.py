@@ -1,5 +1,7 @@
 """What tensors read back from an engine say of how they got there."""
 
+import copy
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -81,3 +83,43 @@ def test_older_weights_are_neither(policy):
     assert (cause, dict(held.rounded), dict(held.exchanged)) == ("stale_weights", {}, {})
     assert words == "21 of 21 tensors are not the trainer's in the engine's float32"
     assert held.differing.keys() == {name for name, _ in policy.named_parameters()}
+
+
+def lost(policy, seen, optimizer=None):
+    """A sync lost after an update of these tensors; what the others hold is the trainer's."""
+    before = copy.deepcopy(policy)
+    with torch.no_grad():
+        for name, tensor in policy.named_parameters():
+            if seen(name):
+                tensor.add_(1e-2 * torch.randn(tensor.shape).sign())
+    return _read(policy, Loaded(before), torch.float32, optimizer)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_what_no_gradient_has_moved_is_alike_and_did_not_arrive(policy, kind):
+    """As the experts that no token takes, and the head of a batch whose advantages are zero."""
+    policy = copy.deepcopy(policy)
+    optimizer = kind(policy.parameters(), lr=0.0)
+    policy(input_ids=torch.arange(8)[None]).logits.square().mean().backward()
+    for name, tensor in policy.named_parameters():
+        if "layers.1" in name:
+            tensor.grad.zero_()
+        if "lm_head" in name:
+            tensor.grad = None
+    optimizer.step()
+    held = lost(policy, lambda name: "layers.1" not in name and "lm_head" not in name, optimizer)
+    assert 0 < len(held.differing) < 21
+    if kind is torch.optim.AdamW:
+        assert (held.arrived, _cause(held)) == (0, "stale_weights")
+    else:  # keeps nothing of gradients
+        assert (held.arrived > 0, _cause(held)) == (True, "partial_sync")
+
+
+def test_what_has_moved_and_is_alike_did_arrive(policy):
+    policy = copy.deepcopy(policy)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0)
+    policy(input_ids=torch.arange(8)[None]).logits.square().mean().backward()
+    optimizer.step()
+    held = lost(policy, lambda name: "layers.0" in name, optimizer)
+    assert held.arrived >= 7
+    assert _cause(held) == "partial_sync"

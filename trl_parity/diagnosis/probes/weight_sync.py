@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,8 @@ def engine_weights(
         raise NotPossible("a server does not hand out its weights")
     held = findings.engine_weights
     if held is None or batch.sharded:  # reading shards is a collective: all ranks do it or none
-        held = _read(batch.model, batch.engine.model, batch.engine.dtype)
+        optimizer = getattr(batch.capture.trainer, "optimizer", None)
+        held = _read(batch.model, batch.engine.model, batch.engine.dtype, optimizer)
     found = Findings(engine_weights=held)
     if not held.differing:
         return None, found
@@ -68,8 +69,8 @@ def _cause(held: EngineWeights) -> str:
     return "partial_sync" if held.partial else "stale_weights"
 
 
-def _read(policy: torch.nn.Module, model: Any, dtype: torch.dtype) -> EngineWeights:
-    """What the engine's module holds of each of the policy's tensors."""
+def _read(policy: torch.nn.Module, model: Any, dtype: torch.dtype, optimizer: Any = None) -> EngineWeights:
+    """What the engine's module holds of each of the policy's tensors. ``optimizer``: tells which have moved."""
     named = list(policy_tensors(policy))
     held = read_back(model.load_weights, model, ((t.name, t.tensor) for t in named))
     deaf = {h.name for h in held if not h.written}  # to the loader as it is now; the class's own may know them
@@ -84,7 +85,9 @@ def _read(policy: torch.nn.Module, model: Any, dtype: torch.dtype) -> EngineWeig
     differing = [h for h in held if h.differing]
     ignored = tuple(h.name for h in trained if h.name in deaf)
     wide = [h for h in differing if h.numel >= 1024] or differing
-    arrived = _arrived([(h, ours[h.name].tensor) for h in trained], [(h, ours[h.name].tensor) for h in wide], dtype)
+    updated = _updated(optimizer)
+    moved = [(h, ours[h.name].tensor, updated(ours[h.name].parameter)) for h in trained]
+    arrived = _arrived(moved, [(h, ours[h.name].tensor) for h in wide], dtype)
     rounded = {h.name: name for h in differing if (name := _rounded_to(h.values, ours[h.name].tensor))}
     return EngineWeights(
         total=len(held),
@@ -102,12 +105,39 @@ def _read(policy: torch.nn.Module, model: Any, dtype: torch.dtype) -> EngineWeig
     )
 
 
-_Tensors = Sequence[tuple[HeldTensor, torch.Tensor]]
+def _updated(optimizer: Any) -> Callable[[torch.nn.Parameter], float]:
+    """Of a parameter, the share of its elements that updates have moved, by what the optimizer keeps of gradients.
+
+    A tensor without a gradient (experts nobody takes, a head behind a loss of zero) is alike on both sides, arrived or
+    not. 1 where nothing is known: an optimizer that keeps nothing, or one of other tensors.
+    """
+    groups = [] if optimizer is None else optimizer.param_groups
+    known = {id(parameter) for group in groups for parameter in group["params"]}
+    state = {} if optimizer is None else optimizer.state
+
+    def share(parameter: torch.nn.Parameter) -> float:
+        if id(parameter) not in known or not state:
+            return 1.0
+        if not (kept := state.get(parameter)):
+            return 0.0
+        shares = [
+            float((x != 0).float().mean())
+            for x in kept.values()
+            if isinstance(x, torch.Tensor) and x.shape == parameter.shape
+        ]
+        return max(shares, default=1.0)
+
+    return share
 
 
-def _arrived(trained: _Tensors, differing: _Tensors, dtype: torch.dtype) -> int:
+def _arrived(
+    trained: Sequence[tuple[HeldTensor, torch.Tensor, float]],
+    differing: Sequence[tuple[HeldTensor, torch.Tensor]],
+    dtype: torch.dtype,
+) -> int:
     """How many trained tensors are alike, of those that would hardly be if they were as old as the differing ones.
 
+    ``trained``: each with the share of its elements that updates have moved.
     An update of size u shows in an element with the probability u / step, 1 at most, step being the distance to the
     next number in the engine's dtype: .008 beside a norm's 1.0 in bf16, .0001 beside a matrix' .02. u is what makes
     the differing tensors differ in as many elements as they do; where all do, what they differ by, less the rounding.
@@ -125,8 +155,8 @@ def _arrived(trained: _Tensors, differing: _Tensors, dtype: torch.dtype) -> int:
     return sum(
         h.written > 0
         and not h.differing
-        and 0.25 * h.numel * float((update / _steps(tensor, dtype)).clamp(max=1.0).mean()) >= _ARRIVED
-        for h, tensor in trained
+        and 0.25 * share * h.numel * float((update / _steps(tensor, dtype)).clamp(max=1.0).mean()) >= _ARRIVED
+        for h, tensor, share in trained
     )
 
 
