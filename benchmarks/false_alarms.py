@@ -4,7 +4,7 @@
     python benchmarks/false_alarms.py                      # 1,200 batches: 3 seeds x 4 temperatures x 4 learning rates
     python benchmarks/false_alarms.py --seeds 0 --steps 8  # 128 of them
     python benchmarks/false_alarms.py --json false_alarms.json
-    python benchmarks/false_alarms.py --models tiny Llama Mistral Gemma2 Cohere Qwen3Moe --seeds 0 1 --steps 16
+    python benchmarks/false_alarms.py --models tiny Llama Mistral Gemma3Text Cohere Qwen3Moe --seeds 0 1 --steps 16
     python benchmarks/false_alarms.py --trainer rloo --seeds 0
 
 Every batch is a real rollout of a real vLLM engine in a real GRPO run whose policy moves, from not at all to visibly

@@ -36,7 +36,6 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
                 "logits_scaling": 0.5},
     "Cohere": {"logit_scale": 0.25, "tie_word_embeddings": True},
     "Qwen3Moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
-    "Gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 32, "tie_word_embeddings": True},
     "Gemma3Text": {"sliding_window": 16, "query_pre_attn_scalar": 32},
 }  # fmt: skip
 
