@@ -42,6 +42,11 @@ def read(name, tensor, older, dtype):
     return HeldTensor(name, tensor.numel(), tensor.numel(), differing, gap, None), tensor
 
 
+def arrived(trained, differing, dtype, share=1.0):
+    """Tensors that arrived, updates having moved this share of their elements."""
+    return _arrived([(*known, share) for known in trained], differing, dtype)
+
+
 def test_a_norm_that_can_not_show_an_update_has_not_arrived():
     """Adam moves all elements alike: by 3e-4, which bf16 shows beside .02 and not beside 1."""
     g = torch.Generator().manual_seed(0)
@@ -51,9 +56,10 @@ def test_a_norm_that_can_not_show_an_update_has_not_arrived():
     unmoved = read("norm", norm, older[1], torch.bfloat16)
     assert stale[0].differing > 5000
     assert unmoved[0].differing == 0
-    assert _arrived([stale, unmoved], [stale], torch.bfloat16) == 0
+    assert arrived([stale, unmoved], [stale], torch.bfloat16) == 0
     fresh = read("other", matrix, matrix, torch.bfloat16)  # a matrix would have shown it
-    assert _arrived([stale, unmoved, fresh], [stale], torch.bfloat16) == 1
+    assert arrived([stale, unmoved, fresh], [stale], torch.bfloat16) == 1
+    assert arrived([stale, unmoved, fresh], [stale], torch.bfloat16, share=0.0) == 0  # not one that nothing moved
     exact = read("norm", norm, norm, torch.float32)  # and so would a norm in float32
     stale = read("matrix", matrix, older[0], torch.float32)
-    assert _arrived([stale, exact], [stale], torch.float32) == 1
+    assert arrived([stale, exact], [stale], torch.float32) == 1
