@@ -1,4 +1,4 @@
-"""A GRPO run whose weights lie in shards, on two gloo ranks that have an engine each."""
+"""A GRPO run on two gloo ranks, the trainer's weights or the engine's in shards."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run_here(model: str, out: str, settings: str, bad: str) -> None:
     """On one rank."""
     if "ACCELERATE_USE_FSDP" in os.environ:
         shard_on_cpus()
-    else:
+    elif "ACCELERATE_USE_DEEPSPEED" in os.environ:
         import deepspeed.ops
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # to be compiled on the spot; gloo does without
