@@ -21,6 +21,8 @@ __all__ = ["SCHEMA_VERSION", "Row", "run_atlas", "table"]
 
 SCHEMA_VERSION = 1
 
+_LEAVING = 10.0  # seconds a process has to free what it holds, once it has answered
+
 _KINDS = {"model_type": str, "architecture": str, "versions": dict, "outcome": str}
 
 
@@ -111,6 +113,7 @@ def _in_a_process(kind: type, config_kind: type, timeout: float) -> dict[str, An
         if not here.poll(timeout):
             return {"outcome": "lost", "why": f"no answer in {timeout:g} s"}
         found: dict[str, Any] = here.recv()
+        child.join(_LEAVING)
         return found
     except EOFError:
         child.join()

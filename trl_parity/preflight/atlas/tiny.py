@@ -26,7 +26,7 @@ _SMALL = {
     "decoder_layers": 2, "encoder_layers": 2, "decoder_attention_heads": 4, "encoder_attention_heads": 4,
     "decoder_ffn_dim": 128, "encoder_ffn_dim": 128, "d_model": 128, "state_size": 8, "num_heads": 4, "n_groups": 1,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size_per_layer_input": VOCABULARY,
-    "hidden_size_per_layer_input": 8, "sliding_window": 16, "tie_word_embeddings": False,
+    "hidden_size_per_layer_input": 8, "sliding_window": 16,
 }  # fmt: skip
 
 _BASE = (
@@ -49,10 +49,12 @@ def classes() -> Iterator[tuple[str, type, type]]:
     """Model type, model class and config class of every causal language model that transformers has."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING as KNOWN
 
+    seen = set()
     for config_kind in KNOWN:
         kinds = KNOWN[config_kind]
         for kind in kinds if isinstance(kinds, tuple | list) else (kinds,):
-            if inspect.isclass(kind):
+            if inspect.isclass(kind) and (config_kind.model_type, kind) not in seen:  # some are listed twice
+                seen.add((config_kind.model_type, kind))
                 yield config_kind.model_type, kind, config_kind
 
 
