@@ -16,12 +16,13 @@ RUN = "import sys\nfrom support.sharded_runs import run_here\nrun_here(*sys.argv
 def run(tmp_path: Path, bad: list[int], env: dict[str, str], *, lora: bool = False, parity: Any, trainer: Any) -> Any:
     """What both ranks say alike of nine steps, ``bad`` of them sampled at another temperature. ``env``: who shards.
 
-    ``changed``: from each step to the next, whether a weight or a moment differs.
+    ``changed``: from each step to the next, whether a trained weight or a moment differs. (What is frozen moves by
+    rounding as adapters are merged for a sync and taken out again.)
     """
     out = tmp_path / "out"
     out.mkdir()
     model, settings = save_tiny_model(tmp_path / "model"), {"parity": parity, "trainer": trainer, "lora": lora}
-    env = {"ACCELERATE_TORCH_DEVICE": "cpu"} | env
+    env = ({"ACCELERATE_TORCH_DEVICE": "cpu"} | env) if env else {"ACCELERATE_USE_CPU": "true"}
     run_on_two_ranks(RUN, tmp_path, model, out, json.dumps(settings), json.dumps(bad), **env)
     first, second = (json.loads((out / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
@@ -62,13 +63,14 @@ def run_here(model: str, out: str, settings: str, bad: str) -> None:
             while hasattr(inner, "optimizer"):
                 inner = inner.optimizer
             moments = [t for p, moved in inner.state.items() for t in (p, *moved.values())]
-            weights = [getattr(p, "ds_tensor", p) for p in trainer.model.parameters()]
+            weights = [getattr(p, "ds_tensor", p) for p in trainer.model.parameters() if p.requires_grad]
             local = [t.to_local() if hasattr(t, "to_local") else torch.as_tensor(t) for t in weights + moments]
             self.kept.append([t.detach().clone() for t in local])
 
     callback, watch = ParityCallback(**given["parity"]), Watch()
     args = grpo_args(
-        Path(out), use_cpu=False, bf16=False, ddp_backend="gloo", per_device_train_batch_size=8, max_steps=9,
+        Path(out), use_cpu="ACCELERATE_USE_CPU" in os.environ, bf16=False, ddp_backend="gloo",
+        per_device_train_batch_size=8, max_steps=9,
         learning_rate=1e-4, **given["trainer"],
     )  # fmt: skip
     adapters = None
@@ -89,7 +91,7 @@ def run_here(model: str, out: str, settings: str, bad: str) -> None:
         "steps": trainer.state.global_step,
         "cause": None if callback.diagnosis is None else callback.diagnosis.cause,
         "skipped": callback._run.skipped,
-        "moments": len(watch.kept[-1]) - len([*trainer.model.parameters()]),
+        "moments": len(watch.kept[-1]) - sum(p.requires_grad for p in trainer.model.parameters()),
         "sharded_by": str(trainer.accelerator.distributed_type),
     }
     Path(out, f"rank{trainer.accelerator.process_index}.json").write_text(json.dumps(facts))

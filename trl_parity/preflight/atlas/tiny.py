@@ -87,8 +87,8 @@ def _small(config: Any, left: tuple[str, ...]) -> dict[str, Any]:
         if name not in left and (isinstance(old, int) or (name.endswith("_token_id") and old is None)):
             found[name] = value
     kinds = getattr(config, "layer_types", None)
-    mixed = isinstance(kinds, list) and len(set(kinds)) > 1
-    return found | ({"layer_types": [*dict.fromkeys(kinds)][:2]} if mixed else {})
+    two = [*dict.fromkeys(kinds)][:2] if isinstance(kinds, list) else []
+    return found | ({"layer_types": two} if len(two) > 1 else {})
 
 
 def _built(kind: type, config: Any) -> Any:
