@@ -21,7 +21,7 @@ from .counterfactual import Counterfactual, DiagnosedBatch
 from .findings import NOTHING
 from .probes import PROBES
 from .probes.asking import prefill_of
-from .probes.base import COSTS, FREE, Candidate, NothingThere, NotPossible, Probe, recomputed
+from .probes.base import COSTS, FREE, Candidate, NothingThere, NotPossible, Probe, Unexplained, recomputed
 from .probes.rescore import sampling_alone
 from .profiles import drift_profiles
 from .selection import (
@@ -162,7 +162,8 @@ class _ProbeRunner:
         error = next((r["error"] for r in rows if r["error"]), "")
         if not good:
             unasked = next((r["unasked"] for r in rows if r["unasked"]), "")
-            return _without_result(probe, turn, "nothing to undo was found", error, seconds, unasked)
+            seen = next((r["finding"] for r in rows if r["finding"]), "nothing to undo was found")
+            return _without_result(probe, turn, seen, error, seconds, unasked)
         return _with_result(probe, turn, candidate, good, error, seconds, self._batch.floor)
 
     def _look(self, probe: Probe, current: Counterfactual) -> tuple[Candidate | None, dict[str, Any]]:
@@ -181,7 +182,10 @@ class _ProbeRunner:
                 row |= {"details": candidate.details, "fix": candidate.fix}
         except NotPossible as e:
             self.findings = self.findings.plus(e.found).lacking(probe.gives, str(e))
-            row["error"] = f"not possible here: {e}"
+            if isinstance(e, Unexplained):
+                row["finding"] = str(e)
+            else:
+                row["error"] = f"not possible here: {e}"
             row["unasked"] = "" if isinstance(e, NothingThere) else "not possible"
         except Exception as e:  # out of memory, engine gone, ...: the others go on
             row |= {"error": f"{type(e).__name__}: {e}", "unasked": "failed"}

@@ -31,6 +31,10 @@ class NothingThere(NotPossible):
     """What would be asked is not in this setup, so the cause is not either."""
 
 
+class Unexplained(NothingThere):
+    """Something was seen, in the text, that no cause follows from."""
+
+
 def require_engine(batch: DiagnosedBatch) -> None:
     """Raise NothingThere without one, as with a trainer that samples by itself."""
     if batch.capture.generation is None:

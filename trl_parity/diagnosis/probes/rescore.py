@@ -16,6 +16,7 @@ from ...engine.weight_readback import policy_tensors
 from ..counterfactual import Counterfactual, DiagnosedBatch
 from ..distribution import Distribution, huber
 from ..findings import NOTHING, AskedAgain, EngineWeights, Findings, Prefill, Rescored
+from ..honesty import excess
 from ..profiles import onset_in_words
 from .asking import (
     answered,
@@ -28,7 +29,7 @@ from .asking import (
     requests_for,
     size_of,
 )
-from .base import Candidate, NothingThere, NotPossible, Probe, probe, recomputed
+from .base import Candidate, NothingThere, NotPossible, Probe, Unexplained, probe, recomputed
 
 __all__ = ["RESCORE", "sampling_alone"]
 
@@ -93,6 +94,8 @@ def within_sequences(
         return random, found
     cause, why = _what_changed(batch, current)
     words = f"asked again, the engine does not give back what it reported: {gap}; {why}"
+    if not cause:
+        raise Unexplained(words, found)
     return answered(batch, current, again, words, cause), found
 
 
@@ -116,7 +119,7 @@ def _random(batch: DiagnosedBatch, current: Counterfactual, again: AskedAgain, f
 
 
 def _what_changed(batch: DiagnosedBatch, current: Counterfactual) -> tuple[str, str]:
-    """Why an engine may not give back what it said: the cause, and what speaks for it."""
+    """Why an engine may not give back what it said: the cause, and what speaks for it; no cause where nothing does."""
     if told := batch.rollout.sampling.unreplayed:
         return (
             "constrained_decoding",
@@ -127,13 +130,37 @@ def _what_changed(batch: DiagnosedBatch, current: Counterfactual) -> tuple[str, 
             "token_misalignment",
             f"the drift begins with turn {turn + 1}: what the engine was given before it are other ids than here",
         )
+    if (ratio := _dishonest(batch, current)) is not None:
+        return "token_misalignment", f"{_NO_LAW.format(ratio)}: numbers and tokens were mixed up before it answered"
+    if batch.began_healthy is False:
+        return "", "there are no older weights that it could have had, as the drift is there since the first batch"
     at, (before, after) = _change(batch, current)
     if at is not None:
         return (
             "in_flight_update",
             f"the drift changes at completion token {at}: {before:.3g} before, {after:.3g} after (Huber)",
         )
-    return "engine_numerics", "it does not change at one point of the sequences"
+    if (spared := _spared(batch, current)) > 0.0:
+        return "in_flight_update", f"{spared:.0%} of the sequences have no drift at all, the others from their start"
+    return "stale_weights", "it does now, on the weights it holds: it had older ones when it was asked to sample"
+
+
+_NO_LAW = "tokens drawn from the law it reports would have a mean of min(ratio, 2) of 1 at most, and it is {:.3f}"
+
+
+def _dishonest(batch: DiagnosedBatch, current: Counterfactual) -> float | None:
+    """``honesty.excess`` of the engine's numbers, the trainer's law being whole: nothing is cut off it."""
+    base = replace(recomputed(current), distribution=batch.plain)
+    return excess(batch.log_probs(base) - base.reported, base.kept, batch.row, batch.floor)
+
+
+def _spared(batch: DiagnosedBatch, current: Counterfactual) -> float:
+    """Share of the sequences within the noise floor, where some are and the others are far from it; else 0."""
+    sums, _ = batch.residual(current)
+    size = (sums[:, 0] / sums[:, 1])[sums[:, 1] > 0]
+    calm, off = size <= _STEP * batch.floor, size > _STEP**2 * batch.floor
+    some = min(int(calm.sum()), int(off.sum())) >= _SIDE * len(size) > 0
+    return float(calm.double().mean()) if some and bool((calm | off).all()) else 0.0
 
 
 def _turn_of_change(batch: DiagnosedBatch, current: Counterfactual) -> int | None:
@@ -211,6 +238,8 @@ def prefill(batch: DiagnosedBatch, current: Counterfactual, findings: Findings) 
     found = Findings(prefill=known, rescored=Rescored(drift=size_of(delta), reproduced=same))
     if not same or size_of(delta) <= 3 * batch.floor or others(findings.engine_weights):
         return None, found
+    if (ratio := _dishonest(batch, current)) is not None:
+        raise Unexplained(f"{_NO_LAW.format(ratio)}: its numbers are no log-probs of what it samples from", found)
     base = recomputed(current)
     theirs, over = base.reported.clone(), torch.zeros(len(batch), dtype=torch.bool)
     ours = batch.log_probs(base)
