@@ -170,7 +170,7 @@ class _ProbeRunner:
         """One probe on this rank: its candidate, and for the other ranks what it leaves of the residual."""
         row: dict[str, Any] = {
             "before": [], "after": [], "finding": "", "error": "", "unasked": "", "cause": probe.cause, "fix": "",
-            "details": {},
+            "details": {}, "most": 1.0,
         }  # fmt: skip
         candidate: Candidate | None = None
         try:
@@ -179,7 +179,7 @@ class _ProbeRunner:
             if candidate is not None:
                 row |= self._residuals(candidate, current)
                 row |= {"finding": candidate.finding, "cause": candidate.cause or probe.cause}
-                row |= {"details": candidate.details, "fix": candidate.fix}
+                row |= {"details": candidate.details, "fix": candidate.fix, "most": candidate.most}
         except NotPossible as e:
             self.findings = self.findings.plus(e.found).lacking(probe.gives, str(e))
             if isinstance(e, Unexplained):
@@ -262,8 +262,8 @@ def _with_result(
         details=rows[0]["details"],
     )
     values = 1 if candidate is None else max(1, candidate.values)
-    fix = rows[0]["fix"]
-    return Result(probe, candidate, cause, share, shares, mean(after) * (1.0 + 0.15 * values), evidence, fix=fix)
+    misfit, most = mean(after) * (1.0 + 0.15 * values), min(r["most"] for r in rows)
+    return Result(probe, candidate, cause, share, shares, misfit, evidence, fix=rows[0]["fix"], most=most)
 
 
 def _without_result(probe: Probe, turn: int, finding: str, error: str, seconds: float, unasked: str) -> Result:

@@ -32,11 +32,11 @@ def quantized_as(held: torch.Tensor, ours: torch.Tensor, dtype: torch.dtype) -> 
     apart = float((held.float() - ours.float()).abs().mean())
     if not 0.0 < apart <= _NEAR * float(ours.float().abs().mean()):
         return ""
-    rows = max(1, _ELEMENTS // held.shape[1])
+    every = max(1, held.numel() // _ELEMENTS)  # rows are evenly spaced
     rounding = max(torch.finfo(dtype).eps, 1e-6)  # of the value and of the scale, and of our own division
     for name, on_grid in _GRIDS.items():
         for size in (None, *_GROUPS):
-            theirs, mine = (_grouped(x, size, rows) for x in (held, ours))
+            theirs, mine = (_grouped(x, size, every) for x in (held, ours))
             if theirs is None or mine is None:
                 continue
             if _share(theirs, on_grid, rounding) >= _FITS and _share(mine, on_grid, rounding) <= _FEW:
@@ -44,13 +44,13 @@ def quantized_as(held: torch.Tensor, ours: torch.Tensor, dtype: torch.dtype) -> 
     return ""
 
 
-def _grouped(x: torch.Tensor, size: int | None, rows: int) -> torch.Tensor | None:
+def _grouped(x: torch.Tensor, size: int | None, every: int) -> torch.Tensor | None:
     """(groups, elements) over their largest magnitude; None where a row has no such groups."""
     if size is None:
-        return x.float()[:rows] / x.float().abs().max().clamp(min=1e-30)
+        return x.float()[::every] / x.float().abs().max().clamp(min=1e-30)
     if size and x.shape[1] % size:
         return None
-    some = x.float()[:rows].reshape(-1, size or x.shape[1])
+    some = x.float()[::every].reshape(-1, size or x.shape[1])
     return some / some.abs().amax(1, keepdim=True).clamp(min=1e-30)
 
 
@@ -58,7 +58,7 @@ def _share(x: torch.Tensor, on_grid: _Grid, rounding: float) -> float:
     """Of the elements that rounding leaves nearer to a point than to the next one, those that are at one."""
     value, step, last = on_grid(x)
     slack = rounding * x.abs() * last
-    telling = slack < 0.2 * step
+    telling = (x != 0) & (slack < 0.2 * step)
     near = (x * last - value).abs() <= slack + 1e-6 * step
     return float(near[telling].float().mean()) if int(telling.sum()) >= _LEAST else 0.0
 

@@ -51,6 +51,7 @@ class Candidate:
     over: torch.Tensor | None = None
     values: int = 1  # fitted to the data
     fix: str = ""  # where what was seen asks for another than its cause's
+    most: float = 1.0  # confidence there can be: less where what was seen has other causes as well
     details: dict[str, Any] = field(default_factory=dict)
 
 

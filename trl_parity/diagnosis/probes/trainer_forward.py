@@ -29,7 +29,7 @@ from .base import (
     require_engine,
     with_forward,
 )
-from .same_states import on_same_states
+from .same_states import SameStates, on_same_states
 
 __all__ = ["TRAINER_FORWARD"]
 
@@ -186,6 +186,8 @@ def own_logits(batch: DiagnosedBatch, current: Counterfactual) -> Candidate | No
         batch, current, whole_sequences(batch, None, None),
         lambda whole, places: batch.passes.own_logits(torch.tensor(whole.ids), places),
     )  # fmt: skip
+    if (scored := _scored_otherwise(batch, current, found)) is not None:
+        return scored
     apart = (found.others.float() - found.heads).abs().mean()
     rounding = (found.heads.to(found.others.dtype).float() - found.heads).abs().mean()
     gap = float(found.gap.abs().mean())
@@ -197,6 +199,27 @@ def own_logits(batch: DiagnosedBatch, current: Counterfactual) -> Candidate | No
         finding="the model's own forward pass makes other logits than its lm_head with the constants that TRL's loss "
         f"reads from the config (logit_scale, final_logit_softcapping, ...): {gap:.3g} nats on average",
         fix=_OWN_LOGITS,
+    )
+
+
+def _scored_otherwise(batch: DiagnosedBatch, current: Counterfactual, found: SameStates) -> Candidate | None:
+    """The policy's own forward pass in place of what the trainer scores with, where it gives other numbers.
+
+    Both on one sequence at a time, unpadded.
+    """
+    trainers = batch.log_probs(with_forward(current, layout="unpadded", few=True))[found.picked]
+    gap = found.by_head - trainers
+    if size_of(gap) <= 3.0 * batch.floor:
+        return None
+    base = recomputed(current)
+    reported = base.reported.clone()
+    reported[found.picked] -= found.by_head - batch.log_probs(base)[found.picked]
+    return Candidate(
+        counterfactual=replace(base, distribution=batch.plain, reported=reported, kept=base.kept & found.over),
+        over=found.over,
+        cause="trainer_numerics",
+        finding=f"the policy's own forward pass differs from what scores the batch by {mean_in_words(gap.abs())} nats",
+        fix=f"{_NO_DROPOUT}.",
     )
 
 
