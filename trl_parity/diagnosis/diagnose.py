@@ -16,7 +16,7 @@ import torch
 from ..causes import CAUSES
 from ..collectives import gather_rows
 from ..records import Diagnosis, Evidence, NamedCause
-from .agreement import agreed, counts
+from .agreement import agreed, counts, unseen_law
 from .counterfactual import Counterfactual, DiagnosedBatch
 from .findings import NOTHING
 from .probes import PROBES
@@ -53,6 +53,8 @@ _OF_THE_MODEL = frozenset({
     "trainer_numerics",
 })  # fmt: skip
 
+_NEAR = 0.1  # of the excess: what explains less is not close
+
 _LEFT = 0.2  # of the excess: less is not looked into
 
 
@@ -80,7 +82,7 @@ def diagnose(
     }  # fmt: skip
     if drift <= batch.floor or not len(sums):
         found = runner.agreement()
-        return agreed(step, found, details | {"seconds": runner.seconds})
+        return agreed(step, found, details | {"seconds": runner.seconds}, unseen_law(batch.rollout, batch.engine))
     explained = _Explained()
     evidence: list[Evidence] = []
     for turn in range(_ROUNDS):
@@ -358,7 +360,9 @@ def _unknown(
 ) -> Diagnosis:
     tried = [e for e in evidence if e.explained is not None]
     closest = max(tried, key=lambda e: e.explained or 0.0, default=None)
-    near = f" Closest: {closest.cause} ({closest.name}) with {closest.explained:.0%}." if closest is not None else ""
+    near = ""
+    if closest is not None and (closest.explained or 0.0) >= _NEAR:
+        near = f" Closest: {closest.cause} ({closest.name}) with {closest.explained:.0%}."
     return Diagnosis(
         step=step,
         cause="unknown",

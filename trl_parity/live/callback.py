@@ -230,6 +230,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         else:
             with run.watching():
                 run.check_engine()
+                run.investigator.unbounded = True
                 diagnosis = run.diagnose_batch(capture.step + 1)
         if heal and capture is not None:
             moved = run.investigator.heal(capture)

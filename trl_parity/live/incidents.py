@@ -45,6 +45,7 @@ class Investigator:
     def __init__(self, config: ParityConfig):
         self.config = config
         self.wanted = False  # somebody asked for one when no batch was at hand
+        self.unbounded = False  # the next one asks all there is to ask, whatever time it takes
         self.reset()
 
     def reset(self) -> None:
@@ -82,7 +83,7 @@ class Investigator:
         due = self.config.diagnose != "never" and (breached or warned)
         due &= not self._asked or (verdict.halted and not self._named and not self._asked_at_halt)
         wanted, self.wanted = self.wanted, False
-        self._unbounded = wanted or self._asked or verdict.halted
+        self.unbounded = wanted or self._asked or verdict.halted
         if due:  # one that fails is not tried again and again
             self._asked, self._asked_at_halt = True, verdict.halted
         return wanted or due
@@ -123,7 +124,7 @@ class Investigator:
             redacted=self.config.redact_text,
             versions=self._versions,
         )
-        budget = None if self._unbounded else self.config.diagnose_budget * seconds
+        budget = None if self.unbounded else self.config.diagnose_budget * seconds
         return diagnose(batch, step, budget=budget, ranks=ranks)
 
     def found(self, diagnosis: Diagnosis) -> None:

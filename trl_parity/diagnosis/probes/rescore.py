@@ -14,9 +14,8 @@ from ...engine.base import Engine, in_process
 from ...engine.built_anew import as_built_anew, built_anew, parted
 from ...engine.weight_readback import policy_tensors
 from ..counterfactual import Counterfactual, DiagnosedBatch
-from ..distribution import Distribution, huber
+from ..distribution import Distribution
 from ..findings import NOTHING, AskedAgain, EngineWeights, Findings, Prefill, Rescored
-from ..honesty import excess
 from ..profiles import onset_in_words
 from .asking import (
     answered,
@@ -28,8 +27,10 @@ from .asking import (
     prefill_of,
     requests_for,
     size_of,
+    whole_sequences,
 )
 from .base import Candidate, NothingThere, NotPossible, Probe, Unexplained, probe, recomputed
+from .what_changed import NO_LAW, dishonest, what_changed
 
 __all__ = ["RESCORE", "sampling_alone"]
 
@@ -38,8 +39,6 @@ _SAME = 0.05  # a true scale of the logits left up to 0.045 of the drift (or 3 f
 _REPRODUCED = 0.3  # asked again, the engine gives its number back: up to this share of the drift
 
 _ASKED = 8  # times, where two answers differ: their mean has an eighth of the variance of one
-
-_STEP = 3.0  # a change within sequences: this much more drift on one side of it
 
 _TWO_IMPLEMENTATIONS = (
     "no setting of these two sides: weights and config agree, and the engine holds what both make. The two "
@@ -50,10 +49,6 @@ _TWO_IMPLEMENTATIONS = (
 _CONTINUED = 24  # tokens sampled anew, after each of the few prompts
 
 _ONE_OF_TWO = 0.5  # confidence in a cause, where what was seen has another one as well
-
-_WITHIN = 5.0  # times as much drift before or after a point: weights changed there
-
-_SIDE = 0.15  # and at least this share of the tokens on either side
 
 
 def _reproduced(
@@ -98,7 +93,7 @@ def within_sequences(
         return None, found
     if (random := _random(batch, current, again, findings)) is not None:
         return random, found
-    cause, why = _what_changed(batch, current)
+    cause, why = what_changed(batch, current)
     words = f"asked again, the engine does not give back what it reported: {gap}; {why}"
     if not cause and not (decoding := _decoding(batch, current, again, findings)):
         raise Unexplained(words, found)
@@ -153,92 +148,6 @@ def _decoding(batch: DiagnosedBatch, current: Counterfactual, again: AskedAgain,
     )
 
 
-def _what_changed(batch: DiagnosedBatch, current: Counterfactual) -> tuple[str, str]:
-    """Why an engine may not give back what it said: the cause, and what speaks for it; no cause where nothing does."""
-    if told := batch.rollout.sampling.unreplayed:
-        return (
-            "constrained_decoding",
-            f"the requests set {', '.join(told)}, which was left out when asking again",
-        )
-    if not batch.has_answers and (turn := _turn_of_change(batch, current)) is not None:  # else it would be known
-        return (
-            "token_misalignment",
-            f"the drift begins with turn {turn + 1}: what the engine was given before it are other ids than here",
-        )
-    if (ratio := _dishonest(batch, current)) is not None:
-        return "token_misalignment", f"{_NO_LAW.format(ratio)}: numbers and tokens were mixed up before it answered"
-    if batch.began_healthy is False:
-        return "", "there are no older weights that it could have had, as the drift is there since the first batch"
-    at, (before, after) = _change(batch, current)
-    if at is not None:
-        return (
-            "in_flight_update",
-            f"the drift changes at completion token {at}: {before:.3g} before, {after:.3g} after (Huber)",
-        )
-    if (spared := _spared(batch, current)) > 0.0:
-        return "in_flight_update", f"{spared:.0%} of the sequences have no drift at all, the others from their start"
-    return "stale_weights", "it does now, on the weights it holds: it had older ones when it was asked to sample"
-
-
-_NO_LAW = "tokens drawn from the law it reports would have a mean of min(ratio, 2) of 1 at most, and it is {:.3f}"
-
-
-def _dishonest(batch: DiagnosedBatch, current: Counterfactual) -> float | None:
-    """``honesty.excess`` of the engine's numbers, the trainer's law being whole: nothing is cut off it."""
-    base = replace(recomputed(current), distribution=batch.plain)
-    return excess(batch.log_probs(base) - base.reported, base.kept, batch.row, batch.floor)
-
-
-def _spared(batch: DiagnosedBatch, current: Counterfactual) -> float:
-    """Share of the sequences within the noise floor, where some are and the others are far from it; else 0."""
-    sums, _ = batch.residual(current)
-    size = (sums[:, 0] / sums[:, 1])[sums[:, 1] > 0]
-    calm, off = size <= _STEP * batch.floor, size > _STEP**2 * batch.floor
-    some = min(int(calm.sum()), int(off.sum())) >= _SIDE * len(size) > 0
-    return float(calm.double().mean()) if some and bool((calm | off).all()) else 0.0
-
-
-def _turn_of_change(batch: DiagnosedBatch, current: Counterfactual) -> int | None:
-    """The turn from which on there is drift, when the ones before have little and it does not grow within turns."""
-    delta = (batch.log_probs(current) - current.reported).nan_to_num(0.0)
-    size = huber(delta)
-    for turn in range(1, int(batch.turn.max()) + 1):
-        before, after = (size[current.kept & side] for side in (batch.turn < turn, batch.turn >= turn))
-        if min(len(before), len(after)) < _SIDE * int(current.kept.sum()):
-            continue
-        if (
-            after.mean() > _STEP * before.mean()
-            and size_of(delta[current.kept & (batch.turn < turn)]) <= 3 * batch.floor
-        ):
-            return turn
-    return None
-
-
-def _change(batch: DiagnosedBatch, current: Counterfactual) -> tuple[int | None, tuple[float, float]]:
-    """The completion position at which the drift steps up or down, if it does."""
-    delta = (batch.log_probs(current) - current.reported)[current.kept]
-    column = batch.column[current.kept]
-    good = torch.isfinite(delta)
-    size, column = huber(delta[good]).double(), column[good]
-    width = int(column.max()) + 1 if len(column) else 0
-    counts = torch.zeros(width, dtype=torch.float64).scatter_add(0, column, torch.ones_like(size))
-    sums = torch.zeros(width, dtype=torch.float64).scatter_add(0, column, size)
-    best: tuple[float, int, float, float] | None = None
-    for at in range(2, width - 1):
-        left, right = counts[:at].sum(), counts[at:].sum()
-        if min(left, right) < _SIDE * counts.sum():
-            continue
-        before, after = float(sums[:at].sum() / left), float(sums[at:].sum() / right)
-        between = float(left * right / (left + right)) * (before - after) ** 2
-        if best is None or between > best[0]:
-            best = between, at, before, after
-    if best is None:
-        return None, (0.0, 0.0)
-    _, at, before, after = best
-    high, low = max(before, after), min(before, after)
-    return (at if high > _WITHIN * low else None), (before, after)
-
-
 def sampling_alone(
     batch: DiagnosedBatch,
     current: Counterfactual,
@@ -273,8 +182,12 @@ def prefill(batch: DiagnosedBatch, current: Counterfactual, findings: Findings) 
     found = Findings(prefill=known, rescored=Rescored(drift=size_of(delta), reproduced=same))
     if not same or size_of(delta) <= 3 * batch.floor or others(findings.engine_weights):
         return None, found
-    if (ratio := _dishonest(batch, current)) is not None:
-        raise Unexplained(f"{_NO_LAW.format(ratio)}: its numbers are no log-probs of what it samples from", found)
+    if (gap := _no_logprobs(batch, engine, findings, known, delta)) is not None:
+        raise Unexplained(
+            f"what it reports is not the log-softmax of its own logits: mean |gap| {gap:.3g} nats", found
+        )
+    if (ratio := dishonest(batch, current)) is not None:
+        raise Unexplained(f"{NO_LAW.format(ratio)}: its numbers are no log-probs of what it samples from", found)
     base = recomputed(current)
     theirs, over = base.reported.clone(), torch.zeros(len(batch), dtype=torch.bool)
     ours = batch.log_probs(base)
@@ -289,8 +202,29 @@ def prefill(batch: DiagnosedBatch, current: Counterfactual, findings: Findings) 
     candidate = Candidate(
         counterfactual=replace(base, reported=theirs, kept=over), cause=cause, over=over, finding=words,
         fix=_TWO_IMPLEMENTATIONS if cause == "model_definition" and findings.engine_parts == () else "",
+        most=_ONE_OF_TWO if cause == "engine_state" and findings.engine_parts == () else 1.0,
     )  # fmt: skip
     return candidate, found
+
+
+def _no_logprobs(
+    batch: DiagnosedBatch, engine: Engine, findings: Findings, known: Prefill, delta: torch.Tensor
+) -> float | None:
+    """Mean |gap| of the engine's prefill to the log-softmax of its own logits, where that is a share of the drift.
+
+    None: they agree, or the logits can't be asked for.
+    """
+    if not in_process(engine):
+        return None
+    reported = {int(n): float(x) for n, x in zip(known.picked, known.logprobs, strict=True)}
+    gaps = []
+    for whole in whole_sequences(batch, engine, findings.engine_prompts):
+        _, logits = engine.last_states(whole.ids, (whole.start + batch.column[whole.tokens]).tolist())
+        law = logits.double().cpu().log_softmax(-1)
+        own = law.gather(1, batch.targets[whole.tokens].cpu()[:, None])[:, 0]
+        gaps.append(torch.tensor([reported[int(n)] for n in whole.tokens]) - own)
+    gap = torch.cat(gaps)
+    return float(gap.abs().mean()) if size_of(gap) > _REPRODUCED * size_of(delta) else None
 
 
 def _another_model(engine: Engine, findings: Findings, drift: float, began_healthy: bool | None) -> tuple[str, str]:
