@@ -182,9 +182,9 @@ def prefill(batch: DiagnosedBatch, current: Counterfactual, findings: Findings) 
     found = Findings(prefill=known, rescored=Rescored(drift=size_of(delta), reproduced=same))
     if not same or size_of(delta) <= 3 * batch.floor or others(findings.engine_weights):
         return None, found
-    if (gap := _no_logprobs(batch, engine, findings, known, delta)) is not None:
+    if (off := _no_logprobs(batch, engine, findings, known, delta)) is not None:
         raise Unexplained(
-            f"what it reports is not the log-softmax of its own logits: mean |gap| {gap:.3g} nats", found
+            f"what it reports is not the log-softmax of its own logits: mean |gap| {off:.3g} nats", found
         )
     if (ratio := dishonest(batch, current)) is not None:
         raise Unexplained(f"{NO_LAW.format(ratio)}: its numbers are no log-probs of what it samples from", found)
