@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,12 +79,49 @@ class BenchEngine(ColocatedEngine):
     @property
     def chunk_size(self) -> int:
         """Tokens one step takes in: longer prompts are prefilled in chunks of it."""
-        return int(self._config.scheduler_config.max_num_batched_tokens)
+        return int(self._scheduler.max_num_scheduled_tokens)
 
     @property
     def chunks_prompts(self) -> bool:
         """Whether prompts may be prefilled in chunks."""
         return bool(self._config.scheduler_config.enable_chunked_prefill)
+
+    @property
+    def device_type(self) -> str:
+        """As torch calls it."""
+        return str(self._config.device_config.device_type)
+
+    @property
+    def _scheduler(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core.scheduler
+
+    @contextmanager
+    def taking_in(self, tokens: int) -> Iterator[None]:
+        """Inside: a step takes in this many tokens and no more, so that longer prompts are prefilled in chunks of it.
+
+        vLLM's scheduler reads its copy of ``max_num_batched_tokens`` at each step; elsewhere that sizes buffers.
+        Raises InterceptionError where prompts are never prefilled in chunks, or where a step took in more.
+        """
+        if not self.chunks_prompts:
+            raise InterceptionError("prompts are not prefilled in chunks (enable_chunked_prefill: false)")
+        scheduler = self._scheduler
+        before, schedule = scheduler.max_num_scheduled_tokens, scheduler.schedule
+        largest = 0
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            nonlocal largest
+            step = schedule(*args, **kwargs)
+            largest = max(largest, step.total_num_scheduled_tokens)
+            return step
+
+        scheduler.max_num_scheduled_tokens, scheduler.schedule = tokens, watched
+        try:
+            yield
+        finally:
+            scheduler.max_num_scheduled_tokens = before
+            del scheduler.schedule
+        if largest > tokens:
+            raise InterceptionError(f"a step took in {largest} tokens, and was told to take in {tokens}")
 
     @property
     def eager(self) -> bool:

@@ -28,14 +28,16 @@ def measure_floors(subject: Subject) -> dict[str, Any]:
         rounded = {name: t.to(coarser).float() for name, t in reference.named_tensors()}
     heads = {"trainer": trainer, "engine": engine.head_dtype}
     out = {"trainer": Gaps(), "engine": Gaps()}
-    for number, answered in enumerate(subject.answered):
-        plain = trials.score(answered, reference)
-        for side, dtype in (("trainer", trainer), ("engine", coarser)):
+    alike = coarser == trainer and engine.head_dtype == trainer  # one noise, of one seed
+    for number, (answered, plain) in enumerate(subject.probed()):
+        for side, dtype in (("engine", coarser),) if alike else (("trainer", trainer), ("engine", coarser)):
             with reference.holding(rounded if side == "engine" else {}), reference.rounded(
                 dtype, heads[side], seed=subject.settings.seed + number
             ):  # fmt: skip
                 noisy = trials.score(answered, reference)
             out[side] += trials.against_itself(answered, noisy, plain, subject.settings.limits)
+    if alike:
+        out["trainer"] = out["engine"]
     return {side: gaps.to_json() for side, gaps in out.items()} | {
         "trainer_dtype": dtype_name(trainer),
         "engine_dtype": dtype_name(coarser),
@@ -74,11 +76,12 @@ def what_if(
         return Counterfactuals(0.0, 0.0, {})
     reference, undone = subject.reference, {}
 
-    def left() -> float:
-        gaps = sum((trials.compare(a, reference, subject.settings.limits) for a in subject.answered), Gaps())
-        return drift_of(gaps)
+    limits, probed = subject.settings.limits, subject.probed()
 
-    base = left()
+    def left() -> float:
+        return drift_of(sum((trials.compare(answered, reference, limits) for answered, _ in probed), Gaps()))
+
+    base = drift_of(sum((trials.compared(answered, plain, limits) for answered, plain in probed), Gaps()))
     told = FP8_CACHES.get(str(subject.engine.settings()["kv_cache_dtype"]))
     for name, truncated in (("float8_e4m3fn", False), ("float8_e5m2", False), ("float8_e5m2", True)):
         if told in (None, name):  # told nothing, the engine may still do it

@@ -12,7 +12,8 @@ import torch
 from ...engine.offline import BenchEngine
 from ...records import SamplingSettings
 from ...report.format import number
-from .reference import Reference
+from .aside import Aside
+from .reference import Reference, Scored
 from .rows import Limits, Row, RowVerdict, not_run, within_floor
 from .statistics import Sums, exact_kl
 
@@ -72,6 +73,7 @@ def length_rows(
     looked_at: Sequence[Point],
     vocabulary: Sequence[int],
     limits: Limits,
+    aside: Aside,
     *,
     seed: int,
     positional: bool,
@@ -90,17 +92,26 @@ def length_rows(
         return
     longest = min(engine.max_model_len - 1, max(p.length for p in reach) + _WIDTH)
     sequences = _repeating(vocabulary, longest, seed)
-    plain, theirs = reference.score(sequences), engine.rescore(sequences)
-    with reference.rounded(engine.dtype, engine.head_dtype, seed):
-        noisy = reference.score(sequences)
-    for point in reach:
+    ends = [min(point.length, longest) for point in reach]
+
+    def scores() -> tuple[list[Scored], list[Scored]]:
+        at = torch.tensor(ends) - 1
+        plain = reference.score(sequences, [at, *[None] * (len(sequences) - 1)])
+        with reference.rounded(engine.dtype, engine.head_dtype, seed):
+            return plain, reference.score(sequences)
+
+    scored = aside.begin(scores)
+    theirs, laws = engine.rescore(sequences), _laws_after(engine, sequences[0], ends)
+    plain, noisy = scored()
+    assert plain[0].laws is not None
+    exact = [float(exact_kl(law[None], q[None])[0]) for law, q in zip(laws, plain[0].laws, strict=True)]
+    for point, kl in zip(reach, exact, strict=True):
         low, high = max(1, min(point.length, longest) - _WIDTH), min(longest, point.length + _WIDTH) - 1
         span = slice(low - 1, high)
         halves, noise = (
             Sums.of(torch.cat([(a[span] - b.logprobs[span]).square() / 2 for a, b in zip(x, plain, strict=True)]))
             for x in ([t.double() for t in theirs], [n.logprobs for n in noisy])
         )
-        kl = _exact(engine, reference, sequences[0], min(point.length, longest))
         over = not (within_floor(halves.mean, noise.mean, limits))
         fails = over and (positional or halves.mean > 4.0 * usual)
         words = f"tokens {low:,} to {high:,} of {len(sequences)} sequences; exact KL at {point.length:,}: {number(kl)}"
@@ -122,10 +133,8 @@ def _repeating(vocabulary: Sequence[int], length: int, seed: int) -> list[list[i
     return [(rng.choices(vocabulary, k=unit) * 4)[:length] for _ in range(_SEQUENCES)]
 
 
-def _exact(engine: BenchEngine, reference: Reference, ids: Sequence[int], length: int) -> float:
-    context = list(ids[:length])
-    law = engine.sample([context], SamplingSettings(), max_tokens=1, seeds=[0], whole=True)[0].laws
-    scored = reference.score([context], [torch.tensor([len(context) - 1])])[0].laws
-    assert law is not None
-    assert scored is not None
-    return float(exact_kl(law, scored)[0])
+def _laws_after(engine: BenchEngine, ids: Sequence[int], ends: Sequence[int]) -> list[torch.Tensor]:
+    """The law (V,) that is sampled from after the first tokens of a sequence, as many as each of ``ends``."""
+    contexts = [list(ids[:end]) for end in ends]
+    sampled = engine.sample(contexts, SamplingSettings(), max_tokens=1, seeds=range(len(contexts)), whole=True)
+    return [one.laws[0] for one in sampled if one.laws is not None]

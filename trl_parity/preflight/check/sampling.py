@@ -132,16 +132,18 @@ def sampling_row(
     contexts = [ids[:_SHORT] for ids in contexts[:_CONTEXTS]]  # thousands of requests: each is prefilled anew
     settings = SamplingSettings(temperature=temperature)
     laws = expected_law(own_laws(engine, contexts), settings)
-    many = [i % len(contexts) for i in range(samples)]
+    many = torch.arange(samples) % len(contexts)
     drawn = engine.sample(
-        [contexts[i] for i in many], settings, max_tokens=1, seeds=[seed * 1_000_003 + i for i in range(samples)]
+        [contexts[i] for i in many.tolist()],
+        settings,
+        max_tokens=1,
+        seeds=[seed * 1_000_003 + i for i in range(samples)],
     )
     tokens = torch.tensor([one.token_ids[0] for one in drawn])
-    law = laws[many]
-    excess, variance = surprisal(law, tokens)
+    excess, variance = surprisal(laws, tokens, many)
     z = float(excess.sum() / variance.sum().sqrt()) if float(variance.sum()) > 0 else 0.0
     rng = random.Random(seed)
-    place = pit(law, tokens, torch.tensor([rng.random() for _ in range(samples)]))
+    place = pit(laws, tokens, many, torch.tensor([rng.random() for _ in range(samples)]))
     from scipy.stats import kstest, norm
 
     distance, p_place = kstest(place.numpy(), "uniform")
