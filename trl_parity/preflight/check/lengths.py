@@ -101,8 +101,10 @@ def length_rows(
             return plain, reference.score(sequences)
 
     scored = aside.begin(scores)
-    theirs, laws = engine.rescore(sequences), _laws_after(engine, sequences[0], ends)
-    plain, noisy = scored()
+    try:
+        theirs, laws = engine.rescore(sequences), _laws_after(engine, sequences[0], ends)
+    finally:
+        plain, noisy = scored()  # whatever becomes of the engine, the reference is at rest
     assert plain[0].laws is not None
     exact = [float(exact_kl(law[None], q[None])[0]) for law, q in zip(laws, plain[0].laws, strict=True)]
     for point, kl in zip(reach, exact, strict=True):
