@@ -93,30 +93,50 @@ def length_rows(
     longest = min(engine.max_model_len - 1, max(p.length for p in reach) + _WIDTH)
     sequences = _repeating(vocabulary, longest, seed)
     ends = [min(point.length, longest) for point in reach]
+    spans = [
+        (max(1, end - _WIDTH), min(longest, point.length + _WIDTH) - 1) for end, point in zip(ends, reach, strict=True)
+    ]
 
-    def scores() -> tuple[list[Scored], list[Scored]]:
-        at = torch.tensor(ends) - 1
-        plain = reference.score(sequences, [at, *[None] * (len(sequences) - 1)])
-        with reference.rounded(engine.dtype, engine.head_dtype, seed):
-            return plain, reference.score(sequences)
+    def compared(some: list[list[int]]) -> tuple[list[tuple[Sums, Sums]], torch.Tensor | None]:
+        """Δ² / 2 of engine and noise at each point, and the reference's laws there in the first sequence."""
 
-    scored = aside.begin(scores)
-    try:
-        theirs, laws = engine.rescore(sequences), _laws_after(engine, sequences[0], ends)
-    finally:
-        plain, noisy = scored()  # whatever becomes of the engine, the reference is at rest
-    assert plain[0].laws is not None
-    exact = [float(exact_kl(law[None], q[None])[0]) for law, q in zip(laws, plain[0].laws, strict=True)]
-    for point, kl in zip(reach, exact, strict=True):
-        low, high = max(1, min(point.length, longest) - _WIDTH), min(longest, point.length + _WIDTH) - 1
-        span = slice(low - 1, high)
-        halves, noise = (
-            Sums.of(torch.cat([(a[span] - b.logprobs[span]).square() / 2 for a, b in zip(x, plain, strict=True)]))
-            for x in ([t.double() for t in theirs], [n.logprobs for n in noisy])
-        )
+        def scores() -> tuple[list[Scored], list[Scored]]:
+            plain = reference.score(some, [torch.tensor(ends) - 1, *[None] * (len(some) - 1)])
+            with reference.rounded(engine.dtype, engine.head_dtype, seed):
+                return plain, reference.score(some)
+
+        scored = aside.begin(scores)
+        try:
+            theirs = [t.double() for t in engine.rescore(some)]
+        finally:
+            plain, noisy = scored()  # whatever becomes of the engine, the reference is at rest
+        pairs = [(t - p.logprobs, n.logprobs - p.logprobs) for t, n, p in zip(theirs, noisy, plain, strict=True)]
+        halves = [
+            [
+                Sums.of(torch.cat([gap[low - 1 : high] for gap in gaps]).square() / 2)
+                for gaps in zip(*pairs, strict=True)
+            ]
+            for low, high in spans
+        ]
+        return [(gap, noise) for gap, noise in halves], plain[0].laws
+
+    measured, laws = compared(sequences[:1])
+    assert laws is not None
+    exact = [
+        float(exact_kl(law[None], q[None])[0])
+        for law, q in zip(_laws_after(engine, sequences[0], ends), laws, strict=True)
+    ]
+    lines = [max(limits.least_kl, limits.k * noise.mean) for _, noise in measured]
+    if all(_clear(gap.mean, line, 4.0 * usual) for (gap, _), line in zip(measured, lines, strict=True)):
+        sequences = sequences[:1]
+    else:
+        more, _ = compared(sequences[1:])
+        measured = [(a + c, b + d) for (a, b), (c, d) in zip(measured, more, strict=True)]
+    for point, (low, high), (halves, noise), kl in zip(reach, spans, measured, exact, strict=True):
         over = not (within_floor(halves.mean, noise.mean, limits))
         fails = over and (positional or halves.mean > 4.0 * usual)
-        words = f"tokens {low:,} to {high:,} of {len(sequences)} sequences; exact KL at {point.length:,}: {number(kl)}"
+        some = f"{len(sequences)} sequence{'s' if len(sequences) > 1 else ''}"
+        words = f"tokens {low:,} to {high:,} of {some}; exact KL at {point.length:,}: {number(kl)}"
         if over and not fails:
             words += "; as everywhere, so no fault of the length"
         yield Row(
@@ -126,6 +146,15 @@ def length_rows(
             evidence=words, details={"exact_kl": kl},
             fix="the same rope_parameters, windows and maximum of positions on both sides" if fails else "",
         )  # fmt: skip
+
+
+def _clear(value: float, limit: float, usual: float) -> bool:
+    """Whether one sequence tells: nowhere within a factor of three of what decides.
+
+    Both sides are mean squares over ``2 * _WIDTH`` tokens: if but a third of them are independent, chance moves their
+    ratio by three once in fifty times, and noise that makes the limit is a ninth of it to begin with.
+    """
+    return 3.0 * value <= limit or value >= 3.0 * max(limit, usual)
 
 
 def _repeating(vocabulary: Sequence[int], length: int, seed: int) -> list[list[int]]:

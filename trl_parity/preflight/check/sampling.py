@@ -26,7 +26,7 @@ _CONTEXTS = 12
 
 _SAMPLES = 2048
 
-_SHORT = 4
+_SHORT = 1
 
 _ALPHA = 1e-4  # a check asks once: one false alarm in ten thousand
 

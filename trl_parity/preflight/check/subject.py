@@ -16,7 +16,7 @@ from ...engine.offline import BenchEngine, Sampled, build_engine
 from ...errors import ConfigError, InterceptionError
 from ..prompts.cases import Case, Prompt, Vocabulary, read_jsonl
 from ..prompts.draws import Drawing
-from . import invariances, trials
+from . import explain, invariances, trials
 from .aside import Aside
 from .drift import Gaps
 from .engines import chunk_for
@@ -42,6 +42,7 @@ class Subject:
         self.settings, self._progress = settings, progress
         self._engine: BenchEngine | None = None
         self._kept: dict[int, tuple[Answered, list[Scored]]] = {}
+        self._noise: dict[int, Callable[[], dict[str, Gaps]]] = {}
         self.other_block: tuple[list[Sampled], int] | None = (
             None  # answers of an engine of other blocks, and their size
         )
@@ -225,10 +226,25 @@ class Subject:
         count = self.look or len(self.batches)
         return list(range(0, count, count // min(_PROBES, count)))[:_PROBES]
 
+    @cached_property
+    def rounded_weights(self) -> dict[str, torch.Tensor]:
+        """The reference's in the engine's dtype, where that is the coarser one."""
+        coarser = explain.coarser_dtype(self)
+        if coarser == self.reference.dtype:
+            return {}
+        return {name: t.to(coarser).float() for name, t in self.reference.named_tensors()}
+
     def keep(self, index: int, answered: Answered, scored: list[Scored]) -> None:
-        """Of a trial that was run, if it is one of the probes."""
+        """Of a trial that was run, if it is one of the probes; and have its noise measured."""
         if index in self.probes:
+            seed = self.settings.seed + self.probes.index(index)
             self._kept[index] = answered, scored
+            self._noise[index] = self.aside.begin(lambda: explain.noise_of(self, answered, scored, seed))
+
+    def noises(self) -> list[dict[str, Gaps]]:
+        """Of each probe, of both sides' dtypes."""
+        self.probed()
+        return [self._noise[index]() for index in self.probes]
 
     def begin(self, index: int, batch: Batch) -> Callable[[], Trial]:
         """Have the engine answer and the reference begin; what is returned waits for it."""
@@ -259,8 +275,7 @@ class Subject:
         """The probes' answers and the plain reference's scores: kept, or had again where another process ran them."""
         for index in self.probes:
             if index not in self._kept:
-                answered = trials.answer(self.engine, self.batch(self.batches[index], index), turn=index)
-                self._kept[index] = answered, trials.score(answered, self.reference)
+                self.begin(index, self.batch(self.batches[index], index))()
         return [self._kept[index] for index in self.probes]
 
     def facts(self, found: Sequence[Trial]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ _PREFILLED = 4  # of as many trials one asks for whole laws by prefill too, of a
 
 LAW_ENTRIES = 1_000_000  # numbers asked of the engine as whole laws at a time: Python lists, a third of a second
 
-_SAMPLED_ENTRIES = 4 * LAW_ENTRIES  # the same of what a trial samples: its exact KL is what most rows are made of
+_SAMPLED_ENTRIES = 8 * LAW_ENTRIES  # the same of what a trial samples: its exact KL is what most rows are made of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
