@@ -234,20 +234,20 @@ class Subject:
             return {}
         return {name: t.to(coarser).float() for name, t in self.reference.named_tensors()}
 
-    def keep(self, index: int, answered: Answered, scored: list[Scored]) -> None:
-        """Of a trial that was run, if it is one of the probes; and have its noise measured."""
-        if index in self.probes:
-            seed = self.settings.seed + self.probes.index(index)
-            self._kept[index] = answered, scored
-            self._noise[index] = self.aside.begin(lambda: explain.noise_of(self, answered, scored, seed))
+    def _begin_noise(self, index: int) -> Callable[[], dict[str, Gaps]]:
+        seed = self.settings.seed + self.probes.index(index)
+        return self.aside.begin(lambda: explain.noise_of(self, *self._kept[index], seed))
 
     def noises(self) -> list[dict[str, Gaps]]:
-        """Of each probe, of both sides' dtypes."""
+        """Of each probe, of both sides' dtypes. Nothing is under way then."""
         self.probed()
-        return [self._noise[index]() for index in self.probes]
+        return [(self._noise.pop(index, None) or self._begin_noise(index))() for index in self.probes]
 
-    def begin(self, index: int, batch: Batch) -> Callable[[], Trial]:
-        """Have the engine answer and the reference begin; what is returned waits for it."""
+    def begin(self, index: int, batch: Batch, *, noise: bool = True) -> Callable[[], Trial]:
+        """Have the engine answer and the reference begin; what is returned waits for it.
+
+        Probes are kept, and with ``noise`` theirs is begun, for ``noises`` to wait for.
+        """
         reference, limits = self.reference, self.settings.limits
         start = time.perf_counter()
         answered = trials.answer(self.engine, batch, turn=index)
@@ -262,7 +262,10 @@ class Subject:
         def finished() -> Trial:
             start = time.perf_counter()
             scored, gaps = result()
-            self.keep(index, answered, scored)
+            if index in self.probes:
+                self._kept[index] = answered, scored
+                if noise:
+                    self._noise[index] = self._begin_noise(index)
             return Trial(
                 index=index, gaps=gaps, sequences=len(batch.prompts), tokens=sum(map(len, answered.sequences)),
                 mean_kl=gaps.worst, engine_seconds=asked, seconds=asked + time.perf_counter() - start,
@@ -275,7 +278,7 @@ class Subject:
         """The probes' answers and the plain reference's scores: kept, or had again where another process ran them."""
         for index in self.probes:
             if index not in self._kept:
-                self.begin(index, self.batch(self.batches[index], index))()
+                self.begin(index, self.batch(self.batches[index], index), noise=False)()
         return [self._kept[index] for index in self.probes]
 
     def facts(self, found: Sequence[Trial]) -> dict[str, Any]:
