@@ -178,14 +178,19 @@ def test_a_sampler_that_draws_from_another_law_than_it_reports_fails_in_sampling
 
 
 def test_prompts_whose_later_chunks_are_misplaced_fail_in_the_row_of_chunks(tiny, broken):
+    from vllm.forward_context import get_forward_context
+
     def misplaced(engine):
         forward = engine.model.forward
 
         def shifted(input_ids, positions, *args, **kwargs):
-            starts = torch.cat([torch.tensor([True]), positions.diff() != 1])
-            begin = positions[starts].repeat_interleave(torch.bincount(starts.cumsum(0) - 1))
-            several = torch.bincount(starts.cumsum(0) - 1)[starts.cumsum(0) - 1] > 1
-            return forward(input_ids, torch.where((begin > 0) & several, positions + 2, positions), *args, **kwargs)
+            seen = next(iter(get_forward_context().attn_metadata.values()))
+            lengths = seen.query_start_loc.diff()
+            later = (seen.seq_lens > lengths) & (lengths > 1)  # a chunk, and not the first of its prompt
+            away = 2 * later.repeat_interleave(lengths)
+            positions = positions.clone()
+            positions[: len(away)] += away
+            return forward(input_ids, positions, *args, **kwargs)
 
         engine.model.forward = shifted
 
