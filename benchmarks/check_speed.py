@@ -76,6 +76,8 @@ def run(root: Path, arguments: list[str]) -> dict[str, Any]:
     """One check by the build in ``root``: seconds, CPU seconds, seconds of each stage, what it found."""
     command = [sys.executable, "-m", "trl_parity", "check", *arguments, "--json"]
     environment = os.environ | {"PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"}
+    if environment.pop("PYTHONDONTWRITEBYTECODE", None):  # compiled once, as wherever Python may write
+        environment["PYTHONPYCACHEPREFIX"] = str(ROOT / ".cache" / "pycache")
     start = last = time.perf_counter()
     stages: dict[str, float] = defaultdict(float)
     stage = "imports"
