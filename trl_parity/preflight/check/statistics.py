@@ -115,7 +115,7 @@ def pit(law: torch.Tensor, tokens: torch.Tensor, which: torch.Tensor, uniform: t
     Uniform when the tokens are drawn from the law; a cut tail leaves the upper end empty. ``law`` and ``which`` as in
     ``surprisal``; tokens of one probability are in the order of their ids.
     """
-    p, order = normalized(law).exp().sort(-1, descending=True, stable=True)
+    p, order = normalized(law).exp().sort(dim=-1, descending=True, stable=True)
     before = torch.empty_like(p).scatter_(-1, order, p.cumsum(-1) - p)
     own = torch.empty_like(p).scatter_(-1, order, p)
     return before[which, tokens] + uniform.double() * own[which, tokens]
