@@ -20,6 +20,7 @@ from trl_parity.preflight.check.statistics import (
     coarse_kl,
     exact_kl,
     fitted_scale,
+    kolmogorov_smirnov,
     pit,
     scale_curve,
     surprisal,
@@ -113,6 +114,16 @@ def test_surprisal_and_place_of_tokens_drawn_from_the_law():
             naive = sum(x for i, x in enumerate(p) if (-x, i) < (-p[token], token)) + u * p[token]
             found = pit(law, torch.tensor([token]), torch.tensor([row]), torch.tensor([u]))
             assert float(found) == pytest.approx(naive, abs=1e-6)
+
+
+def test_kolmogorov_smirnov_against_the_textbook():
+    assert kolmogorov_smirnov(torch.tensor([0.1, 0.4, 0.7]))[0] == pytest.approx(0.3)
+    middle = (torch.arange(2048) + 0.5) / 2048
+    assert kolmogorov_smirnov(middle) == (pytest.approx(0.5 / 2048, abs=1e-7), pytest.approx(1.0))
+    for critical, p in ((1.2238, 0.1), (1.3581, 0.05), (1.6276, 0.01)):  # of sqrt(n) D, many values
+        distance, found = kolmogorov_smirnov(middle.double() * (1 - critical / math.sqrt(2048)))
+        assert distance == pytest.approx(critical / math.sqrt(2048), abs=1e-3)
+        assert found == pytest.approx(p, rel=0.1)
 
 
 def test_wilson_against_the_textbook():

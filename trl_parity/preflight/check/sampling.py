@@ -18,7 +18,16 @@ from ...records import SamplingSettings
 from ...report.format import number
 from ...scoring.sampling import kept_mask, penalize
 from .rows import Limits, Row, RowVerdict
-from .statistics import SCALES, fitted_scale, normalized, pit, scale_curve, surprisal, total_variation
+from .statistics import (
+    SCALES,
+    fitted_scale,
+    kolmogorov_smirnov,
+    normalized,
+    pit,
+    scale_curve,
+    surprisal,
+    total_variation,
+)
 
 __all__ = ["expected_law", "meaning_row", "sampling_row"]
 
@@ -144,11 +153,8 @@ def sampling_row(
     z = float(excess.sum() / variance.sum().sqrt()) if float(variance.sum()) > 0 else 0.0
     rng = random.Random(seed)
     place = pit(laws, tokens, many, torch.tensor([rng.random() for _ in range(samples)]))
-    from scipy.stats import kstest, norm
-
-    distance, p_place = kstest(place.numpy(), "uniform")
-    p_surprisal = 2.0 * float(norm.sf(abs(z)))
-    p = min(1.0, 2.0 * min(float(p_place), p_surprisal))  # of two tests
+    distance, p_place = kolmogorov_smirnov(place)
+    p = min(1.0, 2.0 * min(p_place, math.erfc(abs(z) / math.sqrt(2.0))))  # of two tests
     fails = not p >= _ALPHA
     words = (
         f"{samples:,} tokens after {len(contexts)} contexts: surprisal {z:+.1f} standard errors from the law's "

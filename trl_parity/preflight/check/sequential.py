@@ -70,7 +70,7 @@ def settled(drift: Drift, each: Sequence[Gaps], error: float) -> bool:
 
 def _interval(trials: Sequence[tuple[int, float, int]], error: float) -> tuple[float, float] | None:
     """Of a mean over tokens, from (count, total, not finite) of each trial; None of too few, or of none."""
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
     many, tokens = len(trials), sum(count for count, _, _ in trials)
     if many < 2 or not tokens:
@@ -79,5 +79,5 @@ def _interval(trials: Sequence[tuple[int, float, int]], error: float) -> tuple[f
         return math.inf, math.inf
     mean = sum(total for _, total, _ in trials) / tokens
     squares = sum((total - mean * count) ** 2 for count, total, _ in trials)
-    half = float(t.isf(error, many - 1)) * math.sqrt(many / (many - 1) * squares) / tokens
+    half = float(stdtrit(many - 1, 1.0 - error)) * math.sqrt(many / (many - 1) * squares) / tokens
     return mean - half, mean + half

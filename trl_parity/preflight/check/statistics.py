@@ -19,6 +19,7 @@ __all__ = [
     "coarse_kl",
     "exact_kl",
     "fitted_scale",
+    "kolmogorov_smirnov",
     "pit",
     "scale_curve",
     "surprisal",
@@ -119,6 +120,16 @@ def pit(law: torch.Tensor, tokens: torch.Tensor, which: torch.Tensor, uniform: t
     before = torch.empty_like(p).scatter_(-1, order, p.cumsum(-1) - p)
     own = torch.empty_like(p).scatter_(-1, order, p)
     return before[which, tokens] + uniform.double() * own[which, tokens]
+
+
+def kolmogorov_smirnov(values: torch.Tensor) -> tuple[float, float]:
+    """(distance, p-value) of n values from the uniform law on [0, 1]: the limit of many, with Stephens' correction."""
+    from scipy.special import kolmogorov  # scipy.stats takes seconds to import
+
+    x, n = values.double().sort().values, len(values)
+    below = torch.arange(n, dtype=torch.float64) / n
+    distance = float(torch.maximum(x - below, below + 1.0 / n - x).max())
+    return distance, float(kolmogorov(distance * (math.sqrt(n) + 0.12 + 0.11 / math.sqrt(n))))
 
 
 def wilson(passed: float, total: float, z: float = 1.959964) -> tuple[float, float]:
