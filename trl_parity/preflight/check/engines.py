@@ -36,7 +36,7 @@ def variant_rows(
     wanted: Sequence[str],
     *,
     chunked: Sequence[Sampled] | None = None,
-    other_block: tuple[Sequence[Sampled], int] | None = None,
+    other_block: tuple[list[Sampled], int] | None = None,
 ) -> Iterator[Row]:
     """``settings``: of the engine that gave ``base`` (eager, block_size, chunk_size); ``build``: one with others.
 
