@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -13,33 +13,10 @@ from ...scoring.dtypes import dtype_name
 from ...scoring.perturb import FP8_CACHES
 from . import trials
 from .drift import Counterfactuals, Drift, Gaps, drift_of
-from .reference import Scored
-from .trials import Answered
+from .noise import coarser
+from .subject import Subject
 
-if TYPE_CHECKING:
-    from .subject import Subject
-
-__all__ = ["coarser_dtype", "held_tensors", "measure_floors", "noise_of", "what_if"]
-
-
-def coarser_dtype(subject: Subject) -> torch.dtype:
-    """Of the engine and the trainer."""
-    trainer, mine = subject.reference.dtype, subject.engine.dtype
-    return mine if torch.finfo(mine).eps > torch.finfo(trainer).eps else trainer
-
-
-def noise_of(subject: Subject, answered: Answered, plain: list[Scored], seed: int) -> dict[str, Gaps]:
-    """What noise of each side's dtype makes of one trial; the engine's on weights rounded where its own is coarser."""
-    reference, limits = subject.reference, subject.settings.limits
-
-    def noise(dtype: torch.dtype, head: torch.dtype, weights: Mapping[str, torch.Tensor]) -> Gaps:
-        with reference.holding(weights), reference.rounded(dtype, head, seed=seed):
-            return trials.against_itself(answered, trials.score(answered, reference), plain, limits)
-
-    of_engine = noise(coarser_dtype(subject), subject.engine.head_dtype, subject.rounded_weights)
-    if (coarser_dtype(subject), subject.engine.head_dtype) == (reference.dtype, reference.dtype):
-        return {"trainer": of_engine, "engine": of_engine}
-    return {"trainer": noise(reference.dtype, reference.dtype, {}), "engine": of_engine}
+__all__ = ["held_tensors", "measure_floors", "what_if"]
 
 
 def measure_floors(subject: Subject) -> dict[str, Any]:
@@ -48,7 +25,7 @@ def measure_floors(subject: Subject) -> dict[str, Any]:
     out = {side: sum((one[side] for one in each), Gaps()).to_json() for side in ("trainer", "engine")}
     return out | {
         "trainer_dtype": dtype_name(subject.reference.dtype),
-        "engine_dtype": dtype_name(coarser_dtype(subject)),
+        "engine_dtype": dtype_name(coarser(subject.engine.dtype, subject.reference.dtype)),
     }
 
 

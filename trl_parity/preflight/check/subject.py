@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from ...engine.offline import BenchEngine, Sampled, build_engine
 from ...errors import ConfigError, InterceptionError
 from ..prompts.cases import Case, Prompt, Vocabulary, read_jsonl
 from ..prompts.draws import Drawing
-from . import explain, invariances, trials
+from . import invariances, trials
 from .aside import Aside
 from .drift import Gaps
 from .engines import chunk_for
 from .invariances import Ask
+from .noise import coarser, noise_of
 from .reference import Reference, Scored
 from .sequential import planned_look
 from .settings import CheckSettings
@@ -227,16 +228,21 @@ class Subject:
         return list(range(0, count, count // min(_PROBES, count)))[:_PROBES]
 
     @cached_property
-    def rounded_weights(self) -> dict[str, torch.Tensor]:
-        """The reference's in the engine's dtype, where that is the coarser one."""
-        coarser = explain.coarser_dtype(self)
-        if coarser == self.reference.dtype:
+    def _rounded(self) -> dict[str, torch.Tensor]:
+        """The reference's weights in the engine's dtype, where that is the coarser one."""
+        dtype = coarser(self.engine.dtype, self.reference.dtype)
+        if dtype == self.reference.dtype:
             return {}
-        return {name: t.to(coarser).float() for name, t in self.reference.named_tensors()}
+        return {name: t.to(dtype).float() for name, t in self.reference.named_tensors()}
 
     def _begin_noise(self, index: int) -> Callable[[], dict[str, Gaps]]:
-        seed = self.settings.seed + self.probes.index(index)
-        return self.aside.begin(lambda: explain.noise_of(self, *self._kept[index], seed))
+        answered, plain = self._kept[index]
+        made = partial(
+            noise_of, self.reference, answered, plain, self.settings.limits,
+            dtype=coarser(self.engine.dtype, self.reference.dtype), head_dtype=self.engine.head_dtype,
+            weights=self._rounded, seed=self.settings.seed + self.probes.index(index),
+        )  # fmt: skip
+        return self.aside.begin(made)
 
     def noises(self) -> list[dict[str, Gaps]]:
         """Of each probe, of both sides' dtypes. Nothing is under way then."""
