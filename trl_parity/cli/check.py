@@ -68,7 +68,7 @@ def _check(options: argparse.Namespace) -> int:
     from ..preflight.check.left import TimeLeft
     from ..preflight.check.report import as_json, print_table, with_commands, write
     from ..preflight.check.rows import EXIT_CODES, Limits
-    from ..preflight.check.settings import CheckSettings
+    from ..preflight.check.settings import STAGES, CheckSettings
 
     given = read_engine_config(options.config)
     over = {name.replace("-", "_"): value for name, value in settings(options.set, "dtype=float32").items()}
@@ -77,7 +77,8 @@ def _check(options: argparse.Namespace) -> int:
     directory = Path(options.output) if options.output else None
     limits = fields.from_arguments(Limits, options)
     check = fields.from_arguments(CheckSettings, options, engine_args=args, limits=limits)
-    left = TimeLeft(check.model, () if check.baseline else ("baseline",))
+    without = [name for name, (group, _) in STAGES.items() if group in check.skip]
+    left = TimeLeft(check.model, [*without, *([] if check.baseline else ["baseline"])])
     with progress_bar("starting", logged=True) as update, redirect_stdout(sys.stderr):  # stdout is the report's alone
 
         def tell(what: str, done: int, of: int) -> None:

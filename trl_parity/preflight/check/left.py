@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 __all__ = ["TimeLeft"]
@@ -31,7 +32,7 @@ class TimeLeft:
     Until one was timed, an engine's start and a trial are guessed from the size of the model's files.
     """
 
-    def __init__(self, model: str, without: tuple[str, ...] = ()):
+    def __init__(self, model: str, without: Sequence[str] = ()):
         """``without``: stages that are not run."""
         folder = Path(model)
         size = sum(f.stat().st_size for f in folder.iterdir() if f.is_file()) if folder.is_dir() else 5e8
