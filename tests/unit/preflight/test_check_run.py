@@ -98,7 +98,7 @@ def test_all_trials_are_run_where_told_and_begin_alike(checked):
     assert {id: verdict for id, (verdict, _) in ours.items()} == {id: verdict for id, (verdict, _) in theirs.items()}
 
 
-@pytest.mark.parametrize("killed_at", [5, 15])
+@pytest.mark.parametrize("killed_at", [5, 12])
 def test_a_killed_check_ends_where_one_that_was_not_does(checked, tmp_path, killed_at):
     class Killed(BaseException):
         pass
@@ -115,4 +115,6 @@ def test_a_killed_check_ends_where_one_that_was_not_does(checked, tmp_path, kill
     assert [t.mean_kl for t in again.trials] == pytest.approx([t.mean_kl for t in whole.trials], abs=1e-12)
     for ours, theirs in zip(again.rows, whole.rows, strict=True):
         assert (ours.id, ours.verdict) == (theirs.id, theirs.verdict)
-        assert ours.floor == pytest.approx(theirs.floor, rel=1e-6, nan_ok=True)
+        assert (ours.floor is None) == (theirs.floor is None)
+        if theirs.floor is not None:
+            assert ours.floor == pytest.approx(theirs.floor, rel=1e-6, nan_ok=True)
