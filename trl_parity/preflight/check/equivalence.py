@@ -165,7 +165,7 @@ def mechanism_rows(
         _weights(drift, what_if, held, held_error, held_needed),
         _config(drift, what_if, config_differs),
         _scale(drift),
-        _positions(drift),
+        _positions(drift, bool(config_differs)),
     ]
     blamed = [row.id for row in rows if row.verdict is RowVerdict.FAIL and row.id != "dtype"]
     return [*rows, _model(drift, blamed)]
@@ -272,7 +272,16 @@ def _scale(drift: Drift) -> Row:
     )  # fmt: skip
 
 
-def _positions(drift: Drift) -> Row:
+_SAME_CONFIG = "the same rope_parameters, sliding window and attention scale on both sides"
+
+_ONE_CONFIG = (
+    "no setting: both sides have one config, and the two implementations read it otherwise (a window with or without "
+    "the query's own key, a bias added twice; or a patch of one). `trl-parity atlas` shows it on a tiny model; another "
+    "attn_implementation, or other versions of vLLM or transformers"
+)
+
+
+def _positions(drift: Drift, configs_differ: bool) -> Row:
     """Of mean Δ² / 2 by context length: whether drift spares the tokens that see one token only."""
     floor = drift.floors.engine.positions
     found = {key: sums.half_square for key, sums in sorted(drift.gaps.positions.items()) if sums.count + sums.bad}
@@ -300,7 +309,7 @@ def _positions(drift: Drift) -> Row:
     return Row(
         verdict=RowVerdict.FAIL if fails else RowVerdict.PASS, statistic="Δ²/2 of the worst length, nats",
         value=found[later], floor=noise.get(later), worst=max(v for v in found.values()), evidence=words,
-        fix="the same rope_parameters, sliding window and attention scale on both sides" if fails else "", **row,
+        fix=_SAME_CONFIG if fails and configs_differ else _ONE_CONFIG if fails else "", **row,
     )  # fmt: skip
 
 
