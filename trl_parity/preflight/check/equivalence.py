@@ -276,8 +276,8 @@ _SAME_CONFIG = "the same rope_parameters, sliding window and attention scale on 
 
 _ONE_CONFIG = (
     "no setting: both sides have one config, and the two implementations read it otherwise (a window with or without "
-    "the query's own key, a bias added twice; or a patch of one). `trl-parity atlas` shows it on a tiny model; another "
-    "attn_implementation, or other versions of vLLM or transformers"
+    "the query's own key, a bias added twice; or a patch of one). `trl-parity atlas` shows it on a tiny model; "
+    "another attn_implementation, or other versions of vLLM or transformers"
 )
 
 
