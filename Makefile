@@ -54,10 +54,9 @@ $(ZERO)/.installed: requirements-deepspeed.lock $(VENV)/.installed
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" accelerate launch --cpu --num_processes 1 recipes/grpo/train.py --config configs/grpo_tiny_cpu.yaml
 
-# one engine serves a file: it stays in one process; the longest first (tests/conftest.py); three on two cores, as
-# engines and servers that start are waited for
+# one engine serves a file: it stays in one process; the longest first (tests/conftest.py)
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # no engine, no vLLM, no children that import torch: under a minute, for every save
 test-fast: setup
