@@ -7,8 +7,8 @@ import pytest
 from trl_parity.cli import COMMANDS, main
 
 WORDS = {
-    "check": ["--model", "m"], "atlas": [], "baseline": ["--model", "m", "--output", "o"], "engine": ["rl"], "lint": ["c.yaml"],
-    "pilot": ["--output", "o"], "watch": ["runs"], "report": ["runs"], "compare": ["a", "b"], "replay": ["runs"],
+    "check": ["--model", "m"], "atlas": [], "baseline": ["--model", "m", "--output", "o"], "engine": ["rl"],
+    "lint": ["c.yaml"], "pilot": ["--output", "o"], "watch": ["runs"], "report": ["runs"], "compare": ["a", "b"], "replay": ["runs"],
     "panels": ["--project", "p"], "drill": ["--list"],
 }  # fmt: skip
 
