@@ -8,8 +8,8 @@ from trl_parity.cli import COMMANDS, main
 
 WORDS = {
     "check": ["--model", "m"], "atlas": [], "baseline": ["--model", "m", "--output", "o"], "engine": ["rl"],
-    "lint": ["c.yaml"], "pilot": ["--output", "o"], "watch": ["runs"], "report": ["runs"], "compare": ["a", "b"], "replay": ["runs"],
-    "panels": ["--project", "p"], "drill": ["--list"],
+    "lint": ["c.yaml"], "pilot": ["--output", "o"], "watch": ["runs"], "report": ["runs"], "compare": ["a", "b"],
+    "replay": ["runs"], "panels": ["--project", "p"], "drill": ["--list"],
 }  # fmt: skip
 
 
