@@ -81,8 +81,8 @@ def diagnose(
         "residual": drift, "floor": batch.floor, "tokens": int(sums[:, 1].sum()), "sequences": len(sums),
     }  # fmt: skip
     if drift <= batch.floor or not len(sums):
-        found = runner.agreement()
-        return agreed(step, found, details | {"seconds": runner.seconds}, unseen_law(batch.rollout, batch.engine))
+        found, unseen = runner.agreement()
+        return agreed(step, found, details | {"seconds": runner.seconds}, unseen)
     explained = _Explained()
     evidence: list[Evidence] = []
     for turn in range(_ROUNDS):
@@ -126,9 +126,16 @@ class _ProbeRunner:
         rows = self._gather({"sums": sums.tolist()})
         return torch.tensor([s for row in rows for s in row["sums"]], dtype=torch.float64).reshape(-1, 2)
 
-    def agreement(self) -> list[list[float]]:
-        """What each rank's batch tells of a run whose two sides agree."""
-        return [row["counts"] for row in self._gather({"counts": counts(self._batch.rollout)})]
+    def agreement(self) -> tuple[list[list[float]], tuple[str, str]]:
+        """What each rank's batch tells of a run whose two sides agree: ``counts``; ``unseen_law``, of any rank."""
+        unseen = ("", "")
+        try:
+            unseen = unseen_law(self._batch.rollout, self._batch.engine)
+        except Exception as e:  # a server that is gone, on the rank that talks to it: the others do not wait
+            logger.debug("the engine's settings could not be read: %s", e)
+        rows = self._gather({"counts": counts(self._batch.rollout), "unseen": unseen})
+        cause, words = next((row["unseen"] for row in rows if row["unseen"][0]), unseen)
+        return [row["counts"] for row in rows], (cause, words)
 
     def run(self, current: Counterfactual, turn: int) -> list[Result]:
         """Probes cheapest first, until one explains enough for sure. ``turn``: causes that are explained already."""

@@ -242,7 +242,7 @@ def _uncollected() -> Iterator[None]:
     call once the engine is gone does as well.
     """
     collect = gc.collect
-    gc.collect = lambda *_: 0
+    gc.collect = lambda *_, **__: 0
     try:
         yield
     finally:

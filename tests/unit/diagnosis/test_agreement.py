@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from trl_parity.diagnosis import diagnose
 from trl_parity.diagnosis.agreement import agreed, counts, unseen_law
 from trl_parity.records import SamplingSettings
 
@@ -65,3 +66,19 @@ def test_what_raw_log_probs_know_nothing_of_is_named_by_the_requests(asked, mode
     assert told.cause == cause
     assert "one policy" not in told.summary
     assert unseen_law(rollout, None) == ("", "")
+
+
+def gone():
+    raise ConnectionError("the server is gone")
+
+
+@pytest.mark.parametrize("engine", [None, SimpleNamespace(settings=gone)])
+def test_a_rank_that_knows_no_engine_says_what_the_others_say(monkeypatch, engine):
+    other = {"counts": [0] * 6, "unseen": ["penalties", "words"]}
+    monkeypatch.setattr(diagnose, "gather_rows", lambda rows: [*rows, other])
+    rollout = batch(None)
+    rollout.sampling = SamplingSettings(repetition_penalty=1.3)
+    runner = diagnose._ProbeRunner(SimpleNamespace(rollout=rollout, engine=engine), (), None, 2)
+    rows, unseen = runner.agreement()
+    assert len(rows) == 2
+    assert agreed(7, rows, DETAILS, unseen).cause == "penalties"
