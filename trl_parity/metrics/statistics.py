@@ -203,6 +203,8 @@ def _add_k3(sums: torch.Tensor, new: torch.Tensor, old: torch.Tensor, mask: torc
     sums += _stacked(valid, k3, *([delta.abs()] if len(sums) == 3 else [])).sum((1, 2)).to(sums.device)
 
 
+_OF_TEACHER = {"mass_max": "mass", "temperature_gap": "temperature_gap"}
+
 # scalars that are one sum over another
 _SHARES = {
     "nonfinite_rate": ("nonfinite", "compared"),
@@ -236,6 +238,10 @@ _SHARES = {
     "reference/start_kl_k3": ("reference_k3", "reference_tokens"),
     "reference/base_moved": ("frozen_moved", "frozen_size"),
     "reference/merged": ("merged_layers", "adapter_layers"),
+    "teacher/logprob": ("teacher_logprob", "teacher_known"),
+    "teacher/missing": ("teacher_missing", "teacher_tokens"),
+    "teacher/mass": ("teacher_mass", "teacher_places"),
+    "teacher/foreign": ("teacher_foreign", "teacher_ids"),
     "engine/prefix_cache_hit_rate": ("cached_tokens", "looked_up_tokens"),
 }
 
@@ -254,6 +260,8 @@ def compute(sums: MismatchSums) -> MismatchStats:
         values["engine/kv_cache_usage"] = maxima["kv_cache_usage"]
     if s["requests"]:
         values["temperature/gap"] = maxima["temperature_gap"]
+    if s["teacher_tokens"]:
+        values |= {f"teacher/{name}": maxima[f"teacher_{part}"] for name, part in _OF_TEACHER.items()}
     if s["tokens"] > 0:
         parts = sums.parts()
         histogram, moments = parts["histogram"], parts["added"][:9].reshape(3, 3).tolist()
