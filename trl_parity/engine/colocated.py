@@ -15,6 +15,7 @@ import torch
 from ..scoring.dtypes import dtype_name
 from ..scoring.perturb import own_random_numbers
 from .base import Capability
+from .pictures import Pictured
 from .routing import Routed, recorded
 
 __all__ = ["ColocatedEngine", "engine_of"]
@@ -184,9 +185,16 @@ class ColocatedEngine:
         return SamplingParams(max_tokens=1, detokenize=False, **settings)
 
     def _ask(self, sequences: Sequence[Sequence[int]], params: Any, salt: str | None) -> Any:
-        prompts: Any = [{"prompt_token_ids": list(ids)} | ({"cache_salt": salt} if salt else {}) for ids in sequences]
+        prompts: Any = [_prompt(ids) | ({"cache_salt": salt} if salt else {}) for ids in sequences]
         with own_random_numbers():
-            return self.llm.generate(prompts, sampling_params=params, use_tqdm=False)
+            outputs = self.llm.generate(prompts, sampling_params=params, use_tqdm=False)
+        for ids, output in zip(sequences, outputs, strict=True):
+            if isinstance(ids, Pictured) and list(output.prompt_token_ids) != ids:
+                raise RuntimeError(
+                    f"with a prompt's pictures the engine read {len(output.prompt_token_ids)} ids. Expected the "
+                    f"{len(ids)} it was asked for"
+                )
+        return outputs
 
     def _salt(self) -> str:
         """A name under which nothing was cached yet: the weights may have changed since the last."""
@@ -194,6 +202,10 @@ class ColocatedEngine:
 
 
 _salts = itertools.count()
+
+
+def _prompt(ids: Sequence[int]) -> dict[str, Any]:
+    return ids.pictures.request(ids) if isinstance(ids, Pictured) else {"prompt_token_ids": list(ids)}
 
 
 def engine_of(generation: Any) -> ColocatedEngine | None:
