@@ -173,7 +173,7 @@ def context(batch: DiagnosedBatch, current: Counterfactual, findings: Findings) 
 
 
 def _on_ours(batch: DiagnosedBatch, current: Counterfactual, at: int, words: str) -> Candidate:
-    """The engine is asked on the trainer's prompts: a model takes no more image tokens than its pictures have features.
+    """The engine is asked on the trainer's prompts: a model takes as many image tokens as there are features.
 
     ``at``: a row whose prompt is another to the engine.
     """
