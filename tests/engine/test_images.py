@@ -2,8 +2,10 @@
 
 import pytest
 from support.callbacks import Recorder, lose_sync, statuses
-from support.pictures import FAMILIES, digits_said, one_token_a_picture, picture_prompts, without_videos
+from support.pictures import FAMILIES, digits_said, picture_prompts, without_videos
 from support.trainers import grpo_args, shared_engine
+
+from trl_parity.trainers.pictures import expand_pictures_once
 
 pytestmark = pytest.mark.engine
 
@@ -13,22 +15,18 @@ def make_trainer(request, tmp_path_factory):
     """Trainers that share one engine; each run syncs its weights first."""
     import trl
 
-    def make(output_dir, *callbacks, kind="GRPO", pictures=True, **args):
-        return getattr(trl, f"{kind}Trainer")(
+    def make(output_dir, *callbacks, kind="GRPO", pictures=True, once=True, **args):
+        trainer = getattr(trl, f"{kind}Trainer")(
             model=str(directory), args=grpo_args(output_dir, config=f"{kind}Config", **args),
             reward_funcs=digits_said, train_dataset=picture_prompts(pictures), callbacks=list(callbacks),
         )  # fmt: skip
+        if once:
+            expand_pictures_once(trainer)
+        return trainer
 
     with without_videos(), shared_engine(limit_mm_per_prompt={"image": 1, "video": 0}):
         directory = FAMILIES[request.param](tmp_path_factory.mktemp(request.param))
         yield make
-
-
-@pytest.fixture
-def once():
-    """Pictures' tokens are put into prompts once."""
-    with one_token_a_picture():
-        yield
 
 
 def hotter(trainer, monkeypatch):
@@ -44,7 +42,7 @@ def hotter(trainer, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
-def test_a_clean_run_is_ok_with_the_engine_asked_on_its_pictures(make_trainer, once, tmp_path, kind):
+def test_a_clean_run_is_ok_with_the_engine_asked_on_its_pictures(make_trainer, tmp_path, kind):
     callback = Recorder()
     rate = {"learning_rate": 1e-4} if kind == "RLOO" else {}
     trainer = make_trainer(tmp_path, callback, kind=kind, **rate)
@@ -57,7 +55,7 @@ def test_a_clean_run_is_ok_with_the_engine_asked_on_its_pictures(make_trainer, o
 
 
 @pytest.mark.parametrize("cause", ["stale_weights", "temperature"])
-def test_a_fault_is_halted_and_named(make_trainer, once, tmp_path, monkeypatch, cause):
+def test_a_fault_is_halted_and_named(make_trainer, tmp_path, monkeypatch, cause):
     callback = Recorder()
     trainer = make_trainer(tmp_path, callback, max_steps=10, learning_rate=5e-3)
     lose_sync(monkeypatch) if cause == "stale_weights" else hotter(trainer, monkeypatch)
@@ -82,8 +80,8 @@ def test_text_alone_is_measured_and_a_lost_sync_named_on_such_a_model(make_train
 
 def test_tokens_of_pictures_put_in_twice_are_halted_and_named(make_trainer, tmp_path):
     callback = Recorder()
-    trainer = make_trainer(tmp_path, callback)  # as TRL 1.16 hands prompts over
+    trainer = make_trainer(tmp_path, callback, once=False)  # as TRL 1.16 hands prompts over
     trainer.train()
     assert statuses(callback)[-1] == "HALT"
     assert callback.diagnosis.cause == "token_misalignment"
-    assert "one token a picture" in callback.diagnosis.fix
+    assert "expand_pictures_once" in callback.diagnosis.fix

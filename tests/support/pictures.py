@@ -50,26 +50,30 @@ def save_tiny_qwen(directory: Path) -> Path:
     return _save(directory, Qwen2_5_VLForConditionalGeneration, config, ids)
 
 
-def save_tiny_llava(directory: Path) -> Path:
-    """A random LLaVA: four tokens a picture, whatever its size; its tower's last layer is not looked at, as theirs."""
-    from transformers import CLIPImageProcessorPil, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+def save_tiny_idefics(directory: Path) -> Path:
+    """A random Idefics3: pictures padded to one size and masked, four tokens each between two that mark them."""
+    from transformers import (
+        Idefics3Config,
+        Idefics3ForConditionalGeneration,
+        Idefics3ImageProcessorPil,
+        Idefics3Processor,
+    )
 
-    tokenizer, ids = _tokenizer(directory, ("<image>",))
-    pixels = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    LlavaProcessor(
-        pixels, tokenizer, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
-        chat_template=TEMPLATE.replace("IMAGE", "<image>"),
-    ).save_pretrained(directory)  # fmt: skip
-    config = LlavaConfig(
+    names = ("<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>")
+    tokenizer, ids = _tokenizer(directory, names)
+    edge = {"longest_edge": 56}
+    pixels = Idefics3ImageProcessorPil(size=edge, max_image_size=edge, do_image_splitting=False)
+    template = TEMPLATE.replace("IMAGE", "<image>")
+    Idefics3Processor(pixels, tokenizer, image_seq_len=4, chat_template=template).save_pretrained(directory)
+    config = Idefics3Config(
         text_config=TEXT | {"model_type": "llama", "vocab_size": len(tokenizer), "head_dim": 32},
-        vision_config=VISION | {"model_type": "clip_vision_model", "num_hidden_layers": 3, "num_attention_heads": 2,
-                                "image_size": 28, "patch_size": 14, "projection_dim": 64},
-        image_token_index=ids[0], image_seq_length=4, eos_token_id=1, pad_token_id=0,
+        vision_config=VISION | {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56, "patch_size": 14},
+        image_token_id=ids[0], eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
-    return _save(directory, LlavaForConditionalGeneration, config, ids)
+    return _save(directory, Idefics3ForConditionalGeneration, config, ids)
 
 
-FAMILIES = {"qwen2_5_vl": save_tiny_qwen, "llava": save_tiny_llava}
+FAMILIES = {"qwen2_5_vl": save_tiny_qwen, "idefics3": save_tiny_idefics}
 
 
 def _tokenizer(directory: Path, names: tuple[str, ...]) -> tuple[Any, list[int]]:
@@ -88,13 +92,14 @@ def _save(directory: Path, kind: type[Any], config: Any, never: list[int]) -> Pa
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         model = kind(config)
-        text = model.model.language_model
-        text.embed_tokens.weight.normal_()
-        text.embed_tokens.weight[:, 0] = 1.0
-        for layer in text.layers:
+        embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        embeddings.normal_()
+        embeddings[:, 0] = 1.0
+        for layer in (
+            model.model.text_model if hasattr(model.model, "text_model") else model.model.language_model
+        ).layers:
             layer.self_attn.o_proj.weight[0] = 0.0
             layer.mlp.down_proj.weight[0] = 0.0
-        head = model.get_output_embeddings().weight
         head.normal_(std=0.25)
         head[never] = 0.0
         head[never, 0] = -60.0
@@ -116,27 +121,6 @@ def without_videos():
             del Qwen2_5_VLProcessor.get_attributes
         else:
             Qwen2_5_VLProcessor.get_attributes = real
-
-
-@contextmanager
-def one_token_a_picture():
-    """TRL 1.16 hands a colocated engine prompts that its processor has put the pictures' tokens into (trl#6294)."""
-    from trl.generation.vllm_generation import VLLMGeneration
-
-    generate = VLLMGeneration.generate
-
-    def as_vllm_wants(self, prompts, images, *args, **kwargs):
-        if images and self.mode == "colocate":
-            token = self.processing_class.image_token_id
-            prompts = [[t for t, last in zip(ids, [None, *ids], strict=False) if t != token or last != token]
-                       for ids in prompts]  # fmt: skip
-        return generate(self, prompts, images, *args, **kwargs)
-
-    VLLMGeneration.generate = as_vllm_wants
-    try:
-        yield
-    finally:
-        VLLMGeneration.generate = generate
 
 
 def picture_prompts(pictures: bool = True, n: int = 64) -> Any:

@@ -185,8 +185,8 @@ def _on_ours(batch: DiagnosedBatch, current: Counterfactual, at: int, words: str
 
 
 _EXPANDED_TWICE = (
-    "TRL's processor had put in each picture's tokens, and vLLM put them in once more (huggingface/trl#6294): hand "
-    "VLLMGeneration.generate one token a picture (docs/trainers.md shows how), or use vllm_mode='server'."
+    "TRL's processor had put in each picture's tokens, and vLLM put them in once more (huggingface/trl#6294): before "
+    "trainer.train(), trl_parity.trainers.pictures.expand_pictures_once(trainer)."
 )
 
 
