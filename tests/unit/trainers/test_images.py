@@ -11,9 +11,11 @@ from accelerate.utils import DistributedType
 from trl_parity.diagnosis.forward_passes import ForwardPass, ForwardPasses
 from trl_parity.engine.base import Capability
 from trl_parity.engine.pictures import Pictures
+from trl_parity.errors import InterceptionError
 from trl_parity.records import SamplingSettings
 from trl_parity.trainers.capture import MeasurementSettings
 from trl_parity.trainers.grpo import GRPOCapture
+from trl_parity.trainers.pictures import expand_pictures_once
 from trl_parity.trainers.row_keys import picture_key, prompt_keys, row_keys
 
 pytestmark = pytest.mark.slow_unit
@@ -153,6 +155,29 @@ def test_pictures_are_handed_over_again_as_the_request_had_them():
         assert pictures.request(ours)["prompt_token_ids"] == [5, 6, IMAGE, 7, 8]
         with pytest.raises(ValueError, match="3 tokens to the engine, which are not in these 3 ids"):
             pictures.request([5, IMAGE, IMAGE])
+
+
+def test_prompts_with_pictures_tokens_in_them_reach_a_colocated_engine_without():
+    def render(prompts, skip_mm_cache):  # vLLM puts three in for the first that stands there
+        ids = prompts[0]["prompt_token_ids"]
+        at = ids.index(IMAGE)
+        place = SimpleNamespace(offset=at, length=3)
+        return [{"prompt_token_ids": ids[:at] + [IMAGE] * 3 + ids[at + 1 :], "mm_placeholders": {"image": [place]}}]
+
+    seen = []
+    generation = SimpleNamespace(
+        mode="colocate", llm=SimpleNamespace(renderer=SimpleNamespace(render_cmpl=render)),
+        generate=lambda prompts, images, num_generations: seen.append(prompts),
+    )  # fmt: skip
+    expand_pictures_once(SimpleNamespace(vllm_generation=generation))
+    long, short = [5, IMAGE, IMAGE, IMAGE, 7], [5, IMAGE, 7]
+    generation.generate(prompts=[long, [5, 7], short], images=[["it"], None, ["it"]], num_generations=1)
+    generation.generate(prompts=[long], images=None, num_generations=1)
+    generation.mode = "server"
+    generation.generate([long], [["it"]], num_generations=1)
+    assert seen == [[short, [5, 7], short], [long], [long]]
+    with pytest.raises(InterceptionError, match="has no vLLM engine"):
+        expand_pictures_once(SimpleNamespace(vllm_generation=None))
 
 
 def test_the_same_text_with_another_picture_is_another_prompt():
