@@ -36,6 +36,8 @@ _IMAGES = (
     "mm_token_type_ids", "image_position_ids", "num_images", "num_tiles",
 )  # fmt: skip
 
+_BY_TOKEN = "token_type_ids"  # of these, the two that have a column for each token
+
 _GENERATION = (
     "mode", "logprobs", "generation_kwargs", "structured_outputs_regex", "temperature", "top_k", "top_p", "min_p",
     "repetition_penalty", "tensor_parallel_size", "enable_sleep_mode",
@@ -301,27 +303,23 @@ class GRPOCapture(Capture):
         # DDP's own forward may sync buffers over ranks, and ranks may run different passes here
         model = trainer.model if self.sharded else self.policy
         with torch.no_grad(), disable_gradient_checkpointing(trainer.model, args.gradient_checkpointing_kwargs):
-            return score(model, ids, attention, keep, batch_size=size, **images)[0]
+            if 0 not in images.get("num_images", ()):
+                return score(model, ids, attention, keep, batch_size=size, **images)[0]
+            parts = torch.arange(len(ids)).split(
+                size
+            )  # TRL's own parts may be without a picture, which no model takes
+            return torch.cat(
+                [score(model, ids[at], attention[at], keep, **_of_rows(images, at.tolist()))[0] for at in parts]
+            )
 
     def image_inputs(self, rows: torch.Tensor, width: int, keep: int) -> dict[str, Any]:
-        """The trainer's arguments for the pictures in the prompts of these rows; empty: there are none.
-
-        TRL's tensors lie picture by picture, patch by patch or row by row, as its model has them: its own functions
-        take them apart and put them together.
-        """
+        """The trainer's arguments for pictures in these rows' prompts; empty: there are none."""
         if "pixel_values" not in self.output:
             return {}
-        from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
-
-        at, end = rows.tolist(), self.output["prompt_ids"].shape[1] + keep
         given = {name: self.output[name] for name in _IMAGES if self.output.get(name) is not None}
-        for name, value in split_pixel_values_by_grid(given).items():
-            given[name] = [value[i] for i in at] if isinstance(value, list) else value[rows]
-            if name.endswith("token_type_ids"):
-                given[name] = given[name][:, end - width : end]
-        if not any(given.get("num_images", at)):  # a model takes no empty pixels
-            return {name: value for name, value in given.items() if name.endswith("token_type_ids")}
-        return dict(unsplit_pixel_values_by_grid(given))
+        end = self.output["prompt_ids"].shape[1] + keep
+        kinds = {name: value[:, end - width : end] for name, value in given.items() if name.endswith(_BY_TOKEN)}
+        return _of_rows(given | kinds, rows.tolist())
 
     def _image_keys(self) -> torch.Tensor | None:
         """(B,) of the rollout batch."""
@@ -333,6 +331,23 @@ class GRPOCapture(Capture):
         counts = self.output.get("num_images") or [1] * len(pixels)
         none = torch.zeros((), dtype=torch.int64, device=self.output["prompt_ids"].device)
         return torch.stack([picture_key(some) if n else none for some, n in zip(pixels, counts, strict=True)])
+
+
+def _of_rows(given: dict[str, Any], at: list[int]) -> dict[str, Any]:
+    """TRL's arguments for pictures, of some rows.
+
+    Its tensors lie picture by picture, patch by patch or row by row, as the model has them: its own functions take
+    them apart and put them together.
+    """
+    from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
+
+    rows = {
+        name: [value[i] for i in at] if isinstance(value, list) else value[at]
+        for name, value in split_pixel_values_by_grid(given).items()
+    }
+    if not any(rows.get("num_images", at)):
+        return {name: value for name, value in rows.items() if name.endswith(_BY_TOKEN)}
+    return dict(unsplit_pixel_values_by_grid(rows))
 
 
 def _without_pixels(prompt: Any) -> Any:
