@@ -2,7 +2,7 @@
 
 import pytest
 from support.callbacks import Recorder, lose_sync, statuses
-from support.pictures import FAMILIES, digits_said, picture_prompts, without_videos
+from support.pictures import FAMILIES, digits_said, picture_prompts, without_torchvision
 from support.trainers import grpo_args, shared_engine
 
 from trl_parity.trainers.pictures import expand_pictures_once
@@ -24,7 +24,7 @@ def make_trainer(request, tmp_path_factory):
             expand_pictures_once(trainer)
         return trainer
 
-    with without_videos(), shared_engine(limit_mm_per_prompt={"image": 1, "video": 0}):
+    with without_torchvision(), shared_engine(limit_mm_per_prompt={"image": 1, "video": 0}):
         directory = FAMILIES[request.param](tmp_path_factory.mktemp(request.param))
         yield make
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from .models import save_tokenizer
 
@@ -108,19 +111,23 @@ def _save(directory: Path, kind: type[Any], config: Any, never: list[int]) -> Pa
 
 
 @contextmanager
-def without_videos():
-    """Processors have no part for videos inside, which torchvision would be needed for."""
-    from transformers import Qwen2_5_VLProcessor
+def without_torchvision():
+    """Qwen's processors have no part for videos inside, and vLLM's model finds the one function it wants elsewhere.
 
-    real = Qwen2_5_VLProcessor.__dict__.get("get_attributes")
-    Qwen2_5_VLProcessor.get_attributes = classmethod(lambda cls: ["image_processor", "tokenizer"])
-    try:
+    Where torchvision is not installed: transformers has another module for it, in the name of Pillow.
+    """
+    from transformers import Qwen2_5_VLProcessor
+    from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl
+    from vllm.model_executor.models import registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        parts = classmethod(lambda cls: ["image_processor", "tokenizer"])
+        patch.setattr(Qwen2_5_VLProcessor, "get_attributes", parts)
+        patch.setitem(
+            sys.modules, image_processing_pil_qwen2_vl.__name__.replace("_pil", ""), image_processing_pil_qwen2_vl
+        )
+        patch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())  # a child would look for it anew
         yield
-    finally:
-        if real is None:
-            del Qwen2_5_VLProcessor.get_attributes
-        else:
-            Qwen2_5_VLProcessor.get_attributes = real
 
 
 def picture_prompts(pictures: bool = True, n: int = 64) -> Any:
