@@ -55,12 +55,8 @@ def save_tiny_qwen(directory: Path) -> Path:
 
 def save_tiny_idefics(directory: Path) -> Path:
     """A random Idefics3: pictures padded to one size and masked, four tokens each between two that mark them."""
-    from transformers import (
-        Idefics3Config,
-        Idefics3ForConditionalGeneration,
-        Idefics3ImageProcessorPil,
-        Idefics3Processor,
-    )
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
     names = ("<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>")
     tokenizer, ids = _tokenizer(directory, names)
@@ -112,21 +108,23 @@ def _save(directory: Path, kind: type[Any], config: Any, never: list[int]) -> Pa
 
 @contextmanager
 def without_torchvision():
-    """Qwen's processors have no part for videos inside, and vLLM's model finds the one function it wants elsewhere.
+    """Inside, what these models need is found without torchvision, which is not installed.
 
-    Where torchvision is not installed: transformers has another module for it, in the name of Pillow.
+    Qwen's processor goes without its part for videos, and vLLM's model gets the one function it wants from the module
+    that transformers has for Pillow. That of Idefics3 is taken for one that needs torchvision: its comments name it.
     """
     from transformers import Qwen2_5_VLProcessor
-    from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl
+    from transformers.models import idefics3
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+    from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as pillow
     from vllm.model_executor.models import registry
 
     with pytest.MonkeyPatch.context() as patch:
         parts = classmethod(lambda cls: ["image_processor", "tokenizer"])
         patch.setattr(Qwen2_5_VLProcessor, "get_attributes", parts)
-        patch.setitem(
-            sys.modules, image_processing_pil_qwen2_vl.__name__.replace("_pil", ""), image_processing_pil_qwen2_vl
-        )
+        patch.setitem(sys.modules, pillow.__name__.replace("_pil", ""), pillow)
         patch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())  # a child would look for it anew
+        patch.setattr(idefics3, "Idefics3ImageProcessorPil", Idefics3ImageProcessorPil)
         yield
 
 
