@@ -10,7 +10,7 @@ from trl_parity.trainers.pictures import expand_pictures_once
 pytestmark = pytest.mark.engine
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=FAMILIES, ids=["qwen2_5_vl-GRPO", "idefics3-qwen-GRPO"])
 def make_trainer(request, tmp_path_factory):
     """Trainers that share one engine; each run syncs its weights first."""
     import trl
@@ -62,7 +62,7 @@ def test_a_fault_is_halted_and_named(make_trainer, tmp_path, monkeypatch, cause)
     trainer.train()
     assert statuses(callback)[-1] == "HALT"
     assert len(callback.verdicts) <= 6
-    assert callback.diagnosis.cause == cause
+    assert callback.diagnosis.cause == cause, callback.diagnosis.summary
     assert callback.diagnosis.explained > 0.8
     failed = [e for e in callback.diagnosis.evidence if e.error and not e.error.startswith("not possible")]
     assert not failed
@@ -75,7 +75,7 @@ def test_text_alone_is_measured_and_a_lost_sync_named_on_such_a_model(make_train
     trainer.train()
     assert statuses(callback)[:3] == ["OK"] * 3
     assert statuses(callback)[-1] == "HALT"
-    assert callback.diagnosis.cause == "stale_weights"
+    assert callback.diagnosis.cause == "stale_weights", callback.diagnosis.summary
 
 
 def test_tokens_of_pictures_put_in_twice_are_halted_and_named(make_trainer, tmp_path):
@@ -83,5 +83,5 @@ def test_tokens_of_pictures_put_in_twice_are_halted_and_named(make_trainer, tmp_
     trainer = make_trainer(tmp_path, callback, once=False)  # as TRL 1.16 hands prompts over
     trainer.train()
     assert statuses(callback)[-1] == "HALT"
-    assert callback.diagnosis.cause == "token_misalignment"
+    assert callback.diagnosis.cause == "token_misalignment", callback.diagnosis.summary
     assert "expand_pictures_once" in callback.diagnosis.fix

@@ -179,8 +179,8 @@ def _on_ours(batch: DiagnosedBatch, current: Counterfactual, at: int, words: str
     """
     again = asked_again(batch, current, NOTHING)
     candidate = answered(batch, current, again, f"{words}; here it is asked on the trainer's prompts")
-    pictures = batch.capture.pictures
-    twice = pictures is not None and pictures[at] is not None and pictures[at].asked == _before(batch, at, 0)
+    given = None if batch.capture.pictures is None else batch.capture.pictures[at]
+    twice = given is not None and given.asked == _before(batch, at, 0)
     return replace(candidate, fix=_EXPANDED_TWICE if twice else "")
 
 
