@@ -7,10 +7,10 @@ from support.trainers import grpo_args, shared_engine
 
 from trl_parity.trainers.pictures import expand_pictures_once
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.skip(reason="whole runs with pictures have not been made yet")]
 
 
-@pytest.fixture(scope="module", params=FAMILIES, ids=["qwen2_5_vl-GRPO", "idefics3-qwen-GRPO"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def make_trainer(request, tmp_path_factory):
     """Trainers that share one engine; each run syncs its weights first."""
     import trl
