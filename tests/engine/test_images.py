@@ -5,9 +5,9 @@ from support.callbacks import Recorder, lose_sync, statuses
 from support.pictures import FAMILIES, digits_said, picture_prompts, without_torchvision
 from support.trainers import grpo_args, shared_engine
 
-from trl_parity.trainers.pictures import expand_pictures_once
+from trl_parity.trainers.pictures import encode_pictures_anew, expand_pictures_once
 
-pytestmark = [pytest.mark.engine, pytest.mark.skip(reason="whole runs with pictures have not been made yet")]
+pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -15,13 +15,16 @@ def make_trainer(request, tmp_path_factory):
     """Trainers that share one engine; each run syncs its weights first."""
     import trl
 
-    def make(output_dir, *callbacks, kind="GRPO", pictures=True, once=True, **args):
+    def make(output_dir, *callbacks, kind="GRPO", pictures=True, prompts=64, once=True, anew=True, **args):
         trainer = getattr(trl, f"{kind}Trainer")(
             model=str(directory), args=grpo_args(output_dir, config=f"{kind}Config", **args),
-            reward_funcs=digits_said, train_dataset=picture_prompts(pictures), callbacks=list(callbacks),
+            reward_funcs=digits_said, train_dataset=picture_prompts(pictures, prompts), callbacks=list(callbacks),
         )  # fmt: skip
+        trainer.vllm_generation.llm.llm_engine.reset_encoder_cache()  # an earlier run's
         if once:
             expand_pictures_once(trainer)
+        if anew:
+            encode_pictures_anew(trainer)
         return trainer
 
     with without_torchvision(), shared_engine(limit_mm_per_prompt={"image": 1, "video": 0}):
@@ -85,3 +88,13 @@ def test_tokens_of_pictures_put_in_twice_are_halted_and_named(make_trainer, tmp_
     assert statuses(callback)[-1] == "HALT"
     assert callback.diagnosis.cause == "token_misalignment", callback.diagnosis.summary
     assert "expand_pictures_once" in callback.diagnosis.fix
+
+
+def test_pictures_that_come_again_after_an_update_are_encoded_anew_or_halted_and_named(make_trainer, tmp_path):
+    for anew, last in (True, "OK"), (False, "HALT"):
+        callback = Recorder()
+        trainer = make_trainer(tmp_path / str(anew), callback, prompts=2, anew=anew, learning_rate=3e-3, max_steps=6)
+        trainer.train()
+        assert statuses(callback)[-1] == last
+    assert callback.diagnosis.cause == "stale_encoder_cache", callback.diagnosis.summary
+    assert "encode_pictures_anew" in callback.diagnosis.fix

@@ -45,9 +45,11 @@ class Pictures:
             longer += length - short
         return pieces
 
-    def request(self, ids: Sequence[int]) -> dict[str, Any]:
+    def request(self, ids: Sequence[int], name: str = "") -> dict[str, Any]:
         """What the engine has to be sent to read these ids, of a sequence whose prompt has the pictures.
 
+        ``name``: one under which the engine keeps no features of pictures yet, so that it computes theirs anew; "":
+        those are read that it keeps, as the run's requests read them.
         Raises ValueError where they have no place in it.
         """
         ids, out, start = list(ids), [], 0
@@ -60,7 +62,14 @@ class Pictures:
                 )
             out += ids[start:at] + short
             start = at + len(long)
-        return {**self._prompt, "prompt_token_ids": out + ids[start:]}
+        return {**self._prompt, "prompt_token_ids": out + ids[start:]} | (self._named(name) if name else {})
+
+    def _named(self, name: str) -> dict[str, Any]:
+        names = {
+            kind: [f"{name}-{id(self)}-{i}" for i in range(len(data) if isinstance(data, list) else 1)]
+            for kind, data in self._prompt["multi_modal_data"].items()
+        }
+        return {"multi_modal_uuids": names}
 
 
 class Pictured(list[int]):

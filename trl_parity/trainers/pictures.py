@@ -1,4 +1,5 @@
-"""Pictures in prompts that TRL hands a colocated engine. Written against TRL 1.16 (``VLLMGeneration.generate``)."""
+"""Pictures in prompts that TRL hands a colocated engine. Written against TRL 1.16 (``generate`` and
+``sync_weights`` of ``VLLMGeneration``)."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from ..engine.pictures import Pictures
 from ..errors import InterceptionError
 from .instrumentation import require_attributes
 
-__all__ = ["expand_pictures_once"]
+__all__ = ["encode_pictures_anew", "expand_pictures_once"]
 
 
 def expand_pictures_once(trainer: Any) -> None:
@@ -20,10 +21,7 @@ def expand_pictures_once(trainer: Any) -> None:
 
     Raises InterceptionError for a trainer without vLLM.
     """
-    generation = getattr(trainer, "vllm_generation", None)
-    if generation is None:
-        raise InterceptionError(f"{type(trainer).__name__} has no vLLM engine. Expected use_vllm=True.")
-    require_attributes(generation, ("mode", "generate"))
+    generation = _generation(trainer, "generate")
     generate = generation.generate
 
     def as_vllm_wants(prompts: Any, images: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -33,6 +31,38 @@ def expand_pictures_once(trainer: Any) -> None:
         return generate(prompts, images, *args, **kwargs)
 
     generation.generate = as_vllm_wants
+
+
+def encode_pictures_anew(trainer: Any) -> None:
+    """Have the trainer's colocated engine forget the features of pictures whenever it is given weights.
+
+    vLLM keeps them from request to request by what a picture shows (its encoder cache), and TRL's sync empties the
+    prefix cache alone: a picture that comes again is read with the vision tower of its first time. Call it before
+    ``trainer.train()``.
+
+    Raises InterceptionError for a trainer without vLLM, or with a server, which can't be told to forget.
+    """
+    generation = _generation(trainer, "sync_weights")
+    if generation.mode != "colocate":
+        raise InterceptionError(
+            f"vllm_mode is {generation.mode!r}. Expected 'colocate': TRL's server empties no encoder cache. Freeze the "
+            "vision tower."
+        )
+    sync = generation.sync_weights
+
+    def sync_weights(*args: Any, **kwargs: Any) -> None:
+        sync(*args, **kwargs)
+        generation.llm.llm_engine.reset_encoder_cache()
+
+    generation.sync_weights = sync_weights
+
+
+def _generation(trainer: Any, method: str) -> Any:
+    generation = getattr(trainer, "vllm_generation", None)
+    if generation is None:
+        raise InterceptionError(f"{type(trainer).__name__} has no vLLM engine. Expected use_vllm=True.")
+    require_attributes(generation, ("mode", method))
+    return generation
 
 
 def _short(llm: Any, ids: list[int], images: list[Any]) -> list[int]:

@@ -69,7 +69,7 @@ def _ask_again(
         raise NotPossible("no context fits the engine's max_model_len")
     contexts, targets = requests_for(batch, kept, prompts)
     cached, read = None, torch.zeros(1)
-    if engine.caches_prefixes:  # first, while the cache is as the run left it
+    if engine.caches_prefixes or batch.rollout.image_keys is not None:  # first, while the cache is as the run left it
         cached, read = engine.next_token(contexts, targets, batch.temperature, cached=True)
     anew, _ = engine.next_token(contexts, targets, batch.temperature, cached=False)
     return AskedAgain(
