@@ -279,7 +279,7 @@ def test_features_of_pictures_from_older_weights_are_told_from_older_keys_and_va
     candidate, found = rescore.prefix_cache(batch, batch.start, NOTHING)
     assert candidate.cause == "stale_encoder_cache"
     assert "read from features of pictures that it keeps" in candidate.finding
-    torch.testing.assert_close(found.asked_again.as_sampled.float(), batch.start.reported[found.asked_again.picked])
+    torch.testing.assert_close(found.asked_again.as_sampled, batch.start.reported[found.asked_again.picked])
 
 
 @pytest.mark.parametrize("matters", [False, True])

@@ -15,7 +15,7 @@ from trl_parity.errors import InterceptionError
 from trl_parity.records import SamplingSettings
 from trl_parity.trainers.capture import MeasurementSettings
 from trl_parity.trainers.grpo import GRPOCapture
-from trl_parity.trainers.pictures import expand_pictures_once
+from trl_parity.trainers.pictures import encode_pictures_anew, expand_pictures_once
 from trl_parity.trainers.row_keys import picture_key, prompt_keys, row_keys
 
 pytestmark = pytest.mark.slow_unit
@@ -153,6 +153,8 @@ def test_pictures_are_handed_over_again_as_the_request_had_them():
         assert pictures.request([*read, 8]) == {"prompt_token_ids": [*asked, 8], "multi_modal_data": {"image": "it"}}
         ours = [5, 6, IMAGE, IMAGE, IMAGE, 7, 8]
         assert pictures.request(ours)["prompt_token_ids"] == [5, 6, IMAGE, 7, 8]
+        [named] = pictures.request(ours, "anew")["multi_modal_uuids"]["image"]
+        assert named.startswith("anew-")
         with pytest.raises(ValueError, match="3 tokens to the engine, which are not in these 3 ids"):
             pictures.request([5, IMAGE, IMAGE])
 
@@ -178,6 +180,20 @@ def test_prompts_with_pictures_tokens_in_them_reach_a_colocated_engine_without()
     assert seen == [[short, [5, 7], short], [long], [long]]
     with pytest.raises(InterceptionError, match="has no vLLM engine"):
         expand_pictures_once(SimpleNamespace(vllm_generation=None))
+
+
+def test_a_sync_drops_what_the_engine_keeps_of_pictures_after_it():
+    told = []
+    engine = SimpleNamespace(reset_encoder_cache=lambda: told.append("dropped"))
+    generation = SimpleNamespace(
+        mode="colocate", llm=SimpleNamespace(llm_engine=engine), sync_weights=lambda: told.append("synced")
+    )
+    encode_pictures_anew(SimpleNamespace(vllm_generation=generation))
+    generation.sync_weights()
+    assert told == ["synced", "dropped"]
+    generation.mode = "server"
+    with pytest.raises(InterceptionError, match="server empties no encoder cache"):
+        encode_pictures_anew(SimpleNamespace(vllm_generation=generation))
 
 
 def test_the_same_text_with_another_picture_is_another_prompt():
