@@ -209,9 +209,7 @@ class ColocatedEngine:
 
         return SamplingParams(**({"max_tokens": 1, "detokenize": False} | settings))
 
-    def _ask(
-        self, sequences: Sequence[Sequence[int]], params: Any, salt: str | None, features: bool = False
-    ) -> Any:
+    def _ask(self, sequences: Sequence[Sequence[int]], params: Any, salt: str | None, features: bool = False) -> Any:
         name = "" if salt is None or features else salt
         prompts: Any = [_prompt(ids, name) | ({"cache_salt": salt} if salt else {}) for ids in sequences]
         with own_random_numbers():

@@ -8,10 +8,13 @@ the longer pieces are made the short ones again.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 __all__ = ["Pictured", "Pictures"]
+
+_numbers = itertools.count()
 
 
 class Pictures:
@@ -23,7 +26,7 @@ class Pictures:
     """
 
     def __init__(self, llm: Any, prompt: Mapping[str, Any]):
-        self._llm, self._prompt = llm, prompt
+        self._llm, self._prompt, self._number = llm, prompt, next(_numbers)
 
     @property
     def asked(self) -> list[int]:
@@ -66,7 +69,7 @@ class Pictures:
 
     def _named(self, name: str) -> dict[str, Any]:
         names = {
-            kind: [f"{name}-{id(self)}-{i}" for i in range(len(data) if isinstance(data, list) else 1)]
+            kind: [f"{name}-{self._number}-{i}" for i in range(len(data) if isinstance(data, list) else 1)]
             for kind, data in self._prompt["multi_modal_data"].items()
         }
         return {"multi_modal_uuids": names}

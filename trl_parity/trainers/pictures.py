@@ -45,8 +45,8 @@ def encode_pictures_anew(trainer: Any) -> None:
     generation = _generation(trainer, "sync_weights")
     if generation.mode != "colocate":
         raise InterceptionError(
-            f"vllm_mode is {generation.mode!r}. Expected 'colocate': TRL's server empties no encoder cache. Freeze the "
-            "vision tower."
+            f"vllm_mode is {generation.mode!r}. Expected 'colocate': TRL's server empties no encoder cache. Freeze "
+            "the vision tower."
         )
     sync = generation.sync_weights
 

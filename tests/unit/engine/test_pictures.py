@@ -48,9 +48,7 @@ def test_a_sequence_is_asked_for_so_that_vllm_reads_it_whatever_the_run_handed_o
                 for ids in ([*ours, 3, 4], [*read(run), 3, 4]):
                     assert read(_prompt(Pictured(ids, given))["prompt_token_ids"]) == ids
                     fresh, kept = (_prompt(Pictured(ids, given), name) for name in ("anew", ""))
-                    fresh, kept = (
-                        llm.renderer.render_cmpl([asked], skip_mm_cache=True)[0] for asked in (fresh, kept)
-                    )
+                    fresh, kept = (llm.renderer.render_cmpl([asked], skip_mm_cache=True)[0] for asked in (fresh, kept))
                     assert fresh["prompt_token_ids"] == kept["prompt_token_ids"] == ids
                     names = fresh["mm_hashes"]["image"]  # by which the engine keeps features
                     assert len({*names, *kept["mm_hashes"]["image"]}) == 2 * len(some)
