@@ -182,7 +182,7 @@ class ForwardPasses:
             if model is self._model:
                 images = self._capture.image_inputs(rows, ids.shape[1], keep)
                 self._capture.run_policy(ids, attention, keep, batch_size, **images)
-            else:
+            if not seen:  # another model, or what the trainer scores with is none of the policy
                 size = batch_size or 8
                 with self._capture.trainer.accelerator.autocast():
                     for some, mask, at in zip(*(x.split(size) for x in (ids, attention, rows)), strict=True):
