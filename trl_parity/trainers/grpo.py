@@ -305,9 +305,8 @@ class GRPOCapture(Capture):
         with torch.no_grad(), disable_gradient_checkpointing(trainer.model, args.gradient_checkpointing_kwargs):
             if 0 not in images.get("num_images", ()):
                 return score(model, ids, attention, keep, batch_size=size, **images)[0]
-            parts = torch.arange(len(ids)).split(
-                size
-            )  # TRL's own parts may be without a picture, which no model takes
+            # TRL's own parts may be without a picture, which no model takes
+            parts = torch.arange(len(ids)).split(size)
             return torch.cat(
                 [score(model, ids[at], attention[at], keep, **_of_rows(images, at.tolist()))[0] for at in parts]
             )
