@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
-from ..causes import CAUSES
-from ..engine.base import Engine
-from ..records import Diagnosis, NamedCause, RolloutBatch
-from .duplicates import collisions, duplicates_in_words
+import torch
 
-__all__ = ["agreed", "counts", "unseen_law"]
+from ..causes import CAUSES
+from ..records import Diagnosis, NamedCause, RolloutBatch
+from .counterfactual import DiagnosedBatch
+from .distribution import Distribution, Tokens
+from .duplicates import collisions, duplicates_in_words
+from .fitting import mle_temperature
+from .probes.base import recomputed
+
+__all__ = ["agreed", "counts", "sampled_law", "unseen_law"]
+
+_SURE = math.log(1e6)  # of a likelihood ratio
+
+_EITHER = math.log(20.0)  # between two of them
 
 _DROPPED = 0.5  # share of the sequences that the correction takes out, as the rule on it has
 
@@ -31,17 +41,55 @@ def _dropped(rollout: RolloutBatch) -> tuple[int, int, int]:
     return int(some.sum()), int(dropped.sum()), int(mask.sum())
 
 
-def unseen_law(rollout: RolloutBatch, engine: Engine | None) -> tuple[str, str]:
-    """What the requests do to the law sampled from that raw log-probs don't show: the cause, and in words.
+def unseen_law(batch: DiagnosedBatch) -> tuple[str, str]:
+    """What is done to the law sampled from that raw log-probs don't show: the cause, and in words.
 
-    Two empty ones where there is nothing, or where the engine reports processed log-probs.
+    By the requests, or by what was never sampled. Two empty ones where there is nothing, or where the engine reports
+    processed log-probs.
     """
-    sampling = rollout.sampling
+    sampling, engine = batch.rollout.sampling, batch.engine
     if engine is None or not str(engine.settings()["logprobs_mode"]).startswith("raw"):
         return "", ""
     name = "truncated_sampling" if sampling.truncates else "penalties" if sampling.penalizes else ""
-    words = "the requests truncate or penalize, and the raw log-probs the engine reports know nothing of it"
-    return name, words if name else ""
+    if name:
+        return name, "the requests truncate or penalize, and the raw log-probs the engine reports know nothing of it"
+    if batch.sharded:  # a pass that all ranks make, or none
+        return "", ""
+    base = recomputed(batch.start)
+    return sampled_law(batch.fit_tokens(base), base.distribution)
+
+
+def sampled_law(tokens: Tokens, distribution: Distribution) -> tuple[str, str]:
+    """What law the sampled tokens speak for in place of ``distribution``: the cause, in words; two empty ones: none.
+
+    The furthest of n tokens from the likeliest one, by rank, mass before it or ratio, is a cut-off that none is
+    beyond. Of tokens drawn from the whole law Π P(not beyond) is a p-value, the probability that all keep to it. Its
+    inverse is the likelihood ratio of the law cut off there, which is held against that of the best temperature.
+    """
+    t = distribution.sampling.temperature
+    law = (tokens.logits.double() / t).log_softmax(-1)
+    ordered, ids = law.sort(-1, descending=True)
+    rank = (ids == tokens.targets[:, None]).double().argmax(-1)
+    before = ordered.exp().cumsum(-1) - ordered.exp()
+    row, ratio = torch.arange(len(law), device=law.device), ordered - ordered[:, :1]
+    k, mass, least = rank.max(), before[row, rank].max(), ratio[row, rank].min()
+    inside = {
+        f"top_k {int(k) + 1}": torch.arange(law.shape[-1], device=law.device)[None] <= k,
+        f"top_p {float(mass):.2f}": before <= mass,
+        f"min_p {float(least.exp()):.2g}": ratio >= least,
+    }
+    gains = {name: -float((ordered.exp() * kept).sum(-1).clamp(max=1.0).log().sum()) for name, kept in inside.items()}
+    name = max(gains, key=lambda name: gains[name])
+    best, _ = mle_temperature(tokens, distribution)
+    flatter = (tokens.logits.double() / best).log_softmax(-1) - law
+    gain = float(flatter.gather(-1, tokens.targets[:, None]).sum())
+    if max(gain, gains[name]) < _SURE or abs(gain - gains[name]) < _EITHER:
+        return "", ""
+    words = f"the raw log-probs the engine reports show nothing, but {len(law)} sampled tokens "
+    if gain > gains[name]:
+        return "temperature", f"{words}speak for temperature {best:.3g} instead of {t:.3g}"
+    chance = f"10^{-gains[name] / math.log(10):.0f}"
+    return "truncated_sampling", f"{words}all keep to {name}, which drawn from them they would do once in {chance}"
 
 
 def agreed(

@@ -136,7 +136,7 @@ class _ProbeRunner:
         """What each rank's batch tells of a run whose two sides agree: ``counts``; ``unseen_law``, of any rank."""
         unseen = ("", "")
         try:
-            unseen = unseen_law(self._batch.rollout, self._batch.engine)
+            unseen = unseen_law(self._batch)
         except Exception as e:  # a server that is gone, on the rank that talks to it: the others do not wait
             logger.debug("the engine's settings could not be read: %s", e)
         rows = self._gather({"counts": counts(self._batch.rollout), "unseen": unseen})

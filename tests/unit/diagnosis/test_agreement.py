@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from trl_parity.diagnosis import diagnose
-from trl_parity.diagnosis.agreement import agreed, counts, unseen_law
+from trl_parity.diagnosis.agreement import agreed, counts, sampled_law, unseen_law
+from trl_parity.diagnosis.distribution import Distribution, Tokens
 from trl_parity.records import SamplingSettings
+from trl_parity.scoring.sampling import kept_mask
 
 DETAILS = {"residual": 1e-7, "floor": 2e-7}
 
@@ -62,10 +64,38 @@ def test_what_raw_log_probs_know_nothing_of_is_named_by_the_requests(asked, mode
     rollout = batch(None)
     rollout.sampling = SamplingSettings(**asked)
     engine = SimpleNamespace(settings=lambda: {"logprobs_mode": mode})
-    told = agreed(7, [counts(rollout)], DETAILS, unseen_law(rollout, engine))
+    one = SimpleNamespace(rollout=rollout, engine=engine, sharded=True)
+    told = agreed(7, [counts(rollout)], DETAILS, unseen_law(one))
     assert told.cause == cause
     assert "one policy" not in told.summary
-    assert unseen_law(rollout, None) == ("", "")
+    one.engine = None
+    assert unseen_law(one) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("settings", "cause", "words"),
+    [
+        ({}, "", ""),
+        ({"top_k": 8}, "truncated_sampling", "keep to top_k 8"),
+        ({"top_p": 0.8}, "truncated_sampling", "keep to top_p 0."),
+        ({"min_p": 0.1}, "truncated_sampling", "keep to min_p 0.1"),
+        ({"temperature": 0.6}, "temperature", "speak for temperature 0."),
+        ({"temperature": 2.0}, "temperature", "speak for temperature "),
+    ],
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_what_nobody_asked_for_and_raw_log_probs_hide_is_told_by_the_tokens_themselves(settings, cause, words, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(256, 60, generator=generator) * 1.5
+    law = SamplingSettings(**settings)
+    scaled = logits / law.temperature
+    kept = kept_mask(scaled, law)
+    targets = scaled.masked_fill(~kept, -torch.inf).softmax(-1).multinomial(1, generator=generator)[:, 0]
+    none = torch.zeros(256, 1, dtype=torch.bool)
+    tokens = Tokens(logits, targets, torch.zeros(256), none.long(), none, none, torch.arange(256) // 16)
+    found, told = sampled_law(tokens, Distribution(sampling=SamplingSettings()))
+    assert found == cause
+    assert words in told
 
 
 def gone():
