@@ -8,6 +8,7 @@ import traceback
 from ..collectives import together
 from ..config.parity import ParityConfig
 from ..errors import InterceptionError
+from ..metrics.statistics import measure
 from ..metrics.sums import MismatchSums
 from ..metrics.trends import expected_temperature
 from ..records import RolloutBatch, ScoredBatch
@@ -58,6 +59,7 @@ class BatchSums:
             sums = self._judge.sums_of(scored, accelerator.process_index)
             if capture.training:  # an evaluation's is no batch to learn from, nor to diagnose
                 self.last = (rollout, scored)
+                sums.bump(head_seconds=0.0 if capture.scorer is None else capture.scorer.seconds)
             return sums, ""
         except Exception as e:  # ours: a window of status ERROR, and training goes on
             refused = isinstance(e, InterceptionError) or getattr(e, "kind", "") == InterceptionError.__name__
@@ -69,6 +71,26 @@ class BatchSums:
             sums = MismatchSums.zeros(accelerator.device, self._config.bootstrap_samples)
             sums.bump(batches=1, errors=1)
             return sums, error
+
+    @property
+    def sampled(self) -> bool:
+        """Whether of the last batch only a sample of tokens was scored."""
+        return self.last is not None and self.last[1].weights is not None
+
+    def complete(self, capture: Capture) -> MismatchSums:
+        """Score all tokens of the last batch; what that changes in its sums."""
+        sums = MismatchSums.zeros(capture.trainer.accelerator.device, self._config.bootstrap_samples)
+        if self.last is None:  # another rank's turn; where passes are collectives, all have one
+            return sums
+        rollout, sampled = self.last
+        if sampled.weights is None and not capture.sharded:
+            return sums
+        scored = capture.score_all(rollout)
+        self.last = (rollout, scored)
+        sums = measure(scored, bootstrap_samples=self._config.bootstrap_samples)
+        before = measure(sampled, bootstrap_samples=self._config.bootstrap_samples)
+        sums.additive.sub_(before.additive)
+        return sums
 
     def _rollout(self, capture: Capture) -> RolloutBatch:
         self._judge.stages.begins("rollout")

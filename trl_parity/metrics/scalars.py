@@ -143,6 +143,8 @@ SCALARS: dict[str, str] = {
     "cost/seconds": "host seconds spent in trl-parity per rollout batch, mean over ranks",
     "cost/share": "host seconds spent in trl-parity / wall seconds, since the window before; what has an account of "
     "its own (floor, diagnosis, incident) is not in it",
+    "cost/coverage": "share of the compared tokens that the fp32 head scored (cost_budget); below 1, statistics are "
+    "estimates from a sample of each sequence's tokens: unbiased where they are means over tokens",
     "cost/diagnosis_seconds": "host seconds of diagnoses since the window before was judged, mean over ranks",
     "cost/incident_seconds": "the same of incidents left behind, their pictures included",
     "effective_sequences": "(Σ n)² / Σ n², n the tokens of independent sequences: how many of one length they are",

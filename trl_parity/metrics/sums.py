@@ -119,6 +119,8 @@ BUMPED = (
     "frozen_moved", "frozen_size",
     # layers of adapters found merged into the base
     "merged_layers", "adapter_layers",
+    # compared tokens that a sample left out; host seconds of the fp32 head inside the trainer's passes
+    "unscored", "head_seconds",
 )  # fmt: skip
 
 _NAMES = SUMS + ADDED + BUMPED
