@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import statistics
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,6 @@ def healthy(rng: np.random.Generator, rounding: float, rows: int = 64, columns: 
 
 def thinned(batch: ScoredBatch, tokens: int, seed: int) -> ScoredBatch:
     """Of which about so many tokens were scored."""
-    from dataclasses import replace
-
     rows, columns = batch.mask.nonzero(as_tuple=True)
     kept, drawn = TokenSample(tokens / len(rows), seed).draw(rows)
     weights = torch.zeros(batch.mask.shape)
@@ -98,9 +97,7 @@ def of_statistics(args: argparse.Namespace) -> Table:
                 errors["se/kl_k3"].append(truth["se/kl_k3"] / truth["kl_k3"])
             cells = (f"{np.sqrt(np.mean(np.square(x))):.2%}" for x in errors.values())
             table.add_row(f"{rounding:g}", f"{tokens:,} of 40,960", *cells)
-    table.caption = (
-        "kl_k1: relative to kl_k3; se/kl_k3: of all tokens, relative to kl_k3, what chance makes of a window"
-    )
+    table.caption = "kl_k1: relative to kl_k3. se/kl_k3: of all tokens, relative to kl_k3: chance in a window"
     return table
 
 
@@ -126,15 +123,18 @@ def wide_model(folder: Path) -> str:
 
 
 def of_cost(args: argparse.Namespace) -> Table:
-    table = Table("cost_budget", "step, s", "cost/seconds, s", "cost/share", "coverage", *MEANS, title="GRPO, hidden 1,024, "
-                  f"vocabulary 151,936, 2 layers; {args.steps} steps, medians of the last {args.steps - 2}")  # fmt: skip
+    title = (
+        f"GRPO, hidden 1,024, vocabulary 151,936, 2 layers; {args.steps} steps, medians of the last {args.steps - 2}"
+    )
+    columns = ("cost_budget", "step, s", "cost/seconds, s", "cost/share", "coverage", *MEANS)
+    table = Table(*columns, title=title)
     with tempfile.TemporaryDirectory() as folder, runs.shared_engine():
         model, full = wide_model(Path(folder) / "model"), None
         for budget in (1.0, args.budget):
             callback = ParityCallback(action="log", cost_budget=budget, cost_min_tokens=args.least)
             trainer = runs.make_trainer(
-                model, [callback], max_steps=args.steps, per_device_train_batch_size=8, max_completion_length=args.length,
-                learning_rate=1e-6, output_dir=str(Path(folder) / str(budget)),
+                model, [callback], max_steps=args.steps, per_device_train_batch_size=8, learning_rate=1e-6,
+                max_completion_length=args.length, output_dir=str(Path(folder) / str(budget)),
             )  # fmt: skip
             trainer.train()
             windows = [v.stats for v in callback.verdicts if v.stats][2:]
@@ -148,9 +148,7 @@ def of_cost(args: argparse.Namespace) -> Table:
             table.add_row(f"{budget:g}", f"{step:.2f}", f"{middle('cost/seconds'):.3f}", f"{middle('cost/share'):.2%}",
                           f"{middle('cost/coverage'):.1%}", *(f"{x:.2%}" for x in errors))  # fmt: skip
             del trainer
-    table.caption = (
-        f"statistics: largest relative difference of a window from that of budget 1; cost_min_tokens {args.least}"
-    )
+    table.caption = f"statistics: largest difference of a window from that of budget 1; cost_min_tokens {args.least}"
     return table
 
 
@@ -175,9 +173,8 @@ def of_halts(args: argparse.Namespace) -> Table:
     import drills
     from transformers import AutoTokenizer
 
-    table = Table(
-        "drill", "cost_budget", "coverage before", "windows to the halt", "named", title="drills from a step on"
-    )
+    columns = ("drill", "cost_budget", "coverage before", "windows to the halt", "named")
+    table = Table(*columns, title="drills from a step on")
     model = runs.tiny()
     setting = drills.Setting(0.7, AutoTokenizer.from_pretrained(model))
     with runs.shared_engine():

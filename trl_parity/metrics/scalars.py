@@ -20,8 +20,8 @@ SCALARS: dict[str, str] = {
     "ratio/p50": "median of w (from the histogram of Δ)",
     "ratio/p99": "99th percentile of w (from the histogram of Δ)",
     "ratio/max": "largest w",
-    "ratio/clipped": "mean(min(w, 2))",
-    "ratio/clipped_square": "mean((min(w, 2) - 1)²)",
+    "ratio/clipped": "mean(min(w, 2)); of a sample of tokens (cost/coverage below 1) by the trainer's own head",
+    "ratio/clipped_square": "mean((min(w, 2) - 1)²); the same",
     "copies": "the largest number of equal rows in a batch (the same completion of the same prompt), or over all "
     "batches and ranks the mean one, where that is more",
     "se/kl_k1": "standard error of kl_k1, over independent sequences (equal ones are one)",
