@@ -59,7 +59,8 @@ class BatchSums:
             sums = self._judge.sums_of(scored, accelerator.process_index)
             if capture.training:  # an evaluation's is no batch to learn from, nor to diagnose
                 self.last = (rollout, scored)
-                sums.bump(head_seconds=0.0 if capture.scorer is None else capture.scorer.seconds)
+                if (scorer := capture.scorer) is not None:
+                    sums.bump(head_seconds=scorer.seconds, head_seconds_for_all=scorer.seconds_for_all)
             return sums, ""
         except Exception as e:  # ours: a window of status ERROR, and training goes on
             refused = isinstance(e, InterceptionError) or getattr(e, "kind", "") == InterceptionError.__name__
@@ -79,17 +80,14 @@ class BatchSums:
 
     def complete(self, capture: Capture) -> MismatchSums:
         """Score all tokens of the last batch; what that changes in its sums."""
-        sums = MismatchSums.zeros(capture.trainer.accelerator.device, self._config.bootstrap_samples)
-        if self.last is None:  # another rank's turn; where passes are collectives, all have one
-            return sums
-        rollout, sampled = self.last
-        if sampled.weights is None and not capture.sharded:
-            return sums
+        assert self.last is not None
+        resamples, (rollout, sampled) = self._config.bootstrap_samples, self.last
+        if sampled.weights is None and not capture.sharded:  # of another rank's batch
+            return MismatchSums.zeros(capture.trainer.accelerator.device, resamples)
         scored = capture.score_all(rollout)
         self.last = (rollout, scored)
-        sums = measure(scored, bootstrap_samples=self._config.bootstrap_samples)
-        before = measure(sampled, bootstrap_samples=self._config.bootstrap_samples)
-        sums.additive.sub_(before.additive)
+        sums = measure(scored, bootstrap_samples=resamples)
+        sums.additive.sub_(measure(sampled, bootstrap_samples=resamples).additive)
         return sums
 
     def _rollout(self, capture: Capture) -> RolloutBatch:

@@ -12,7 +12,7 @@ _KEPT = 0.8  # of what is known, from window to window
 class HeadShare:
     """The ``share`` of the tokens that the fp32 head is to score, from reduced numbers: the same on every rank.
 
-        share = (cost_budget x wall - (cost - head)) / (head / coverage),  at least 0, at most 1
+        share = (cost_budget x wall - (cost - head)) / head for all tokens,  at least 0, at most 1
 
     with the host seconds of all, of measuring and of the head in it, each window counting 0.8 of the next. 1 before
     the first window and after one that is not ``calm``.
@@ -20,20 +20,18 @@ class HeadShare:
 
     def __init__(self, cost_budget: float):
         self._budget = cost_budget
-        self._wall = self._cost = self._head = self._full = 0.0
+        self._left = self._for_all = 0.0  # seconds for the head: within the budget, and for all tokens
         self.share = 1.0
 
-    def update(self, sums: MismatchSums, coverage: float | None, *, calm: bool) -> None:
-        """A window is over: its reduced sums, the share of its tokens that was scored, whether nothing speaks against
-        it."""
+    def update(self, sums: MismatchSums, *, calm: bool) -> None:
+        """A window is over: its reduced sums, on the host, and whether nothing speaks against it."""
         if self._budget >= 1:
             return
         parts = sums.parts()
         wall, cost = (float(parts["sums"][INDEX[name]]) for name in ("wall_seconds", "cost_seconds"))
-        head = float(parts["bumped"][BUMPED.index("head_seconds")])
-        self._wall = _KEPT * self._wall + wall
-        self._cost = _KEPT * self._cost + cost
-        self._head = _KEPT * self._head + head
-        self._full = _KEPT * self._full + head / max(coverage or 1.0, 1e-6)
-        left = self._budget * self._wall - (self._cost - self._head)
-        self.share = min(1.0, max(0.0, left / self._full)) if calm and self._full > 0 else 1.0
+        head, for_all = (
+            float(parts["bumped"][BUMPED.index(name)]) for name in ("head_seconds", "head_seconds_for_all")
+        )
+        self._left = _KEPT * self._left + self._budget * wall - (cost - head)
+        self._for_all = _KEPT * self._for_all + for_all
+        self.share = min(1.0, max(0.0, self._left / self._for_all)) if calm and self._for_all > 0 else 1.0

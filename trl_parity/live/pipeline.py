@@ -89,8 +89,7 @@ class Pipeline:
             self.window.begin(step)
             judge.keep(verdict)
             with judge.stages("head share"):
-                coverage = None if verdict.stats is None else verdict.stats.get("cost/coverage")
-                self.head.update(sums, coverage, calm=judge.calm)
+                self.head.update(sums, calm=judge.calm)
             surroundings.on_verdict(verdict, sums)
             surroundings.diagnose(verdict)
             if verdict.alert:

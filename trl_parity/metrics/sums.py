@@ -119,8 +119,9 @@ BUMPED = (
     "frozen_moved", "frozen_size",
     # layers of adapters found merged into the base
     "merged_layers", "adapter_layers",
-    # compared tokens that a sample left out; host seconds of the fp32 head inside the trainer's passes
-    "unscored", "head_seconds",
+    # compared tokens that a sample left out; host seconds of the fp32 head inside the trainer's passes, and what they
+    # would have been for all tokens
+    "unscored", "head_seconds", "head_seconds_for_all",
 )  # fmt: skip
 
 _NAMES = SUMS + ADDED + BUMPED

@@ -130,6 +130,12 @@ class CompletionScorer:
         self.seconds += time.perf_counter() - start
 
     @property
+    def seconds_for_all(self) -> float:
+        """``seconds`` as if all tokens had been scored."""
+        sample = self.sample
+        return self.seconds if sample is None or not sample.drawn else self.seconds * sample.seen / sample.drawn
+
+    @property
     def ran(self) -> bool:
         """Whether a forward of the backbone was seen."""
         return bool(self._parts) or self.error is not None

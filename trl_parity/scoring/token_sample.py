@@ -26,11 +26,12 @@ _MOST = 0.5  # a larger share is not worth its noise: all tokens are scored
 class TokenSample:
     """Draws ``share`` of the tokens of each sequence, at least one, with random numbers of its own.
 
-    The same ``seed`` draws the same tokens of the same batches.
+    The same ``seed`` draws the same tokens of the same batches. ``seen``, ``drawn``: how many tokens so far.
     """
 
     def __init__(self, share: float, seed: int):
-        self._share = share
+        self.share = share
+        self.seen = self.drawn = 0
         self._generator = torch.Generator().manual_seed(seed)
 
     @classmethod
@@ -48,11 +49,12 @@ class TokenSample:
         sizes = torch.bincount(sequence)
         place = torch.arange(len(sequence)) - (sizes.cumsum(0) - sizes)[sequence]
         n = (sizes - 1).clamp(min=1)  # without the last; of one alone, nothing is drawn
-        m = (n * self._share).ceil().long()
+        m = (n * self.share).ceil().long()
         u = (torch.rand(len(n), generator=self._generator, dtype=torch.float64) * n).long()
         n, m, u, size = (x[sequence] for x in (n, m, u, sizes))
         last = place == size - 1
         drawn = ((place + 1) * m + u) // n > (place * m + u) // n
         kept = (drawn | last).nonzero()[:, 0]
         weights = torch.where(last, 1.0, n / m)[kept]
+        self.seen, self.drawn = self.seen + len(rows), self.drawn + len(kept)
         return kept.to(rows.device), weights.float().to(rows.device)

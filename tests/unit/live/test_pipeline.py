@@ -144,7 +144,7 @@ def run_sampled(noises, **settings):
         surroundings.batch = scored(noise, step)
         batch = surroundings.batch if shares[-1] == 1 else halved(surroundings.batch)
         sums = judge.sums_of(batch, 0)
-        sums.bump(head_seconds=10.0)
+        sums.bump(head_seconds=10.0, head_seconds_for_all=10.0)
         pipeline.window.add(sums, "")
         pipeline.close_window(step)
     return judge, surroundings, shares

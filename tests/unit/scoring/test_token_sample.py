@@ -59,4 +59,4 @@ def test_no_token_is_drawn_from_none():
 )  # fmt: skip
 def test_a_sample_is_never_smaller_than_the_least_and_never_most_of_a_batch(share, tokens, least, drawn):
     sample = TokenSample.of(share, tokens, least, seed=0)
-    assert (sample and sample._share) == drawn
+    assert (sample and sample.share) == drawn
