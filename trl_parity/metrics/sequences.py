@@ -58,16 +58,13 @@ def add_sampled_sequences(parts: dict[str, np.ndarray], rows: np.ndarray) -> dic
     """``add_sequences`` of sums that are estimated from a sample of each sequence's tokens.
 
     What is not linear in the sum of one sequence (e^S, |S|, its share of Σ k3) would take the chance of its sample for
-    drift. It is made of the own head's sums, S raised by as much a token and Σ k3 by the same factor in all sequences:
-    the batch's sum is the estimated one.
+    drift. It is made of the own head's sums; those of k3 times what makes the batch's the estimated one.
     """
     rows = rows.copy()
     rows[_COUNTS] = rows[_COUNTS].round().clip(0.0)  # weights of a sequence add up to its tokens, but for rounding
     at = dict(zip(ROWS, rows, strict=False))
-    tokens, own_k3 = at["tokens"], at["own_k3"]
-    raised = (at["delta"].sum() - at["own_delta"].sum()) / max(tokens.sum(), 1.0)
-    factor = max(0.0, at["k3"].sum()) / max(own_k3.sum(), 1e-300)
-    return add_sequences(parts, rows, at["own_delta"] + raised * tokens, own_k3 * factor)
+    factor = max(0.0, at["k3"].sum()) / max(at["own_k3"].sum(), 1e-300)
+    return add_sequences(parts, rows, at["own_delta"], at["own_k3"] * factor)
 
 
 def add_sequences(

@@ -202,7 +202,8 @@ def test_of_a_sample_the_fp32_head_has_its_tokens_and_the_own_head_all_others(ti
     capture = Batch(Trainer(model), sampling, share=0.3, least_tokens=1)
     batch = capture.batch()
     sampled = capture.score(batch, 10**6)
-    everything = Batch(Trainer(model), sampling).score(batch, 10**6)
+    whole = Batch(Trainer(model), sampling)
+    everything = whole.score(whole.batch(), 10**6)
     drawn = sampled.weights > 0
     assert drawn[batch.engine_mask].sum() == (10 + 1) * 4 + 3  # of 7 three and the last, of 4 two and the last
     assert torch.equal(sampled.trainer_logprobs[drawn], everything.trainer_logprobs[drawn])
