@@ -73,11 +73,6 @@ class BatchSums:
             sums.bump(batches=1, errors=1)
             return sums, error
 
-    @property
-    def sampled(self) -> bool:
-        """Whether of the last batch only a sample of tokens was scored."""
-        return self.last is not None and self.last[1].weights is not None
-
     def complete(self, capture: Capture) -> MismatchSums:
         """Score all tokens of the last batch; what that changes in its sums."""
         assert self.last is not None

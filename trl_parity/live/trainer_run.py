@@ -192,7 +192,8 @@ class TrainerRun(Surroundings):
         # twice an episode at most, and said in its details: no part of the running cost
         with self.pipeline.stopwatch.account("diagnosis"):
             ranks = self.accelerator.num_processes
-            [sampled] = on_any((self.batches.sampled,), self.accelerator)
+            assert self.batches.last is not None
+            [sampled] = on_any((self.batches.last[1].weights is not None,), self.accelerator)
             if sampled:
                 self._completed()
             found = self.judge.stages.together("diagnosis", ranks, lambda: self._diagnosis(step))
