@@ -83,8 +83,8 @@ def thinned(batch: ScoredBatch, tokens: int, seed: int) -> ScoredBatch:
 
 
 def of_statistics(args: argparse.Namespace) -> Table:
-    table = Table("rounding, nats", "tokens scored", *JUDGED, *MEANS, "se/kl_k3",
-                  title=f"relative error of a sample, root mean square of {args.windows} windows of about 41,000 tokens")  # fmt: skip
+    title = f"relative error of a sample, root mean square of {args.windows} windows of about 41,000 tokens"
+    table = Table("rounding, nats", "tokens scored", *JUDGED, *MEANS, "se/kl_k3", title=title)
     for rounding in (0.0, 0.01, 0.04):
         for tokens in (512, 4096, 16384):
             errors: dict[str, list[float]] = {name: [] for name in (*JUDGED, *MEANS, "se/kl_k3")}
