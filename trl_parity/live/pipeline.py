@@ -75,6 +75,7 @@ class Pipeline:
         self.window = OpenWindow(judge.config.bootstrap_samples)
         self.stopwatch = Stopwatch()  # "cost", and what is no part of it
         self.head = HeadShare(judge.config.cost_budget)
+        self._doubted = False  # the sample that the last window was
 
     def close_window(self, step: int) -> Verdict:
         """Judge the open window; another begins at ``step``. Collective: all ranks come here at the same batch."""
@@ -89,7 +90,7 @@ class Pipeline:
             self.window.begin(step)
             judge.keep(verdict)
             with judge.stages("head share"):
-                self.head.update(sums, calm=judge.calm)
+                self.head.update(sums, calm=judge.calm and not self._doubted)
             surroundings.on_verdict(verdict, sums)
             surroundings.diagnose(verdict)
             if verdict.alert:
@@ -113,6 +114,7 @@ class Pipeline:
         if not (doubts or thin):
             verdict = self._decided(step, stats)
         failed, doubts, thin = on_any((bool(judge.stages.unjudged), doubts, thin), accelerator)
+        self._doubted = thin
         if thin and not failed:
             more = self._surroundings.all_tokens()
             with judge.stages("statistics"):

@@ -163,6 +163,14 @@ def test_all_tokens_are_scored_again_before_a_sampled_window_is_condemned_and_af
         assert judge.verdicts[2].stats[name] == pytest.approx(full[name], rel=1e-9)
 
 
+def test_after_a_sample_that_was_doubted_for_nothing_all_tokens_are_scored_once():
+    """Another pass costs more than the head does."""
+    judge, surroundings, shares = run_sampled([1e-3] * 4, rules={"cost/coverage": {"limit": 0.9, "below": True}})
+    assert [str(v.status) for v in judge.verdicts] == ["OK"] * 4
+    assert [share < 1 for share in shares] == [False, True, False, True]
+    assert surroundings.seen.count("all tokens") == 2
+
+
 def test_with_a_budget_of_one_all_tokens_are_scored_in_every_window():
     _, surroundings, shares = run_sampled([1e-3] * 3, cost_budget=1.0)
     assert shares == [1.0] * 3
