@@ -134,6 +134,11 @@ class Capture(ABC):
         """Whether the trainer's side is judged with the engine's truncation and penalties, as asked for."""
         return self._observer.measurement.replay_sampling
 
+    @property
+    def _replays(self) -> bool:
+        """Whether there is any, and it is."""
+        return self.replayed and (self.sampling.truncates or self.sampling.penalizes)
+
     def ends_step(self) -> bool:
         """Whether no further generation comes before the next optimizer step. Needs ``micro_batches``."""
         trainer = self.trainer
@@ -205,9 +210,8 @@ class Capture(ABC):
 
         Replayed processing is judged by all: the own head, which knows none of it, says little of the rest.
         """
-        replays = self.replayed and (self.sampling.truncates or self.sampling.penalizes)
         share = self._observer.head_share
-        if replays or share >= 1 or not self.training:
+        if self._replays or share >= 1 or not self.training:
             return None
         rank, least = int(self.trainer.accelerator.process_index), self._observer.measurement.least_tokens
         return TokenSample.of(share, int(tokens), least, seed=(self.step << 16) + rank)  # waits for the device
@@ -235,7 +239,7 @@ class Capture(ABC):
         else:
             scores = scorer.scores() if scorer.ran else None
         mask, stale = rollout.engine_mask[rows], None
-        scores = behind(self, scores, own, mask)
+        scores = behind(self.trainer, self.policy, scores, own, mask, replays=self._replays)
         replayed = None if scores is None or scores.log_kept is None else scores.logprobs
         if scores is not None and not self.replayed:  # the loss has the plain law
             scores = scores._replace(logprobs=scores.plain, law_entropy=scores.entropy)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -11,9 +11,6 @@ import torch
 from ..errors import InterceptionError
 from ..scoring.own_head import OwnHeadRounding
 from ..scoring.scorer import CompletionScores
-
-if TYPE_CHECKING:
-    from .capture import Capture
 
 __all__ = ["behind"]
 
@@ -27,11 +24,11 @@ _told: WeakSet[Any] = WeakSet()  # trainers whose own numbers are not those of t
 
 
 def behind(
-    capture: Capture, scores: CompletionScores | None, own: torch.Tensor, mask: torch.Tensor
+    trainer: Any, policy: Any, scores: CompletionScores | None, own: torch.Tensor, mask: torch.Tensor, *, replays: bool
 ) -> CompletionScores | None:
     """The scores, if the own head on the same hidden states can have given the trainer's numbers; else None.
 
-    Raises InterceptionError where replaying the engine's sampling would need them.
+    Raises InterceptionError where the engine's sampling ``replays`` on the trainer's side, which needs them.
     """
     if scores is None:
         seen = "come from no forward of the policy's backbone"
@@ -42,7 +39,7 @@ def behind(
         both = mask if scores.weights is None else mask & (scores.weights > 0)
         gaps = (theirs - scores.plain)[both & (theirs.isfinite() | scores.plain.isfinite())]
         gap = float(gaps.double().abs().mean()) if len(gaps) else 0.0  # waits for the device
-        rounding = OwnHeadRounding.of(capture.policy).nats
+        rounding = OwnHeadRounding.of(policy).nats
         if gap <= _SAME + _SAME_ROUNDINGS * rounding:  # a number that one side alone has is no agreement
             return scores
         seen = (
@@ -54,12 +51,12 @@ def behind(
         "_get_per_token_logps_and_entropies replaced by a subclass or a library, or is there an adapter on the LM "
         "head that TRL's fused head leaves out?"
     )
-    if capture.replayed and (capture.sampling.truncates or capture.sampling.penalizes):
+    if replays:
         raise InterceptionError(
             f"{text} The engine's truncation can't be replayed on such numbers: use TRL's method, or "
             "truncation='ignore', the default."
         )
-    if capture.trainer not in _told:
-        _told.add(capture.trainer)
+    if trainer not in _told:
+        _told.add(trainer)
         logger.warning("%s The verdict is about these numbers, without entropy and the fp32 head's share.", text)
     return None
