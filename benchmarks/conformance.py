@@ -11,7 +11,6 @@ from the logits of the model's own forward pass, which is what an engine serves.
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import logging
 import sys
@@ -24,61 +23,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-T, KEEP, VOCABULARY, TEMPERATURE = 12, 6, 96, 0.7
+from trl_parity.preflight.atlas.tiny import VOCABULARY, classes, tiny_models  # noqa: E402
+
+T, KEEP, TEMPERATURE = 12, 6, 0.7
 
 SAME = 1e-4  # nats: fp32 sums in another order
-
-SMALL = {
-    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
-    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "n_shared_experts": 1, "n_group": 1,
-    "topk_group": 1, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
-    "v_head_dim": 8, "first_k_dense_replace": 1, "ffn_dim": 64, "word_embed_proj_dim": 32, "embedding_size": 32,
-    "decoder_layers": 2, "encoder_layers": 2, "decoder_attention_heads": 4, "encoder_attention_heads": 4,
-    "decoder_ffn_dim": 64, "encoder_ffn_dim": 64, "d_model": 32, "state_size": 8, "num_heads": 4, "n_groups": 1,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size_per_layer_input": VOCABULARY,
-    "hidden_size_per_layer_input": 8, "sliding_window": 8, "tie_word_embeddings": False,
-}  # fmt: skip
-
-BASE = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id",
-)  # fmt: skip
-
-# what is left as the class has it, one after the other, until it can be built and run
-LEFT = (
-    (),
-    ("head_dim",),
-    ("num_key_value_heads",),
-    ("head_dim", "num_key_value_heads"),
-    tuple(name for name in SMALL if name not in BASE),
-    tuple(name for name in SMALL if name not in (*BASE, "num_key_value_heads")),
-)
-
-
-def tiny(kind: type, left: tuple[str, ...]) -> Any:
-    """A config of this class made of small numbers, and so that of its text model."""
-    default = kind()
-    text = default.get_text_config(decoder=True)
-    if text is not default:
-        return kind(text_config=small(text, left))
-    return kind(**small(default, left))
-
-
-def small(config: Any, left: tuple[str, ...]) -> dict[str, Any]:
-    """The numbers of ``SMALL`` that it has under these names, and a layer of each of two kinds where it lists them."""
-    found = {}
-    for name, value in SMALL.items():
-        try:
-            old = getattr(config, name, None)
-        except Exception:  # one that differs by layer
-            continue
-        if name not in left and (isinstance(old, int) or (name.endswith("_token_id") and old is None)):
-            found[name] = value
-    kinds = getattr(config, "layer_types", None)
-    mixed = isinstance(kinds, list) and len(set(kinds)) > 1
-    return found | ({"layer_types": [*dict.fromkeys(kinds)][:2]} if mixed else {})
 
 
 def laws(model: Any) -> dict[str, torch.Tensor]:
@@ -116,11 +65,9 @@ def laws(model: Any) -> dict[str, torch.Tensor]:
 def row_of(name: str, kind: type, config_kind: type) -> dict[str, Any]:
     """What became of one class."""
     row: dict[str, Any] = {"model_type": name, "class": kind.__name__}
-    for left in LEFT:
-        try:
-            model = built(kind, tiny(config_kind, left))
-        except Exception as e:
-            row |= {"outcome": "not built", "why": f"{type(e).__name__}: {e}".splitlines()[0][:200]}
+    for model in tiny_models(kind, config_kind):
+        if isinstance(model, Exception):
+            row |= {"outcome": "not built", "why": f"{type(model).__name__}: {model}".splitlines()[0][:200]}
             continue
         try:
             with torch.no_grad():
@@ -145,20 +92,6 @@ def row_of(name: str, kind: type, config_kind: type) -> dict[str, Any]:
     return row
 
 
-def built(kind: type, config: Any) -> Any:
-    """A random model whose layers, and head, matter. Raises ValueError for one that is not small."""
-    with torch.device("meta"):
-        size = sum(p.numel() for p in kind(config).parameters())
-    if size > 20_000_000:
-        raise ValueError(f"{size:,} parameters, whatever is made small here")
-    torch.manual_seed(0)
-    model = kind(config).float().eval()
-    for path, p in model.named_parameters():
-        if p.ndim == 2 and "norm" not in path:
-            torch.nn.init.normal_(p, std=0.2)
-    return model
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="MODEL_TYPE")
@@ -170,15 +103,11 @@ def main() -> None:
     import trl
 
     transformers.utils.logging.disable_progress_bar()
-    mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     rows = []
-    for config_kind in mapping:
-        kind = mapping[config_kind]
-        for one in kind if isinstance(kind, tuple | list) else (kind,):
-            name = config_kind.model_type
-            if inspect.isclass(one) and (not options.only or name in options.only):
-                rows.append(row_of(name, one, config_kind))
-                print(f"{rows[-1]['outcome']:24} {name}", file=sys.stderr, flush=True)
+    for name, kind, config_kind in classes():
+        if not options.only or name in options.only:
+            rows.append(row_of(name, kind, config_kind))
+            print(f"{rows[-1]['outcome']:24} {name}", file=sys.stderr, flush=True)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
     counts = {

@@ -131,6 +131,12 @@ CAUSES: dict[str, Cause] = {
         "take seed out of generation_kwargs (TRL sends each completion as a request of its own, and all get that one "
         "seed), or give each request another.",
     ),
+    "correction_weights": Cause(
+        "TRL's own correction takes sequences out of the loss, or their weight.",
+        "What is not weighed is not learned from: long answers first, since log-ratios of sequences grow with length.",
+        'vllm_importance_sampling_mode="token_truncate", which weighs tokens one by one; finer log-probs on both '
+        "sides (fp32 heads, one dtype) where sequences are to be weighed whole.",
+    ),
     "unknown": Cause(
         "Nothing that was tried explains at least half of the drift.",
         "The two sides are not the same policy, for a reason not found.",

@@ -24,7 +24,9 @@ __all__ = ["main"]
 _LONGEST = 4000  # characters of an error
 
 # in the order --help lists them: before a run, during, after, and ourselves
-COMMANDS = ("check", "baseline", "engine", "lint", "pilot", "watch", "report", "compare", "replay", "panels", "drill")
+COMMANDS = (
+    "check", "atlas", "baseline", "engine", "lint", "pilot", "watch", "report", "compare", "replay", "panels", "drill",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

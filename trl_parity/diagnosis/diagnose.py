@@ -16,8 +16,8 @@ import torch
 from ..causes import CAUSES
 from ..collectives import gather_rows
 from ..records import Diagnosis, Evidence, NamedCause
+from .agreement import agreed, counts
 from .counterfactual import Counterfactual, DiagnosedBatch
-from .duplicates import collisions, duplicates_in_words
 from .findings import NOTHING
 from .probes import PROBES
 from .probes.asking import prefill_of
@@ -79,9 +79,8 @@ def diagnose(
         "residual": drift, "floor": batch.floor, "tokens": int(sums[:, 1].sum()), "sequences": len(sums),
     }  # fmt: skip
     if drift <= batch.floor or not len(sums):
-        words = runner.duplicates()
-        details["seconds"] = runner.seconds
-        return _one_draw(step, words, details) if words else _nothing(step, details)
+        found = runner.agreement()
+        return agreed(step, found, details | {"seconds": runner.seconds})
     explained = _Explained()
     evidence: list[Evidence] = []
     for turn in range(_ROUNDS):
@@ -125,11 +124,9 @@ class _ProbeRunner:
         rows = self._gather({"sums": sums.tolist()})
         return torch.tensor([s for row in rows for s in row["sums"]], dtype=torch.float64).reshape(-1, 2)
 
-    def duplicates(self) -> str:
-        """Of all ranks' batches: whether completions of a prompt are one draw; "" where they are not."""
-        found = self._gather({"counts": collisions(self._batch.rollout)})
-        pairs, equal, chance = (sum(row["counts"][i] for row in found) for i in range(3))
-        return duplicates_in_words(pairs, equal, chance)
+    def agreement(self) -> list[list[float]]:
+        """What each rank's batch tells of a run whose two sides agree."""
+        return [row["counts"] for row in self._gather({"counts": counts(self._batch.rollout)})]
 
     def run(self, current: Counterfactual, turn: int) -> list[Result]:
         """Probes cheapest first, until one explains enough for sure. ``turn``: causes that are explained already."""
@@ -336,35 +333,6 @@ class _Explained:
 
 def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + "."
-
-
-def _one_draw(step: int, words: str, details: dict[str, Any]) -> Diagnosis:
-    name = "duplicate_rollouts"
-    cause = CAUSES[name]
-    return Diagnosis(
-        step=step,
-        cause=name,
-        explained=0.0,
-        confidence=1.0,
-        summary=f"{cause.what} {_sentence(words)} The drift ({details['residual']:.3g}, Huber) is within the noise "
-        f"floor ({details['floor']:.3g}): engine and trainer are one policy.",
-        fix=cause.fix,
-        causes=(NamedCause(cause=name, explained=0.0, confidence=1.0, finding=words, fix=cause.fix),),
-        details=details,
-    )
-
-
-def _nothing(step: int, details: dict[str, Any]) -> Diagnosis:
-    return Diagnosis(
-        step=step,
-        cause="unknown",
-        explained=0.0,
-        confidence=0.0,
-        summary=f"Nothing to explain: the drift ({details['residual']:.3g}, Huber) is within the noise floor "
-        f"({details['floor']:.3g}).",
-        fix="",
-        details=details,
-    )
 
 
 def _unfinished(

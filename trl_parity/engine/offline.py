@@ -19,7 +19,9 @@ from ..scoring.perturb import own_random_numbers
 from .colocated import ColocatedEngine
 from .cpu import is_vllm_cpu, prepare_cpu_engine
 
-__all__ = ["BenchEngine", "Sampled", "build_engine"]
+__all__ = ["PRELOADED", "BenchEngine", "Sampled", "architectures", "build_engine"]
+
+PRELOADED = ("torch", "transformers", "vllm.entrypoints.llm")  # what building one imports, for a fork server
 
 # what is measured has to be returned; nothing here changes what the engine computes
 MEASURING = {"max_logprobs": -1, "disable_log_stats": True, "use_tqdm_on_load": False}
@@ -49,9 +51,7 @@ def build_engine(model: str, engine_args: Mapping[str, Any]) -> BenchEngine:
             prepare_cpu_engine()
         from vllm import LLM
     except ImportError as e:
-        raise InterceptionError(
-            f"no vLLM to test can be imported ({e}). Expected an installed vllm: pip install trl-parity[vllm]."
-        ) from e
+        raise _no_vllm(e) from e
     try:
         with own_random_numbers():
             return BenchEngine(LLM(model=model, **(dict(engine_args) | MEASURING)))
@@ -60,6 +60,21 @@ def build_engine(model: str, engine_args: Mapping[str, Any]) -> BenchEngine:
         raise ConfigError(
             f"vLLM does not start {model} with {dict(engine_args)}: {e}. Expected settings the installed vLLM takes."
         ) from e
+
+
+def architectures() -> frozenset[str]:
+    """Names of the model classes the installed vLLM serves. Raises InterceptionError where there is none."""
+    try:
+        from vllm.model_executor.models import ModelRegistry
+    except ImportError as e:
+        raise _no_vllm(e) from e
+    return frozenset(ModelRegistry.get_supported_archs())
+
+
+def _no_vllm(error: ImportError) -> InterceptionError:
+    return InterceptionError(
+        f"no vLLM to test can be imported ({error}). Expected an installed vllm: pip install trl-parity[vllm]."
+    )
 
 
 class BenchEngine(ColocatedEngine):

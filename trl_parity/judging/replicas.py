@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -37,7 +37,7 @@ _CLAMP = 300.0  # Δ in e^Δ, as in the sums
 
 
 class Replicas:
-    """The ranks' last bounds; not part of a checkpoint. ``scalars``: of the last window.
+    """The ranks' last bounds. ``scalars``: of the last window.
 
     ``consecutive`` and ``breach_memory`` as in ``ParityConfig``: so many windows with fewer than so many others
     between them, in about 20 as the breaker counts them. Memory: 16 bytes a rank and window.
@@ -78,6 +78,15 @@ class Replicas:
                 self.scalars[f"replica/{stat}"] = worst if math.isfinite(worst) else None
             self.scalars["replica/rank"] = float(lasting[:, 1].argmax())
         return self.scalars
+
+    def state(self) -> list[list[list[float | None]]]:
+        """What a checkpoint keeps: JSON, the bounds by window and rank in the precision of their noise."""
+        return [[[float(f"{x:.6g}") if math.isfinite(x) else None for x in row] for row in b] for b in self._bounds]
+
+    def load_state(self, state: Sequence[Sequence[Sequence[float | None]]]) -> None:
+        """Restore ``state``. Bounds of another number of ranks are forgotten at the next window."""
+        windows = [[[-math.inf if x is None else x for x in row] for row in window] for window in state]
+        self._bounds = deque((np.array(window) for window in windows), self._bounds.maxlen)
 
     def _now_and_then(self, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(R, 2) what a rank reached now and too often for chance, from (T, R, 2); -inf of all ranks but one.

@@ -289,6 +289,7 @@ class RunJudge:
                 "sequences": self._sequences,
             }
             | ({"evidence": evidence} if (evidence := self.evidence.state()) else {})
+            | ({"replicas": replicas} if (replicas := self.replicas.state()) else {})
         )
 
     def load_state(self, state: Any) -> bool:
@@ -309,5 +310,6 @@ class RunJudge:
         self.entropy.load_state(state["entropy"])
         self.rewards.load_state(state["rewards"])
         self.evidence.load_state(state.get("evidence", {}))
+        self.replicas.load_state(state.get("replicas", ()))
         self._sequences = int(state["sequences"])
         return True

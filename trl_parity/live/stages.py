@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import enum
 import logging
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TypeVar
@@ -135,7 +134,7 @@ class Stages:
         self._told.add(name)
         with suppress(Exception):  # nobody is there to be told, as where stderr is gone
             logger.log(level, "%s: %s", _WORDS[kind][name], words)
-            logger.debug("%s", "".join(traceback.format_exception(error)))
+            logger.debug("%s", name, exc_info=error)
 
     def forget(self) -> None:
         """The window is over."""

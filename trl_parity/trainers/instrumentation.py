@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Wrapper = tuple[type, str, Callable[..., Any]]  # class, method name, wrapper that takes the original first
 
-TESTED_TRL = ("1.0", "1.6", "1.12", "1.16")  # minor versions that benchmarks/trl_range.py passes with
+TESTED_TRL = ("1.0", "1.6", "1.12", "1.16")  # minor versions that benchmarks/stack_range.py passes with
 
 # tap -> the module that defines the trainer it wraps; it is wrapped once somebody has imported it
 _TAPS = {

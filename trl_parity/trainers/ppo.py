@@ -117,7 +117,8 @@ class _Interception:
         out = self._get_reward(model, query_responses, *args, **kwargs)
         capture = self._capture
         if capture is not None and model is self._trainer.reward_model and not self._showing:
-            capture.scored(query_responses, out[1])
+            with capture.trying():
+                capture.scored(query_responses, out[1])
             if capture.complete:
                 self._capture = None
                 capture.batch_seconds = time.perf_counter() - capture.start - capture.seconds

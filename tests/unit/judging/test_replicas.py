@@ -1,5 +1,7 @@
 """One sick rank among 2, 64 or 1,024 halts and is named; healthy ranks are silent, however skew their noise."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -42,6 +44,20 @@ def run(windows, **settings):
         verdict = breaker.judge(step, MismatchStats(1, 1, 1, 0, scalars))
         seen.append((str(verdict.status), verdict.breaches, scalars.get("replica/rank")))
     return seen
+
+
+def test_a_checkpoint_keeps_what_ranks_were_seen_doing(rng):
+    scales = np.array([1.0, 10.0])
+    windows = [a_window(rng, 2, 16, scales) for _ in range(3)]
+    windows[1][0][0, 0] = 0.0  # rank 0 had no token: no bound
+    whole, resumed = Replicas(3, 20), Replicas(3, 20)
+    for by_rank, stats in windows[:2]:
+        whole.add(by_rank, stats)
+    resumed.load_state(json.loads(json.dumps(whole.state(), allow_nan=False)))
+    assert resumed.add(*windows[2]) == pytest.approx(whole.add(*windows[2]), rel=1e-5)
+    assert resumed.scalars["replica/rank"] == 1
+    resumed.load_state(whole.state())
+    assert resumed.add(*a_window(rng, 4, 16)) == {}  # of other ranks: nothing is known of them
 
 
 @pytest.fixture

@@ -150,7 +150,7 @@ def test_whatever_is_called_in_a_run_is_called_in_a_stage(tmp_path):
     with stages.unguarded(found):
         stages.run(tmp_path, resumed=False)
     plain = {(module, name) for module, names in PLAIN.items() for name in names}
-    wrapping = ("instrumentation.py", ":wrappers", "generation.py:wrapping")  # of TRL's classes, once they are there
+    wrapping = ("instrumentation.py", ":wrappers", ".wrapping")  # of TRL's classes, once they are there
     called = {
         (name.split("/")[-1].split(".py")[0], name.split(".")[-1].split(":")[-1])
         for name in found
