@@ -1,15 +1,16 @@
 """How often the sequential tests condemn a healthy run, and how many windows a faint fault takes them.
 
     python benchmarks/evidence.py --quick              # 10^5 null windows
-    python benchmarks/evidence.py                      # 2.75 x 10^6: 11 kinds of healthy runs, 500 of each
+    python benchmarks/evidence.py                      # 3.25 x 10^6: 13 kinds of healthy runs, 500 of each
     python benchmarks/evidence.py --json evidence.json
 
 Simulated tokens, the code of ``trl_parity.judging.evidence``, runs in lockstep. The Δ of a sequence are drawn so that
 the mean ratio is exactly 1 (normal, mean -s²/2, deviation s), with s fixed, different for each token (heavy tails) or
-for each sequence; a window's level can vary by itself or as an autoregressive process. Windows are drawn from pools
+for each sequence; a window's level can vary by itself or as an autoregressive process. A token's law is one likely
+token and 50 equally unlikely ones, of a probability that differs by token and sequence. Windows are drawn from pools
 of 5,000 sequences. The noise floor is measured once a run, on few sequences, and never again. The first table counts
 runs in which a test's evidence ever reached 1/alpha, at alpha = 0.0001, the default, and at 0.05, where chance shows:
-each test may have alpha / 3 of the runs. The second gives windows from the beginning of a fault to the decision,
+each test may have alpha / 4 of the runs. The second gives windows from the beginning of a fault to the decision,
 beside the fixed rules, three breached windows in a row.
 """
 
@@ -37,7 +38,9 @@ LEVELS = np.exp(np.arange(-6, 8) * 0.15)  # levels of windows, in units of SCALE
 
 POOL, LONGEST = 5_000, 100
 
-FIELDS = ("tokens", "clipped", "clipped_square", "w", "delta", "abs_delta", "k3")
+FIELDS = ("tokens", "clipped", "clipped_square", "w", "delta", "abs_delta", "k3", "entropy", "entropy_drift")
+
+RARE = 50  # unlikely tokens of a law
 
 RULES = {rule.stat: rule for rule in DEFAULT_RULES}
 
@@ -57,6 +60,8 @@ class Kind:
     glitch: float = 0.0  # every 100th window or so has a token with this Δ or its negative
     level: float = 1.0
     bias: float = 0.0  # of log w, every token
+    rare: float = 0.2  # probability of the unlikely tokens together: its median over tokens
+    withheld: float = 0.0  # share of them that the engine never draws, and whose probability it does not tell
     errors: bool = True  # windows come with standard errors
     floor: bool = True
 
@@ -77,7 +82,13 @@ def pools(kind: Kind, rng: np.random.Generator) -> np.ndarray:
         delta = (delta + kind.bias) * mask
         w = np.exp(delta)
         x = (np.minimum(w, CLIP) - 1.0) * mask
-        columns = [mask, x, x * x, w * mask, delta, np.abs(delta), w - 1.0 - delta]
+        rare = np.minimum(
+            kind.rare * np.exp(rng.standard_normal(s.shape) + 0.5 * rng.standard_normal((POOL, 1))), 0.95
+        )
+        entropy = -(1.0 - rare) * np.log1p(-rare) + rare * np.log(RARE / rare)
+        drawn = rng.random(s.shape) < rare * (1.0 - kind.withheld)
+        drift = entropy - np.where(drawn, np.log(RARE / rare), -np.log1p(-rare))
+        columns = [mask, x, x * x, w * mask, delta, np.abs(delta), w - 1.0 - delta, entropy * mask, drift * mask]
         out.append(np.stack([column.sum(1, dtype=float) for column in columns], axis=-1))
     return np.stack(out)
 
@@ -135,6 +146,7 @@ def simulate(
         values = {
             "ratio/clipped": 1.0 + means["clipped"], "ratio/clipped_square": means["clipped_square"],
             "kl_k1": -means["delta"], "trimmed/logp_abs_diff/mean": means["abs_delta"], "trimmed/kl_k3": means["k3"],
+            "entropy/drift": means["entropy_drift"], "entropy/trainer": means["entropy"],
         }  # fmt: skip
         if kind.floor:
             values |= floor
@@ -150,6 +162,7 @@ def simulate(
                 "se/kl_k1": errors["delta"],
                 "se/logp_abs_diff/mean": errors["abs_delta"],
                 "se/kl_k3": errors["k3"],
+                "se/entropy/drift": errors["entropy_drift"],
             }
         evidence.update(t, n, np.full(runs, kind.sequences), values)
         for test in TESTS:
@@ -158,6 +171,8 @@ def simulate(
                 reached = found[f"{test}@{limit}"]
                 reached[(now >= level10) & np.isinf(reached)] = t + 1
         breached = np.maximum(np.abs(ratio - 1.0) - 2.576 * ratio_error, 0.0) > RULES["honesty_gap"].limit
+        gap = np.abs(means["entropy_drift"]) - 2.576 * errors["entropy_drift"]
+        breached |= np.maximum(gap, 0.0) > RULES["entropy/drift_gap"].limit
         if kind.floor:
             for stat, name in (("logp_abs_diff/mean", "abs_delta"), ("kl_k3", "k3")):
                 rule, base = RULES[stat], floor[f"floor/{stat}"]
@@ -179,6 +194,8 @@ NULLS = (
     Kind(name="a token of e^20 now and then", sequences=8, glitch=20.0),
     Kind(name="w x 1.002, the most that does not matter", bias=np.log(1.002)),
     Kind(name="no floor, 64 sequences", sequences=64, floor=False, by_window=0.1),
+    Kind(name="peaked laws, 8 sequences", sequences=8, rare=0.003),
+    Kind(name="peaked laws, 4 sequences, no standard errors", sequences=4, rare=0.001, errors=False),
 )
 
 
@@ -207,6 +224,10 @@ def faults() -> list[tuple[str, Kind, Kind, int, dict[str, Any]]]:
             since = f"{many}, from window {start}"
             out.append((f"w x 1.005, {since}", base, replace(base, bias=np.log(1.005)), start, {}))
             out.append((f"w x 0.985 (top_p), {since}", base, replace(base, bias=np.log(0.985)), start, {}))
+            out += [
+                (f"{x:.0%} of unlikely tokens withheld, {since}", base, replace(base, withheld=x), start, {})
+                for x in (0.1, 0.3)
+            ]
             out += [(f"drift x {x}, {since}", base, replace(base, level=x), start, {}) for x in (1.5, 2.0)]
         fine = (f"drift x 1.2, {many}, from 200, factors 1", base, replace(base, level=1.2), 200, FINE)
         out.append(fine)

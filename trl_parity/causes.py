@@ -65,9 +65,10 @@ CAUSES: dict[str, Cause] = {
         "engine); callback.diagnose(heal=True) delivers the weights once.",
     ),
     "partial_sync": Cause(
-        "Some tensors reach the engine, others never arrive.",
-        "The engine is a mixture of two policies, which no checkpoint ever was.",
-        "map the names of the tensors listed here to the engine's (vLLM's load_weights must write each of them).",
+        "Some tensors of the engine are not the trainer's: they never arrive, or not as they were sent.",
+        "The engine is a mixture of policies, which no checkpoint ever was.",
+        "map the names of the tensors listed here to the engine's (vLLM's load_weights must write each of them), and "
+        "let nothing change them on the way.",
     ),
     "stale_prefix_cache": Cause(
         "The engine reuses keys and values that were computed under older weights.",

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-__all__ = ["LastResort", "progress_bar", "say"]
+__all__ = ["LastResort", "about", "progress_bar", "say"]
 
 _WHO = "trl-parity"
 
@@ -36,6 +36,11 @@ class LastResort(logging.Handler):
         if not any(handler is not self for logger in loggers for handler in logger.handlers):
             with suppress(Exception):  # nobody is there to be told, as where stderr is gone
                 say(self.format(record))
+
+
+def about(seconds: float) -> str:
+    """``about 40 s left``, ``about 3 min left``."""
+    return f"about {10 * max(1, round(seconds / 10))} s left" if seconds < 95 else f"about {seconds / 60:.0f} min left"
 
 
 _PATIENCE = 30.0  # seconds between two lines about the same

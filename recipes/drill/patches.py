@@ -36,7 +36,7 @@ def engine_model(trainer: Any) -> Any:
 
 
 def hidden(name: str) -> Patch:
-    """Every request gets ``SamplingParams.<name> = strength`` after TRL has made it.
+    """Each of the run's requests gets ``SamplingParams.<name> = strength`` after TRL has made it.
 
     In life: a server lays the model's generation_config.json over requests that do not set the field.
     """
@@ -46,7 +46,7 @@ def hidden(name: str) -> Patch:
         real = llm.generate
 
         def generate(prompts: Any, sampling_params: Any = None, **kwargs: Any) -> Any:
-            if sampling_params is not None:
+            if sampling_params is not None and not isinstance(sampling_params, list):  # a list: asked by a diagnosis
                 sampling_params = sampling_params.clone()
                 setattr(sampling_params, name, strength)
             return real(prompts, sampling_params=sampling_params, **kwargs)

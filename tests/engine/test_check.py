@@ -74,6 +74,7 @@ def test_fp32_against_fp32_is_fit_and_every_row_ran(tiny, tmp_path, capfd):
     assert 0 < rows["kl_mean"]["floor"] < 1e-9
     assert rows["pass_rate"]["interval"][0] > 0.99
     assert told["facts"]["speed"]["share"] > 0.5
+    assert 12 <= len(told["trials"]) < 24  # the others would have changed no row
     report = (tmp_path / "report.md").read_text()
     assert "trials.png" in report
     for name in ("trials.png", "positions.png"):
@@ -174,6 +175,30 @@ def test_a_sampler_that_draws_from_another_law_than_it_reports_fails_in_sampling
     _, failed, rows = run(tiny, skip=(*OTHER_ENGINES, "lengths", "update", "update_back"), trials=12)
     assert failed == {"sampling"}
     assert "lower temperature" in rows["sampling"].evidence
+
+
+def test_prompts_whose_later_chunks_are_misplaced_fail_in_the_row_of_chunks(tiny, broken):
+    from vllm.forward_context import get_forward_context
+
+    def misplaced(engine):
+        forward = engine.model.forward
+
+        def shifted(input_ids, positions, *args, **kwargs):
+            seen = next(iter(get_forward_context().attn_metadata.values()))
+            lengths = seen.query_start_loc.diff()
+            later = (seen.seq_lens > lengths) & (lengths > 1)  # a chunk, and not the first of its prompt
+            away = 2 * later.repeat_interleave(lengths)
+            positions = positions.clone()
+            positions[: len(away)] += away
+            return forward(input_ids, positions, *args, **kwargs)
+
+        engine.model.forward = shifted
+
+    broken(misplaced)
+    skip = ("compiled", "block_size", "lengths", "sampling", "update", "update_back", "batch", "order", "seed")
+    _, failed, rows = run(tiny, skip=skip, trials=2, engine_args={"enable_prefix_caching": False})
+    assert failed == {"chunked_prefill"}
+    assert "and 66 tokens a step" in rows["chunked_prefill"].evidence
 
 
 def test_other_norms_are_a_drift_that_no_mechanism_explains(tiny, broken):

@@ -27,6 +27,7 @@ def model_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def make_trainer(model_dir):
     """Trainers that share one engine, built by TRL with TRL's arguments; each run syncs its weights first."""
+    import torch._dynamo.config
     from trl import GRPOTrainer
 
     def make(output_dir, *callbacks, cls=GRPOTrainer, trainer_kwargs=None, **args):
@@ -39,9 +40,9 @@ def make_trainer(model_dir):
             **(trainer_kwargs or {}),
         )
 
-    with pytest.MonkeyPatch.context() as patch, shared_engine():
+    compiled = torch._dynamo.config.patch(disable=False)  # pytest's own setattr would take the setting away at the end
+    with pytest.MonkeyPatch.context() as patch, compiled, shared_engine():
         patch.setenv("TORCH_COMPILE_DISABLE", "0")  # this one engine compiled, as TRL builds it
-        patch.setattr("torch._dynamo.config.disable", False)
         yield make
 
 

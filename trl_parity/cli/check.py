@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ..config import fields
 from ..config.reading import settings
-from ..lines import progress_bar
+from ..lines import about, progress_bar
 
 if TYPE_CHECKING:
     from ..preflight.check.settings import CheckSettings
@@ -65,10 +65,10 @@ def _check(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from ..engine.config import checked, laid_over, read_engine_config
-    from ..preflight.check.check import run_check
+    from ..preflight.check.left import TimeLeft
     from ..preflight.check.report import as_json, print_table, with_commands, write
     from ..preflight.check.rows import EXIT_CODES, Limits
-    from ..preflight.check.settings import CheckSettings
+    from ..preflight.check.settings import STAGES, CheckSettings
 
     given = read_engine_config(options.config)
     over = {name.replace("-", "_"): value for name, value in settings(options.set, "dtype=float32").items()}
@@ -77,8 +77,17 @@ def _check(options: argparse.Namespace) -> int:
     directory = Path(options.output) if options.output else None
     limits = fields.from_arguments(Limits, options)
     check = fields.from_arguments(CheckSettings, options, engine_args=args, limits=limits)
+    without = [name for name, (group, _) in STAGES.items() if group in check.skip]
+    left = TimeLeft(check.model, [*without, *([] if check.baseline else ["baseline"])])
     with progress_bar("starting", logged=True) as update, redirect_stdout(sys.stderr):  # stdout is the report's alone
-        result = run_check(check, directory, lambda what, done, of: update(done, of, what))
+
+        def tell(what: str, done: int, of: int) -> None:
+            update(done, of, what, about(left(what, done, of)))
+
+        tell("starting", 0, 0)
+        from ..preflight.check.check import run_check  # takes seconds
+
+        result = run_check(check, directory, tell)
     if result.resumed:
         print(f"went on with {result.resumed} findings of an earlier run in {directory}", file=sys.stderr)
     result = with_commands(result, _again(options, check))

@@ -93,8 +93,8 @@ class ParityConfig:
         default=None,
         metadata={
             "help": "The smallest effects that matter to the sequential tests, laid over the defaults: {'honesty': "
-            "0.002, 'kl_k1': 0.002, 'logp_abs_diff/mean': 0.003, 'kl_k3': 0.0001}; honesty: of the mean ratio, the "
-            "others in nats. On a command line: JSON."
+            "0.002, 'kl_k1': 0.002, 'logp_abs_diff/mean': 0.003, 'kl_k3': 0.0001, 'entropy/drift': 0.02}; honesty: of "
+            "the mean ratio, the others in nats. On a command line: JSON."
         },
     )
     floor_tokens: Annotated[int, at_least(0)] = field(

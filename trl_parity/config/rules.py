@@ -118,12 +118,20 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     # limit: -log10(evidence_alpha). Each is decided over the whole run: the first window at it halts
     Rule(stat="evidence/honesty", limit=4.0, warn=0.75, consecutive=1),
     Rule(stat="evidence/drift", limit=4.0, warn=0.75, consecutive=1),
+    Rule(stat="evidence/entropy", limit=4.0, warn=0.75, consecutive=1),
     Rule(stat="evidence/change", limit=4.0, warn=1.0, warn_only=True),
 )
 
 # The smallest effects that matter to the sequential tests: of the mean ratio (0.002 a token is a factor e in the ratio
-# of 500 tokens) and of mean Δ; of the others the limits that the rules set on the excess.
-EVIDENCE_EFFECTS = {"honesty": 0.002, "kl_k1": 0.002, "logp_abs_diff/mean": 0.003, "kl_k3": 1e-4}
+# of 500 tokens) and of mean Δ; of |Δ| and k3 the limits that the rules set on the excess; of the entropy of what was
+# sampled a fifth of its rule's limit.
+EVIDENCE_EFFECTS = {
+    "honesty": 0.002,
+    "kl_k1": 0.002,
+    "logp_abs_diff/mean": 0.003,
+    "kl_k3": 1e-4,
+    "entropy/drift": 0.02,
+}
 
 
 def rules_over_defaults(rules: Any, consecutive: int, evidence: float = 4.0) -> tuple[Rule, ...]:

@@ -20,6 +20,7 @@ from ..trainers.capture import Capture
 from .distribution import Distribution, Tokens, describe, huber, log_probs
 from .findings import EnginePrompts
 from .forward_passes import FEW, ForwardPass, ForwardPasses
+from .weight_versions import WeightVersions
 
 __all__ = ["Counterfactual", "DiagnosedBatch"]
 
@@ -64,6 +65,7 @@ class DiagnosedBatch:
     own_scored: torch.Tensor  # by the trainer's own head
     entropy: torch.Tensor | None
     start: Counterfactual  # nothing undone
+    versions: WeightVersions | None = None  # of the policy's weights
 
     @classmethod
     def of(
@@ -78,6 +80,7 @@ class DiagnosedBatch:
         floor: float,
         began_healthy: bool | None = None,
         redacted: bool = False,
+        versions: WeightVersions | None = None,
     ) -> DiagnosedBatch:
         """Evenly spaced rows of those that were scored, within the budget. ``replayed``: sampling was, in scoring."""
         some = _spread(len(scored.mask), len(capture.rows_within(rollout, token_budget)), scored.mask.device)
@@ -118,6 +121,7 @@ class DiagnosedBatch:
             own_scored=tokens(scored.own_logprobs),
             entropy=None if scored.entropy is None else tokens(scored.entropy),
             start=start,
+            versions=versions,
         )
 
     def __len__(self) -> int:

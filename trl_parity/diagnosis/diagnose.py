@@ -16,12 +16,12 @@ import torch
 from ..causes import CAUSES
 from ..collectives import gather_rows
 from ..records import Diagnosis, Evidence, NamedCause
-from .agreement import agreed, counts
+from .agreement import agreed, counts, unseen_law
 from .counterfactual import Counterfactual, DiagnosedBatch
 from .findings import NOTHING
 from .probes import PROBES
 from .probes.asking import prefill_of
-from .probes.base import COSTS, FREE, Candidate, NothingThere, NotPossible, Probe, recomputed
+from .probes.base import COSTS, FREE, Candidate, NothingThere, NotPossible, Probe, Unexplained, recomputed
 from .probes.rescore import sampling_alone
 from .profiles import drift_profiles
 from .selection import (
@@ -53,6 +53,8 @@ _OF_THE_MODEL = frozenset({
     "trainer_numerics",
 })  # fmt: skip
 
+_NEAR = 0.1  # of the excess: what explains less is not close
+
 _LEFT = 0.2  # of the excess: less is not looked into
 
 
@@ -79,8 +81,8 @@ def diagnose(
         "residual": drift, "floor": batch.floor, "tokens": int(sums[:, 1].sum()), "sequences": len(sums),
     }  # fmt: skip
     if drift <= batch.floor or not len(sums):
-        found = runner.agreement()
-        return agreed(step, found, details | {"seconds": runner.seconds})
+        found, unseen = runner.agreement()
+        return agreed(step, found, details | {"seconds": runner.seconds}, unseen)
     explained = _Explained()
     evidence: list[Evidence] = []
     for turn in range(_ROUNDS):
@@ -124,9 +126,16 @@ class _ProbeRunner:
         rows = self._gather({"sums": sums.tolist()})
         return torch.tensor([s for row in rows for s in row["sums"]], dtype=torch.float64).reshape(-1, 2)
 
-    def agreement(self) -> list[list[float]]:
-        """What each rank's batch tells of a run whose two sides agree."""
-        return [row["counts"] for row in self._gather({"counts": counts(self._batch.rollout)})]
+    def agreement(self) -> tuple[list[list[float]], tuple[str, str]]:
+        """What each rank's batch tells of a run whose two sides agree: ``counts``; ``unseen_law``, of any rank."""
+        unseen = ("", "")
+        try:
+            unseen = unseen_law(self._batch.rollout, self._batch.engine)
+        except Exception as e:  # a server that is gone, on the rank that talks to it: the others do not wait
+            logger.debug("the engine's settings could not be read: %s", e)
+        rows = self._gather({"counts": counts(self._batch.rollout), "unseen": unseen})
+        cause, words = next((row["unseen"] for row in rows if row["unseen"][0]), unseen)
+        return [row["counts"] for row in rows], (cause, words)
 
     def run(self, current: Counterfactual, turn: int) -> list[Result]:
         """Probes cheapest first, until one explains enough for sure. ``turn``: causes that are explained already."""
@@ -162,14 +171,15 @@ class _ProbeRunner:
         error = next((r["error"] for r in rows if r["error"]), "")
         if not good:
             unasked = next((r["unasked"] for r in rows if r["unasked"]), "")
-            return _without_result(probe, turn, "nothing to undo was found", error, seconds, unasked)
+            seen = next((r["finding"] for r in rows if r["finding"]), "nothing to undo was found")
+            return _without_result(probe, turn, seen, error, seconds, unasked)
         return _with_result(probe, turn, candidate, good, error, seconds, self._batch.floor)
 
     def _look(self, probe: Probe, current: Counterfactual) -> tuple[Candidate | None, dict[str, Any]]:
         """One probe on this rank: its candidate, and for the other ranks what it leaves of the residual."""
         row: dict[str, Any] = {
             "before": [], "after": [], "finding": "", "error": "", "unasked": "", "cause": probe.cause, "fix": "",
-            "details": {},
+            "details": {}, "most": 1.0,
         }  # fmt: skip
         candidate: Candidate | None = None
         try:
@@ -178,10 +188,13 @@ class _ProbeRunner:
             if candidate is not None:
                 row |= self._residuals(candidate, current)
                 row |= {"finding": candidate.finding, "cause": candidate.cause or probe.cause}
-                row |= {"details": candidate.details, "fix": candidate.fix}
+                row |= {"details": candidate.details, "fix": candidate.fix, "most": candidate.most}
         except NotPossible as e:
             self.findings = self.findings.plus(e.found).lacking(probe.gives, str(e))
-            row["error"] = f"not possible here: {e}"
+            if isinstance(e, Unexplained):
+                row["finding"] = str(e)
+            else:
+                row["error"] = f"not possible here: {e}"
             row["unasked"] = "" if isinstance(e, NothingThere) else "not possible"
         except Exception as e:  # out of memory, engine gone, ...: the others go on
             row |= {"error": f"{type(e).__name__}: {e}", "unasked": "failed"}
@@ -258,8 +271,8 @@ def _with_result(
         details=rows[0]["details"],
     )
     values = 1 if candidate is None else max(1, candidate.values)
-    fix = rows[0]["fix"]
-    return Result(probe, candidate, cause, share, shares, mean(after) * (1.0 + 0.15 * values), evidence, fix=fix)
+    misfit, most = mean(after) * (1.0 + 0.15 * values), min(r["most"] for r in rows)
+    return Result(probe, candidate, cause, share, shares, misfit, evidence, fix=rows[0]["fix"], most=most)
 
 
 def _without_result(probe: Probe, turn: int, finding: str, error: str, seconds: float, unasked: str) -> Result:
@@ -354,7 +367,9 @@ def _unknown(
 ) -> Diagnosis:
     tried = [e for e in evidence if e.explained is not None]
     closest = max(tried, key=lambda e: e.explained or 0.0, default=None)
-    near = f" Closest: {closest.cause} ({closest.name}) with {closest.explained:.0%}." if closest is not None else ""
+    near = ""
+    if closest is not None and (closest.explained or 0.0) >= _NEAR:
+        near = f" Closest: {closest.cause} ({closest.name}) with {closest.explained:.0%}."
     return Diagnosis(
         step=step,
         cause="unknown",

@@ -10,7 +10,7 @@ from ..records import RolloutBatch
 
 __all__ = ["collisions", "duplicates_in_words"]
 
-_EQUAL = 0.5  # share of pairs of one prompt that are equal, from which on
+_EQUAL = 0.1  # share of pairs of one prompt that are equal, from which on: of eight, each twice, it is a seventh
 
 _PAIRS = 3  # so many equal pairs at least
 

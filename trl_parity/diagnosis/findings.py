@@ -29,12 +29,20 @@ class EngineWeights:
     arrived: int  # trained tensors that would differ had they not arrived, and do not
     missing: tuple[str, ...]  # the ignored ones, and what else differs
     partial: bool  # some of the trained ones are the trainer's and others not
-    coarse: bool  # the engine's have as few values as 8 bits hold
+    coarse: bool  # the engine's are the trainer's after a quantizer
     rounded: Mapping[str, str]  # by name: the narrower dtype that the trainer's, rounded to it, are the engine's in
     exchanged: Mapping[str, str]  # by name: another tensor of the trainer's, which the engine holds in its place
     values: Mapping[torch.nn.Parameter, torch.Tensor]  # what parameters must be for the policy to hold what it does
     readable: bool = True  # all that differs could be read whole
     adapted: bool = False  # adapters are merged into these: switched off, they hold
+    form: str = ""  # what the quantizer left, in words
+    older: float | None = None  # share that are an older version of the trainer's; None: not known
+    adapter_counts: float | None = None  # how many times, where more than once
+
+    @property
+    def altered(self) -> bool:
+        """Whether they were changed on their way, or in the engine, and are no older ones."""
+        return self.adapter_counts is not None or (self.older is not None and self.older < 0.5)
 
     @property
     def unheard(self) -> tuple[str, ...]:

@@ -50,6 +50,7 @@ class Result:
     misfit: float  # what is left, dearer by the number of fitted values
     evidence: Evidence
     fix: str = ""  # what mends it, where that is not what mends its cause in general
+    most: float = 1.0  # confidence it can have
     unasked: str = ""  # why there is no answer: "time", "failed" or "not possible"; "" where there is one
 
     @property
@@ -119,10 +120,10 @@ def confidence_in(best: Result, results: Sequence[Result], unasked: Sequence[str
     those found on the run itself count before fitted ones, as in ``best_of``, and a resample in which the cause
     explains too little counts 0. Divided by 1 + n d for n causes that could not be asked (``not_excluded``), where
     d = (1 - explained for sure) / (1 - EXACT), 1 at most: what leaves nothing unexplained has no rivals. Of a cause
-    by elimination d is 1.
+    by elimination d is 1. At most what its candidate says.
     """
     doubt = 1.0 if best.probe.cost == "last" else min(1.0, (1.0 - best.sure) / (1.0 - EXACT))
-    return _wins(best, results) / (1.0 + len(unasked) * doubt)
+    return min(best.most, _wins(best, results) / (1.0 + len(unasked) * doubt))
 
 
 def _wins(best: Result, results: Sequence[Result]) -> float:

@@ -91,6 +91,11 @@ class Engine(Protocol):
 class InProcessEngine(Engine, Protocol):
     """One whose module lies in this process: ``Capability.READ_MODEL``."""
 
+    def continued(
+        self, contexts: Sequence[Sequence[int]], tokens: int, temperature: float
+    ) -> list[tuple[list[int], torch.Tensor]]:
+        """What it samples now after each context, all at once: token ids, and what it reports for them, (n,)."""
+
     def last_states(self, sequence: Sequence[int], places: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Last hidden states (n, H) that predict the tokens at these places, and the logits (n, V) made of them."""
 

@@ -177,11 +177,30 @@ class ColocatedEngine:
         ]
         return torch.tensor(reported), torch.tensor([output.num_cached_tokens or 0 for output in outputs])
 
+    def continued(
+        self, contexts: Sequence[Sequence[int]], tokens: int, temperature: float
+    ) -> list[tuple[list[int], torch.Tensor]]:
+        """What it samples now after each context, all at once: token ids, and what it reports for them, (n,).
+
+        Temperature only, no other request setting; every context is computed anew.
+        """
+        params = [
+            self._params(temperature=temperature, seed=i, logprobs=0, max_tokens=tokens) for i in range(len(contexts))
+        ]
+        answers = [output.outputs[0] for output in self._ask(contexts, params, self._salt())]
+        return [
+            (
+                list(one.token_ids),
+                torch.tensor([given[t].logprob for given, t in zip(one.logprobs, one.token_ids, strict=True)]),
+            )
+            for one in answers
+        ]
+
     @staticmethod
     def _params(**settings: Any) -> Any:
         from vllm import SamplingParams
 
-        return SamplingParams(max_tokens=1, detokenize=False, **settings)
+        return SamplingParams(**({"max_tokens": 1, "detokenize": False} | settings))
 
     def _ask(self, sequences: Sequence[Sequence[int]], params: Any, salt: str | None) -> Any:
         prompts: Any = [{"prompt_token_ids": list(ids)} | ({"cache_salt": salt} if salt else {}) for ids in sequences]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,7 @@ def build_engine(model: str, engine_args: Mapping[str, Any]) -> BenchEngine:
     except ImportError as e:
         raise _no_vllm(e) from e
     try:
-        with own_random_numbers():
+        with own_random_numbers(), _uncollected():
             return BenchEngine(LLM(model=model, **(dict(engine_args) | MEASURING)))
     # vLLM refuses what it can't run with by any of these; the first cause stays chained
     except (ValueError, TypeError, OSError, AssertionError, RuntimeError) as e:
@@ -93,12 +94,49 @@ class BenchEngine(ColocatedEngine):
     @property
     def chunk_size(self) -> int:
         """Tokens one step takes in: longer prompts are prefilled in chunks of it."""
-        return int(self._config.scheduler_config.max_num_batched_tokens)
+        return int(self._scheduler.max_num_scheduled_tokens)
 
     @property
     def chunks_prompts(self) -> bool:
         """Whether prompts may be prefilled in chunks."""
         return bool(self._config.scheduler_config.enable_chunked_prefill)
+
+    @property
+    def device_type(self) -> str:
+        """As torch calls it."""
+        return str(self._config.device_config.device_type)
+
+    @property
+    def _scheduler(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core.scheduler
+
+    @contextmanager
+    def taking_in(self, tokens: int) -> Iterator[None]:
+        """Inside: a step takes in this many tokens and no more, so that longer prompts are prefilled in chunks of it.
+
+        vLLM's scheduler reads its copy of ``max_num_batched_tokens`` at each step; elsewhere that sizes buffers.
+        Raises InterceptionError where prompts are never prefilled in chunks, or where a step took in more.
+        """
+        if not self.chunks_prompts:
+            raise InterceptionError("prompts are not prefilled in chunks (enable_chunked_prefill: false)")
+        scheduler = self._scheduler
+        before, schedule = scheduler.max_num_scheduled_tokens, scheduler.schedule
+        largest = 0
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            nonlocal largest
+            step = schedule(*args, **kwargs)
+            largest = max(largest, step.total_num_scheduled_tokens)
+            return step
+
+        scheduler.max_num_scheduled_tokens, scheduler.schedule = tokens, watched
+        try:
+            yield
+        finally:
+            scheduler.max_num_scheduled_tokens = before
+            del scheduler.schedule
+        if largest > tokens:
+            raise InterceptionError(f"a step took in {largest} tokens, and was told to take in {tokens}")
 
     @property
     def eager(self) -> bool:
@@ -188,11 +226,27 @@ class BenchEngine(ColocatedEngine):
     def close(self) -> None:
         """Free the engine's memory; it can't be asked any more."""
         if self.llm is not None:
-            self.llm.llm_engine.engine_core.shutdown()
+            with _uncollected():
+                self.llm.llm_engine.engine_core.shutdown()
             self.llm = None
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Inside, ``gc.collect`` does nothing.
+
+    vLLM calls it six times while an engine is built and freed, .4 s each in a process that has imported as much; one
+    call once the engine is gone does as well.
+    """
+    collect = gc.collect
+    gc.collect = lambda *_, **__: 0
+    try:
+        yield
+    finally:
+        gc.collect = collect
 
 
 def _table(flat: Any, first: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,12 +1,13 @@
-"""All the evidence of a run: three sequential tests that may be looked at after every window. Pure, constant memory.
+"""All the evidence of a run: four sequential tests that may be looked at after every window. Pure, constant memory.
 
     honesty   the mean ratio w = trainer / rollout probability of the sampled tokens is 1, as under any honest engine
     drift     mean Δ, mean |Δ| and k3 are within what the noise floor, with its own uncertainty, allows
     change    mean |Δ| and k3 are what they were in this run's own past
+    entropy   the sampled tokens are as surprising as the trainer's law says: E[-log π(y)] = H(π)
 
-Each is an e-process: M >= 0, a supermartingale from M_0 = 1/3 while its null hypothesis holds. By Ville's inequality M
-ever reaches 1/alpha with probability alpha / 3 at most: ``log10 M >= -log10 alpha`` decides at any window, and alpha
-is the false-alarm rate of a whole run, of any length, over the three. Each null hypothesis contains a smallest effect:
+Each is an e-process: M >= 0, a supermartingale from M_0 = 1/4 while its null hypothesis holds. By Ville's inequality M
+ever reaches 1/alpha with probability alpha / 4 at most: ``log10 M >= -log10 alpha`` decides at any window, and alpha
+is the false-alarm rate of a whole run, of any length, over the four. Each null hypothesis contains a smallest effect:
 no number of windows condemns a drift that does not matter. No window multiplies a bet by more than 100 (a factor cut
 off is still one of a supermartingale): while M is below 1, two windows can't decide, let alone one, or one sequence or
 token of any size. What is decided condemns the windows that speak for it. After three in a row that speak against it,
@@ -31,7 +32,7 @@ from .betting import SHARES, SHIFTS, Bets, honesty_bets, score_bets
 
 __all__ = ["TESTS", "Evidence", "Finding", "Past"]
 
-TESTS = ("honesty", "drift", "change")
+TESTS = ("honesty", "drift", "change", "entropy")
 
 # (w - 2)+ <= 1.26 (w - 1 - log w) for every w: clipping takes at most this times the KL from the mean ratio
 _CLIPPED_PER_KL = 1.26
@@ -58,6 +59,7 @@ _INPUTS = (
     "ratio/clipped", "ratio/clipped_square", "kl_k1", "trimmed/logp_abs_diff/mean", "trimmed/kl_k3",
     *(f"se/{stat}" for stat in _STATS), *(f"floor/{stat}" for stat in _STATS),
     *(f"floor_upper/{stat}" for stat in ("kl_k3", *_STATS[1:])),
+    "entropy/drift", "se/entropy/drift", "entropy/trainer",
 )  # fmt: skip
 
 # what each test bets on
@@ -65,6 +67,7 @@ _SIDES = {
     "honesty": ("mean ratio above 1", "mean ratio below 1"),
     "drift": ("mean Δ above 0", *_STATS[1:], "mean Δ below 0"),
     "change": _STATS[1:],
+    "entropy": ("surprisal below the entropy", "surprisal above the entropy"),
 }
 
 
@@ -127,12 +130,13 @@ class Past:
 
 
 class Evidence:
-    """The three tests of a run, from what a window's line in ``metrics.jsonl`` holds. What is missing is not bet on.
+    """The four tests of a run, from what a window's line in ``metrics.jsonl`` holds. What is missing is not bet on.
 
     Read from it: ``ratio/clipped`` and ``ratio/clipped_square``, means of min(w, 2) and of (min(w, 2) - 1)²;
     ``kl_k1``, ``trimmed/logp_abs_diff/mean``, ``trimmed/kl_k3``; ``floor/<stat>``, and ``floor_upper/<stat>``, an
     upper confidence bound (a floor's error is the same in all windows: it does not average out); ``se/<stat>``,
-    standard errors over independent sequences, with which ``drift`` begins at once instead of after five windows.
+    standard errors over independent sequences, with which ``drift`` begins at once instead of after five windows;
+    ``entropy/drift`` and ``entropy/trainer``.
 
     drift: y = log x of a statistic x, limit m = log max(upper + effect, ``floor_factor`` x upper); of Δ: y = ± mean Δ,
     m = effect + upper of k3, since an honest engine has E[-Δ] = KL. t = (y - m) / scale, scale the larger of the
@@ -145,6 +149,12 @@ class Evidence:
     windows of it on: Quesenberry's Q statistics, independent standard normal while windows are normal with any
     constant mean and variance, here shrunk by the margin and the least spread. The past learns nothing while the bets
     on drift or change that run are worth over 1.
+
+    entropy: y = ± entropy/drift, m = effect + mean |Δ| (laws that far apart may differ in entropy by as much). Sampled
+    from the trainer's law, Σ(H + log π(y)) is a martingale whatever the prompts. The scale is the larger of standard
+    error and spread, as above, and of sqrt(H (1 + log+ 1/H) / n) + (3 + log+ 1/H) / n: of a peaked law most windows
+    lack the rare token that makes up for the others, and without it neither shows how far they spread. The log-factors
+    are divided by ``copies``.
 
     ``alpha``: false alarms a run. ``shape``: of independent runs in lockstep, whose values are arrays (simulations).
     """
@@ -160,9 +170,10 @@ class Evidence:
         self.limit = -math.log10(alpha)
         effects = EVIDENCE_EFFECTS | dict(effects or {})
         self._honesty, self._effects = effects["honesty"], np.array([effects[stat] for stat in _STATS])
+        self._entropy_effect = effects["entropy/drift"]
         self.floor_factor, self.change_factor = floor_factor, change_factor
         self._missing = np.full(shape, math.nan) if shape else math.nan
-        self.past = Past((*shape, len(_STATS)))
+        self.past, self._entropy = Past((*shape, len(_STATS))), Past((*shape, 1))
         sizes = {test: len(sides) * len(SHARES if test == "honesty" else SHIFTS) for test, sides in _SIDES.items()}
         self.bets = {test: Bets(size, 1.0 / len(TESTS), shape) for test, size in sizes.items()}
 
@@ -187,8 +198,8 @@ class Evidence:
         """Take in one judged window, once. From reduced numbers: the same on every rank.
 
         ``tokens`` and ``sequences``: compared in the window. ``copies``: the largest number of its rows that are equal
-        because they are one draw (1: none). The log-factors of honesty are divided by it, which is valid however the
-        copies depend on each other (Hölder's inequality).
+        because they are one draw (1: none). The log-factors of honesty and entropy are divided by it, which is valid
+        however the copies depend on each other (Hölder's inequality).
         """
         given = np.array([self._missing if (x := values.get(name)) is None else x for name in _INPUTS], dtype=float).T
         mean, square, x = given[..., 0], given[..., 1], given[..., 2:5]
@@ -223,9 +234,29 @@ class Evidence:
             self.bets["change"].update(step, factors[..., split:], told[..., split:])
         calm = np.maximum(self.bets["drift"].running, self.bets["change"].running) <= 1.0
         past.add(y, np.asarray(calm)[..., None])
+        self._bet_on_entropy(step, tokens, sequences, given, copies)
         for bets in self.bets.values():
             if bets.losses >= _OVER and bets.log10_evidence >= self.limit:
                 bets.restart()
+
+    def _bet_on_entropy(self, step: int, tokens: Any, sequences: Any, given: np.ndarray, copies: Any) -> None:
+        """The test ``entropy``; ``given`` as by ``_INPUTS``."""
+        apart, x, error, entropy = given[..., 3], given[..., 14], given[..., 15], given[..., 16]
+        if not np.isfinite(x + entropy).any():
+            return
+        past, bets = self._entropy, self.bets["entropy"]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            larger = np.fmax(np.where(past.n[..., 0] >= _FEW, past.spread[..., 0], math.nan), error)
+            dof = np.maximum(np.where(larger == error, sequences, past.n[..., 0]) - 1.0, 1.0)
+            peaked = np.maximum(-np.log(entropy), 0.0)
+            least = np.sqrt(entropy * (1.0 + peaked) / tokens) + (3.0 + peaked) / tokens
+            scale = np.maximum(larger, least)
+            limit = self._entropy_effect + np.fmax(apart, 0.0)
+            t = np.stack([(x - limit) / scale, (-x - limit) / scale], axis=-1)
+            factors = score_bets(t, np.stack([dof, dof], axis=-1)) / np.asarray(copies)[..., None]
+        if np.isfinite(t).any():
+            bets.update(step, factors, np.repeat(np.where(np.isfinite(t), x[..., None], 0.0), len(SHIFTS), axis=-1))
+        past.add(x[..., None], np.asarray(bets.running <= 1.0)[..., None])
 
     def scalars(self) -> dict[str, float | None]:
         """``evidence/<test>``: log10 M, a decision from ``limit`` on; None before the first window of the test.
@@ -262,11 +293,15 @@ class Evidence:
         """What a checkpoint keeps: JSON; nothing before the first window."""
         if not self.past.queue and not any(bets.windows for bets in self.bets.values()):
             return {}
-        return {"bets": {test: bets.state() for test, bets in self.bets.items()}, "past": self.past.state()}
+        bets = {test: bets.state() for test, bets in self.bets.items()}
+        return {"bets": bets, "past": self.past.state(), "entropy": self._entropy.state()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore ``state``; an empty one is a run's beginning."""
         if state:
             for test, bets in self.bets.items():
-                bets.load_state(state["bets"][test])
+                if test in state["bets"]:
+                    bets.load_state(state["bets"][test])
             self.past.load_state(state["past"])
+            if "entropy" in state:
+                self._entropy.load_state(state["entropy"])

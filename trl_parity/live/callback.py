@@ -156,6 +156,8 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
                     self._held = HeldUpdates.of(capture.trainer)
                 self._advice = begin(run, capture, self.engine_request)
             run.capture, run.moved = capture, False
+            with self.monitor.stages("weights"):
+                run.investigator.remember(capture)
             self._unfed, self._renewed = capture.micro_batches, True
             if not self.accumulated:  # nothing of an older batch is in this step's gradient
                 self._condemned = False
@@ -234,6 +236,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
         else:
             with run.watching():
                 run.check_engine()
+                run.investigator.unbounded = True
                 diagnosis = run.diagnose_batch(capture.step + 1)
         if heal and capture is not None:
             moved = run.investigator.heal(capture)

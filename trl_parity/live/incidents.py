@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..collectives import gather_rows
 from ..config.parity import ParityConfig
@@ -19,6 +19,9 @@ from ..results.incident import Incident, prune_incidents, sequence_rows, version
 from ..results.redaction import without_text
 from ..trainers.capture import Capture
 from ..verdict import Status, Verdict
+
+if TYPE_CHECKING:
+    from ..diagnosis.weight_versions import WeightVersions
 
 __all__ = ["Investigator"]
 
@@ -42,6 +45,7 @@ class Investigator:
     def __init__(self, config: ParityConfig):
         self.config = config
         self.wanted = False  # somebody asked for one when no batch was at hand
+        self.unbounded = False  # the next one asks all there is to ask, whatever time it takes
         self.reset()
 
     def reset(self) -> None:
@@ -49,6 +53,7 @@ class Investigator:
         self.diagnosis: Diagnosis | None = None  # the last one
         self._episode()
         self._settings = SettingsHistory()
+        self._versions: WeightVersions | None = None
 
     def _episode(self) -> None:
         self._asked = self._asked_at_halt = self._named = self._left = False
@@ -56,6 +61,16 @@ class Investigator:
     def check_settings(self, capture: Capture) -> None:
         """Look whether a server still runs with the settings the run began with; what changed is a warning."""
         self._settings.compare(capture.refreshed_engine())
+
+    def remember(self, capture: Capture) -> None:
+        """The weights that the batch at hand was sampled with, in a few elements: for a diagnosis to come."""
+        if self.config.diagnose == "never" or capture.sharded or not in_process(capture.engine):
+            return
+        if self._versions is None:
+            from ..diagnosis.weight_versions import WeightVersions
+
+            self._versions = WeightVersions()
+        self._versions.keep(capture.policy, capture.step)
 
     def due(self, verdict: Verdict) -> bool:
         """Whether this window is to be diagnosed; the same on every rank."""
@@ -68,7 +83,7 @@ class Investigator:
         due = self.config.diagnose != "never" and (breached or warned)
         due &= not self._asked or (verdict.halted and not self._named and not self._asked_at_halt)
         wanted, self.wanted = self.wanted, False
-        self._unbounded = wanted or self._asked or verdict.halted
+        self.unbounded = wanted or self._asked or verdict.halted
         if due:  # one that fails is not tried again and again
             self._asked, self._asked_at_halt = True, verdict.halted
         return wanted or due
@@ -107,8 +122,9 @@ class Investigator:
             floor=floor or 0.0,
             began_healthy=began_healthy,
             redacted=self.config.redact_text,
+            versions=self._versions,
         )
-        budget = None if self._unbounded else self.config.diagnose_budget * seconds
+        budget = None if self.unbounded else self.config.diagnose_budget * seconds
         return diagnose(batch, step, budget=budget, ranks=ranks)
 
     def found(self, diagnosis: Diagnosis) -> None:

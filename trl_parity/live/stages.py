@@ -51,6 +51,7 @@ _WORDS = {
     Kind.TELLING: {
         "readings": "temperature or caches cannot be watched",
         "rewards": "rewards cannot be watched",
+        "weights": "what the weights are could not be kept for a diagnosis",
         "frozen weights": "the frozen weights cannot be watched",
         "engine settings": "the engine's settings could not be looked at",
         "noise floor": "the noise floor could not be measured",

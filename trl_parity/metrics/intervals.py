@@ -34,7 +34,7 @@ _LEAST = 2.0
 
 
 def intervals(s: Mapping[str, float], bootstrap: np.ndarray, moments: Moments) -> dict[str, float | None]:
-    """``honesty_*`` and ``entropy/drift_*``, from enough sequences.
+    """``honesty_*``, ``entropy/drift_*`` and ``se/entropy/drift``, from enough sequences.
 
     ``s``: sums by name. ``bootstrap``: (R, 3), ``moments``: (3, 3), as ``MismatchSums`` has them.
     """
@@ -55,6 +55,8 @@ def intervals(s: Mapping[str, float], bootstrap: np.ndarray, moments: Moments) -
         low, high = mean - error * (t + room * max(0.0, -skew)), mean + error * (t + room * max(0.0, skew))
         gap = max(0.0, low - expected, expected - high)
         found |= {f"{name}_low": low, f"{name}_high": high, f"{name}_gap": gap}
+        if name == "entropy/drift":
+            found["se/entropy/drift"] = error
     return found
 
 

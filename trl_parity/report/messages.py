@@ -33,7 +33,7 @@ _SAYS = (
       "trimmed/", "excess/", "truncation/", "honesty", "evidence/honesty", "evidence/drift"), _APART),
     (("replica/",), "The rollouts of one rank are not of the policy that learns."),
     (("evidence/change",), "The two sides are further apart than they were in this run's past."),
-    (("entropy/drift",), "The sampled tokens do not have the entropy of the policy that learns."),
+    (("entropy/drift", "evidence/entropy"), "The sampled tokens do not have the entropy of the policy that learns."),
     (("nonfinite_rate",), "Log-probs are no finite numbers."),
     (("entropy/nonfinite_rate",), "The trainer's entropies are no finite numbers."),
     (("correction/",), "TRL's correction takes most of the loss away."),
@@ -222,6 +222,7 @@ def _accumulated(stats: MismatchStats, named: Sequence[str]) -> Iterator[str]:
         "evidence/honesty": "the mean ratio of its tokens is not 1",
         "evidence/drift": "its drift is above what the noise floor allows",
         "evidence/change": "its drift is above what it was before",
+        "evidence/entropy": "the tokens it sampled are not as surprising as the trainer's law says",
     }
     onset = stats.get("evidence/onset")
     for name, text in told.items():

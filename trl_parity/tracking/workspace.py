@@ -68,7 +68,7 @@ SECTIONS: tuple[tuple[str, tuple[Panel | Chart | Table, ...]], ...] = (
             _parity("k3 KL: excess over the noise floor, and its limit", "excess/kl_k3", "limit/kl_k3"),
             _parity("mean |log-ratio|: excess and limit", "excess/logp_abs_diff/mean", "limit/logp_abs_diff/mean"),
             _parity("evidence over the run, log10: 4 decides", "evidence/honesty", "evidence/drift",
-                    "evidence/change"),
+                    "evidence/entropy", "evidence/change"),
             Table("parity/verdicts"),
         ),
     ),

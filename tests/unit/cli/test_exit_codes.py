@@ -7,9 +7,9 @@ import pytest
 from trl_parity.cli import COMMANDS, main
 
 WORDS = {
-    "check": ["--model", "m"], "baseline": ["--model", "m", "--output", "o"], "engine": ["rl"], "lint": ["c.yaml"],
-    "pilot": ["--output", "o"], "watch": ["runs"], "report": ["runs"], "compare": ["a", "b"], "replay": ["runs"],
-    "panels": ["--project", "p"], "drill": ["--list"],
+    "check": ["--model", "m"], "atlas": [], "baseline": ["--model", "m", "--output", "o"], "engine": ["rl"],
+    "lint": ["c.yaml"], "pilot": ["--output", "o"], "watch": ["runs"], "report": ["runs"], "compare": ["a", "b"],
+    "replay": ["runs"], "panels": ["--project", "p"], "drill": ["--list"],
 }  # fmt: skip
 
 

@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trl_parity.diagnosis.agreement import agreed, counts
+from trl_parity.diagnosis import diagnose
+from trl_parity.diagnosis.agreement import agreed, counts, unseen_law
+from trl_parity.records import SamplingSettings
 
 DETAILS = {"residual": 1e-7, "floor": 2e-7}
 
@@ -44,3 +46,39 @@ def test_without_a_correction_there_is_nothing_to_explain():
     told = agreed(7, [counts(batch(None))], DETAILS)
     assert (told.cause, told.confidence, told.fix) == ("unknown", 0.0, "")
     assert told.summary.startswith("Nothing to explain")
+
+
+@pytest.mark.parametrize(
+    ("asked", "mode", "cause"),
+    [
+        ({"top_p": 0.7}, "raw_logprobs", "truncated_sampling"),
+        ({"min_p": 0.2}, "raw_logits", "truncated_sampling"),
+        ({"repetition_penalty": 1.3}, "raw_logprobs", "penalties"),
+        ({"top_p": 0.7}, "processed_logprobs", "unknown"),
+        ({}, "raw_logprobs", "unknown"),
+    ],
+)
+def test_what_raw_log_probs_know_nothing_of_is_named_by_the_requests(asked, mode, cause):
+    rollout = batch(None)
+    rollout.sampling = SamplingSettings(**asked)
+    engine = SimpleNamespace(settings=lambda: {"logprobs_mode": mode})
+    told = agreed(7, [counts(rollout)], DETAILS, unseen_law(rollout, engine))
+    assert told.cause == cause
+    assert "one policy" not in told.summary
+    assert unseen_law(rollout, None) == ("", "")
+
+
+def gone():
+    raise ConnectionError("the server is gone")
+
+
+@pytest.mark.parametrize("engine", [None, SimpleNamespace(settings=gone)])
+def test_a_rank_that_knows_no_engine_says_what_the_others_say(monkeypatch, engine):
+    other = {"counts": [0] * 6, "unseen": ["penalties", "words"]}
+    monkeypatch.setattr(diagnose, "gather_rows", lambda rows: [*rows, other])
+    rollout = batch(None)
+    rollout.sampling = SamplingSettings(repetition_penalty=1.3)
+    runner = diagnose._ProbeRunner(SimpleNamespace(rollout=rollout, engine=engine), (), None, 2)
+    rows, unseen = runner.agreement()
+    assert len(rows) == 2
+    assert agreed(7, rows, DETAILS, unseen).cause == "penalties"

@@ -32,6 +32,8 @@ def test_eight_copies_are_one_draw_unless_nothing_else_was_likely():
     copies = [(1, [5, 6, 7, 8])] * 8
     words = duplicates_in_words(*collisions(rollout(copies, -1.0)))
     assert words.startswith("28 of 28 pairs of completions of one prompt are equal, token by token")
+    twice = [(1, [i, i, 7, 8]) for i in range(4)] * 2
+    assert duplicates_in_words(*collisions(rollout(twice, -1.5))).startswith("4 of 28 pairs")
     assert duplicates_in_words(*collisions(rollout(copies, -0.01))) == ""  # a policy that collapsed
     assert duplicates_in_words(*collisions(rollout([(1, [5]), (1, [6])] * 8, -1.0))) == ""  # short answers
     assert duplicates_in_words(*collisions(rollout([(i, [5, 6]) for i in range(8)], -1.0))) == ""

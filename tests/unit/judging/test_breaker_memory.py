@@ -344,9 +344,11 @@ def test_the_default_rules_number_by_number():
         ("replica/logp_abs_diff/mean", 0.003, 3.0, None, 0.06, 0.5, False, False),
         ("evidence/honesty", 4.0, None, None, None, 0.75, False, False),
         ("evidence/drift", 4.0, None, None, None, 0.75, False, False),
+        ("evidence/entropy", 4.0, None, None, None, 0.75, False, False),
         ("evidence/change", 4.0, None, None, None, 1.0, False, True),
     }
     assert not any(r.immediate for r in DEFAULT_RULES)
     assert {r.stat: r.consecutive for r in DEFAULT_RULES if r.consecutive} == {
-        "evidence/honesty": 1, "evidence/drift": 1, "replica/kl_k3": 1, "replica/logp_abs_diff/mean": 1,
+        "evidence/honesty": 1, "evidence/drift": 1, "evidence/entropy": 1,
+        "replica/kl_k3": 1, "replica/logp_abs_diff/mean": 1,
     }  # fmt: skip

@@ -20,6 +20,7 @@ from trl_parity.preflight.check.statistics import (
     coarse_kl,
     exact_kl,
     fitted_scale,
+    kolmogorov_smirnov,
     pit,
     scale_curve,
     surprisal,
@@ -97,18 +98,32 @@ def test_the_scale_curve_is_the_kl_to_the_scaled_law():
 
 
 def test_surprisal_and_place_of_tokens_drawn_from_the_law():
-    law = laws(1, 9, seed=13).expand(4000, -1)
+    law = laws(2, 9, seed=13)
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.multinomial(law.exp(), 1, generator=generator)[:, 0]
-    excess, variance = surprisal(law, tokens)
+    which = torch.arange(4000) % 2
+    tokens = torch.multinomial(law[which].exp(), 1, generator=generator)[:, 0]
+    excess, variance = surprisal(law, tokens, which)
     assert abs(float(excess.sum() / variance.sum().sqrt())) < 4
-    place = pit(law, tokens, torch.rand(4000, generator=generator))
+    place = pit(law, tokens, which, torch.rand(4000, generator=generator))
     assert float((place.sort().values - torch.linspace(0, 1, 4000)).abs().max()) < 0.035
     # naive: probability of likelier tokens, plus a share of its own
-    p = law[0].double().exp().tolist()
-    for token, u in ((0, 0.25), (5, 0.5)):
-        naive = sum(x for x in p if x > p[token]) + u * p[token]
-        assert float(pit(law[:1], torch.tensor([token]), torch.tensor([u]))) == pytest.approx(naive, abs=1e-6)
+    law[1, 5] = law[1, 7]  # of two alike the first comes first
+    for row in (0, 1):
+        p = law[row].double().softmax(-1).tolist()
+        for token, u in ((0, 0.25), (5, 0.5), (7, 0.5)):
+            naive = sum(x for i, x in enumerate(p) if (-x, i) < (-p[token], token)) + u * p[token]
+            found = pit(law, torch.tensor([token]), torch.tensor([row]), torch.tensor([u]))
+            assert float(found) == pytest.approx(naive, abs=1e-6)
+
+
+def test_kolmogorov_smirnov_against_the_textbook():
+    assert kolmogorov_smirnov(torch.tensor([0.1, 0.4, 0.7]))[0] == pytest.approx(0.3)
+    middle = (torch.arange(2048) + 0.5) / 2048
+    assert kolmogorov_smirnov(middle) == (pytest.approx(0.5 / 2048, abs=1e-7), pytest.approx(1.0))
+    for critical, p in ((1.2238, 0.1), (1.3581, 0.05), (1.6276, 0.01)):  # of sqrt(n) D, many values
+        distance, found = kolmogorov_smirnov(middle.double() * (1 - critical / math.sqrt(2048)))
+        assert distance == pytest.approx(critical / math.sqrt(2048), abs=1e-3)
+        assert found == pytest.approx(p, rel=0.1)
 
 
 def test_wilson_against_the_textbook():

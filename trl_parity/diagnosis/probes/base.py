@@ -31,6 +31,10 @@ class NothingThere(NotPossible):
     """What would be asked is not in this setup, so the cause is not either."""
 
 
+class Unexplained(NothingThere):
+    """Something was seen, in the text, that no cause follows from."""
+
+
 def require_engine(batch: DiagnosedBatch) -> None:
     """Raise NothingThere without one, as with a trainer that samples by itself."""
     if batch.capture.generation is None:
@@ -47,6 +51,7 @@ class Candidate:
     over: torch.Tensor | None = None
     values: int = 1  # fitted to the data
     fix: str = ""  # where what was seen asks for another than its cause's
+    most: float = 1.0  # confidence there can be: less where what was seen has other causes as well
     details: dict[str, Any] = field(default_factory=dict)
 
 

@@ -14,7 +14,7 @@ from ...engine.base import Engine, in_process
 from ...engine.built_anew import as_built_anew, built_anew, parted
 from ...engine.weight_readback import policy_tensors
 from ..counterfactual import Counterfactual, DiagnosedBatch
-from ..distribution import Distribution, huber
+from ..distribution import Distribution
 from ..findings import NOTHING, AskedAgain, EngineWeights, Findings, Prefill, Rescored
 from ..profiles import onset_in_words
 from .asking import (
@@ -27,8 +27,10 @@ from .asking import (
     prefill_of,
     requests_for,
     size_of,
+    whole_sequences,
 )
-from .base import Candidate, NothingThere, NotPossible, Probe, probe, recomputed
+from .base import Candidate, NothingThere, NotPossible, Probe, Unexplained, probe, recomputed
+from .what_changed import NO_LAW, dishonest, what_changed
 
 __all__ = ["RESCORE", "sampling_alone"]
 
@@ -38,15 +40,15 @@ _REPRODUCED = 0.3  # asked again, the engine gives its number back: up to this s
 
 _ASKED = 8  # times, where two answers differ: their mean has an eighth of the variance of one
 
-_STEP = 3.0  # a change within sequences: this much more drift on one side of it
-
 _TWO_IMPLEMENTATIONS = (
     "no setting of these two sides: weights and config agree, and the engine holds what both make. The two "
     "implementations of this model compute different functions; `trl-parity check` shows on what they part. Another "
     "attn_implementation on the trainer's side, or other versions of vLLM or transformers."
 )
 
-_SIDE = 0.15  # and at least this share of the tokens on either side
+_CONTINUED = 24  # tokens sampled anew, after each of the few prompts
+
+_ONE_OF_TWO = 0.5  # confidence in a cause, where what was seen has another one as well
 
 
 def _reproduced(
@@ -91,8 +93,13 @@ def within_sequences(
         return None, found
     if (random := _random(batch, current, again, findings)) is not None:
         return random, found
-    cause, why = _what_changed(batch, current)
+    cause, why = what_changed(batch, current)
     words = f"asked again, the engine does not give back what it reported: {gap}; {why}"
+    if not cause and not (decoding := _decoding(batch, current, again, findings)):
+        raise Unexplained(words, found)
+    if not cause:
+        words, cause = f"{words}; {decoding}", "engine_numerics"
+        return replace(answered(batch, current, again, words, cause), most=_ONE_OF_TWO), found
     return answered(batch, current, again, words, cause), found
 
 
@@ -115,66 +122,30 @@ def _random(batch: DiagnosedBatch, current: Counterfactual, again: AskedAgain, f
     return answered(batch, current, mean_of, words, "engine_numerics")
 
 
-def _what_changed(batch: DiagnosedBatch, current: Counterfactual) -> tuple[str, str]:
-    """Why an engine may not give back what it said: the cause, and what speaks for it."""
-    if told := batch.rollout.sampling.unreplayed:
-        return (
-            "constrained_decoding",
-            f"the requests set {', '.join(told)}, which was left out when asking again",
-        )
-    if not batch.has_answers and (turn := _turn_of_change(batch, current)) is not None:  # else it would be known
-        return (
-            "token_misalignment",
-            f"the drift begins with turn {turn + 1}: what the engine was given before it are other ids than here",
-        )
-    at, (before, after) = _change(batch, current)
-    if at is not None:
-        return (
-            "in_flight_update",
-            f"the drift changes at completion token {at}: {before:.3g} before, {after:.3g} after (Huber)",
-        )
-    return "engine_numerics", "it does not change at one point of the sequences"
+def _decoding(batch: DiagnosedBatch, current: Counterfactual, again: AskedAgain, findings: Findings) -> str:
+    """Whether what the engine reports as it samples anew is not what its prefill says of the same tokens; in words.
 
-
-def _turn_of_change(batch: DiagnosedBatch, current: Counterfactual) -> int | None:
-    """The turn from which on there is drift, when the ones before have little and it does not grow within turns."""
-    delta = (batch.log_probs(current) - current.reported).nan_to_num(0.0)
-    size = huber(delta)
-    for turn in range(1, int(batch.turn.max()) + 1):
-        before, after = (size[current.kept & side] for side in (batch.turn < turn, batch.turn >= turn))
-        if min(len(before), len(after)) < _SIDE * int(current.kept.sum()):
-            continue
-        if (
-            after.mean() > _STEP * before.mean()
-            and size_of(delta[current.kept & (batch.turn < turn)]) <= 3 * batch.floor
-        ):
-            return turn
-    return None
-
-
-def _change(batch: DiagnosedBatch, current: Counterfactual) -> tuple[int | None, tuple[float, float]]:
-    """The completion position at which the drift steps up or down, if it does."""
-    delta = (batch.log_probs(current) - current.reported)[current.kept]
-    column = batch.column[current.kept]
-    good = torch.isfinite(delta)
-    size, column = huber(delta[good]).double(), column[good]
-    width = int(column.max()) + 1 if len(column) else 0
-    counts = torch.zeros(width, dtype=torch.float64).scatter_add(0, column, torch.ones_like(size))
-    sums = torch.zeros(width, dtype=torch.float64).scatter_add(0, column, size)
-    best: tuple[float, int, float, float] | None = None
-    for at in range(2, width - 1):
-        left, right = counts[:at].sum(), counts[at:].sum()
-        if min(left, right) < _SIDE * counts.sum():
-            continue
-        before, after = float(sums[:at].sum() / left), float(sums[at:].sum() / right)
-        between = float(left * right / (left + right)) * (before - after) ** 2
-        if best is None or between > best[0]:
-            best = between, at, before, after
-    if best is None:
-        return None, (0.0, 0.0)
-    _, at, before, after = best
-    high, low = max(before, after), min(before, after)
-    return (at if high > _STEP * low else None), (before, after)
+    What was asked for with the run's requests has no part in it, nor have weights: both are of now.
+    """
+    engine = askable(batch)
+    if not in_process(engine):
+        return ""
+    rows = [int(batch.rows[i]) for i in batch.few.tolist()]
+    prompts = [batch.prompt(at, findings.engine_prompts) for at in rows]
+    prompts = [ids for ids in prompts if len(ids) + _CONTINUED < engine.max_model_len]
+    if not prompts:
+        return ""
+    answers = engine.continued(prompts, _CONTINUED, batch.temperature)
+    contexts = [p + ids[:t] for p, (ids, _) in zip(prompts, answers, strict=True) for t in range(len(ids))]
+    told, _ = engine.next_token(contexts, [t for ids, _ in answers for t in ids], batch.temperature, cached=False)
+    gap = torch.cat([numbers for _, numbers in answers]).double() - told.double()
+    drift = size_of(batch.log_probs(current)[again.picked] - current.reported[again.picked])
+    if size_of(gap) <= max(3.0 * batch.floor, _REPRODUCED * drift):
+        return ""
+    return (
+        f"as it samples anew, it reports numbers {float(gap.abs().mean()):.3g} nats from those of its own prefill of "
+        "the same tokens: kernels of decoding, or what a processor in the engine makes of what was generated"
+    )
 
 
 def sampling_alone(
@@ -211,6 +182,12 @@ def prefill(batch: DiagnosedBatch, current: Counterfactual, findings: Findings) 
     found = Findings(prefill=known, rescored=Rescored(drift=size_of(delta), reproduced=same))
     if not same or size_of(delta) <= 3 * batch.floor or others(findings.engine_weights):
         return None, found
+    if (off := _no_logprobs(batch, engine, findings, known, delta)) is not None:
+        raise Unexplained(
+            f"what it reports is not the log-softmax of its own logits: mean |gap| {off:.3g} nats", found
+        )
+    if (ratio := dishonest(batch, current)) is not None:
+        raise Unexplained(f"{NO_LAW.format(ratio)}: its numbers are no log-probs of what it samples from", found)
     base = recomputed(current)
     theirs, over = base.reported.clone(), torch.zeros(len(batch), dtype=torch.bool)
     ours = batch.log_probs(base)
@@ -225,8 +202,29 @@ def prefill(batch: DiagnosedBatch, current: Counterfactual, findings: Findings) 
     candidate = Candidate(
         counterfactual=replace(base, reported=theirs, kept=over), cause=cause, over=over, finding=words,
         fix=_TWO_IMPLEMENTATIONS if cause == "model_definition" and findings.engine_parts == () else "",
+        most=_ONE_OF_TWO if cause == "engine_state" and findings.engine_parts == () else 1.0,
     )  # fmt: skip
     return candidate, found
+
+
+def _no_logprobs(
+    batch: DiagnosedBatch, engine: Engine, findings: Findings, known: Prefill, delta: torch.Tensor
+) -> float | None:
+    """Mean |gap| of the engine's prefill to the log-softmax of its own logits, where that is a share of the drift.
+
+    None: they agree, or the logits can't be asked for.
+    """
+    if not in_process(engine):
+        return None
+    reported = {int(n): float(x) for n, x in zip(known.picked, known.logprobs, strict=True)}
+    gaps = []
+    for whole in whole_sequences(batch, engine, findings.engine_prompts):
+        _, logits = engine.last_states(whole.ids, (whole.start + batch.column[whole.tokens]).tolist())
+        law = logits.double().cpu().log_softmax(-1)
+        own = law.gather(1, batch.targets[whole.tokens].cpu()[:, None])[:, 0]
+        gaps.append(torch.tensor([reported[int(n)] for n in whole.tokens]) - own)
+    gap = torch.cat(gaps)
+    return float(gap.abs().mean()) if size_of(gap) > _REPRODUCED * size_of(delta) else None
 
 
 def _another_model(engine: Engine, findings: Findings, drift: float, began_healthy: bool | None) -> tuple[str, str]:

@@ -30,13 +30,15 @@ class SameStates:
     others: torch.Tensor  # (n, V) in the dtype they came in
     heads: torch.Tensor  # (n, V) by the trainer's head, fp32
     gap: torch.Tensor  # (n,) log-prob by the others - by the head, nats
+    picked: torch.Tensor  # (n,) which of the batch's tokens
+    by_head: torch.Tensor  # (n,) log-probs by the head on these states
 
 
 def on_same_states(batch: DiagnosedBatch, current: Counterfactual, sequences: Iterable[Whole], ask: Ask) -> SameStates:
     """What ``ask`` makes of some tokens of these sequences, held against the trainer's head on the states it names."""
     base = recomputed(current)
     reported, over = base.reported.clone(), torch.zeros(len(batch), dtype=torch.bool)
-    others, heads, gaps = [], [], []
+    others, heads, gaps, picked, by_head = [], [], [], [], []
     with batch.passes.head(ForwardPass(), batch.temperature) as head:
         for whole in sequences:
             n = len(whole.tokens)
@@ -52,5 +54,7 @@ def on_same_states(batch: DiagnosedBatch, current: Counterfactual, sequences: It
             over[some] = True
             others.append(logits)
             heads.append(made)
+            picked.append(some)
+            by_head.append(said[1])
     moved = replace(base, distribution=batch.plain, reported=reported, kept=base.kept & over)
-    return SameStates(moved, over, torch.cat(others), torch.cat(heads), torch.cat(gaps))
+    return SameStates(moved, over, *map(torch.cat, (others, heads, gaps, picked, by_head)))

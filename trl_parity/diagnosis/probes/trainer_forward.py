@@ -13,9 +13,10 @@ from ...scoring.model_head import causal_lm
 from ...scoring.perturb import FP8_CACHES, config_differences, largest_dropout
 from ..counterfactual import Counterfactual, DiagnosedBatch
 from ..findings import NOTHING, Findings
+from ..fitting import fit_temperature
 from ..forward_passes import FEW
 from ..profiles import drift_profiles
-from .asking import whole_sequences
+from .asking import size_of, whole_sequences
 from .base import (
     Candidate,
     NotPossible,
@@ -28,7 +29,7 @@ from .base import (
     require_engine,
     with_forward,
 )
-from .same_states import on_same_states
+from .same_states import SameStates, on_same_states
 
 __all__ = ["TRAINER_FORWARD"]
 
@@ -55,8 +56,16 @@ _ROUNDED = 4.0  # times what rounding to their dtype does: less is that
 
 _NO_DROPOUT = (
     "no dropout is on: a layer computes something else in train mode (a router that draws at random, statistics of "
-    "the batch). Switch that off in the model's config"
+    "the batch), or what scores the batch is not this model's forward pass (a replaced "
+    "_get_per_token_logps_and_entropies, another copy of the weights, another mask). Switch that off"
 )
+
+_ITS_TEMPERATURE = (
+    "one temperature on the trainer's side: set it in GRPOConfig before the trainer is built (TRL's fused head keeps "
+    "the one it was built with), and let nothing score with another."
+)
+
+_LEFT = 0.1  # of the gap: what is left of it by a temperature that made it
 
 
 def repeat(batch: DiagnosedBatch, current: Counterfactual) -> Candidate | None:
@@ -65,17 +74,32 @@ def repeat(batch: DiagnosedBatch, current: Counterfactual) -> Candidate | None:
         return None
     again = recomputed(current)
     gap = batch.log_probs(again) - batch.as_scored
-    gap = gap[torch.isfinite(gap)].abs()
+    words = f"a second pass in eval mode differs by {mean_in_words(gap[torch.isfinite(gap)].abs())} nats on average"
     dropped, jitter = largest_dropout(batch.model), _jitter(batch.model)
-    return Candidate(
-        counterfactual=again,
-        finding=f"a second pass in eval mode differs by {mean_in_words(gap)} nats on average"
-        + (f"; dropout {dropped:g} is on while the policy is scored" if dropped else "")
-        + ("" if dropped or not jitter else f"; its config has {', '.join(jitter)}"),
-        cause="moe_routing" if jitter and not dropped else "",
-        details={"dropout": dropped},
-        fix="" if dropped else _NO_DROPOUT + (f" ({', '.join(jitter)} to 0)" if jitter else "") + ".",
-    )
+    cause, fix = "", ""
+    if dropped:
+        words += f"; dropout {dropped:g} is on while the policy is scored"
+    elif jitter:
+        words += f"; its config has {', '.join(jitter)}"
+        cause, fix = "moe_routing", f"{_NO_DROPOUT} ({', '.join(jitter)} to 0)."
+    elif (temperature := _scored_at(batch, again, size_of(gap))) is not None:
+        words += f"; the run's are of temperature {temperature:.3g}, the loss divides by {batch.temperature:g}"
+        cause, fix = "temperature", _ITS_TEMPERATURE
+    else:
+        fix = f"{_NO_DROPOUT}."
+    return Candidate(counterfactual=again, finding=words, cause=cause, details={"dropout": dropped}, fix=fix)
+
+
+def _scored_at(batch: DiagnosedBatch, again: Counterfactual, gap: float) -> float | None:
+    """The temperature at which a second pass gives the numbers the run scored; None where there is none."""
+    if gap <= 3.0 * batch.floor or batch.sharded:  # a head in shards is gathered by all ranks or none
+        return None
+    theirs = replace(again, reported=batch.as_scored)
+    fitted = fit_temperature(batch.fit_tokens(theirs), again.distribution)
+    if fitted is None:
+        return None
+    left = size_of(batch.log_probs(replace(again, distribution=fitted)) - batch.as_scored)
+    return fitted.sampling.temperature if left <= max(3.0 * batch.floor, _LEFT * gap) else None
 
 
 def _jitter(model: Any) -> list[str]:
@@ -162,6 +186,8 @@ def own_logits(batch: DiagnosedBatch, current: Counterfactual) -> Candidate | No
         batch, current, whole_sequences(batch, None, None),
         lambda whole, places: batch.passes.own_logits(torch.tensor(whole.ids), places),
     )  # fmt: skip
+    if (scored := _scored_otherwise(batch, current, found)) is not None:
+        return scored
     apart = (found.others.float() - found.heads).abs().mean()
     rounding = (found.heads.to(found.others.dtype).float() - found.heads).abs().mean()
     gap = float(found.gap.abs().mean())
@@ -173,6 +199,27 @@ def own_logits(batch: DiagnosedBatch, current: Counterfactual) -> Candidate | No
         finding="the model's own forward pass makes other logits than its lm_head with the constants that TRL's loss "
         f"reads from the config (logit_scale, final_logit_softcapping, ...): {gap:.3g} nats on average",
         fix=_OWN_LOGITS,
+    )
+
+
+def _scored_otherwise(batch: DiagnosedBatch, current: Counterfactual, found: SameStates) -> Candidate | None:
+    """The policy's own forward pass in place of what the trainer scores with, where it gives other numbers.
+
+    Both on one sequence at a time, unpadded.
+    """
+    trainers = batch.log_probs(with_forward(current, layout="unpadded", few=True))[found.picked]
+    gap = found.by_head - trainers
+    if size_of(gap) <= 3.0 * batch.floor:
+        return None
+    base = recomputed(current)
+    reported = base.reported.clone()
+    reported[found.picked] -= found.by_head - batch.log_probs(base)[found.picked]
+    return Candidate(
+        counterfactual=replace(base, distribution=batch.plain, reported=reported, kept=base.kept & found.over),
+        over=found.over,
+        cause="trainer_numerics",
+        finding=f"the policy's own forward pass differs from what scores the batch by {mean_in_words(gap.abs())} nats",
+        fix=f"{_NO_DROPOUT}.",
     )
 
 

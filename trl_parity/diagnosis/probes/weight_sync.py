@@ -13,6 +13,8 @@ from ...engine.weight_readback import HeldTensor, PolicyTensor, policy_tensors, 
 from ...scoring.dtypes import dtype_name
 from ..counterfactual import Counterfactual, DiagnosedBatch
 from ..findings import EngineWeights, Findings
+from ..quantized import quantized_as
+from ..weight_versions import WeightVersions
 from .base import Candidate, NotPossible, Probe, independent, probe, require_engine, with_forward
 
 __all__ = ["WEIGHT_SYNC"]
@@ -20,6 +22,10 @@ __all__ = ["WEIGHT_SYNC"]
 _FP8 = 256  # values at most that an 8-bit number has
 
 _ARRIVED = 20  # elements that would differ, had a tensor not arrived, from which on "none does" means it did
+
+_NEAR = 0.25  # mean |difference| to mean |value|, of a tensor that was rounded
+
+_MORE_THAN_ONCE = 1.2
 
 _SAMPLE = 65_536  # elements of a tensor that its rounding step is looked up for
 
@@ -34,7 +40,7 @@ def engine_weights(
     held = findings.engine_weights
     if held is None or batch.sharded:  # reading shards is a collective: all ranks do it or none
         optimizer = getattr(batch.capture.trainer, "optimizer", None)
-        held = _read(batch.model, batch.engine.model, batch.engine.dtype, optimizer)
+        held = _read(batch.model, batch.engine.model, batch.engine.dtype, optimizer, batch.versions)
     found = Findings(engine_weights=held)
     if not held.differing:
         return None, found
@@ -45,19 +51,25 @@ def engine_weights(
         counterfactual=with_forward(current, weights=held),
         cause=_cause(held),
         finding=words,
-        fix="" if not held.rounded or held.coarse else _ONE_DTYPE.format(_some(held.missing)),
+        fix=_fix(held),
         details={
             "tensors": {name: dict(sizes) for name, sizes in held.differing.items()},
             "ignored": list(held.ignored),
             "arrived": held.arrived,
             "rounded": dict(held.rounded),
             "exchanged": dict(held.exchanged),
+            "older": held.older,
         },
     )
     return candidate, found
 
 
 _ONE_DTYPE = "hold these in one dtype on both sides: {}; they are the trainer's, rounded."
+
+_ON_THE_WAY = (
+    "find what changes these tensors on their way to the engine, or in it (a scale, a quantizer, an average, another "
+    "layer's name): {}."
+)
 
 
 def _cause(held: EngineWeights) -> str:
@@ -66,11 +78,26 @@ def _cause(held: EngineWeights) -> str:
         return "kv_cache_precision"
     if held.differing.keys() == held.rounded.keys():
         return "dtype_gap"
-    return "partial_sync" if held.partial else "stale_weights"
+    return "partial_sync" if held.partial or held.altered else "stale_weights"
 
 
-def _read(policy: torch.nn.Module, model: Any, dtype: torch.dtype, optimizer: Any = None) -> EngineWeights:
-    """What the engine's module holds of each of the policy's tensors. ``optimizer``: tells which have moved."""
+def _fix(held: EngineWeights) -> str:
+    if held.rounded and not held.coarse:
+        return _ONE_DTYPE.format(_some(held.missing))
+    return _ON_THE_WAY.format(_some(held.missing)) if held.altered and not held.coarse else ""
+
+
+def _read(
+    policy: torch.nn.Module,
+    model: Any,
+    dtype: torch.dtype,
+    optimizer: Any = None,
+    versions: WeightVersions | None = None,
+) -> EngineWeights:
+    """What the engine's module holds of each of the policy's tensors. ``optimizer``: tells which have moved.
+
+    ``versions``: of the policy's, since the run began.
+    """
     named = list(policy_tensors(policy))
     held = read_back(model.load_weights, model, ((t.name, t.tensor) for t in named))
     deaf = {h.name for h in held if not h.written}  # to the loader as it is now; the class's own may know them
@@ -89,6 +116,8 @@ def _read(policy: torch.nn.Module, model: Any, dtype: torch.dtype, optimizer: An
     moved = [(h, ours[h.name].tensor, updated(ours[h.name].parameter)) for h in trained]
     arrived = _arrived(moved, [(h, ours[h.name].tensor) for h in wide], dtype)
     rounded = {h.name: name for h in differing if (name := _rounded_to(h.values, ours[h.name].tensor))}
+    values = {h.name: h.values for h in differing if h.values is not None}
+    forms = [_form(h.values, ours[h.name].tensor, dtype) for h in wide]
     return EngineWeights(
         total=len(held),
         differing={h.name: {"differing": h.differing / max(1, h.written), "gap": h.gap} for h in differing},
@@ -98,7 +127,10 @@ def _read(policy: torch.nn.Module, model: Any, dtype: torch.dtype, optimizer: An
         partial=arrived > 0 or 0 < len(ignored) < len(trained),
         rounded=rounded,
         exchanged=_exchanged(differing, ours),
-        coarse=bool(wide) and all(_is_coarse(h.values, ours[h.name].tensor) for h in wide),
+        coarse=bool(forms) and all(forms),
+        form=", ".join(sorted(set(forms))),
+        older=versions.holds_older(values, dtype) if versions is not None and versions.whole else None,
+        adapter_counts=_adapter_counts(values, ours, dtype),
         values=_swaps(ours, differing) if differing else {},
         readable=all(h.values is not None for h in differing),
         adapted=any(t.adapted for t in named),
@@ -171,7 +203,14 @@ def _steps(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _words(held: EngineWeights, dtype: str) -> str:
     words = f"{len(held.differing)} of {held.total} tensors are not the trainer's in the engine's {dtype}"
     if held.coarse:
-        words += f" but rounded to {_FP8} values at most"
+        words += f" but quantized: {held.form}"
+    elif held.adapter_counts is not None:
+        words += f" but the base and {held.adapter_counts:.3g} times the adapter"
+    elif held.older is not None:
+        of_them = (
+            "an older version of the trainer's" if held.older else "no version the trainer's have had in this run"
+        )
+        words += f", {held.older or 1.0:.0%} of those looked at {of_them}"
     if held.arrived:
         words += f", {held.arrived} arrived"
     if held.ignored:
@@ -225,12 +264,35 @@ def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.to(b.dtype) - b).abs().mean()) / max(float(a.abs().mean()), 1e-30)
 
 
-def _is_coarse(held: torch.Tensor | None, ours: torch.Tensor) -> bool:
-    """Whether the engine's side has no more values than 8 bits hold, where the trainer's has many more."""
+def _form(held: torch.Tensor | None, ours: torch.Tensor, dtype: torch.dtype) -> str:
+    """What a quantizer made of the trainer's, in words: a grid, or no more values than 8 bits hold; "" for neither."""
     if held is None:
-        return False
+        return ""
+    if found := quantized_as(held, ours, dtype):
+        return found
     some, all_ = (x.flatten()[: 16 * _FP8].unique().numel() for x in (held, ours))
-    return some <= _FP8 < all_ // 2
+    return f"{_FP8} values at most" if some <= _FP8 < all_ // 2 and _apart(ours, held) <= _NEAR else ""
+
+
+def _adapter_counts(
+    held: Mapping[str, torch.Tensor], ours: Mapping[str, PolicyTensor], dtype: torch.dtype
+) -> float | None:
+    """How many times the adapters count in the engine's tensors, where that is more than once; None otherwise.
+
+    Least squares of held = base + c (merged - base), which leaves no more than rounding. (Older adapters are smaller:
+    c below 1 is no evidence.)
+    """
+    pairs = [(ours[name], values) for name, values in held.items() if ours[name].adapted]
+    parts = [(t.parameter.detach().to(v), t.tensor.to(v), v) for t, v in pairs if t.parameter.shape == v.shape]
+    square = sum(float((merged - base).square().sum()) for base, merged, _ in parts)
+    if len(parts) < len(held) or not square:
+        return None
+    c = sum(float(((v - base) * (merged - base)).sum()) for base, merged, v in parts) / square
+    left, rounding = 0.0, 0.0
+    for base, merged, v in parts:
+        left += float((v - base - c * (merged - base)).abs().mean())
+        rounding += float(_steps(v, dtype).mean())
+    return c if c > _MORE_THAN_ONCE and left <= rounding else None
 
 
 def _swaps(

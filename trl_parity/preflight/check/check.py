@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ...errors import InterceptionError, ParityError
 from ...scoring.perturb import config_differences, own_random_numbers
 from ..baseline.baseline import Baseline, open_baseline
 from ..prompts.cases import Case, Prompt
-from . import invariances, lengths, sampling, trials
+from . import invariances, lengths, sampling, sequential, trials
 from .drift import Counterfactuals, Drift, Floors, Gaps, sampled_kl
 from .engines import variant_rows
 from .equivalence import limit_rows, mechanism_rows
@@ -26,10 +27,10 @@ from .explain import held_tensors, measure_floors, what_if
 from .invariances import Noise
 from .journal import Journal
 from .rows import Row, RowVerdict, not_run
-from .settings import STAGES, TITLES, CheckSettings, Result
+from .settings import EARLY_ERROR, STAGES, TITLES, CheckSettings, Result
 from .statistics import scale_curve
 from .subject import Progress, Subject, stamp
-from .trials import Batch, Trial
+from .trials import Trial
 
 __all__ = ["run_check"]
 
@@ -58,7 +59,10 @@ class _Check:
             Case.from_text(settings.case)
         if settings.baseline is not None:
             self._baseline = open_baseline(settings.baseline, model=settings.model, tokenizer=self.subject.tokenizer)
-        told = {name: value for name, value in settings.to_json().items() if name != "budget"}  # it decides no number
+        told = settings.to_json()
+        del told["budget"]  # it decides no number
+        if settings.early_error == EARLY_ERROR:
+            del told["early_error"]  # as in what was begun before there was such a setting
         self._journal = Journal(directory, told | {"model_files": stamp(settings.model)})
 
     # ---- the run ------------------------------------------------------------------------------------------------
@@ -68,14 +72,14 @@ class _Check:
             with own_random_numbers():
                 found = self._trials()
                 rows = list(self._rows(found))
-                facts = self._stage_of("facts", self.subject.facts)
+                facts = self._facts(found)
         except (RuntimeError, AssertionError) as e:
             if isinstance(e, ParityError):
                 raise
             raise InterceptionError(f"the engine or the reference broke: {type(e).__name__}: {e}") from e
         finally:
-            self.subject.close()
-        if self._complete and len(found) == self._stage_of("count", lambda: 0)["value"]:
+            self.subject.end()
+        if self._complete and self._enough(found):
             self._journal.put("end")  # the same command starts over
         return Result(
             rows=tuple(rows), settings=self.settings, facts=facts["value"], trials=tuple(found),
@@ -83,14 +87,11 @@ class _Check:
         )  # fmt: skip
 
     def _rows(self, found: Sequence[Trial]) -> Iterator[Row]:
-        gaps = sum((t.gaps for t in found), Gaps())
-        floors = self._floors()
-        drift = Drift(gaps, floors, self.settings.limits)
+        floors, drift = self._floors(), self._drift([trial.gaps for trial in found])
         about = self._stage("drift", lambda: self._drift_rows(drift))
         yield from self._reproducible(about, found)
-        asked_for = self._stage_of("count", lambda: len(self.subject.batches))["value"]
-        if len(found) < asked_for:
-            why = f"{len(found)} of {asked_for} trials were run; no time left (--budget)"
+        if not self._enough(found):
+            why = f"{len(found)} of {self._count} trials were run; no time left (--budget)"
             yield not_run("trials", "limits", "all trials", why, needed=True)
         noise = Noise(sampled_kl(floors.engine), floors.engine_dtype, self.settings.limits)
         positional = any(r.id == "positions" and r.verdict is RowVerdict.FAIL for r in about)
@@ -101,9 +102,11 @@ class _Check:
         yield from self._stage("own", lambda: self._own_rows(noise))
         if self.settings.baseline is not None:
             yield from self._stage("baseline", lambda: self._baseline_rows(noise, floors))
-        facts = self._stage_of("facts", self.subject.facts)  # while the engine is there
-        if self._journal.get("engines") is None:
+        facts = self._facts(found)  # while the engine is there
+        if self._journal.get("engines") is None and any(self._wants(id, "invariances") for id in TITLES):
             _ = self.subject.base, self.subject.shape  # before the engine is given other weights
+            if self._wants("chunked_prefill", "invariances"):
+                _ = self.subject.chunked
         yield from self._stage("update", lambda: self._update_rows(noise))
         if facts["value"]["no_block_fits"]:
             yield from self._stage("small blocks", lambda: self._small_block_rows(noise))
@@ -154,25 +157,64 @@ class _Check:
 
     # ---- trials -------------------------------------------------------------------------------------------------
 
-    def _trials(self) -> list[Trial]:
-        count = self._stage_of("count", lambda: len(self.subject.batches))["value"]
-        found: list[Trial] = []
-        for index in range(count):
-            known = self._journal.get(f"trial {index}")
-            if known is None:
-                if found and self._left() <= 0:
-                    break
-                batch = self.subject.batch(self.subject.batches[index], index)
-                if index == 0:  # what is compiled or set up on first use is no part of the speed
-                    self._trial(index, batch)
-                trial = self._trial(index, batch)
-                known = self._journal.put(f"trial {index}", **trial.to_json())
-            found.append(Trial.from_json({k: v for k, v in known.items() if k != "kind"}))
-            self._progress("trials", index + 1, count)
-        return found
+    @property
+    def _count(self) -> int:
+        return int(self._stage_of("count", lambda: len(self.subject.batches))["value"])
 
-    def _trial(self, index: int, batch: Batch) -> Trial:
-        return trials.run_trial(index, batch, self.subject.engine, self.subject.reference, self.settings.limits)
+    @property
+    def _look(self) -> int | None:
+        """After how many trials they may end."""
+        look: int | None = self._stage_of("plan", lambda: self.subject.look)["value"]
+        return look
+
+    def _trials(self) -> list[Trial]:
+        """The engine answers one batch while the reference scores the one before."""
+        subject, look, count = self.subject, self._look, self._count
+        known = takewhile(lambda line: line is not None, (self._journal.get(f"trial {i}") for i in range(count)))
+        found = [Trial.from_json({k: v for k, v in line.items() if k != "kind"}) for line in known if line]
+        under_way: Callable[[], Trial] | None = None
+        for index in range(len(found), count):
+            if index == look:
+                found += self._finished(under_way)
+                under_way = None
+                if self._settled(found):
+                    break
+            if (found or under_way) and self._left() <= 0:
+                break
+            batch = subject.batch(subject.batches[index], index)
+            if index == 0:  # what is compiled or set up on first use is no part of the speed
+                trials.compare(trials.answer(subject.engine, batch), subject.reference, self.settings.limits)
+            begun = subject.begin(index, batch)
+            found += self._finished(under_way)
+            under_way = begun
+        return found + self._finished(under_way)
+
+    def _finished(self, under_way: Callable[[], Trial] | None) -> list[Trial]:
+        """The trial under way, if one is, once it is over and kept."""
+        if under_way is None:
+            return []
+        trial = under_way()
+        self._journal.put(f"trial {trial.index}", **trial.to_json())
+        look, done = self._look, trial.index + 1
+        self._progress("trials", done, look if look is not None and done <= look else self._count)
+        return [trial]
+
+    def _settled(self, found: Sequence[Trial]) -> bool:
+        each = [trial.gaps for trial in found]
+        drift, error = self._drift(each), self.settings.early_error
+        return bool(self._stage_of("look", lambda: sequential.settled(drift, each, error))["value"])
+
+    def _enough(self, found: Sequence[Trial]) -> bool:
+        """Whether all trials were run that have to be."""
+        look = self._journal.get("look")
+        return len(found) == self._count or (look is not None and look["value"])
+
+    def _drift(self, each: Sequence[Gaps]) -> Drift:
+        early = 0.0 if self._look is None else self.settings.early_error
+        return Drift(sum(each, Gaps()), self._floors(), self.settings.limits, early)
+
+    def _facts(self, found: Sequence[Trial]) -> dict[str, Any]:
+        return self._stage_of("facts", lambda: self.subject.facts(found))
 
     def _floors(self) -> Floors:
         value = self._stage_of("floors", lambda: measure_floors(self.subject))["value"]
@@ -225,9 +267,11 @@ class _Check:
             most = max(limits.least_kl, limits.k * sampled_kl(self._floors().engine))
 
             def fails(prompts: tuple[Prompt, ...]) -> bool:
-                return not self._trial(0, self.subject.batch(prompts, 0)).mean_kl <= most
+                batch = self.subject.batch(prompts, 0)
+                return not trials.drift_of_samples(self.subject.engine, self.subject.reference, batch) <= most
 
-            seconds = min(20.0, max(1.0, self._left() / 4))
+            spent = time.monotonic() - self._start
+            seconds = max(1.0, min(20.0, self._left() / 4, spent / 2))
             batch = shrink(self.subject.drawing, fails, self.settings.seed, seconds, batch)
         return Case(batch).to_text()
 
@@ -246,7 +290,7 @@ class _Check:
         looked_at = [p for p in looked_at if self._wants(p.id, "lengths")]
         yield from lengths.length_rows(
             self.subject.engine, self.subject.reference, looked_at, self.subject.vocabulary.ordinary, settings.limits,
-            seed=settings.seed, positional=positional, usual=drift.gaps.half_square,
+            self.subject.aside, seed=settings.seed, positional=positional, usual=drift.gaps.half_square,
         )  # fmt: skip
 
     def _own_rows(self, noise: Noise) -> Iterator[Row]:
@@ -262,6 +306,7 @@ class _Check:
             self.subject.engine,
             self.subject.reference,
             self.subject.ask,
+            self.subject.base,
             self.subject.cached,
             noise,
             self.settings.seed,
@@ -272,12 +317,16 @@ class _Check:
         if not wanted:
             return
         base, ask, shape = self.subject.base, self.subject.ask, self.subject.shape
+        chunked = self.subject.chunked if "chunked_prefill" in wanted else None
         self.subject.close()  # engines of one process share their process group: one at a time
 
         def build(over: Mapping[str, Any]) -> BenchEngine:
             return self.subject.build(**over)
 
-        for done, row in enumerate(variant_rows(build, shape, ask, base, noise, self._left, wanted), 1):
+        made = variant_rows(
+            build, shape, ask, base, noise, self._left, wanted, chunked=chunked, other_block=self.subject.other_block
+        )
+        for done, row in enumerate(made, 1):
             self._progress("other engines", done, len(wanted))
             yield row
 
@@ -303,8 +352,14 @@ class _Check:
                 self.subject.close()
                 continue
             words = f"{why}; so in an engine with blocks of {block}: "
-            rows = [invariances.prefix_row(self.subject.engine, self.subject.cached, noise), *self._update_rows(noise)]
-            yield from (replace(row, evidence=words + row.evidence) for row in rows if row.id in titles)
+            engine, cached = self.subject.engine, self.subject.cached
+            if self._wants("block_size", "invariances"):
+                self.subject.other_block = invariances.asked(engine, self.subject.ask), engine.block_size
+            rows = (
+                invariances.prefix_row(engine, cached, noise),
+                invariances.update_prefix_row(engine, self.subject.reference, cached, noise, self.settings.seed),
+            )
+            yield from (replace(row, evidence=words + row.evidence) for row in rows)
             self.subject.close()
             return
         yield from (not_run(id, "invariances", title, why, needed=False) for id, title in titles.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import Any
 
 from .rows import Limits, within_floor
@@ -117,6 +118,12 @@ class Drift:
     gaps: Gaps
     floors: Floors
     limits: Limits
+    early: float = 0.0  # of the chance of error, what an end of the trials before the last may use up
+
+    @property
+    def z(self) -> float:
+        """Standard errors of an interval: 95 % of both sides together, less what an early end may use up."""
+        return NormalDist().inv_cdf(0.975 + self.early)
 
     @property
     def size(self) -> float:

@@ -20,11 +20,11 @@ from dataclasses import replace
 from typing import Any
 
 from ...report.format import number
-from .drift import Counterfactuals, Drift, bucket_name, drift_of, sampled_kl
+from .drift import Counterfactuals, Drift, Gaps, bucket_name, drift_of, sampled_kl
 from .rows import Limits, Row, RowVerdict, within_floor
 from .statistics import fitted_scale, wilson
 
-__all__ = ["EXPLAINED", "limit_rows", "mechanism_rows"]
+__all__ = ["EXPLAINED", "limit_rows", "mechanism_rows", "pass_rate_interval"]
 
 EXPLAINED = 0.5  # a mechanism is to blame when undoing it takes away this share of the drift above the floor
 
@@ -60,7 +60,7 @@ def limit_rows(drift: Drift) -> list[Row]:
         Row(
             id="kl_mean", title="mean KL(engine ‖ reference)", statistic="mean KL, nats", value=sums.mean,
             limit=limits.mean_kl, floor=sampled_kl(floor), worst=sums.maximum,
-            interval=(max(0.0, sums.mean - 1.96 * spread), sums.mean + 1.96 * spread),
+            interval=(max(0.0, sums.mean - drift.z * spread), sums.mean + drift.z * spread),
             verdict=_limit(sums.mean, limits.mean_kl, sampled_kl(floor), limits),
             evidence=f"{counted}; 99th percentile {number(sums.quantile(0.99))}, largest {number(sums.maximum)}",
             **common,
@@ -94,6 +94,18 @@ def _limit(value: float, limit: float, floor: float, limits: Limits) -> RowVerdi
     return RowVerdict.OUT_OF_REACH if within_floor(value, floor, limits) else RowVerdict.FAIL
 
 
+def pass_rate_interval(gaps: Gaps, z: float) -> tuple[float, float]:
+    """Wilson's interval of the share of tokens within the limit.
+
+    Tokens of a trial pass and fail together: it holds as many independent ones as the spread between trials allows.
+    """
+    count = gaps.kl.count + gaps.kl.bad
+    failed = gaps.over / count
+    between = gaps.over_squares - 2 * failed * gaps.over_cross + failed**2 * gaps.sizes
+    alike = max(1.0, between / (count * failed * (1 - failed))) if 0 < failed < 1 else 1.0
+    return wilson((count - gaps.over) / alike, count / alike, z)
+
+
 def _pass_rate(drift: Drift) -> Row:
     gaps, limits, floor = drift.gaps, drift.limits, drift.floors.engine
     count = gaps.kl.count + gaps.kl.bad
@@ -104,11 +116,7 @@ def _pass_rate(drift: Drift) -> Row:
             evidence="the engine gave no whole law, so no token has an exact KL",
         )  # fmt: skip
     rate = 1.0 - gaps.over / count
-    # tokens of a trial pass and fail together: as many independent ones as the spread between trials allows
-    failed = gaps.over / count
-    between = gaps.over_squares - 2 * failed * gaps.over_cross + failed**2 * gaps.sizes
-    alike = max(1.0, between / (count * failed * (1 - failed))) if 0 < failed < 1 else 1.0
-    low, high = wilson(rate * count / alike, count / alike)
+    low, high = pass_rate_interval(gaps, drift.z)
     own = floor.kl.count + floor.kl.bad
     own_rate = 1.0 - floor.over / own if own else math.nan
     if rate > limits.pass_rate:
@@ -157,7 +165,7 @@ def mechanism_rows(
         _weights(drift, what_if, held, held_error, held_needed),
         _config(drift, what_if, config_differs),
         _scale(drift),
-        _positions(drift),
+        _positions(drift, bool(config_differs)),
     ]
     blamed = [row.id for row in rows if row.verdict is RowVerdict.FAIL and row.id != "dtype"]
     return [*rows, _model(drift, blamed)]
@@ -264,7 +272,16 @@ def _scale(drift: Drift) -> Row:
     )  # fmt: skip
 
 
-def _positions(drift: Drift) -> Row:
+_SAME_CONFIG = "the same rope_parameters, sliding window and attention scale on both sides"
+
+_ONE_CONFIG = (
+    "no setting: both sides have one config, and the two implementations read it otherwise (a window with or without "
+    "the query's own key, a bias added twice; or a patch of one). `trl-parity atlas` shows it on a tiny model; "
+    "another attn_implementation, or other versions of vLLM or transformers"
+)
+
+
+def _positions(drift: Drift, configs_differ: bool) -> Row:
     """Of mean Δ² / 2 by context length: whether drift spares the tokens that see one token only."""
     floor = drift.floors.engine.positions
     found = {key: sums.half_square for key, sums in sorted(drift.gaps.positions.items()) if sums.count + sums.bad}
@@ -292,7 +309,7 @@ def _positions(drift: Drift) -> Row:
     return Row(
         verdict=RowVerdict.FAIL if fails else RowVerdict.PASS, statistic="Δ²/2 of the worst length, nats",
         value=found[later], floor=noise.get(later), worst=max(v for v in found.values()), evidence=words,
-        fix="the same rope_parameters, sliding window and attention scale on both sides" if fails else "", **row,
+        fix=_SAME_CONFIG if fails and configs_differ else _ONE_CONFIG if fails else "", **row,
     )  # fmt: skip
 
 

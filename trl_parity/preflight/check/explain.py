@@ -13,6 +13,7 @@ from ...scoring.dtypes import dtype_name
 from ...scoring.perturb import FP8_CACHES
 from . import trials
 from .drift import Counterfactuals, Drift, Gaps, drift_of
+from .noise import coarser
 from .subject import Subject
 
 __all__ = ["held_tensors", "measure_floors", "what_if"]
@@ -20,25 +21,11 @@ __all__ = ["held_tensors", "measure_floors", "what_if"]
 
 def measure_floors(subject: Subject) -> dict[str, Any]:
     """JSON of ``Floors``, on a few trials."""
-    engine, reference = subject.engine, subject.reference
-    trainer, mine = reference.dtype, engine.dtype
-    coarser = mine if torch.finfo(mine).eps > torch.finfo(trainer).eps else trainer
-    rounded = {}
-    if coarser != trainer:
-        rounded = {name: t.to(coarser).float() for name, t in reference.named_tensors()}
-    heads = {"trainer": trainer, "engine": engine.head_dtype}
-    out = {"trainer": Gaps(), "engine": Gaps()}
-    for number, answered in enumerate(subject.answered):
-        plain = trials.score(answered, reference)
-        for side, dtype in (("trainer", trainer), ("engine", coarser)):
-            with reference.holding(rounded if side == "engine" else {}), reference.rounded(
-                dtype, heads[side], seed=subject.settings.seed + number
-            ):  # fmt: skip
-                noisy = trials.score(answered, reference)
-            out[side] += trials.against_itself(answered, noisy, plain, subject.settings.limits)
-    return {side: gaps.to_json() for side, gaps in out.items()} | {
-        "trainer_dtype": dtype_name(trainer),
-        "engine_dtype": dtype_name(coarser),
+    each = subject.noises()
+    out = {side: sum((one[side] for one in each), Gaps()).to_json() for side in ("trainer", "engine")}
+    return out | {
+        "trainer_dtype": dtype_name(subject.reference.dtype),
+        "engine_dtype": dtype_name(coarser(subject.engine.dtype, subject.reference.dtype)),
     }
 
 
@@ -74,11 +61,12 @@ def what_if(
         return Counterfactuals(0.0, 0.0, {})
     reference, undone = subject.reference, {}
 
-    def left() -> float:
-        gaps = sum((trials.compare(a, reference, subject.settings.limits) for a in subject.answered), Gaps())
-        return drift_of(gaps)
+    limits, probed = subject.settings.limits, subject.probed()
 
-    base = left()
+    def left() -> float:
+        return drift_of(sum((trials.compare(answered, reference, limits) for answered, _ in probed), Gaps()))
+
+    base = drift_of(sum((trials.compared(answered, plain, limits) for answered, plain in probed), Gaps()))
     told = FP8_CACHES.get(str(subject.engine.settings()["kv_cache_dtype"]))
     for name, truncated in (("float8_e4m3fn", False), ("float8_e5m2", False), ("float8_e5m2", True)):
         if told in (None, name):  # told nothing, the engine may still do it

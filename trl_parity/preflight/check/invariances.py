@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,12 +15,12 @@ import torch
 from ...engine.offline import BenchEngine, Sampled
 from ...records import SamplingSettings
 from ...report.format import number
-from .reference import Reference
+from .reference import Reference, Scored
 from .rows import Limits, Row, RowVerdict, not_run, within_floor
 from .statistics import Sums, exact_kl
 from .trials import LAW_ENTRIES
 
-__all__ = ["Ask", "Noise", "asked", "gap_row", "own_rows", "update_rows"]
+__all__ = ["Ask", "Noise", "asked", "gap_row", "own_rows", "update_prefix_row", "update_rows"]
 
 _GREEDY = SamplingSettings(temperature=0.0)
 
@@ -211,37 +211,39 @@ def updated(reference: Reference, seed: int) -> dict[str, torch.Tensor]:
     return out
 
 
+_UPDATES = dict(zip(("update", "update_prefix_cache", "update_back"), UPDATE_TITLES, strict=True))
+
+
 def update_rows(
-    engine: BenchEngine, reference: Reference, ask: Ask, cached: Ask | None, noise: Noise, seed: int
-) -> Iterator[Row]:
-    """After other weights, as a sync delivers them: does the engine serve them, all of them, and nothing older."""
-    titles = dict(zip(("update", "update_prefix_cache", "update_back"), UPDATE_TITLES, strict=True))
-    base = asked(engine, ask)
+    engine: BenchEngine, reference: Reference, ask: Ask, base: Sequence[Sampled], cached: Ask | None, noise: Noise,
+    seed: int,
+) -> Iterator[Row]:  # fmt: skip
+    """After other weights, as a sync delivers them: does the engine serve them, all of them, and nothing older.
+
+    ``base``: its answers to ``ask`` before.
+    """
     if cached is not None:  # so that there is something old to read
         asked(engine, cached, cold=False)
     values = updated(reference, seed)
-    try:
-        engine.load((name, tensor.to(reference.dtype)) for name, tensor in values.items())
-    except Exception as e:
-        for id, title in titles.items():
-            yield Row(
-                id=id, group="invariances", title=title, verdict=RowVerdict.FAIL,
-                evidence=f"the engine's load_weights does not take the trainer's tensors: {type(e).__name__}: {e}",
-                fix="an engine whose weights can be synced: no packed or quantized layers",
-            )  # fmt: skip
+    if refused := _refused(engine, reference, values):
+        yield from (refused(id) for id in _UPDATES)
         return
     answered = engine.forget()
     new = asked(engine, ask)
-    yield _arrived(reference, values, base, new, ask, noise, titles["update"])
+    usual, before = _drifts(reference, (base, new), ask)
+    with reference.holding(values):
+        (value,) = _drifts(reference, (new,), ask)
+    yield _arrived(len(values), usual, before, value, new, noise)
     if cached is not None or not engine.caches_prefixes:
-        yield _forgotten(engine, cached, answered, noise, titles["update_prefix_cache"])
+        yield _forgotten(engine, cached, answered, noise)
     engine.load((name, tensor.to(reference.dtype)) for name, tensor in reference.named_tensors())
     engine.forget()
     # against the reference: what the engine was built with may have been something else
-    usual, back = _drift(reference, base, ask), _drift(reference, asked(engine, ask), ask)
+    again = asked(engine, ask)
+    back = usual if _same(base, again) else _drifts(reference, (again,), ask)[0]
     limit = max(noise.limit, 4.0 * usual)
     yield Row(
-        id="update_back", group="invariances", title=titles["update_back"], statistic="drift, nats", value=back,
+        id="update_back", group="invariances", title=_UPDATES["update_back"], statistic="drift, nats", value=back,
         limit=limit, floor=noise.kl, trials=len(base), tokens=sum(len(one.token_ids) for one in base),
         verdict=RowVerdict.PASS if back <= limit else RowVerdict.FAIL,
         evidence=f"the first weights delivered again: drift {number(back)}, before any update {number(usual)}",
@@ -249,26 +251,42 @@ def update_rows(
     )  # fmt: skip
 
 
-def _arrived(
-    reference: Reference, values: dict[str, torch.Tensor], base: Sequence[Sampled], new: Sequence[Sampled],
-    ask: Ask, noise: Noise, title: str,
-) -> Row:  # fmt: skip
-    """The engine's new answers against the reference with the new weights, and with the old ones.
+def update_prefix_row(engine: BenchEngine, reference: Reference, cached: Ask, noise: Noise, seed: int) -> Row:
+    """The prefix cache's row alone. The engine keeps the other weights."""
+    asked(engine, cached, cold=False)
+    if refused := _refused(engine, reference, updated(reference, seed)):
+        return refused("update_prefix_cache")
+    return _forgotten(engine, cached, engine.forget(), noise)
+
+
+def _refused(
+    engine: BenchEngine, reference: Reference, values: dict[str, torch.Tensor]
+) -> Callable[[str], Row] | None:
+    """Hand over the weights. Where the engine does not take them, what makes a row that says so."""
+    try:
+        engine.load((name, tensor.to(reference.dtype)) for name, tensor in values.items())
+    except Exception as e:
+        words = f"the engine's load_weights does not take the trainer's tensors: {type(e).__name__}: {e}"
+        return lambda id: Row(
+            id=id, group="invariances", title=_UPDATES[id], verdict=RowVerdict.FAIL, evidence=words,
+            fix="an engine whose weights can be synced: no packed or quantized layers",
+        )  # fmt: skip
+    return None
+
+
+def _arrived(tensors: int, usual: float, before: float, value: float, new: Sequence[Sampled], noise: Noise) -> Row:
+    """The engine's new answers against the reference with the new weights (``value``), and with the old ones.
 
     An engine that drifted before drifts after: what counts is whether it drifts more.
     """
-    usual = _drift(reference, base, ask)
-    before = _drift(reference, new, ask)
-    with reference.holding(values):
-        value = _drift(reference, new, ask)
     limit = max(noise.limit, 4.0 * usual)
     verdict = (
         RowVerdict.FAIL if not value <= limit else RowVerdict.PASS if before > 4.0 * value else RowVerdict.UNCLEAR
     )
-    words = f"{len(values)} tensors moved by {_STEP:.0%} of their spread, delivered one by one: drift from the new "
+    words = f"{tensors} tensors moved by {_STEP:.0%} of their spread, delivered one by one: drift from the new "
     words += f"weights {number(value)}, from the old ones {number(before)}; before the update {number(usual)}"
     return Row(
-        id="update", group="invariances", title=title, statistic="drift, nats", value=value, limit=limit,
+        id="update", group="invariances", title=_UPDATES["update"], statistic="drift, nats", value=value, limit=limit,
         floor=noise.kl, tokens=sum(len(one.token_ids) for one in new), trials=len(new), verdict=verdict,
         evidence=words, details={"from_new": value, "from_old": before, "before": usual},
         fix="every tensor by its name, through the engine's load_weights; no packed weights"
@@ -276,15 +294,32 @@ def _arrived(
     )  # fmt: skip
 
 
-def _drift(reference: Reference, answers: Sequence[Sampled], ask: Ask) -> float:
-    """Mean exact KL of answers from the reference, or half the mean squared gap of their tokens, the larger."""
-    sequences = [[*c, *one.token_ids] for c, one in zip(ask.contexts, answers, strict=True)]
+def _same(one: Sequence[Sampled], other: Sequence[Sampled]) -> bool:
+    """Whether two answers are the same to the last digit."""
+
+    def alike(a: Sampled, b: Sampled) -> bool:
+        laws = a.laws is None or (b.laws is not None and torch.equal(a.laws, b.laws))
+        return a.token_ids == b.token_ids and torch.equal(a.logprobs, b.logprobs) and laws
+
+    return all(alike(a, b) for a, b in zip(one, other, strict=True))
+
+
+def _drifts(reference: Reference, answers: Sequence[Sequence[Sampled]], ask: Ask) -> list[float]:
+    """Of each set of answers, scored together, see ``_drift``."""
+    pairs = [(c, one) for some in answers for c, one in zip(ask.contexts, some, strict=True)]
+    sequences = [[*c, *one.token_ids] for c, one in pairs]
     spans = [
         torch.arange(len(c) - 1, len(ids) - 1) if one.laws is not None else None
-        for c, ids, one in zip(ask.contexts, sequences, answers, strict=True)
+        for (c, one), ids in zip(pairs, sequences, strict=True)
     ]
+    scored, each = reference.score(sequences, spans), len(ask.contexts)
+    return [_drift(ask, some, scored[i * each : (i + 1) * each]) for i, some in enumerate(answers)]
+
+
+def _drift(ask: Ask, answers: Sequence[Sampled], scores: Sequence[Scored]) -> float:
+    """Mean exact KL of answers from the reference, or half the mean squared gap of their tokens, the larger."""
     kl, halves = [], []
-    for context, one, scored in zip(ask.contexts, answers, reference.score(sequences, spans), strict=True):
+    for context, one, scored in zip(ask.contexts, answers, scores, strict=True):
         halves.append((scored.logprobs[len(context) - 1 :] - one.logprobs).square() / 2)
         if one.laws is not None and scored.laws is not None:
             kl.append(exact_kl(one.laws, scored.laws))
@@ -292,7 +327,8 @@ def _drift(reference: Reference, answers: Sequence[Sampled], ask: Ask) -> float:
     return math.inf if math.isnan(found) else found
 
 
-def _forgotten(engine: BenchEngine, cached: Ask | None, answered: bool, noise: Noise, title: str) -> Row:
+def _forgotten(engine: BenchEngine, cached: Ask | None, answered: bool, noise: Noise) -> Row:
+    title = _UPDATES["update_prefix_cache"]
     if cached is None:
         why = "the engine keeps no prefix cache"
         return not_run("update_prefix_cache", "invariances", title, why, needed=False)

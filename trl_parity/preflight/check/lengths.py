@@ -12,7 +12,8 @@ import torch
 from ...engine.offline import BenchEngine
 from ...records import SamplingSettings
 from ...report.format import number
-from .reference import Reference
+from .aside import Aside
+from .reference import Reference, Scored
 from .rows import Limits, Row, RowVerdict, not_run, within_floor
 from .statistics import Sums, exact_kl
 
@@ -72,6 +73,7 @@ def length_rows(
     looked_at: Sequence[Point],
     vocabulary: Sequence[int],
     limits: Limits,
+    aside: Aside,
     *,
     seed: int,
     positional: bool,
@@ -90,20 +92,51 @@ def length_rows(
         return
     longest = min(engine.max_model_len - 1, max(p.length for p in reach) + _WIDTH)
     sequences = _repeating(vocabulary, longest, seed)
-    plain, theirs = reference.score(sequences), engine.rescore(sequences)
-    with reference.rounded(engine.dtype, engine.head_dtype, seed):
-        noisy = reference.score(sequences)
-    for point in reach:
-        low, high = max(1, min(point.length, longest) - _WIDTH), min(longest, point.length + _WIDTH) - 1
-        span = slice(low - 1, high)
-        halves, noise = (
-            Sums.of(torch.cat([(a[span] - b.logprobs[span]).square() / 2 for a, b in zip(x, plain, strict=True)]))
-            for x in ([t.double() for t in theirs], [n.logprobs for n in noisy])
-        )
-        kl = _exact(engine, reference, sequences[0], min(point.length, longest))
+    ends = [min(point.length, longest) for point in reach]
+    spans = [
+        (max(1, end - _WIDTH), min(longest, point.length + _WIDTH) - 1) for end, point in zip(ends, reach, strict=True)
+    ]
+
+    def compared(some: list[list[int]]) -> tuple[list[tuple[Sums, Sums]], torch.Tensor | None]:
+        """Δ² / 2 of engine and noise at each point, and the reference's laws there in the first sequence."""
+
+        def scores() -> tuple[list[Scored], list[Scored]]:
+            plain = reference.score(some, [torch.tensor(ends) - 1, *[None] * (len(some) - 1)])
+            with reference.rounded(engine.dtype, engine.head_dtype, seed):
+                return plain, reference.score(some)
+
+        scored = aside.begin(scores)
+        try:
+            theirs = [t.double() for t in engine.rescore(some)]
+        finally:
+            plain, noisy = scored()  # whatever becomes of the engine, the reference is at rest
+        pairs = [(t - p.logprobs, n.logprobs - p.logprobs) for t, n, p in zip(theirs, noisy, plain, strict=True)]
+        halves = [
+            [
+                Sums.of(torch.cat([gap[low - 1 : high] for gap in gaps]).square() / 2)
+                for gaps in zip(*pairs, strict=True)
+            ]
+            for low, high in spans
+        ]
+        return [(gap, noise) for gap, noise in halves], plain[0].laws
+
+    measured, laws = compared(sequences[:1])
+    assert laws is not None
+    exact = [
+        float(exact_kl(law[None], q[None])[0])
+        for law, q in zip(_laws_after(engine, sequences[0], ends), laws, strict=True)
+    ]
+    lines = [max(limits.least_kl, limits.k * noise.mean) for _, noise in measured]
+    if all(_clear(gap.mean, line, 4.0 * usual) for (gap, _), line in zip(measured, lines, strict=True)):
+        sequences = sequences[:1]
+    else:
+        more, _ = compared(sequences[1:])
+        measured = [(a + c, b + d) for (a, b), (c, d) in zip(measured, more, strict=True)]
+    for point, (low, high), (halves, noise), kl in zip(reach, spans, measured, exact, strict=True):
         over = not (within_floor(halves.mean, noise.mean, limits))
         fails = over and (positional or halves.mean > 4.0 * usual)
-        words = f"tokens {low:,} to {high:,} of {len(sequences)} sequences; exact KL at {point.length:,}: {number(kl)}"
+        some = f"{len(sequences)} sequence{'s' if len(sequences) > 1 else ''}"
+        words = f"tokens {low:,} to {high:,} of {some}; exact KL at {point.length:,}: {number(kl)}"
         if over and not fails:
             words += "; as everywhere, so no fault of the length"
         yield Row(
@@ -115,6 +148,15 @@ def length_rows(
         )  # fmt: skip
 
 
+def _clear(value: float, limit: float, usual: float) -> bool:
+    """Whether one sequence tells: nowhere within a factor of three of what decides.
+
+    Both sides are mean squares over ``2 * _WIDTH`` tokens: if but a third of them are independent, chance moves their
+    ratio by three once in fifty times, and noise that makes the limit is a ninth of it to begin with.
+    """
+    return 3.0 * value <= limit or value >= 3.0 * max(limit, usual)
+
+
 def _repeating(vocabulary: Sequence[int], length: int, seed: int) -> list[list[int]]:
     """Random tokens that come again after a third: what attends far back has something to find there."""
     rng = random.Random(f"{seed}:lengths")
@@ -122,10 +164,8 @@ def _repeating(vocabulary: Sequence[int], length: int, seed: int) -> list[list[i
     return [(rng.choices(vocabulary, k=unit) * 4)[:length] for _ in range(_SEQUENCES)]
 
 
-def _exact(engine: BenchEngine, reference: Reference, ids: Sequence[int], length: int) -> float:
-    context = list(ids[:length])
-    law = engine.sample([context], SamplingSettings(), max_tokens=1, seeds=[0], whole=True)[0].laws
-    scored = reference.score([context], [torch.tensor([len(context) - 1])])[0].laws
-    assert law is not None
-    assert scored is not None
-    return float(exact_kl(law, scored)[0])
+def _laws_after(engine: BenchEngine, ids: Sequence[int], ends: Sequence[int]) -> list[torch.Tensor]:
+    """The law (V,) that is sampled from after the first tokens of a sequence, as many as each of ``ends``."""
+    contexts = [list(ids[:end]) for end in ends]
+    sampled = engine.sample(contexts, SamplingSettings(), max_tokens=1, seeds=range(len(contexts)), whole=True)
+    return [one.laws[0] for one in sampled if one.laws is not None]

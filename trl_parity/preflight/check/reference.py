@@ -129,7 +129,7 @@ class Reference:
         """
         wanted: Sequence[torch.Tensor | None] = positions if positions is not None else [None] * len(sequences)
         out: list[Scored | None] = [None] * len(sequences)
-        with own_random_numbers(), ExitStack() as stack:
+        with ExitStack() as stack:  # nothing here draws a random number: the engine may, meanwhile
             head = None
             if not self._own_head:
                 head = stack.enter_context(materialized_head(self.model, 1.0, self._logits_dtype))

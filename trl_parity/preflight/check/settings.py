@@ -16,7 +16,7 @@ from .rows import CheckOutcome, Limits, Row, outcome
 if TYPE_CHECKING:
     from .trials import Trial
 
-__all__ = ["ROWS", "STAGES", "TITLES", "CheckSettings", "Result"]
+__all__ = ["EARLY_ERROR", "ROWS", "STAGES", "TITLES", "CheckSettings", "Result"]
 
 TITLES = {  # of the rows that build the engine otherwise
     "compiled": "compiled and eager",
@@ -42,6 +42,10 @@ ROWS = (
 )  # fmt: skip
 
 
+EARLY_ERROR = 0.005
+
+_SPENT = number(lambda x: 0 <= x <= 0.02, "a number from 0 to 0.02")
+
 HAS_LAW = number(lambda x: 0.01 <= x <= 100, "0.01 to 100: greedy answers have no law")
 
 
@@ -54,7 +58,9 @@ class CheckSettings:
 
     model: str = field(metadata={"help": "folder or hub name of the model", "metavar": "NAME"})
     engine_args: Mapping[str, Any] = field(default_factory=dict)
-    trials: Annotated[int, at_least(1)] = field(default=50, metadata={"help": "batches of prompts"})
+    trials: Annotated[int, at_least(1)] = field(
+        default=50, metadata={"help": "batches of prompts, at most: they end where more would change no row"}
+    )
     seed: int = field(default=0, metadata={"help": "of prompts and sampling"})
     temperature: Annotated[float, number(lambda x: 0.01 <= x <= 100, "0.01 to 100: greedy answers have no law")] = (
         field(default=1.0, metadata={"help": "of the training run, at which trials sample"})
@@ -99,6 +105,13 @@ class CheckSettings:
         metadata={"help": "nothing new is begun after it; what is left is 'not run'", "metavar": "SECONDS"},
     )
     device: str = field(default="cpu", metadata={"help": "of the reference"})
+    early_error: Annotated[float, _SPENT] = field(
+        default=EARLY_ERROR,
+        metadata={
+            "help": "chance, of 0.025 in all, that a limit is wrongly met because trials end early; 0: all are run",
+            "metavar": "P",
+        },
+    )
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:

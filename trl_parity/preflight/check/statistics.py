@@ -19,6 +19,7 @@ __all__ = [
     "coarse_kl",
     "exact_kl",
     "fitted_scale",
+    "kolmogorov_smirnov",
     "pit",
     "scale_curve",
     "surprisal",
@@ -96,26 +97,39 @@ def fitted_scale(curve: Sequence[float]) -> tuple[float, float]:
     return best, 1.0 - max(0.0, least) / curve[one]
 
 
-def surprisal(law: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(excess, variance), both (n,): -log p(token) - entropy of the law, and the variance of -log p under it."""
+def surprisal(law: torch.Tensor, tokens: torch.Tensor, which: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(excess, variance), both (n,): -log p(token) - entropy of the law, and the variance of -log p under it.
+
+    ``law``: (m, V); ``which``: (n,), the row of it each token was drawn from.
+    """
     law = normalized(law)
     p = law.exp()
     bits = torch.where(law == -torch.inf, 0.0, -law)
     mean = (p * bits).sum(-1)
     variance = (p * (bits - mean[:, None]) ** 2).sum(-1)
-    return -law.gather(-1, tokens[:, None])[:, 0] - mean, variance
+    return -law[which, tokens] - mean[which], variance[which]
 
 
-def pit(law: torch.Tensor, tokens: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+def pit(law: torch.Tensor, tokens: torch.Tensor, which: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Randomized probability integral transform over the tokens by falling probability, (n,) in [0, 1].
 
-    Uniform when the tokens are drawn from the law; a cut tail leaves the upper end empty.
+    Uniform when the tokens are drawn from the law; a cut tail leaves the upper end empty. ``law`` and ``which`` as in
+    ``surprisal``; tokens of one probability are in the order of their ids.
     """
-    p = normalized(law).exp()
-    own = p.gather(-1, tokens[:, None])
-    ids = torch.arange(p.shape[1])
-    before = (p > own) | ((p == own) & (ids < tokens[:, None]))
-    return (p * before).sum(-1) + uniform.double() * own[:, 0]
+    p, order = normalized(law).exp().sort(dim=-1, descending=True, stable=True)
+    before = torch.empty_like(p).scatter_(-1, order, p.cumsum(-1) - p)
+    own = torch.empty_like(p).scatter_(-1, order, p)
+    return before[which, tokens] + uniform.double() * own[which, tokens]
+
+
+def kolmogorov_smirnov(values: torch.Tensor) -> tuple[float, float]:
+    """(distance, p-value) of n values from the uniform law on [0, 1]: the limit of many, with Stephens' correction."""
+    from scipy.special import kolmogorov  # scipy.stats takes seconds to import
+
+    x, n = values.double().sort().values, len(values)
+    below = torch.arange(n, dtype=torch.float64) / n
+    distance = float(torch.maximum(x - below, below + 1.0 / n - x).max())
+    return distance, float(kolmogorov(distance * (math.sqrt(n) + 0.12 + 0.11 / math.sqrt(n))))
 
 
 def wilson(passed: float, total: float, z: float = 1.959964) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,25 @@ from typing import Any
 import torch
 
 from ...engine.offline import BenchEngine, Sampled, build_engine
-from ...errors import ConfigError
+from ...errors import ConfigError, InterceptionError
 from ..prompts.cases import Case, Prompt, Vocabulary, read_jsonl
 from ..prompts.draws import Drawing
 from . import invariances, trials
+from .aside import Aside
+from .drift import Gaps
+from .engines import chunk_for
 from .invariances import Ask
-from .reference import Reference
+from .noise import coarser, noise_of
+from .reference import Reference, Scored
+from .sequential import planned_look
 from .settings import CheckSettings
-from .trials import Batch
+from .trials import Answered, Batch, Trial
 
 __all__ = ["Subject", "stamp"]
 
-_PROBES = 4  # trials that are answered again, to try what explains the drift
+_PROBES = 4  # trials whose answers are kept, to measure the noise and try what explains the drift
+
+_SECONDS = 1.0  # of the engine alone: enough to tell how fast it is
 
 Progress = Callable[[str, int, int], None]  # what, done, of
 
@@ -35,6 +42,11 @@ class Subject:
     def __init__(self, settings: CheckSettings, progress: Progress):
         self.settings, self._progress = settings, progress
         self._engine: BenchEngine | None = None
+        self._kept: dict[int, tuple[Answered, list[Scored]]] = {}
+        self._noise: dict[int, Callable[[], dict[str, Gaps]]] = {}
+        self.other_block: tuple[list[Sampled], int] | None = (
+            None  # answers of an engine of other blocks, and their size
+        )
 
     def build(self, **over: Any) -> BenchEngine:
         """A new engine with other arguments laid over."""
@@ -51,6 +63,12 @@ class Subject:
         if self._engine is not None:
             self._engine.close()
             self._engine = None
+
+    def end(self) -> None:
+        """Free the engine, and wait for the reference."""
+        self.close()
+        if "aside" in self.__dict__:
+            self.aside.close()
 
     @property
     def engine(self) -> BenchEngine:
@@ -132,6 +150,15 @@ class Subject:
                     )
         return found
 
+    @cached_property
+    def look(self) -> int | None:
+        """The trial after which all may be settled; None: all are run. A user's own prompts are all asked."""
+        if self.settings.prompts is not None:
+            return None
+        vocab, most = self.engine.vocab_size, self.settings.max_tokens
+        exact = [trials.whole_laws(len(batch), vocab, most) * most for batch in self.batches]
+        return planned_look(exact, self.settings.limits.pass_rate, self.settings.early_error)
+
     def batch(self, prompts: Sequence[Prompt], index: int) -> Batch:
         """A trial's request. Seeds depend on its place alone; a case is always the first."""
         return Batch(
@@ -163,6 +190,18 @@ class Subject:
         return invariances.asked(self.engine, self.ask)
 
     @cached_property
+    def chunked(self) -> list[Sampled] | None:
+        """The same with prompts in chunks, of the same engine; None where it can't be made to, or none is long."""
+        longest, chunk = chunk_for(self.ask, self.engine.chunk_size)
+        if longest <= chunk:
+            return None
+        try:
+            with self.engine.taking_in(chunk):
+                return invariances.asked(self.engine, self.ask)
+        except InterceptionError:
+            return None
+
+    @cached_property
     def shape(self) -> dict[str, int]:
         """What other engines are built to differ in."""
         engine = self.engine
@@ -178,13 +217,77 @@ class Subject:
         return invariances.cacheable(engine, ids, settings.seed, engine.max_model_len - 1, min(4, settings.max_tokens))
 
     @cached_property
-    def answered(self) -> list[trials.Answered]:
-        """A few trials answered again: the same requests."""
-        spread = len(self.batches) // min(_PROBES, len(self.batches))
-        picked = list(range(0, len(self.batches), spread))[:_PROBES]
-        return [trials.answer(self.engine, self.batch(self.batches[i], i), turn=i) for i in picked]
+    def aside(self) -> Aside:
+        """Where the reference works."""
+        return Aside(self.engine.device_type, self.settings.device)
 
-    def facts(self) -> dict[str, Any]:
+    @cached_property
+    def probes(self) -> list[int]:
+        """A few of the trials that are run in any case."""
+        count = self.look or len(self.batches)
+        return list(range(0, count, count // min(_PROBES, count)))[:_PROBES]
+
+    @cached_property
+    def _rounded(self) -> dict[str, torch.Tensor]:
+        """The reference's weights in the engine's dtype, where that is the coarser one."""
+        dtype = coarser(self.engine.dtype, self.reference.dtype)
+        if dtype == self.reference.dtype:
+            return {}
+        return {name: t.to(dtype).float() for name, t in self.reference.named_tensors()}
+
+    def _begin_noise(self, index: int) -> Callable[[], dict[str, Gaps]]:
+        answered, plain = self._kept[index]
+        made = partial(
+            noise_of, self.reference, answered, plain, self.settings.limits,
+            dtype=coarser(self.engine.dtype, self.reference.dtype), head_dtype=self.engine.head_dtype,
+            weights=self._rounded, seed=self.settings.seed + self.probes.index(index),
+        )  # fmt: skip
+        return self.aside.begin(made)
+
+    def noises(self) -> list[dict[str, Gaps]]:
+        """Of each probe, of both sides' dtypes. Nothing is under way then."""
+        self.probed()
+        return [(self._noise.pop(index, None) or self._begin_noise(index))() for index in self.probes]
+
+    def begin(self, index: int, batch: Batch, *, noise: bool = True) -> Callable[[], Trial]:
+        """Have the engine answer and the reference begin; what is returned waits for it.
+
+        Probes are kept, and with ``noise`` theirs is begun, for ``noises`` to wait for.
+        """
+        reference, limits = self.reference, self.settings.limits
+        start = time.perf_counter()
+        answered = trials.answer(self.engine, batch, turn=index)
+        asked = time.perf_counter() - start
+
+        def compared() -> tuple[list[Scored], Gaps]:
+            scored = trials.score(answered, reference)
+            return scored, trials.compared(answered, scored, limits)
+
+        result = self.aside.begin(compared)
+
+        def finished() -> Trial:
+            start = time.perf_counter()
+            scored, gaps = result()
+            if index in self.probes:
+                self._kept[index] = answered, scored
+                if noise:
+                    self._noise[index] = self._begin_noise(index)
+            return Trial(
+                index=index, gaps=gaps, sequences=len(batch.prompts), tokens=sum(map(len, answered.sequences)),
+                mean_kl=gaps.worst, engine_seconds=asked, seconds=asked + time.perf_counter() - start,
+                cached=sum(one.cached for one in answered.sampled),
+            )  # fmt: skip
+
+        return finished
+
+    def probed(self) -> list[tuple[Answered, list[Scored]]]:
+        """The probes' answers and the plain reference's scores: kept, or had again where another process ran them."""
+        for index in self.probes:
+            if index not in self._kept:
+                self.begin(index, self.batch(self.batches[index], index), noise=False)()
+        return [self._kept[index] for index in self.probes]
+
+    def facts(self, found: Sequence[Trial]) -> dict[str, Any]:
         """The engine's own settings, versions, speed: JSON."""
         import platform
 
@@ -204,20 +307,20 @@ class Subject:
             },
             "threads": torch.get_num_threads(),
             "no_block_fits": self.engine.caches_prefixes and self.cached is None,
-            "speed": self._speed(),
+            "speed": self._speed(found),
         }
 
-    def _speed(self) -> dict[str, float]:
-        """Scored tokens a second: of the trials, and of the engine alone on the prompts of some of them."""
+    def _speed(self, found: Sequence[Trial]) -> dict[str, float]:
+        """Scored tokens a second of some trials, and of the engine alone on their prompts: seconds enough to tell."""
         tokens, alone, ours = 0, 0.0, 0.0
-        for i in range(min(8, len(self.batches))):
-            batch = self.batch(self.batches[i], i)
+        self.engine.forget()  # the trials found nothing of theirs in the prefix cache
+        for trial in found[:8]:
             start = time.perf_counter()
-            tokens += trials.engine_alone(self.engine, batch)
-            between = time.perf_counter()
-            trials.run_trial(i, batch, self.engine, self.reference, self.settings.limits)
-            alone += between - start
-            ours += time.perf_counter() - between
+            tokens += trials.engine_alone(self.engine, self.batch(self.batches[trial.index], trial.index))
+            alone += time.perf_counter() - start
+            ours += trial.seconds
+            if alone > _SECONDS:
+                break
         return {"tokens_per_second": tokens / ours, "engine_alone": tokens / alone, "share": alone / ours}
 
 

@@ -6,7 +6,6 @@ A trial leaves mergeable sums, so a check can be killed after any of them and go
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,15 +15,17 @@ import torch
 from ...engine.offline import BenchEngine, Sampled
 from ...records import SamplingSettings
 from .drift import Gaps, bucket, sampled_kl
-from .reference import Reference
+from .reference import Reference, Scored
 from .rows import Limits
 from .statistics import Sums, at_temperature, exact_kl, scale_curve
 
-__all__ = ["Batch", "Trial", "compare", "run_trial", "score"]
+__all__ = ["Answered", "Batch", "Trial", "answer", "compare", "compared", "score", "whole_laws"]
 
 _PREFILLED = 4  # of as many trials one asks for whole laws by prefill too, of a small vocabulary
 
-LAW_ENTRIES = 1_000_000  # numbers a trial asks the engine for as whole laws: Python lists, a third of a second
+LAW_ENTRIES = 1_000_000  # numbers asked of the engine as whole laws at a time: Python lists, a third of a second
+
+_SAMPLED_ENTRIES = 8 * LAW_ENTRIES  # the same of what a trial samples: its exact KL is what most rows are made of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,19 +103,30 @@ class Answered:
         return out
 
 
-def answer(engine: BenchEngine, batch: Batch, turn: int = 0) -> Answered:
-    """Have the engine sample after each prompt, as a run's requests do, and score the whole again by prefill.
+def whole_laws(requests: int, vocab: int, max_tokens: int) -> int:
+    """Of how many requests of a trial the whole laws are asked for."""
+    return min(requests, max(1, _SAMPLED_ENTRIES // (vocab * max_tokens)))
 
-    Whole laws are asked for as far as ``LAW_ENTRIES`` go, beginning with request ``turn`` modulo their number; by
-    prefill too where ``turn`` is a multiple of four.
+
+def sample(engine: BenchEngine, batch: Batch, turn: int = 0) -> list[Sampled]:
+    """Have the engine sample after each prompt, as a run's requests do.
+
+    Whole laws are asked for as far as they may go, beginning with request ``turn`` modulo their number.
     """
-    count, vocab = len(batch.prompts), engine.vocab_size
-    few = max(1, LAW_ENTRIES // (vocab * batch.max_tokens))
-    whole = [(i - turn) % count < few for i in range(count)]
-    settings = SamplingSettings(temperature=batch.temperature)
-    sampled = engine.sample(
-        batch.prompts, settings, max_tokens=batch.max_tokens, seeds=batch.seeds, whole=whole, cold=False
-    )
+    count = len(batch.prompts)
+    few = whole_laws(count, engine.vocab_size, batch.max_tokens)
+    return engine.sample(
+        batch.prompts, SamplingSettings(temperature=batch.temperature), max_tokens=batch.max_tokens, seeds=batch.seeds,
+        whole=[(i - turn) % count < few for i in range(count)], cold=False,
+    )  # fmt: skip
+
+
+def answer(engine: BenchEngine, batch: Batch, turn: int = 0) -> Answered:
+    """Have the engine sample after each prompt, and score the whole again by prefill.
+
+    Whole laws by prefill too where ``turn`` is a multiple of four and ``LAW_ENTRIES`` allow it.
+    """
+    vocab, sampled = engine.vocab_size, sample(engine, batch, turn)
     sequences = [[*p, *one.token_ids] for p, one in zip(batch.prompts, sampled, strict=True)]
     laws = None
     if turn % _PREFILLED == 0 and sum(map(len, sequences)) * vocab <= LAW_ENTRIES:
@@ -128,12 +140,27 @@ def answer(engine: BenchEngine, batch: Batch, turn: int = 0) -> Answered:
     return Answered(batch, sampled, sequences, taken, laws)
 
 
-def compare(answered: Answered, reference: Reference, limits: Limits, batch_tokens: int | None = None) -> Gaps:
+def compare(answered: Answered, reference: Reference, limits: Limits) -> Gaps:
     """The engine's numbers against the reference's, as it stands now."""
-    return _gaps(answered, _engine_side(answered), score(answered, reference, batch_tokens), limits)
+    return compared(answered, score(answered, reference), limits)
 
 
-def against_itself(answered: Answered, one: list[Any], plain: list[Any], limits: Limits) -> Gaps:
+def compared(answered: Answered, scored: list[Scored], limits: Limits) -> Gaps:
+    """The engine's numbers against scores of the reference."""
+    return _gaps(answered, _engine_side(answered), scored, limits)
+
+
+def drift_of_samples(engine: BenchEngine, reference: Reference, batch: Batch) -> float:
+    """The mean KL of what the engine samples, and nothing of how it scores that by prefill."""
+    sampled = sample(engine, batch)
+    sequences = [[*p, *one.token_ids] for p, one in zip(batch.prompts, sampled, strict=True)]
+    answered = Answered(batch, sampled, sequences, [torch.zeros(0)] * len(sampled), None)
+    gaps = Gaps()
+    _add_sampled(gaps, _pairs(answered, _engine_side(answered), score(answered, reference)), batch.temperature)
+    return sampled_kl(gaps)
+
+
+def against_itself(answered: Answered, one: list[Scored], plain: list[Scored], limits: Limits) -> Gaps:
     """A noisy reference in the engine's place."""
     side = []
     for prompt, ids, noisy, positions in zip(
@@ -151,10 +178,9 @@ def against_itself(answered: Answered, one: list[Any], plain: list[Any], limits:
     return _gaps(answered, side, plain, limits)
 
 
-def score(answered: Answered, reference: Reference, batch_tokens: int | None = None) -> list[Any]:
+def score(answered: Answered, reference: Reference) -> list[Scored]:
     """The reference's scores of the answered sequences."""
-    more = {} if batch_tokens is None else {"batch_tokens": batch_tokens}
-    return reference.score(answered.sequences, answered.positions(), temperature=answered.batch.temperature, **more)
+    return reference.score(answered.sequences, answered.positions(), temperature=answered.batch.temperature)
 
 
 @dataclass(slots=True)
@@ -173,15 +199,19 @@ def _engine_side(answered: Answered) -> list[_Side]:
     ]
 
 
-_Pair = tuple[torch.Tensor, _Side, Any]  # sampled ids; the engine's (or a noisy reference's) scores; the reference's
+_Pair = tuple[torch.Tensor, _Side, Scored]  # sampled ids; scores of the engine (or a noisy reference); the reference's
 
 
-def _gaps(answered: Answered, side: Sequence[_Side], scored: Sequence[Any], limits: Limits) -> Gaps:
-    gaps = Gaps(trials=1)
-    pairs = [
+def _pairs(answered: Answered, side: Sequence[_Side], scored: Sequence[Scored]) -> list[_Pair]:
+    return [
         (torch.tensor(ids[len(prompt) :]), mine, theirs)
         for prompt, ids, mine, theirs in zip(answered.batch.prompts, answered.sequences, side, scored, strict=True)
     ]
+
+
+def _gaps(answered: Answered, side: Sequence[_Side], scored: Sequence[Scored], limits: Limits) -> Gaps:
+    gaps = Gaps(trials=1)
+    pairs = _pairs(answered, side, scored)
     kl = _add_sampled(gaps, pairs, answered.batch.temperature)
     _add_prefill(gaps, pairs)
     gaps.over = int((~(kl <= limits.max_kl)).sum())
@@ -202,13 +232,14 @@ def _add_sampled(gaps: Gaps, pairs: Sequence[_Pair], temperature: float) -> torc
     kl, delta = torch.zeros(0, dtype=torch.float64), [x.abs() for x in d]
     if exact:
         p = torch.cat([mine.laws for _, mine, _ in exact if mine.laws is not None])
-        q = torch.cat([theirs.laws[-len(ids) :] for ids, _, theirs in exact])
+        q = torch.cat([theirs.laws[-len(ids) :] for ids, _, theirs in exact if theirs.laws is not None])
         law = at_temperature(q, temperature)
         kl = exact_kl(p, law)
         taken = law.gather(-1, torch.cat([ids for ids, _, _ in exact])[:, None])[:, 0]
         delta.append((taken - torch.cat([mine.sampled for _, mine, _ in exact])).abs())
         if temperature == 1.0 and all(mine.prefill_laws is None for _, mine, _ in pairs):
-            gaps.curve = scale_curve(p, q).tolist()
+            some = max(1, LAW_ENTRIES // p.shape[1])  # a factor is the same on all of them
+            gaps.curve = scale_curve(p[:some], q[:some]).tolist()
     gaps.kl, gaps.k3, gaps.delta = Sums.of(kl), Sums.of(_cat(torch.expm1(x) - x for x in d)), Sums.of(_cat(delta))
     return kl
 
@@ -239,16 +270,3 @@ def engine_alone(engine: BenchEngine, batch: Batch) -> int:
     sequences = [[*p, *one.token_ids] for p, one in zip(batch.prompts, given, strict=True)]
     engine.rescore(sequences)
     return sum(map(len, sequences))
-
-
-def run_trial(index: int, batch: Batch, engine: BenchEngine, reference: Reference, limits: Limits) -> Trial:
-    """Ask, score, compare."""
-    start = time.perf_counter()
-    answered = answer(engine, batch, turn=index)
-    asked = time.perf_counter()
-    gaps = compare(answered, reference, limits)
-    return Trial(
-        index=index, gaps=gaps, sequences=len(batch.prompts), tokens=sum(map(len, answered.sequences)),
-        mean_kl=gaps.worst, engine_seconds=asked - start, seconds=time.perf_counter() - start,
-        cached=sum(one.cached for one in answered.sampled),
-    )  # fmt: skip

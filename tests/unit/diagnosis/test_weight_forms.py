@@ -1,0 +1,96 @@
+"""Weights that are not the trainer's: older ones, quantized ones, and neither."""
+
+import pytest
+import torch
+
+from trl_parity.diagnosis.quantized import quantized_as
+from trl_parity.diagnosis.weight_versions import WeightVersions
+
+
+def quantized(x, last, size):
+    groups = x.reshape(-1, size or x.shape[1])
+    scale = groups.abs().amax(1, keepdim=True)
+    if isinstance(last, torch.dtype):
+        most = torch.finfo(last).max
+        return ((groups / scale * most).to(last).float() * scale / most).reshape(x.shape)
+    return ((groups / scale * last).round() * scale / last).reshape(x.shape)
+
+
+@pytest.fixture
+def matrix():
+    return 0.02 * torch.randn(128, 128, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("last", "size", "words"),
+    [
+        (127, None, "8-bit numbers with a scale by row"),
+        (7, 32, "4-bit numbers with a scale by 32 elements"),
+        (7, 128, "4-bit numbers with a scale by row"),
+        (torch.float8_e4m3fn, None, "fp8 e4m3 with a scale by row"),
+        (torch.float8_e5m2, 64, "fp8 e5m2 with a scale by 64 elements"),
+    ],
+)
+def test_a_quantizer_is_seen_in_the_values_it_leaves(matrix, dtype, last, size, words):
+    held = quantized(matrix, last, size).to(dtype).float()
+    assert quantized_as(held, matrix, dtype) == words
+    assert quantized_as(held, held, dtype) == ""  # the trainer's are quantized themselves
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_noise_a_scale_an_update_and_a_hole_are_no_quantizer(matrix, dtype):
+    g = torch.Generator().manual_seed(1)
+    noise = torch.randn(matrix.shape, generator=g)
+    hole = matrix.clone()
+    hole[:32] = 0.0
+    for other in (matrix * (1 + 0.05 * noise), 1.04 * matrix, matrix + 1e-4 * noise.sign(), hole, matrix.T, noise):
+        assert quantized_as(other.to(dtype).float(), matrix, dtype) == ""
+    assert quantized_as(matrix[0], matrix[0], dtype) == ""
+
+
+class Policy(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        g = torch.Generator().manual_seed(2)
+        self.a, self.b = (torch.nn.Parameter(0.02 * torch.randn(16, 16, generator=g)) for _ in range(2))
+        self.frozen = torch.nn.Parameter(torch.zeros(100), requires_grad=False)
+
+    def step(self):
+        with torch.no_grad():
+            for p in (self.a, self.b):
+                p += 0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(int(1e6 * p[0, 0].abs())))
+
+    def now(self):
+        return {"a": self.a.detach().bfloat16().float(), "b": self.b.detach().bfloat16().float()}
+
+
+def test_an_older_version_is_told_from_one_there_never_was():
+    policy, versions, seen = Policy(), WeightVersions(), []
+    for step in range(5):
+        versions.keep(policy, step)
+        versions.keep(policy, step)  # another batch of the step
+        seen.append(policy.now())
+        policy.step()
+    versions.keep(policy, 5)
+    assert versions.whole
+    for older in seen:
+        assert versions.holds_older(older, torch.bfloat16) == 1.0
+    assert versions.holds_older({"a": seen[2]["a"], "b": 1.04 * policy.now()["b"]}, torch.bfloat16) == 0.5
+    averaged = {n: 0.5 * (seen[0][n] + seen[1][n]) for n in "ab"}
+    assert versions.holds_older(averaged, torch.bfloat16) == 0.0
+    assert versions.holds_older({"c": seen[0]["a"]}, torch.bfloat16) is None
+    one = policy.now()["a"]
+    one[0, 1] += 1.0  # not among the elements that are looked at
+    assert versions.holds_older({"a": one}, torch.bfloat16) is None
+
+
+def test_a_resumed_run_and_a_policy_with_adapters_have_no_whole_history():
+    versions = WeightVersions()
+    versions.keep(Policy(), 7)
+    assert not versions.whole
+    adapted, versions = Policy(), WeightVersions()
+    adapted.peft_config = {}
+    versions.keep(adapted, 0)
+    assert not versions.whole
+    assert versions.holds_older(adapted.now(), torch.bfloat16) is None
