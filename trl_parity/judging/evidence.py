@@ -59,7 +59,7 @@ _INPUTS = (
     "ratio/clipped", "ratio/clipped_square", "kl_k1", "trimmed/logp_abs_diff/mean", "trimmed/kl_k3",
     *(f"se/{stat}" for stat in _STATS), *(f"floor/{stat}" for stat in _STATS),
     *(f"floor_upper/{stat}" for stat in ("kl_k3", *_STATS[1:])),
-    "entropy/drift", "se/entropy/drift", "entropy/trainer",
+    "entropy/drift", "se/entropy/drift", "entropy/trainer", "cost/coverage",
 )  # fmt: skip
 
 # what each test bets on
@@ -136,7 +136,7 @@ class Evidence:
     ``kl_k1``, ``trimmed/logp_abs_diff/mean``, ``trimmed/kl_k3``; ``floor/<stat>``, and ``floor_upper/<stat>``, an
     upper confidence bound (a floor's error is the same in all windows: it does not average out); ``se/<stat>``,
     standard errors over independent sequences, with which ``drift`` begins at once instead of after five windows;
-    ``entropy/drift`` and ``entropy/trainer``.
+    ``entropy/drift`` and ``entropy/trainer``; ``cost/coverage``, the share of the tokens whose entropy is known.
 
     drift: y = log x of a statistic x, limit m = log max(upper + effect, ``floor_factor`` x upper); of Δ: y = ± mean Δ,
     m = effect + upper of k3, since an honest engine has E[-Δ] = KL. t = (y - m) / scale, scale the larger of the
@@ -154,7 +154,8 @@ class Evidence:
     from the trainer's law, Σ(H + log π(y)) is a martingale whatever the prompts. The scale is the larger of standard
     error and spread, as above, and of sqrt(H (1 + log+ 1/H) / n) + (3 + log+ 1/H) / n: of a peaked law most windows
     lack the rare token that makes up for the others, and without it neither shows how far they spread. The log-factors
-    are divided by ``copies``.
+    are divided by ``copies``. Of a sample of the tokens n is how many were scored, its chance is in the standard error
+    (without one there is no bet), and the spread of the windows before is that of windows of all tokens.
 
     ``alpha``: false alarms a run. ``shape``: of independent runs in lockstep, whose values are arrays (simulations).
     """
@@ -242,6 +243,8 @@ class Evidence:
     def _bet_on_entropy(self, step: int, tokens: Any, sequences: Any, given: np.ndarray, copies: Any) -> None:
         """The test ``entropy``; ``given`` as by ``_INPUTS``."""
         apart, x, error, entropy = given[..., 3], given[..., 14], given[..., 15], given[..., 16]
+        coverage = np.where(np.isfinite(given[..., 17]), given[..., 17], 1.0)  # an older version's line has none
+        x = np.where((coverage < 1.0) & ~np.isfinite(error), math.nan, x)
         if not np.isfinite(x + entropy).any():
             return
         past, bets = self._entropy, self.bets["entropy"]
@@ -249,14 +252,15 @@ class Evidence:
             larger = np.fmax(np.where(past.n[..., 0] >= _FEW, past.spread[..., 0], math.nan), error)
             dof = np.maximum(np.where(larger == error, sequences, past.n[..., 0]) - 1.0, 1.0)
             peaked = np.maximum(-np.log(entropy), 0.0)
-            least = np.sqrt(entropy * (1.0 + peaked) / tokens) + (3.0 + peaked) / tokens
+            known = tokens * coverage
+            least = np.sqrt(entropy * (1.0 + peaked) / known) + (3.0 + peaked) / known
             scale = np.maximum(larger, least)
             limit = self._entropy_effect + np.fmax(apart, 0.0)
             t = np.stack([(x - limit) / scale, (-x - limit) / scale], axis=-1)
             factors = score_bets(t, np.stack([dof, dof], axis=-1)) / np.asarray(copies)[..., None]
         if np.isfinite(t).any():
             bets.update(step, factors, np.repeat(np.where(np.isfinite(t), x[..., None], 0.0), len(SHIFTS), axis=-1))
-        past.add(x[..., None], np.asarray(bets.running <= 1.0)[..., None])
+        past.add(np.where(coverage < 1.0, math.nan, x)[..., None], np.asarray(bets.running <= 1.0)[..., None])
 
     def scalars(self) -> dict[str, float | None]:
         """``evidence/<test>``: log10 M, a decision from ``limit`` on; None before the first window of the test.
@@ -288,6 +292,11 @@ class Evidence:
     def suspects_floor(self) -> bool:
         """Whether the evidence of a drift over the noise floor is half of the limit, or more."""
         return bool(2.0 * self.bets["drift"].log10_evidence >= self.limit)
+
+    @property
+    def suspects_entropy(self) -> bool:
+        """Whether what was bet on the entropy is worth more than all bets began with."""
+        return bool(self.bets["entropy"].running > 1.0)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: JSON; nothing before the first window."""

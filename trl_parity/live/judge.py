@@ -197,12 +197,16 @@ class RunJudge:
 
     @property
     def calm(self) -> bool:
-        """Whether nothing speaks against the last window: no rule on the mismatch, no breach that is remembered."""
+        """Whether nothing speaks against the last window: no rule on the mismatch, no breach that is remembered.
+
+        Nor what a sample shows least of: evidence of a drift over the floor, or bets on the entropy that have won.
+        """
         if not self.verdicts or self.status not in (Status.OK, Status.WARN):
             return False
         told = {rule.stat for rule in self.breaker.rules if rule.warn_only}
         warned = set(self.verdicts[-1].warnings) - told
-        return not (warned or self.breaker.streak or self.breaker.level or self.evidence.suspects_floor)
+        suspected = self.evidence.suspects_floor or self.evidence.suspects_entropy
+        return not (warned or self.breaker.streak or self.breaker.level or suspected)
 
     def judge(self, step: int, stats: MismatchStats | None, error: str = "") -> Verdict:
         """The verdict on a window's (reduced) statistics; kept and written."""

@@ -135,7 +135,7 @@ def halved(batch):
 
 
 def run_sampled(noises, **settings):
-    judge = RunJudge(ParityConfig(**settings), measured_floor=True)
+    judge = RunJudge(ParityConfig(**{"cost_budget": 0.005} | settings), measured_floor=True)
     surroundings = Sampling(judge)
     pipeline = surroundings.pipeline = Pipeline(judge, surroundings)
     shares = []
@@ -171,7 +171,8 @@ def test_after_a_sample_that_was_doubted_for_nothing_all_tokens_are_scored_once(
     assert surroundings.seen.count("all tokens") == 2
 
 
-def test_with_a_budget_of_one_all_tokens_are_scored_in_every_window():
+def test_with_a_budget_of_one_as_by_default_all_tokens_are_scored_in_every_window():
+    assert ParityConfig().cost_budget == 1.0
     _, surroundings, shares = run_sampled([1e-3] * 3, cost_budget=1.0)
     assert shares == [1.0] * 3
     assert "all tokens" not in surroundings.seen
