@@ -2,7 +2,7 @@
 
     python benchmarks/cost_budget.py                       # all three parts
     python benchmarks/cost_budget.py --only statistics     # seconds; no engine
-    python benchmarks/cost_budget.py --only cost --steps 12
+    python benchmarks/cost_budget.py --only cost --fp32    # where the CPU has no units for bf16
 
 ``statistics``: healthy windows whose own head is off the fp32 one by rounding, as a bf16 head is; each statistic of a
 sample of the tokens against that of all, root mean square of the relative error, and what the window's own standard
@@ -39,15 +39,7 @@ LEAST = 64  # cost_min_tokens of the tiny runs: their batches have 500 to 1,100 
 JUDGED = ("trimmed/kl_k3", "trimmed/logp_abs_diff/mean", "trimmed/logp_abs_diff/p99", "ess", "honesty", "kl_k1")
 MEANS = ("kl_k3", "logp_abs_diff/mean", "entropy/trainer")
 BREAK = 5  # steps before a drill's fault
-DRILLS = (
-    "lost-tensors",
-    "scaled-tensors",
-    "shifted-logprobs",
-    "nan-logprobs",
-    "hidden-top-k",
-    "logit-scale",
-    "fp8-logits",
-)
+DRILLS = ("logit-scale", "hidden-top-k", "lost-sync", "lost-tensors", "noise", "fp8-logits")
 
 
 # ---- statistics ----------------------------------------------------------------------------------------------------
@@ -129,17 +121,18 @@ def wide_model(folder: Path) -> str:
 
 def of_cost(args: argparse.Namespace) -> Table:
     title = (
-        f"GRPO, hidden 1,024, vocabulary 151,936, 2 layers; {args.steps} steps, medians of the last {args.steps - 2}"
+        f"GRPO, {'fp32' if args.fp32 else 'bf16'}, hidden 1,024, vocabulary 151,936, 2 layers; {args.steps} steps, "
+        f"medians of the last {args.steps - 2}"
     )
     columns = ("cost_budget", "step, s", "cost/seconds, s", "cost/share", "coverage", *MEANS)
     table = Table(*columns, title=title)
-    with tempfile.TemporaryDirectory() as folder, runs.shared_engine():
+    with tempfile.TemporaryDirectory() as folder, runs.shared_engine(**({"dtype": "float32"} if args.fp32 else {})):
         model, full = wide_model(Path(folder) / "model"), None
         for budget in (1.0, args.budget):
             callback = ParityCallback(action="log", cost_budget=budget, cost_min_tokens=args.least)
             trainer = runs.make_trainer(
                 model, [callback], max_steps=args.steps, per_device_train_batch_size=8, learning_rate=1e-6,
-                max_completion_length=args.length, output_dir=str(Path(folder) / str(budget)),
+                max_completion_length=args.length, output_dir=str(Path(folder) / str(budget)), bf16=not args.fp32,
             )  # fmt: skip
             trainer.train()
             windows = [v.stats for v in callback.verdicts if v.stats][2:]
@@ -208,6 +201,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=0.005)
     parser.add_argument("--windows", type=int, default=10, help="of statistics")
     parser.add_argument("--steps", type=int, default=12, help="of a run of cost")
+    parser.add_argument("--fp32", action="store_true", help="both sides of cost in fp32, not bf16")
     parser.add_argument("--length", type=int, default=64, help="tokens of a completion of cost")
     parser.add_argument("--least", type=int, default=16, help="cost_min_tokens of cost")
     parser.add_argument("--drills", nargs="+", default=DRILLS)

@@ -231,9 +231,9 @@ class ParityConfig:
     cost_budget: Annotated[float, SHARE] = field(
         default=1.0,
         metadata={
-            "help": "Share of the training time that measuring may take, 0.005 for one half of a percent. What the fp32 "
-            "head and entropy would take beyond it is saved by a random sample of each sequence's tokens; the trainer's "
-            "own numbers cover every token. All are scored again in a window that a rule on the mismatch warns of or "
+            "help": "Share of the training time that measuring may take, 0.005 for half a percent. What the fp32 head "
+            "and entropy would take beyond it is saved by a random sample of each sequence's tokens; the trainer's "
+            "numbers cover every token. All are scored again in a window that a rule on the mismatch warns of or "
             "condemns, while breaches are remembered, and for a diagnosis. 1: always all, since a sample shows later "
             "what the entropies alone show."
         },

@@ -213,7 +213,7 @@ def test_tokens_of_the_trainers_law_are_as_surprising_as_it_says_however_seldom_
 
 
 def test_a_sample_that_has_none_of_a_peaked_laws_rare_tokens_decides_nothing():
-    """One token in 300 has all of the entropy, 12 nats; all are drawn from, and none of 16 scored ones is among them."""
+    """One token in 300 has all of the entropy, 12 nats; none of the 16 that were scored is among them."""
     values = {"entropy/drift": -0.04, "se/entropy/drift": 0.009, "entropy/trainer": 0.001}
     sampled, full = Evidence(), Evidence()
     for step in range(30):
