@@ -171,6 +171,14 @@ def test_after_a_sample_that_was_doubted_for_nothing_all_tokens_are_scored_once(
     assert surroundings.seen.count("all tokens") == 2
 
 
+def test_while_bets_on_the_entropy_are_winning_all_tokens_are_scored():
+    judge, _, shares = run_sampled([1e-3] * 3)
+    assert judge.calm
+    assert shares[-1] < 1
+    judge.evidence.bets["entropy"].wealth += 2.0
+    assert not judge.calm
+
+
 def test_with_a_budget_of_one_as_by_default_all_tokens_are_scored_in_every_window():
     assert ParityConfig().cost_budget == 1.0
     _, surroundings, shares = run_sampled([1e-3] * 3, cost_budget=1.0)
