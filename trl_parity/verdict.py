@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import ItemsView, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,6 +79,10 @@ class MismatchStats(Mapping[str, float | None]):
 
     def __len__(self) -> int:
         return len(self.values_by_name)
+
+    def items(self) -> ItemsView[str, float | None]:
+        """Names and values."""  # the mapping's own: Mapping's would look each name up
+        return self.values_by_name.items()
 
     def __hash__(self) -> int:
         return id(self)

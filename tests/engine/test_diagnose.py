@@ -4,6 +4,7 @@ One engine serves the module. Its faults are not those of the drills, and its pr
 """
 
 import contextlib
+import copy
 import json
 import re
 
@@ -266,6 +267,29 @@ def scored_at_another_temperature(trainer):
     return stack
 
 
+def scored_by_the_logits_after(trainer):
+    """A scoring pass of one's own that takes the logits at a token for those that predict it."""
+
+    def score(model, input_ids, attention_mask, logits_to_keep, *args, compute_entropy=False, **kwargs):
+        logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, -logits_to_keep:].float()
+        law = (logits / trainer.temperature).log_softmax(-1)
+        logps = law.gather(-1, input_ids[:, -logits_to_keep:, None])[..., 0]
+        return logps, -(law.exp() * law).sum(-1).detach() if compute_entropy else None, None
+
+    return swapped(trainer, "_get_per_token_logps_and_entropies", score)
+
+
+def scored_by_a_copy(trainer):
+    """Without gradients a copy of the policy scores, as it was in the beginning."""
+    real = trainer._get_per_token_logps_and_entropies
+    beginning = copy.deepcopy(trainer.accelerator.unwrap_model(trainer.model))
+
+    def score(model, *args, **kwargs):
+        return real(model if torch.is_grad_enabled() else beginning, *args, **kwargs)
+
+    return swapped(trainer, "_get_per_token_logps_and_entropies", score)
+
+
 REGEX = {"structured_outputs": {"regex": "[a-z]{8,16}"}}
 FAULTS = {
     "clean": (None, nothing, {}),
@@ -286,6 +310,8 @@ FAULTS = {
     "synced after sampling": ("stale_weights", synced_after_sampling, {"learning_rate": 5e-3}),
     "averaged numbers": ("token_misalignment", averaged_numbers, {}),
     "scored at another temperature": ("temperature", scored_at_another_temperature, {}),
+    "scored by the logits after": ("token_misalignment", scored_by_the_logits_after, {}),
+    "scored by a copy": ("trainer_numerics", scored_by_a_copy, {"learning_rate": 5e-3}),
     "attention scale": ("engine_state", other_attention_scale, {}),
     "rotary table": ("engine_state", rotary_table_wrong_from_a_position_on, {}),
 }  # fmt: skip
@@ -294,6 +320,8 @@ OTHER_FIXES = {  # where what was seen asks for another than the cause's
     "law of its own": "TRL's loss (a fused head",
     "engine tensor scaled": "find what changes these tensors on their way",
     "scored at another temperature": "TRL's fused head keeps the one it was built with",
+    "scored by the logits after": "score a token with the logits of the token before it",
+    "scored by a copy": "another copy of the weights",
 }
 
 

@@ -28,12 +28,18 @@ def run(options: argparse.Namespace) -> int:
     """Run the command."""
     from rich.console import Console
 
+    from ..errors import DataError
     from ..report.follow import follow
-    from ..results.paths import is_run
+    from ..results.paths import is_run, metrics_path
 
+    if options.once and not is_run(options.path):
+        raise DataError(
+            f"{metrics_path(options.path)} is no file: no window of a run was judged yet. Give the folder of a run "
+            "(its output_dir), or leave --once out to wait for it."
+        )
     try:
         for _ in follow(options.path, Console(), every=options.every, once=options.once):
             pass
     except KeyboardInterrupt:
         pass
-    return 2 if options.once and not is_run(options.path) else 0
+    return 0

@@ -172,7 +172,7 @@ class ForwardPasses:
         try:
             if model is self._model:
                 self._capture.run_policy(ids, attention, keep, batch_size)
-            else:
+            if not seen:  # another model, or what the trainer scores with is none of the policy
                 size = batch_size or 8
                 with self._capture.trainer.accelerator.autocast():
                     for some, mask in zip(ids.split(size), attention.split(size), strict=True):

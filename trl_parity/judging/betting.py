@@ -46,6 +46,7 @@ class Bets:
         self.share, self.windows = share, 0
         self.losses = 0  # windows in a row in which the bet that holds the most lost (of a single run)
         self.wealth, self.cusum, self.onset, self.total, self.count = np.zeros((5, *shape, size))
+        self._sum_up()
 
     def update(self, step: int, log_factors: np.ndarray, values: np.ndarray) -> None:
         """One window: log f, and what it was made of (for ``best``), both (..., size)."""
@@ -61,16 +62,12 @@ class Bets:
         self.total = self.total * rising + values
         self.count = self.count * rising + 1.0
         self.cusum = np.minimum(np.maximum(self.cusum, 1.0) * factors, _LARGEST)
+        self._sum_up()
 
-    @property
-    def running(self) -> Any:
-        """Mean over k of R: what the bets that have started are worth."""
-        return self.wealth.mean(-1)
-
-    @property
-    def log10_evidence(self) -> Any:
-        """log10 M."""
-        return np.log10(self.share * (self.running + _waiting(self.windows + 1)))
+    def _sum_up(self) -> None:
+        """``running``, the mean over k of R, is what the bets that began are worth; ``log10_evidence`` is log M."""
+        self.running: Any = self.wealth.sum(-1) / self.wealth.shape[-1]
+        self.log10_evidence: Any = np.log10(self.share * (self.running + _waiting(self.windows + 1)))
 
     def best(self) -> tuple[int, int, float]:
         """Of the bet that holds the most: its index, its onset and the mean of its values since then."""
@@ -92,6 +89,7 @@ class Bets:
             self.windows, self.losses = int(state["windows"]), int(state["losses"])
             for name in self.FIELDS:
                 setattr(self, name, np.array(state[name], dtype=float))
+            self._sum_up()
 
 
 def honesty_bets(tokens: Any, mean: Any, square: Any, low: Any, high: Any) -> np.ndarray:

@@ -36,8 +36,9 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from ..config.parity import ParityConfig
@@ -69,10 +70,16 @@ class Reading(NamedTuple):
         return f"{self.seen} {self.value:.4g} {'<' if self.rule.below else '>'} {level:.4g}{rest}"
 
 
+@lru_cache(maxsize=256)
+def _names(stat: str) -> tuple[str, str, str]:
+    """Trimmed, its floor and its excess."""
+    return f"trimmed/{stat}", f"floor/{stat.removeprefix('replica/')}", f"excess/{stat}"
+
+
 def read(rule: Rule, stats: Mapping[str, float | None]) -> Reading | None:
     """What ``rule`` sees in a window's scalars; None where its statistic was not measured."""
-    raw = stats.get(rule.stat)
-    trimmed = stats.get(f"trimmed/{rule.stat}")
+    raw, names = stats.get(rule.stat), _names(rule.stat)
+    trimmed = stats.get(names[0])
     value = raw if rule.immediate or trimmed is None else trimmed
     if value is None:
         return None
@@ -80,7 +87,7 @@ def read(rule: Rule, stats: Mapping[str, float | None]) -> Reading | None:
     if not math.isfinite(value):  # never healthy, on whichever side of whatever limit
         return Reading(rule, seen, value, limit, True, True)
     if rule.k is not None:
-        floor = stats.get(f"floor/{rule.stat.removeprefix('replica/')}")
+        floor = stats.get(names[1])
         if rule.stat == "ess":  # 1 without noise, less with it
             seen, value, floor = "1 - ess", 1.0 - value, None if floor is None else 1.0 - floor
         if rule.ceiling is not None and not value <= rule.ceiling:
@@ -90,7 +97,7 @@ def read(rule: Rule, stats: Mapping[str, float | None]) -> Reading | None:
                 return Reading(rule, seen, value, limit, False, False, missing=True)
             over, warns = not value <= rule.absolute, not value <= rule.absolute * rule.warn
             return Reading(rule, seen, value, rule.absolute, over, warns, missing=rule.absolute > limit)
-        seen, value = f"excess/{rule.stat}", value - floor
+        seen, value = names[2], value - floor
         limit = max(limit, (rule.k - 1.0) * floor)
     over = not value >= limit if rule.below else not value <= limit
     warns = over if rule.below or limit < 0 else not value <= limit * rule.warn
@@ -202,9 +209,10 @@ class Breaker:
         """Whether a halt stands: the run was halted, and no window since then was healthy."""
         return self.alerted == "HALT" and self.current.reached(self.breach_memory)
 
-    def readings(self, stats: Mapping[str, float | None]) -> list[Reading]:
-        """What every rule sees in a window."""
-        return [reading for rule in self.rules if (reading := read(rule, stats)) is not None]
+    def readings(self, stats: Mapping[str, float | None], rules: Iterable[Rule] | None = None) -> list[Reading]:
+        """What every rule sees in a window, or each of ``rules``."""
+        rules = self.rules if rules is None else rules
+        return [reading for rule in rules if (reading := read(rule, stats)) is not None]
 
     def judge(self, step: int, stats: MismatchStats | None, error: str = "") -> Verdict:
         """The verdict on one window. ``stats=None`` or any failed batch in it (``num_errors``) makes it ERROR."""

@@ -49,26 +49,30 @@ _OVER = 3  # windows in a row that speak against what was decided: it is over, a
 
 _DELAY = 10  # windows that wait before they are past
 
-# The least standard deviation of a window given the past: of Δ, log |Δ| and log k3. Healthy windows follow the policy
-# and their prompts, in stretches that few windows, or the sequences of one, do not show.
-_LEAST = np.array([1e-4, 0.15, 0.3])
+# The least standard deviation of a window given the past: of Δ, log |Δ|, log k3 and the entropy's drift. Healthy
+# windows follow the policy and their prompts, in stretches that few windows, or the sequences of one, do not show.
+_LEAST = np.array([1e-4, 0.15, 0.3, 0.0])
 
-_STATS = ("kl_k1", "logp_abs_diff/mean", "kl_k3")
+_STATS = ("kl_k1", "logp_abs_diff/mean", "kl_k3", "entropy/drift")
 
 _INPUTS = (
-    "ratio/clipped", "ratio/clipped_square", "kl_k1", "trimmed/logp_abs_diff/mean", "trimmed/kl_k3",
-    *(f"se/{stat}" for stat in _STATS), *(f"floor/{stat}" for stat in _STATS),
-    *(f"floor_upper/{stat}" for stat in ("kl_k3", *_STATS[1:])),
-    "entropy/drift", "se/entropy/drift", "entropy/trainer", "cost/coverage",
+    "ratio/clipped", "ratio/clipped_square",
+    "kl_k1", "trimmed/logp_abs_diff/mean", "trimmed/kl_k3", "entropy/drift",
+    *(f"se/{stat}" for stat in _STATS), *(f"floor/{stat}" for stat in _STATS[1:3]),
+    *(f"floor_upper/{stat}" for stat in ("kl_k3", *_STATS[1:3])),
+    "entropy/trainer", "cost/coverage",
 )  # fmt: skip
 
 # what each test bets on
 _SIDES = {
     "honesty": ("mean ratio above 1", "mean ratio below 1"),
-    "drift": ("mean Δ above 0", *_STATS[1:], "mean Δ below 0"),
-    "change": _STATS[1:],
+    "drift": ("mean Δ above 0", *_STATS[1:3], "mean Δ below 0"),
+    "change": _STATS[1:3],
     "entropy": ("surprisal below the entropy", "surprisal above the entropy"),
 }
+
+# of ``_STATS`` above their limits, of ``_STATS`` below them, and of changes: those that are bet on, in that order
+_ORDER = np.array([0, 1, 2, 4, 8, 9, 3, 7])
 
 
 class Finding(NamedTuple):
@@ -124,9 +128,11 @@ class Past:
         return {"moments": [moment.tolist() for moment in moments], "queue": queue}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restore ``state``."""
-        self.n, self.mean, self.var, self.cov, self.last = np.array(state["moments"], dtype=float)
-        self.queue = [np.array(y, dtype=float) for y in state["queue"]]
+        """Restore ``state``; what an older version did not look at has no past."""
+        missing = len(self.n) - len(state["moments"][0])
+        moments = np.pad(np.array(state["moments"], dtype=float), ((0, 0), (0, missing)))
+        self.n, self.mean, self.var, self.cov, self.last = moments
+        self.queue = [np.pad(np.array(y, dtype=float), (0, missing), constant_values=math.nan) for y in state["queue"]]
 
 
 class Evidence:
@@ -171,10 +177,9 @@ class Evidence:
         self.limit = -math.log10(alpha)
         effects = EVIDENCE_EFFECTS | dict(effects or {})
         self._honesty, self._effects = effects["honesty"], np.array([effects[stat] for stat in _STATS])
-        self._entropy_effect = effects["entropy/drift"]
         self.floor_factor, self.change_factor = floor_factor, change_factor
         self._missing = np.full(shape, math.nan) if shape else math.nan
-        self.past, self._entropy = Past((*shape, len(_STATS))), Past((*shape, 1))
+        self.past = Past((*shape, len(_STATS)))
         sizes = {test: len(sides) * len(SHARES if test == "honesty" else SHIFTS) for test, sides in _SIDES.items()}
         self.bets = {test: Bets(size, 1.0 / len(TESTS), shape) for test, size in sizes.items()}
 
@@ -203,64 +208,53 @@ class Evidence:
         however the copies depend on each other (Hölder's inequality).
         """
         given = np.array([self._missing if (x := values.get(name)) is None else x for name in _INPUTS], dtype=float).T
-        mean, square, x = given[..., 0], given[..., 1], given[..., 2:5]
-        error, floor, upper = given[..., 5:8], given[..., 8:11], given[..., 11:14]
+        mean, square, x, error = given[..., 0], given[..., 1], given[..., 2:6], given[..., 6:10]
+        floor, upper, entropy, coverage = given[..., 10:12], given[..., 12:15], given[..., 15], given[..., 16]
+        sampled = coverage < 1.0
         x[..., 0] *= -1.0  # mean Δ
+        x[..., 3] = np.where(sampled & ~np.isfinite(error[..., 3]), math.nan, x[..., 3])
         if np.isfinite(mean + square).all():
-            kl = np.where(np.isfinite(upper[..., 2]), upper[..., 2], _NO_FLOOR_KL)
+            kl = np.where(np.isfinite(upper[..., 0]), upper[..., 0], _NO_FLOOR_KL)
             low = self._honesty + _CLIPPED_PER_KL * kl
             factors = honesty_bets(tokens, mean - 1.0, square, low, self._honesty) / copies
             self.bets["honesty"].update(step, factors, mean[..., None])
+        past, effect = self.past, self._effects
         with np.errstate(invalid="ignore", divide="ignore"):
-            effect, past = self._effects, self.past
-            y, limit = np.log(np.maximum(x, effect)), np.log(np.maximum(upper + effect, self.floor_factor * upper))
-            y[..., 0], limit[..., 0] = x[..., 0], upper[..., 0] + effect[0]
-            error[..., 1:] /= x[..., 1:]
+            y, level = x.copy(), np.exp(past.mean[..., 1:3])
+            y[..., 1:3] = np.log(np.maximum(x[..., 1:3], effect[1:3]))
+            limit = np.empty_like(y)
+            limit[..., 0] = upper[..., 0] + effect[0]
+            limit[..., 1:3] = np.log(np.maximum(upper[..., 1:] + effect[1:3], self.floor_factor * upper[..., 1:]))
+            limit[..., 3] = np.fmax(x[..., 1], 0.0) + effect[3]
+            error[..., 1:3] /= x[..., 1:3]
             larger = np.fmax(np.where(past.n >= _FEW, past.spread, math.nan), error)
             dof = np.maximum(np.where(larger == error, np.asarray(sequences)[..., None], past.n) - 1.0, 1.0)
             scale = np.maximum(larger, _LEAST)
-            drift, below = (y - limit) / scale, (-y - limit) / scale
-            level = np.exp(past.mean)
-            limit = np.log(np.fmax(np.maximum(self.change_factor * level, level + effect), floor))
-            change = np.where(past.n >= _HISTORY, (y - limit) / (scale * np.sqrt(1.0 + 1.0 / past.n)), math.nan)
-            t = np.concatenate([drift, below[..., :1], change[..., 1:]], axis=-1)
-            factors = score_bets(t, np.concatenate([dof, dof[..., :1], dof[..., 1:]], axis=-1))
-            told = np.concatenate([x, x[..., :1], (x / level)[..., 1:]], axis=-1)
+            rare = np.maximum(-np.log(entropy), 0.0)
+            scored = tokens * np.where(sampled, coverage, 1.0)
+            scale[..., 3] = np.maximum(scale[..., 3], np.sqrt(entropy * (1.0 + rare) / scored) + (3.0 + rare) / scored)
+            above, below = (y - limit) / scale, (-y - limit) / scale
+            limit = np.log(np.fmax(np.maximum(self.change_factor * level, level + effect[1:3]), floor))
+            pooled = scale[..., 1:3] * np.sqrt(1.0 + 1.0 / past.n[..., 1:3])
+            change = np.where(past.n[..., 1:3] >= _HISTORY, (y[..., 1:3] - limit) / pooled, math.nan)
+            t = np.concatenate([above, below, change], axis=-1)[..., _ORDER]
+            factors = score_bets(t, np.concatenate([dof, dof, dof[..., 1:3]], axis=-1)[..., _ORDER])
+            told = np.concatenate([x, x, x[..., 1:3] / level], axis=-1)[..., _ORDER]
         known = np.isfinite(t)
         told = np.repeat(np.where(known, told, 0.0), len(SHIFTS), axis=-1)
-        sides, split = len(_SIDES["drift"]), len(_SIDES["drift"]) * len(SHIFTS)
-        if known[..., :sides].any():
-            self.bets["drift"].update(step, factors[..., :split], told[..., :split])
-        if known[..., sides:].any():
-            self.bets["change"].update(step, factors[..., split:], told[..., split:])
+        first = 0
+        for test in ("drift", "change", "entropy"):
+            sides = slice(first, first := first + len(_SIDES[test]))
+            if known[..., sides].any():
+                bets = slice(sides.start * len(SHIFTS), sides.stop * len(SHIFTS))
+                share = np.asarray(copies)[..., None] if test == "entropy" else 1.0
+                self.bets[test].update(step, factors[..., bets] / share, told[..., bets])
         calm = np.maximum(self.bets["drift"].running, self.bets["change"].running) <= 1.0
-        past.add(y, np.asarray(calm)[..., None])
-        self._bet_on_entropy(step, tokens, sequences, given, copies)
+        y[..., 3] = np.where(sampled, math.nan, y[..., 3])
+        past.add(y, np.stack([calm, calm, calm, self.bets["entropy"].running <= 1.0], axis=-1))
         for bets in self.bets.values():
             if bets.losses >= _OVER and bets.log10_evidence >= self.limit:
                 bets.restart()
-
-    def _bet_on_entropy(self, step: int, tokens: Any, sequences: Any, given: np.ndarray, copies: Any) -> None:
-        """The test ``entropy``; ``given`` as by ``_INPUTS``."""
-        apart, x, error, entropy = given[..., 3], given[..., 14], given[..., 15], given[..., 16]
-        coverage = np.where(np.isfinite(given[..., 17]), given[..., 17], 1.0)  # an older version's line has none
-        x = np.where((coverage < 1.0) & ~np.isfinite(error), math.nan, x)
-        if not np.isfinite(x + entropy).any():
-            return
-        past, bets = self._entropy, self.bets["entropy"]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            larger = np.fmax(np.where(past.n[..., 0] >= _FEW, past.spread[..., 0], math.nan), error)
-            dof = np.maximum(np.where(larger == error, sequences, past.n[..., 0]) - 1.0, 1.0)
-            peaked = np.maximum(-np.log(entropy), 0.0)
-            known = tokens * coverage
-            least = np.sqrt(entropy * (1.0 + peaked) / known) + (3.0 + peaked) / known
-            scale = np.maximum(larger, least)
-            limit = self._entropy_effect + np.fmax(apart, 0.0)
-            t = np.stack([(x - limit) / scale, (-x - limit) / scale], axis=-1)
-            factors = score_bets(t, np.stack([dof, dof], axis=-1)) / np.asarray(copies)[..., None]
-        if np.isfinite(t).any():
-            bets.update(step, factors, np.repeat(np.where(np.isfinite(t), x[..., None], 0.0), len(SHIFTS), axis=-1))
-        past.add(np.where(coverage < 1.0, math.nan, x)[..., None], np.asarray(bets.running <= 1.0)[..., None])
 
     def scalars(self) -> dict[str, float | None]:
         """``evidence/<test>``: log10 M, a decision from ``limit`` on; None before the first window of the test.
@@ -302,8 +296,7 @@ class Evidence:
         """What a checkpoint keeps: JSON; nothing before the first window."""
         if not self.past.queue and not any(bets.windows for bets in self.bets.values()):
             return {}
-        bets = {test: bets.state() for test, bets in self.bets.items()}
-        return {"bets": bets, "past": self.past.state(), "entropy": self._entropy.state()}
+        return {"bets": {test: bets.state() for test, bets in self.bets.items()}, "past": self.past.state()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore ``state``; an empty one is a run's beginning."""
@@ -312,5 +305,3 @@ class Evidence:
                 if test in state["bets"]:
                     bets.load_state(state["bets"][test])
             self.past.load_state(state["past"])
-            if "entropy" in state:
-                self._entropy.load_state(state["entropy"])

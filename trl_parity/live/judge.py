@@ -63,6 +63,9 @@ class RunJudge:
         self._sequences = 0
         self.verdicts: deque[Verdict] = deque(maxlen=_KEEP_VERDICTS)
         self.breaker = Breaker.from_config(config)
+        rules = self.breaker.rules
+        self._told = [rule for rule in rules if f"limit/{rule.stat}" in SCALARS]
+        self._resting = [rule for rule in rules if rule.k is not None or rule.stat.startswith("floor/")]
         self.course = Course(action=self.config.action)
         self.floor = NoiseFloor(config)
         self.evidence = Evidence.from_config(config)
@@ -150,10 +153,11 @@ class RunJudge:
         if new_window:
             self.entropy.update(stats.get("entropy/trainer"))
         extra = self.floor.scalars(stats.values_by_name) | self.entropy.scalars()
-        for reading in self.breaker.readings(stats.values_by_name | extra):
-            limit = allowed(reading.rule, extra.get(f"floor/{reading.rule.stat}"))
-            if (name := f"limit/{reading.rule.stat}") in SCALARS and limit is not None:
-                extra[name] = limit
+        for rule in self._told:
+            if stats.get(rule.stat) is not None:
+                limit = allowed(rule, extra.get(f"floor/{rule.stat}"))
+                if limit is not None:
+                    extra[f"limit/{rule.stat}"] = limit
         if self.baseline is not None:
             comparison = self.baseline.compare(self.rewards.rewards, self.rewards.prompts)
             if comparison is not None:
@@ -181,9 +185,8 @@ class RunJudge:
             return False
         if self.evidence.suspects_floor:
             return True
-        readings = self.breaker.readings(stats.values_by_name)
-        resting = [r for r in readings if r.rule.k is not None or r.rule.stat.startswith("floor/")]
-        return any(r.over or (r.warns and not self.breaker.alerted) for r in resting)
+        readings = self.breaker.readings(stats.values_by_name, self._resting)
+        return any(r.over or (r.warns and not self.breaker.alerted) for r in readings)
 
     def doubts_sample(self, stats: MismatchStats) -> bool:
         """Whether this window, of which the fp32 head scored a sample, should be scored in full before it is judged.

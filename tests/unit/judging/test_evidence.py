@@ -421,7 +421,8 @@ def test_a_checkpoint_of_before_there_was_a_test_goes_on_with_the_others(rng):
     old, new = Evidence(), Evidence()
     watch(old, (window(rng, bias=0.004) for _ in range(30)))
     state = old.state()
-    del state["bets"]["entropy"], state["entropy"]
+    del state["bets"]["entropy"]
+    state["past"] = {name: [values[:3] for values in rows] for name, rows in state["past"].items()}
     new.load_state(state)
     assert new.bets["honesty"].state() == old.bets["honesty"].state()
     assert new.bets["entropy"].windows == 0

@@ -1,8 +1,10 @@
 """What follows when a window closes, in its order, without a trainer."""
 
+import math
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -175,7 +177,8 @@ def test_while_bets_on_the_entropy_are_winning_all_tokens_are_scored():
     judge, _, shares = run_sampled([1e-3] * 3)
     assert judge.calm
     assert shares[-1] < 1
-    judge.evidence.bets["entropy"].wealth += 2.0
+    bets = judge.evidence.bets["entropy"]
+    bets.update(4, np.full(bets.wealth.shape, math.log(50.0)), np.zeros(bets.wealth.shape))
     assert not judge.calm
 
 

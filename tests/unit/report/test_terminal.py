@@ -137,8 +137,12 @@ def test_once_prints_and_ends(tmp_path, capsys):
     recorded(tmp_path, [1e-5] * 3)
     assert main(["watch", str(tmp_path), "--once"]) == 0
     assert "3 windows" in capsys.readouterr().out
-    assert main(["watch", str(tmp_path / "nothing"), "--once"]) == 2  # a script sees it
-    assert "waiting for the first window" in capsys.readouterr().out
+    (tmp_path / "folder" / "parity" / "metrics.jsonl").mkdir(parents=True)
+    for none in ("nothing", "folder"):
+        assert main(["watch", str(tmp_path / none), "--once"]) == 2  # a script sees it
+        [line] = capsys.readouterr().err.splitlines()
+        assert none in line
+        assert "no window of a run was judged yet" in line
 
 
 @pytest.mark.slow_unit

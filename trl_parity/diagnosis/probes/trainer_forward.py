@@ -9,6 +9,7 @@ import torch
 
 from ...engine.base import in_process
 from ...engine.built_anew import parted
+from ...scoring.head import score_tokens
 from ...scoring.model_head import causal_lm
 from ...scoring.perturb import FP8_CACHES, config_differences, largest_dropout
 from ..counterfactual import Counterfactual, DiagnosedBatch
@@ -54,6 +55,8 @@ _OWN = 1e-3  # nats from which on the model's own logits are others
 
 _ROUNDED = 4.0  # times what rounding to their dtype does: less is that
 
+_FEW_TOKENS = 16  # fewer show nothing by chance
+
 _NO_DROPOUT = (
     "no dropout is on: a layer computes something else in train mode (a router that draws at random, statistics of "
     "the batch), or what scores the batch is not this model's forward pass (a replaced "
@@ -65,7 +68,12 @@ _ITS_TEMPERATURE = (
     "the one it was built with), and let nothing score with another."
 )
 
-_LEFT = 0.1  # of the gap: what is left of it by a temperature that made it
+_ITS_PLACES = (
+    "score a token with the logits of the token before it: logits[:, :-1] belong to input_ids[:, 1:], and log-probs "
+    "keep the order of their tokens."
+)
+
+_LEFT = 0.1  # of the gap: what is left of it by what made it
 
 
 def repeat(batch: DiagnosedBatch, current: Counterfactual) -> Candidate | None:
@@ -85,6 +93,9 @@ def repeat(batch: DiagnosedBatch, current: Counterfactual) -> Candidate | None:
     elif (temperature := _scored_at(batch, again, size_of(gap))) is not None:
         words += f"; the run's are of temperature {temperature:.3g}, the loss divides by {batch.temperature:g}"
         cause, fix = "temperature", _ITS_TEMPERATURE
+    elif words_of_place := _scored_elsewhere(batch, again, gap):
+        words += f"; {words_of_place}"
+        cause, fix = "token_misalignment", _ITS_PLACES
     else:
         fix = f"{_NO_DROPOUT}."
     return Candidate(counterfactual=again, finding=words, cause=cause, details={"dropout": dropped}, fix=fix)
@@ -100,6 +111,36 @@ def _scored_at(batch: DiagnosedBatch, again: Counterfactual, gap: float) -> floa
         return None
     left = size_of(batch.log_probs(replace(again, distribution=fitted)) - batch.as_scored)
     return fitted.sampling.temperature if left <= max(3.0 * batch.floor, _LEFT * gap) else None
+
+
+def _scored_elsewhere(batch: DiagnosedBatch, again: Counterfactual, gap: torch.Tensor) -> str:
+    """In words: that the numbers the run scored are those of a neighbour's logits, id or log-prob; empty: they aren't.
+
+    ``gap``: (N,) of a second pass from them.
+    """
+    if size_of(gap) <= 3.0 * batch.floor or batch.sharded or again.forward is None or not len(batch):
+        return ""
+    places = torch.full((batch.sequences, int(batch.column.max()) + 3), -1)
+    places[batch.row, batch.column + 1] = torch.arange(len(batch))
+    right = batch.log_probs(again)
+    with batch.passes.head(again.forward, batch.temperature) as head:
+        states, ids = (x.to(head.weight.device) for x in (batch.passes.states(again.forward), batch.targets))
+        for by, where in ((1, "after"), (-1, "before")):
+            at = places[batch.row, batch.column + 1 + by]
+            here = (at >= 0).nonzero().squeeze(-1)
+            at, theirs = at[here], batch.as_scored[here]
+            if len(here) < _FEW_TOKENS:
+                continue
+            allowed = max(3.0 * batch.floor, _LEFT * size_of(gap[here]))
+            made = (
+                ("logits", score_tokens(states[at], ids[here], head).logprobs),
+                ("id", score_tokens(states[here], ids[at], head).logprobs),
+                ("log-prob", right[at]),
+            )
+            for what, said in made:
+                if size_of(said.double().cpu() - theirs) <= allowed:
+                    return f"the run's are of the {what} of the token {where} each"
+    return ""
 
 
 def _jitter(model: Any) -> list[str]:
