@@ -76,6 +76,13 @@ CAUSES: dict[str, Cause] = {
         "check what reset_prefix_cache() returns after each sync (False: blocks were held; "
         "reset_prefix_cache(reset_running_requests=True)), or enable_prefix_caching=False.",
     ),
+    "stale_encoder_cache": Cause(
+        "The engine reuses features of pictures that were computed under older weights.",
+        "A picture seen before is read with an older vision tower: all tokens after it are drawn from a mixture.",
+        "trl_parity.trainers.pictures.encode_pictures_anew(trainer) before trainer.train(), which empties vLLM's "
+        "encoder cache after each sync (llm.llm_engine.reset_encoder_cache()): TRL empties the prefix cache alone. Or "
+        "freeze the vision tower and its projector.",
+    ),
     "in_flight_update": Cause(
         "The weights changed while sequences were being generated.",
         "A sequence begins under one policy and ends under another.",

@@ -66,6 +66,8 @@ class RolloutBatch:
     # (B, 1) or (B, C) what TRL's correction multiplies the loss of a sequence or token by; None: no correction
     correction_weights: torch.Tensor | None = None
     loss_mask: torch.Tensor | None = None  # (B, C): the part of it the trainer's pass and loss have; None: all
+    # (B,) int64: equal for rows whose prompts have the same pictures, 0 for none; None: all prompts are text alone
+    image_keys: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         shape = tuple(self.completion_ids.shape)

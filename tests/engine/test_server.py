@@ -13,6 +13,7 @@ import pytest
 import requests
 import torch
 from support.callbacks import lose_sync, statuses
+from support.distillers import distiller
 from support.models import save_tiny_model
 from support.processes import free_port, run_on_two_ranks
 from support.trainers import digit_reward, grpo_args, prompts
@@ -93,6 +94,27 @@ def change_requests(monkeypatch, **changes):
 
 
 IDS = torch.randint(2, 44, (60,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+# ---- a teacher ----------------------------------------------------------------------------------------------------
+
+
+def test_a_teachers_server_that_leaves_the_temperature_aside_is_told(processed, tmp_path):
+    """One server samples for the student and answers for the teacher, who is the student as saved."""
+    callback = ParityCallback(floor_tokens=0, diagnose="never")
+    trainer = distiller(
+        "server_distillation", processed.model_dir, tmp_path, callback, vllm_mode="server", max_steps=2,
+        vllm_server_base_url=processed.url, teacher_model_server_url=processed.url, temperature=0.7,
+    )  # fmt: skip
+    trainer.train()
+    before, after = callback.verdicts  # the loss, and with it the teacher, comes after the first was judged
+    assert before.stats["teacher/temperature_gap"] is None
+    found = {name: after.stats[f"teacher/{name}"] for name in ("temperature_gap", "missing", "foreign")}
+    assert found == {"temperature_gap": pytest.approx(0.3), "missing": 0.0, "foreign": 0.0}
+    assert 0.1 < after.stats["teacher/mass"] <= after.stats["teacher/mass_max"] < 1.0 + 1e-4
+    assert after.stats["teacher/logprob"] < -0.5
+    assert after.warnings == ("teacher/temperature_gap",)
+    assert "get_sequence_logprobs" not in vars(trainer.teacher_client)
 
 
 # ---- weights that move ------------------------------------------------------------------------------------------

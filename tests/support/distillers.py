@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ class TeacherServer:
 
 
 def distiller(kind: str, model_dir: Path, output_dir: Path, *callbacks: Any, **args: Any) -> Any:
-    """A trainer of one of ``KINDS``; ``args``: of its config."""
+    """A trainer of one of ``KINDS``; ``args``: of its config. A teacher's server that is not given is a stand-in."""
     where, name, own = KINDS[kind]
     module = import_module(where)
     config, trainer = getattr(module, f"{name}Config"), getattr(module, f"{name}Trainer")
@@ -75,7 +76,8 @@ def distiller(kind: str, model_dir: Path, output_dir: Path, *callbacks: Any, **a
         given["teacher_model"] = teacher(model_dir)
     if kind == "sdpo":
         given["reward_funcs"] = digit_reward
-    with patch.object(vllm_client, "VLLMClient", lambda **_: TeacherServer(teacher(model_dir))):
+    stand_in = patch.object(vllm_client, "VLLMClient", lambda **_: TeacherServer(teacher(model_dir)))
+    with nullcontext() if "teacher_model_server_url" in args else stand_in:
         return trainer(args=config(**(settings | own | args)), **given)
 
 

@@ -111,6 +111,10 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     Rule(stat="reference/base_moved", limit=0.001, warn_only=True),
     Rule(stat="reference/merged", limit=0.0, warn_only=True),
     Rule(stat="reference/start_kl_k3", limit=0.01, warn_only=True),
+    Rule(stat="teacher/temperature_gap", limit=1e-6, warn_only=True),
+    Rule(stat="teacher/mass_max", limit=1.001, warn_only=True),
+    Rule(stat="teacher/missing", limit=0.01, warn_only=True),
+    Rule(stat="teacher/foreign", limit=0.0, warn_only=True),
     Rule(stat="floor/engine_excess", limit=0.003),
     # as of all ranks together, in a bound of ``consecutive`` windows: the first at it halts
     Rule(stat="replica/kl_k3", limit=1e-4, k=5.0, absolute=0.01, consecutive=1),

@@ -17,6 +17,7 @@ from ..records import RolloutBatch, SamplingSettings, ScoredBatch
 from ..scoring.head import logits_chunk, score_tokens
 from ..scoring.sampling import turns
 from ..trainers.capture import Capture
+from ..trainers.row_keys import prompt_keys
 from .distribution import Distribution, Tokens, describe, huber, log_probs
 from .findings import EnginePrompts
 from .forward_passes import FEW, ForwardPass, ForwardPasses
@@ -101,7 +102,7 @@ class DiagnosedBatch:
         )
         delta = tokens(scored.trainer_logprobs) - start.reported
         size = torch.where(torch.isfinite(delta), huber(delta), NONFINITE)
-        few = _few(rollout.prompt_ids[rows].cpu(), row, size)
+        few = _few(prompt_keys(rollout)[rows, None].cpu(), row, size)
         return cls(
             capture=capture,
             rollout=rollout,

@@ -29,9 +29,10 @@ def collisions(rollout: RolloutBatch) -> tuple[int, int, float]:
     ids = torch.where(rollout.completion_mask.bool(), rollout.completion_ids, -1).cpu()
     prompts = torch.where(rollout.prompt_mask.bool(), rollout.prompt_ids, -1).cpu()
     some = mask.any(1).cpu().nonzero().squeeze(-1).tolist()
-    by_prompt: dict[bytes, list[int]] = {}
+    pictures = [0] * len(prompts) if rollout.image_keys is None else rollout.image_keys.tolist()
+    by_prompt: dict[tuple[bytes, int], list[int]] = {}
     for i in some:
-        by_prompt.setdefault(prompts[i].numpy().tobytes(), []).append(i)
+        by_prompt.setdefault((prompts[i].numpy().tobytes(), pictures[i]), []).append(i)
     pairs, equal, chance = 0, 0, 0.0
     for rows in by_prompt.values():
         same: dict[bytes, int] = {}

@@ -56,7 +56,7 @@ class AskedAgain:
 
     picked: torch.Tensor  # (M,) which of the batch's tokens
     anew: torch.Tensor  # (M,) every context computed anew
-    cached: torch.Tensor | None  # (M,) reading the prefix cache; None: the engine keeps none
+    cached: torch.Tensor | None  # (M,) reading the prefix cache and kept features of pictures; None: neither is kept
     tokens_read: int  # from the cache
 
     @property

@@ -102,15 +102,18 @@ class ForwardPasses:
             yield head
 
     @torch.no_grad()
-    def own_logits(self, ids: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def own_logits(
+        self, ids: torch.Tensor, places: torch.Tensor, at: int, start: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """What tokens of a sequence (T,) are predicted from: last hidden states (n, H), and the model's logits (n, V).
 
-        ``places``: of the tokens, from 1 on.
+        ``places``: of the tokens, from 1 on. ``at``: its row of the batch; ``start``: where its completion begins.
         Raises ValueError for a model whose forward pass has no hidden states to be seen.
         """
         lm, seen = causal_lm(self._model), []
         takes = "logits_to_keep" in inspect.signature(type(lm).forward).parameters
         device = self._rollout.completion_ids.device
+        images = self._images(torch.tensor([at], device=device), len(ids), len(ids) - start)
         ids, places = ids[None].to(device), places.to(device) - 1
 
         def hook(module: Any, args: Any, output: Any) -> None:
@@ -119,7 +122,7 @@ class ForwardPasses:
         handle = lm.base_model.register_forward_hook(hook)
         try:
             with self._applied(ForwardPass()), self._capture.trainer.accelerator.autocast():
-                output = lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False,
+                output = lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **images,
                             **({"logits_to_keep": places} if takes else {}))  # fmt: skip
         finally:
             handle.remove()
@@ -136,7 +139,7 @@ class ForwardPasses:
         if forward.layout != "unpadded" and forward.prompts is None:
             ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1)[rows]
             attention = torch.cat([rollout.prompt_mask, rollout.completion_mask], dim=1)[rows]
-            hidden = self._hidden(model, ids, attention, keep, 1 if forward.layout == "single" else None)
+            hidden = self._hidden(model, ids, attention, keep, 1 if forward.layout == "single" else None, rows)
             hidden = hidden[torch.searchsorted(some, self._row[known]), self._column[known]]
         else:
             hidden = torch.cat([self._unpadded(model, i, forward) for i in some.tolist()])
@@ -155,12 +158,18 @@ class ForwardPasses:
         with ExitStack() as stack:
             if routing is not None and at in routing.by_row:
                 stack.enter_context(forced(routing.layers, routing.by_row[at]))
-            return self._hidden(model, ids, torch.ones_like(ids), length, 1)[0, columns]
+            return self._hidden(model, ids, torch.ones_like(ids), length, 1, self._rows[i : i + 1])[0, columns]
 
     def _hidden(
-        self, model: torch.nn.Module, ids: torch.Tensor, attention: torch.Tensor, keep: int, batch_size: int | None
+        self,
+        model: torch.nn.Module,
+        ids: torch.Tensor,
+        attention: torch.Tensor,
+        keep: int,
+        batch_size: int | None,
+        rows: torch.Tensor,
     ) -> torch.Tensor:
-        """(B, keep, H): the states that predict the last ``keep`` tokens."""
+        """(B, keep, H): the states that predict the last ``keep`` tokens. ``rows``: theirs, of the rollout batch."""
         seen: list[torch.Tensor] = []
 
         def hook(module: Any, args: Any, output: Any) -> None:
@@ -171,15 +180,22 @@ class ForwardPasses:
         handle = backbone.register_forward_hook(hook)
         try:
             if model is self._model:
-                self._capture.run_policy(ids, attention, keep, batch_size)
+                images = self._capture.image_inputs(rows, ids.shape[1], keep)
+                self._capture.run_policy(ids, attention, keep, batch_size, **images)
             if not seen:  # another model, or what the trainer scores with is none of the policy
                 size = batch_size or 8
                 with self._capture.trainer.accelerator.autocast():
-                    for some, mask in zip(ids.split(size), attention.split(size), strict=True):
-                        backbone(input_ids=some, attention_mask=mask, use_cache=False)
+                    for some, mask, at in zip(*(x.split(size) for x in (ids, attention, rows)), strict=True):
+                        images = self._images(at, ids.shape[1], keep)
+                        backbone(input_ids=some, attention_mask=mask, use_cache=False, **images)
         finally:
             handle.remove()
         return torch.cat(seen)
+
+    def _images(self, rows: torch.Tensor, width: int, keep: int) -> dict[str, Any]:
+        """The model's arguments for the pictures of rows that are passed at once: the trainer's without counts."""
+        given = self._capture.image_inputs(rows, width, keep)
+        return {name: value for name, value in given.items() if not name.startswith("num_")}
 
     @contextmanager
     def _applied(self, forward: ForwardPass) -> Iterator[torch.nn.Module]:

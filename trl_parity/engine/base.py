@@ -91,6 +91,17 @@ class Engine(Protocol):
 class InProcessEngine(Engine, Protocol):
     """One whose module lies in this process: ``Capability.READ_MODEL``."""
 
+    def next_token(
+        self,
+        contexts: Sequence[Sequence[int]],
+        targets: Sequence[int],
+        temperature: float,
+        *,
+        cached: bool,
+        features: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``features``: what it keeps of pictures is read all the same where nothing else of a cache is."""
+
     def continued(
         self, contexts: Sequence[Sequence[int]], tokens: int, temperature: float
     ) -> list[tuple[list[int], torch.Tensor]]:

@@ -145,8 +145,13 @@ def _state(module: torch.nn.Module) -> Iterator[tuple[str, Any, str, Any]]:
         own = {**part._parameters, **part._buffers, **_plain(part)}
         yield from _named(path, part, own)
         for name, kept in vars(part).items():  # attention's implementation, a quantization's method
-            if type(kept).__module__.startswith("vllm.") and hasattr(kept, "__dict__") and not callable(kept):
+            if type(kept).__module__.startswith("vllm.") and hasattr(kept, "__dict__") and _computes(kept):
                 yield from _named(f"{path}.{name}", kept, _plain(kept))
+
+
+def _computes(kept: Any) -> bool:
+    """Neither a function, nor a cache with its counters, nor a config: both modules are built from one."""
+    return not callable(kept) and not isinstance(kept, Mapping) and not type(kept).__module__.startswith("vllm.config")
 
 
 def _plain(owner: Any) -> Mapping[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from ..scoring.dtypes import dtype_name
 from ..scoring.perturb import own_random_numbers
 from .base import Capability
+from .pictures import Pictured
 from .routing import Routed, recorded
 
 __all__ = ["ColocatedEngine", "engine_of"]
@@ -162,16 +163,22 @@ class ColocatedEngine:
         return [layer.of(len(sequence)) for layer in layers]
 
     def next_token(
-        self, contexts: Sequence[Sequence[int]], targets: Sequence[int], temperature: float, *, cached: bool
+        self,
+        contexts: Sequence[Sequence[int]],
+        targets: Sequence[int],
+        temperature: float,
+        *,
+        cached: bool,
+        features: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the engine would report now for a token after a context, (N,), and how many tokens it read from cache.
 
-        Temperature only, no other request setting. ``cached``: the prefix cache is read as the run's requests do,
-        else each context is computed anew.
+        Temperature only, no other request setting. ``cached``: the prefix cache and kept features of pictures are read
+        as the run's requests do, else each context is computed anew, all but ``features`` where that is set.
         """
         # each request draws from a generator of its own: no random number of the run is used up
         params = [self._params(temperature=temperature, seed=0, logprob_token_ids=[token]) for token in targets]
-        outputs = self._ask(contexts, params, None if cached else self._salt())
+        outputs = self._ask(contexts, params, None if cached else self._salt(), features)
         reported = [
             output.outputs[0].logprobs[0][token].logprob for output, token in zip(outputs, targets, strict=True)
         ]
@@ -202,10 +209,18 @@ class ColocatedEngine:
 
         return SamplingParams(**({"max_tokens": 1, "detokenize": False} | settings))
 
-    def _ask(self, sequences: Sequence[Sequence[int]], params: Any, salt: str | None) -> Any:
-        prompts: Any = [{"prompt_token_ids": list(ids)} | ({"cache_salt": salt} if salt else {}) for ids in sequences]
+    def _ask(self, sequences: Sequence[Sequence[int]], params: Any, salt: str | None, features: bool = False) -> Any:
+        name = "" if salt is None or features else salt
+        prompts: Any = [_prompt(ids, name) | ({"cache_salt": salt} if salt else {}) for ids in sequences]
         with own_random_numbers():
-            return self.llm.generate(prompts, sampling_params=params, use_tqdm=False)
+            outputs = self.llm.generate(prompts, sampling_params=params, use_tqdm=False)
+        for ids, output in zip(sequences, outputs, strict=True):
+            if isinstance(ids, Pictured) and list(output.prompt_token_ids) != ids:
+                raise RuntimeError(
+                    f"with a prompt's pictures the engine read {len(output.prompt_token_ids)} ids. Expected the "
+                    f"{len(ids)} it was asked for"
+                )
+        return outputs
 
     def _salt(self) -> str:
         """A name under which nothing was cached yet: the weights may have changed since the last."""
@@ -213,6 +228,10 @@ class ColocatedEngine:
 
 
 _salts = itertools.count()
+
+
+def _prompt(ids: Sequence[int], name: str = "") -> dict[str, Any]:
+    return ids.pictures.request(ids, name) if isinstance(ids, Pictured) else {"prompt_token_ids": list(ids)}
 
 
 def engine_of(generation: Any) -> ColocatedEngine | None:

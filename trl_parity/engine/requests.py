@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from .cache_stats import CacheUse, block_usage, prefix_hits, server_use
+from .pictures import Pictures
 
 __all__ = ["Request", "recorded_requests"]
 
@@ -25,6 +26,8 @@ class Request:
     params: Any = None  # vllm.SamplingParams of a colocated engine, the HTTP arguments of a server
     outputs: Any = None  # list of vllm.RequestOutput of a colocated engine, a server's answer for all ranks
     cache_use: CacheUse | None = None  # what it did to the engine's caches
+    # by prompt of a colocated engine, None for one of text alone; None: no prompt has any, or a server was asked
+    pictures: Sequence[Pictures | None] | None = None
 
 
 @contextmanager
@@ -68,10 +71,18 @@ def _request(target: Any, colocated: bool, use: CacheUse, out: Any, args: Any, k
         temperature = None if first is None else first.temperature
         if target.llm_engine.vllm_config.cache_config.enable_prefix_caching:
             use.cached, use.looked_up = prefix_hits(out)
-        return Request(temperature, first, out, use)
+        prompts = kwargs.get("prompts", args[0] if args else None)
+        return Request(temperature, first, out, use, _pictures(target, prompts))
     temperature = (kwargs.get("generation_kwargs") or {}).get("temperature", kwargs.get("temperature"))
     sent = {k: v for k, v in kwargs.items() if k not in ("prompts", "features")}
     return Request(None if temperature is None else float(temperature), sent, out, use)
+
+
+def _pictures(llm: Any, prompts: Any) -> list[Pictures | None] | None:
+    if not isinstance(prompts, list):
+        return None
+    found = [Pictures(llm, p) if isinstance(p, dict) and p.get("multi_modal_data") else None for p in prompts]
+    return found if any(found) else None
 
 
 @contextmanager

@@ -246,9 +246,9 @@ class Evidence:
         for test in ("drift", "change", "entropy"):
             sides = slice(first, first := first + len(_SIDES[test]))
             if known[..., sides].any():
-                bets = slice(sides.start * len(SHIFTS), sides.stop * len(SHIFTS))
+                whose = slice(sides.start * len(SHIFTS), sides.stop * len(SHIFTS))
                 share = np.asarray(copies)[..., None] if test == "entropy" else 1.0
-                self.bets[test].update(step, factors[..., bets] / share, told[..., bets])
+                self.bets[test].update(step, factors[..., whose] / share, told[..., whose])
         calm = np.maximum(self.bets["drift"].running, self.bets["change"].running) <= 1.0
         y[..., 3] = np.where(sampled, math.nan, y[..., 3])
         past.add(y, np.stack([calm, calm, calm, self.bets["entropy"].running <= 1.0], axis=-1))

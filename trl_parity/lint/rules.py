@@ -44,6 +44,7 @@ class Facts:
     thinking_token_budget: int | None = None
     weighs_sequences: str | None = None  # TRL's importance-sampling mode, when it weighs answers by all their tokens
     max_completion_length: int | None = None
+    teacher_served: bool = False  # a teacher's log-probs come from a server
     merges_adapter: bool = False  # PEFT's, into the weights, for each sync
     tied_adapter: str | None = None  # what unties a tied head on one side: target_modules or modules_to_save
     model_type: str | None = None
@@ -90,6 +91,19 @@ def _reported(f: Facts) -> Iterator[Finding]:
             f"the engine returns {f.logprobs_mode}: log-probs from before {of}, while the loss uses them as those of "
             "the law sampled from.",
             'logprobs_mode="processed_logprobs" (server: --logprobs-mode processed_logprobs).',
+        )
+
+
+def _teacher(f: Facts) -> Iterator[Finding]:
+    """What is learned from a teacher's server."""
+    if f.teacher_served and f.trainer_temperature not in (None, 1.0):
+        yield Finding(
+            "error",
+            "temperature",
+            f"the loss divides the student's logits by temperature {f.trainer_temperature:g}; the teacher's log-probs "
+            "come from a vLLM server, whose prompt log-probs are of temperature 1 whatever is asked for: the student "
+            "is taught another law than its own.",
+            "temperature=1.0, or a teacher that is loaded beside the student.",
         )
 
 
@@ -371,6 +385,6 @@ def _changed(sampling: SamplingSettings, names: tuple[str, ...]) -> str:
 
 
 _CHECKS = (
-    _reported, _requests, _correction, _answers, _dropout, _model, _adapter, _quantization, _heads, _finer_updates,
-    _served, _to_know,
+    _reported, _requests, _correction, _teacher, _answers, _dropout, _model, _adapter, _quantization, _heads,
+    _finer_updates, _served, _to_know,
 )  # fmt: skip

@@ -28,6 +28,7 @@ def begin(run: TrainerRun, capture: Capture, request: TRLEngineArguments | None)
                 sink.define_metrics()
                 if config.panels:
                     sink.make_panels()
+    run.watch_teacher(capture)
     if request is not None:  # collective: a server tells one rank alone
         error = ""
         with stages("engine arguments"):

@@ -359,6 +359,8 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
                         sink.log(int(state.global_step), {f"train/{name}": value for name, value in scalars.items()})
             run.unlogged = UnloggedWindows()
         self._tell_advice()
+        with self.monitor.stages("teacher"):
+            run.unwatch_teacher()
         with self.monitor.stages("ending"):
             if state.is_world_process_zero and self._run.trainer is not None:
                 say(self._run.ending())

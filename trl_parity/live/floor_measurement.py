@@ -82,10 +82,11 @@ def measure_floor(capture: Capture, config: ParityConfig) -> dict[str, list[Mism
         "rounding": _against_itself(rounded, plain, mask, groups),
         "batch_shape": _against_itself(single, plain[few], mask[few], groups[: len(few)]),
     }
-    if engine is not None and Capability.RESCORE in engine.capabilities:
+    askable = rollout.image_keys is None or capture.pictures is not None
+    if engine is not None and Capability.RESCORE in engine.capabilities and askable:
         try:
             few = _some(len(rows), _ENGINE_SEQUENCES)
-            sources["engine"] = _engine_against_itself(engine, rollout, rows[few], groups[: len(few)])
+            sources["engine"] = _engine_against_itself(engine, capture, rollout, rows[few], groups[: len(few)])
         except Exception as e:  # the trainer's sources stand without it
             logger.warning("the engine could not score its own tokens (%s: %s)", type(e).__name__, e)
     return sources
@@ -131,14 +132,14 @@ def _against_itself(
 
 
 def _engine_against_itself(
-    engine: Engine, rollout: RolloutBatch, rows: torch.Tensor, groups: torch.Tensor
+    engine: Engine, capture: Capture, rollout: RolloutBatch, rows: torch.Tensor, groups: torch.Tensor
 ) -> list[MismatchSums]:
     sequences, lengths, kept = [], [], []
     for row, group in zip(rows.tolist(), groups.tolist(), strict=True):
         prompt = rollout.prompt_ids[row][rollout.prompt_mask[row].bool()].tolist()
         completion = rollout.completion_ids[row][rollout.completion_mask[row].bool()].tolist()
         if prompt and completion and len(prompt) + len(completion) < engine.max_model_len:
-            sequences.append(prompt + completion)
+            sequences.append(capture.for_engine(row, prompt + completion))
             lengths.append(len(completion))
             kept.append(group)
     if not sequences:

@@ -132,7 +132,7 @@ class Investigator:
         self.diagnosis, self._named = diagnosis, diagnosis.cause != "unknown"
 
     def heal(self, capture: Capture) -> list[str]:
-        """Deliver the policy's weights to the colocated engine and empty its prefix cache; names of what moved."""
+        """Deliver the policy's weights to the colocated engine and empty its caches; names of what moved."""
         from ..engine.weight_readback import read_back
 
         engine = capture.engine
@@ -145,6 +145,7 @@ class Investigator:
                 engine.model.load_weights([(name, tensor)])
                 moved.append(name)
         engine.llm.reset_prefix_cache(reset_running_requests=True)
+        engine.llm.llm_engine.reset_encoder_cache()
         return moved
 
     def surroundings(self, capture: Capture) -> dict[str, Any]:

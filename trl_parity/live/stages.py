@@ -53,6 +53,7 @@ _WORDS = {
         "rewards": "rewards cannot be watched",
         "weights": "what the weights are could not be kept for a diagnosis",
         "frozen weights": "the frozen weights cannot be watched",
+        "teacher": "the teacher's answers cannot be watched",
         "engine settings": "the engine's settings could not be looked at",
         "noise floor": "the noise floor could not be measured",
         "floor in force": "the noise floor could not be taken over",

@@ -22,6 +22,7 @@ from ..scoring.perturb import own_random_numbers
 from ..tracking.sinks import RichLog
 from ..trainers.capture import Capture
 from ..trainers.instrumentation import not_intercepted
+from ..trainers.teacher import TeacherAnswers
 from ..verdict import Status, Verdict
 from .batches import BatchSums
 from .floor_measurement import measure_floor
@@ -58,6 +59,7 @@ class TrainerRun(Surroundings):
         self.investigator = Investigator(config)
         self.halt_message: str | None = None
         self.incident: Path | None = None
+        self.teacher: TeacherAnswers | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -76,6 +78,19 @@ class TrainerRun(Surroundings):
         self._at_hand = False
         self._windows = 0
         self._frozen: FrozenWeights | None = FrozenWeights()
+        with self.judge.stages("teacher"):
+            self.unwatch_teacher()
+
+    def watch_teacher(self, capture: Capture) -> None:
+        """From now on, until ``unwatch_teacher``, look at what the server of a teacher answers, if there is one."""
+        with self.judge.stages("teacher"):
+            self.teacher = TeacherAnswers.of(capture)
+
+    def unwatch_teacher(self) -> None:
+        """Leave its client as it was."""
+        teacher, self.teacher = self.teacher, None
+        if teacher is not None:
+            teacher.stop()
 
     @property
     def accelerator(self) -> Accelerator:  # type: ignore[override]
@@ -128,7 +143,12 @@ class TrainerRun(Surroundings):
         return self.judge.stages.together("all tokens", ranks, lambda: self.batches.complete(capture))
 
     def add_to(self, sums: MismatchSums) -> None:
-        """How far the frozen weights have moved."""
+        """How far the frozen weights have moved, and what the teacher's server answered."""
+        if self.teacher is not None:
+            with self.judge.stages("teacher"):
+                counts, maxima = self.teacher.taken()
+                sums.bump(**counts)
+                sums.raise_to(**maxima)
         if self.capture is None or self._frozen is None:
             return
         with self.judge.stages("frozen weights"):  # the mismatch is measured without them, from then on

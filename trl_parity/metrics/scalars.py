@@ -124,6 +124,12 @@ SCALARS: dict[str, str] = {
     "completions/stopped_but_masked": "of the completions that a colocated engine ended by itself, the share that "
     "mask_truncated_completions takes out of the loss",
     "reference/base_moved": "mean |x - x at the first window| / mean |x| of a sample of the frozen weights",
+    "teacher/logprob": "mean log-prob of the completions' tokens by the teacher's server",
+    "teacher/temperature_gap": "|temperature that the teacher's server was asked for - that of its answers|",
+    "teacher/mass": "mean sum of the probabilities that the server gives for a place: of log-probs at most 1",
+    "teacher/mass_max": "the largest such sum",
+    "teacher/missing": "share of the completions' tokens the server gives no finite number for",
+    "teacher/foreign": "share of the ids it answers with that are beyond the student's vocabulary",
     "reference/merged": "share of an adapter's layers that are merged into the base when a window ends",
     "reference/start_kl_k3": "k3 of the reference against the policy before the first update, mean over tokens",
     "cost/floor_share": "host seconds spent on the noise floor / wall seconds, since the run began",

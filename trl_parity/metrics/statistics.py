@@ -230,6 +230,8 @@ def _add_k3(
     sums += (terms if weights is None else terms * weights).sum((1, 2)).to(sums.device)
 
 
+_OF_TEACHER = {"mass_max": "mass", "temperature_gap": "temperature_gap"}
+
 # scalars that are one sum over another
 _SHARES = {
     "nonfinite_rate": ("nonfinite", "compared"),
@@ -264,6 +266,10 @@ _SHARES = {
     "reference/start_kl_k3": ("reference_k3", "reference_tokens"),
     "reference/base_moved": ("frozen_moved", "frozen_size"),
     "reference/merged": ("merged_layers", "adapter_layers"),
+    "teacher/logprob": ("teacher_logprob", "teacher_known"),
+    "teacher/missing": ("teacher_missing", "teacher_tokens"),
+    "teacher/mass": ("teacher_mass", "teacher_places"),
+    "teacher/foreign": ("teacher_foreign", "teacher_ids"),
     "engine/prefix_cache_hit_rate": ("cached_tokens", "looked_up_tokens"),
 }
 
@@ -283,6 +289,8 @@ def compute(sums: MismatchSums) -> MismatchStats:
         values["engine/kv_cache_usage"] = maxima["kv_cache_usage"]
     if s["requests"]:
         values["temperature/gap"] = maxima["temperature_gap"]
+    if s["teacher_tokens"]:
+        values |= {f"teacher/{name}": maxima[f"teacher_{part}"] for name, part in _OF_TEACHER.items()}
     if s["tokens"] > 0:
         parts = sums.parts()
         histogram, moments = monotone(parts["histogram"]), parts["added"][:9].reshape(3, 3).tolist()

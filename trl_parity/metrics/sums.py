@@ -119,6 +119,10 @@ BUMPED = (
     "frozen_moved", "frozen_size",
     # layers of adapters found merged into the base
     "merged_layers", "adapter_layers",
+    # of a teacher's server: completion tokens it was asked for, those it has a number for and not, Σ of these; places
+    # it gave log-probs for, Σ e^ of them; ids it gave them for, and those that are none of the student's
+    "teacher_tokens", "teacher_known", "teacher_missing", "teacher_logprob",
+    "teacher_places", "teacher_mass", "teacher_ids", "teacher_foreign",
     # compared tokens that a sample left out; host seconds of the fp32 head inside the trainer's passes, and what they
     # would have been for all tokens
     "unscored", "head_seconds", "head_seconds_for_all",
@@ -127,7 +131,10 @@ BUMPED = (
 _NAMES = SUMS + ADDED + BUMPED
 
 # ``copies``: the largest number of equal rows in a batch; behind all that 0.6.0 kept
-MAXIMA = ("delta", "neg_delta", "seq_abs_delta", "temperature_gap", "kv_cache_usage", "copies")
+MAXIMA = (
+    "delta", "neg_delta", "seq_abs_delta", "temperature_gap", "kv_cache_usage", "copies",
+    "teacher_mass", "teacher_temperature_gap",
+)  # fmt: skip
 
 _FIRST_MAXIMA = 5  # of 0.6.0
 

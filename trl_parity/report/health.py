@@ -6,7 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 __all__ = ["HEALTH", "health"]
 
-HEALTH = ("completions/stopped_but_masked", "reference/base_moved", "reference/merged", "reference/start_kl_k3")
+HEALTH = (
+    "completions/stopped_but_masked", "reference/base_moved", "reference/merged", "reference/start_kl_k3",
+    "teacher/temperature_gap", "teacher/mass_max", "teacher/missing", "teacher/foreign",
+)  # fmt: skip
 
 
 def health(stats: Mapping[str, float | None], named: Sequence[str]) -> Iterator[str]:
@@ -37,5 +40,22 @@ _SAYS = {
         "Before any update the policy is {:.3g} nats a token (k3) from its reference (reference_drift): with the "
         "adapter switched off the model is not the one training began with. PiSSA, OLoRA and other initializations "
         "that rewrite the base do this: init_lora_weights=True, or beta=0."
+    ),
+    "teacher/temperature_gap": (
+        "The teacher's server answers for temperature 1, {:.3g} away from what the loss asked for and divides the "
+        "student's logits by: vLLM's prompt log-probs know no temperature. temperature=1.0, or a teacher that is "
+        "loaded beside the student."
+    ),
+    "teacher/mass_max": (
+        "What the teacher's server gives for one place adds up to a probability of {:.4g}: these are no log-probs. "
+        "vllm serve --logprobs-mode raw_logprobs (or processed_logprobs), not logits."
+    ),
+    "teacher/missing": (
+        "For {:.1%} of the completions' tokens the teacher's server gives no finite log-prob: the loss of these is "
+        "lost or infinite. Ask for more of them (loss_top_k), and look at the teacher's logits."
+    ),
+    "teacher/foreign": (
+        "{:.1%} of the ids the teacher's server answers with are beyond the student's vocabulary: another tokenizer. "
+        "A teacher of the student's family, or a trainer that matches vocabularies (GOLD)."
     ),
 }

@@ -273,7 +273,7 @@ class AsyncGRPOCapture(Capture):
             self.trainer._metrics["train"][name] = [value]
 
     def run_policy(
-        self, ids: torch.Tensor, attention: torch.Tensor, keep: int, batch_size: int | None = None
+        self, ids: torch.Tensor, attention: torch.Tensor, keep: int, batch_size: int | None = None, **images: Any
     ) -> torch.Tensor:
         """A no-grad pass over padded rows through the trainer's own attention kernel and head: log-probs (B, keep)."""
         from trl.models.utils import disable_gradient_checkpointing

@@ -6,7 +6,7 @@ import logging
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import DistributedType
 
+from ..engine.pictures import Pictured, Pictures
 from ..records import RolloutBatch, SamplingSettings, ScoredBatch
 from ..scoring.own_head import OwnHeadRounding
 from ..scoring.perturb import own_random_numbers
@@ -102,9 +103,14 @@ class Capture(ABC):
 
     @abstractmethod
     def run_policy(
-        self, ids: torch.Tensor, attention: torch.Tensor, keep: int, batch_size: int | None = None
+        self, ids: torch.Tensor, attention: torch.Tensor, keep: int, batch_size: int | None = None, **images: Any
     ) -> torch.Tensor:
-        """The trainer's own no-grad pass over given sequences: log-probs (B, keep) of its own head."""
+        """The trainer's own no-grad pass over sequences, and ``image_inputs``: log-probs (B, keep) of its own head."""
+
+    def image_inputs(self, rows: torch.Tensor, width: int, keep: int) -> dict[str, Any]:
+        """The trainer's arguments for pictures in these rows' prompts, in a pass that is ``width`` wide with ``keep``
+        tokens of the completion; empty: there are none."""
+        return {}
 
     @abstractmethod
     def log(self, values: dict[str, float]) -> None:
@@ -172,6 +178,17 @@ class Capture(ABC):
     def engine_temperatures(self) -> list[float]:
         """The temperature of each call the engine got, from what was really sent."""
         return [request.temperature for request in self.requests if request.temperature is not None]
+
+    @property
+    def pictures(self) -> Sequence[Pictures | None] | None:
+        """By row what a colocated engine was handed beside ids; None: nothing, or not by one request a row."""
+        found = self.requests[0].pictures if len(self.requests) == 1 else None
+        return found if found is not None and len(found) == len(self.output["completion_ids"]) else None
+
+    def for_engine(self, row: int, ids: list[int]) -> list[int]:
+        """The ids of a sequence that begins with this row's prompt, with the row's pictures."""
+        pictures = None if self.pictures is None else self.pictures[row]
+        return ids if pictures is None else Pictured(ids, pictures)
 
     @property
     def cache_uses(self) -> list[CacheUse]:
@@ -371,7 +388,7 @@ class Capture(ABC):
         keep = rollout.completion_ids.shape[1]
         with self.new_scorer(keep, logits_dtype, compared=compared) as scorer, own_random_numbers():
             scorer.engine_mask = rollout.engine_mask[rows]
-            own = self.run_policy(ids, attention, keep, batch_size)
+            own = self.run_policy(ids, attention, keep, batch_size, **self.image_inputs(rows, ids.shape[1], keep))
         return scorer.scores(), own
 
 

@@ -145,8 +145,8 @@ class GenerationCapture(Capture):
     def _require_learned(self) -> None:
         if self._pictures:
             raise InterceptionError(
-                "the prompts hold images, which trl-parity does not measure. Expected prompts of text alone. Train "
-                "this model without ParityCallback."
+                "the prompts hold images, which trl-parity measures in GRPOTrainer and RLOOTrainer alone. Expected "
+                f"prompts of text for {type(self.trainer).__name__}. Train it without ParityCallback."
             )
         if not self._sampled:
             return
@@ -169,7 +169,7 @@ class GenerationCapture(Capture):
             self.trainer._metrics["train" if self.training else "eval"][name] = [value]
 
     def run_policy(
-        self, ids: torch.Tensor, attention: torch.Tensor, keep: int, batch_size: int | None = None
+        self, ids: torch.Tensor, attention: torch.Tensor, keep: int, batch_size: int | None = None, **images: Any
     ) -> torch.Tensor:
         """A no-grad pass as the trainer's loss makes its: log-probs (B, keep) of the model's own logits over T."""
         from trl.models.utils import disable_gradient_checkpointing

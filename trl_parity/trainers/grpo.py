@@ -24,10 +24,19 @@ from ..records import UNREPLAYED, RolloutBatch, SamplingSettings
 from . import instrumentation
 from .capture import Capture
 from .instrumentation import Wrapper, replaced
+from .row_keys import picture_key
 
 _GENERATE, _SCORE, _LOSS = "_generate_and_score_completions", "_get_per_token_logps_and_entropies", "_compute_loss"
 
 _TRAINER = ("_metrics", "_logs", "_step", "reward_func_names", "reward_weights", "temperature", "num_iterations")
+
+# of a batch with pictures, by TRL's names: what its pass takes beside ids
+_IMAGES = (
+    "pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes", "token_type_ids",
+    "mm_token_type_ids", "image_position_ids", "num_images", "num_tiles",
+)  # fmt: skip
+
+_BY_TOKEN = "token_type_ids"  # of these, the two that have a column for each token
 
 _GENERATION = (
     "mode", "logprobs", "generation_kwargs", "structured_outputs_regex", "temperature", "top_k", "top_p", "min_p",
@@ -218,7 +227,7 @@ class GRPOCapture(Capture):
     def reward_prompts(self) -> list[int]:
         """A checksum of each completion's prompt, as TRL logs it."""
         prompts = list(self.trainer._logs["prompt"])[-self._global_batch() :]
-        return [zlib.crc32(repr(prompt).encode()) for prompt in prompts]
+        return [zlib.crc32(repr(_without_pixels(prompt)).encode()) for prompt in prompts]
 
     def stopped(self) -> dict[str, float]:
         """Of a colocated engine's last call, which names the reason: a server's answer does not."""
@@ -252,11 +261,6 @@ class GRPOCapture(Capture):
     def rollout(self) -> RolloutBatch:
         """What the engine handed over. Raises InterceptionError without log-probs, DataError on contradictions."""
         out = self.output
-        if "pixel_values" in out:
-            raise InterceptionError(
-                "the prompts hold images, which trl-parity does not measure. Expected prompts of text alone. Train "
-                "this model without ParityCallback."
-            )
         mask, loss_mask, tools = self._completion_mask(out), out["completion_mask"], out.get("tool_mask")
         if tools is not None and mask is not loss_mask:
             tools = self._sampled(mask)
@@ -276,6 +280,7 @@ class GRPOCapture(Capture):
             training=self.training,
             last_in_step=self.last_in_step,
             correction_weights=out.get("importance_sampling_ratio"),
+            image_keys=self._image_keys(),
         )
 
     def rollout_logprobs(self) -> torch.Tensor:
@@ -289,7 +294,7 @@ class GRPOCapture(Capture):
         return found
 
     def run_policy(
-        self, ids: torch.Tensor, attention: torch.Tensor, keep: int, batch_size: int | None = None
+        self, ids: torch.Tensor, attention: torch.Tensor, keep: int, batch_size: int | None = None, **images: Any
     ) -> torch.Tensor:
         """The trainer's own no-grad pass over given sequences: log-probs (B, keep) of its own head."""
         from trl.models.utils import disable_gradient_checkpointing
@@ -300,4 +305,56 @@ class GRPOCapture(Capture):
         # DDP's own forward may sync buffers over ranks, and ranks may run different passes here
         model = trainer.model if self.sharded else self.policy
         with torch.no_grad(), disable_gradient_checkpointing(trainer.model, args.gradient_checkpointing_kwargs):
-            return score(model, ids, attention, keep, batch_size=size)[0]
+            if 0 not in images.get("num_images", ()):
+                return score(model, ids, attention, keep, batch_size=size, **images)[0]
+            # TRL's own parts may be without a picture, which no model takes
+            parts = torch.arange(len(ids)).split(size)
+            return torch.cat(
+                [score(model, ids[at], attention[at], keep, **_of_rows(images, at.tolist()))[0] for at in parts]
+            )
+
+    def image_inputs(self, rows: torch.Tensor, width: int, keep: int) -> dict[str, Any]:
+        """The trainer's arguments for pictures in these rows' prompts; empty: there are none."""
+        if "pixel_values" not in self.output:
+            return {}
+        given = {name: self.output[name] for name in _IMAGES if self.output.get(name) is not None}
+        end = self.output["prompt_ids"].shape[1] + keep
+        kinds = {name: value[:, end - width : end] for name, value in given.items() if name.endswith(_BY_TOKEN)}
+        return _of_rows(given | kinds, rows.tolist())
+
+    def _image_keys(self) -> torch.Tensor | None:
+        """(B,) of the rollout batch."""
+        if "pixel_values" not in self.output:
+            return None
+        from trl.trainer.utils import split_pixel_values_by_grid
+
+        pixels = split_pixel_values_by_grid(self.output)["pixel_values"]
+        counts = self.output.get("num_images") or [1] * len(pixels)
+        none = torch.zeros((), dtype=torch.int64, device=self.output["prompt_ids"].device)
+        return torch.stack([picture_key(some) if n else none for some, n in zip(pixels, counts, strict=True)])
+
+
+def _of_rows(given: dict[str, Any], at: list[int]) -> dict[str, Any]:
+    """TRL's arguments for pictures, of some rows.
+
+    Its tensors lie picture by picture, patch by patch or row by row, as the model has them: its own functions take
+    them apart and put them together.
+    """
+    from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
+
+    rows = {
+        name: [value[i] for i in at] if isinstance(value, list) else value[at]
+        for name, value in split_pixel_values_by_grid(given).items()
+    }
+    if not any(rows.get("num_images", at)):
+        return {name: value for name, value in rows.items() if name.endswith(_BY_TOKEN)}
+    return dict(unsplit_pixel_values_by_grid(rows))
+
+
+def _without_pixels(prompt: Any) -> Any:
+    """A prompt with numbers for its pictures, whose ``repr`` tells where they lie and not what they show."""
+    if isinstance(prompt, dict):
+        return {name: _without_pixels(value) for name, value in prompt.items()}
+    if isinstance(prompt, list):
+        return [_without_pixels(part) for part in prompt]
+    return zlib.crc32(prompt.tobytes()) if hasattr(prompt, "tobytes") else prompt

@@ -248,7 +248,7 @@ class PPOCapture(Capture):
         )
 
     def run_policy(
-        self, ids: torch.Tensor, attention: torch.Tensor, keep: int, batch_size: int | None = None
+        self, ids: torch.Tensor, attention: torch.Tensor, keep: int, batch_size: int | None = None, **images: Any
     ) -> torch.Tensor:
         """PPO's no-grad pass over given sequences: log-probs (B, keep) of the policy's own head."""
         from trl.trainer.utils import selective_log_softmax

@@ -8,7 +8,9 @@ import torch
 
 from ..records import RolloutBatch
 
-__all__ = ["prompt_keys", "row_keys"]
+__all__ = ["picture_key", "prompt_keys", "row_keys"]
+
+_PIXELS = 65_536  # numbers of a prompt's pictures that are looked at
 
 
 def row_keys(rollout: RolloutBatch) -> torch.Tensor:
@@ -22,14 +24,25 @@ def row_keys(rollout: RolloutBatch) -> torch.Tensor:
     places = _multipliers(wide, before.device)
     ids = torch.cat([before, after], dim=1) + 1
     mask = torch.cat([rollout.prompt_mask.long(), rollout.completion_mask.long()], dim=1)
-    return _mixed((ids * mask * places[wide - before.shape[1] : wide + after.shape[1]]).sum(-1))
+    return _of(rollout, (ids * mask * places[wide - before.shape[1] : wide + after.shape[1]]).sum(-1))
 
 
 def prompt_keys(rollout: RolloutBatch) -> torch.Tensor:
     """(B,) int64: the same of prompts alone."""
     ids, mask = rollout.prompt_ids + 1, rollout.prompt_mask.long()
     wide = 1 << ids.shape[1].bit_length()
-    return _mixed((ids * mask * _multipliers(wide, ids.device)[wide - ids.shape[1] : wide]).sum(-1))
+    return _of(rollout, (ids * mask * _multipliers(wide, ids.device)[wide - ids.shape[1] : wide]).sum(-1))
+
+
+def picture_key(pixels: torch.Tensor) -> torch.Tensor:
+    """() int64: of the pictures of a prompt, by their numbers' bits, evenly spaced ones where there are many."""
+    some = pixels.flatten()[:: max(1, pixels.numel() // _PIXELS)].float().view(torch.int32).long()
+    wide = 1 << len(some).bit_length()
+    return _mixed((some * _multipliers(wide, some.device)[: len(some)]).sum() + pixels.numel())
+
+
+def _of(rollout: RolloutBatch, sums: torch.Tensor) -> torch.Tensor:
+    return _mixed(sums if rollout.image_keys is None else sums + rollout.image_keys)
 
 
 @lru_cache(maxsize=16)

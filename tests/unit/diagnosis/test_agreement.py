@@ -19,7 +19,7 @@ def batch(weights, lengths=(3, 3, 2, 0)):
     return SimpleNamespace(
         engine_mask=mask, completion_mask=mask, completion_ids=torch.ones(4, 3, dtype=torch.long), prompt_ids=prompts,
         prompt_mask=torch.ones_like(prompts), rollout_logprobs=torch.full((4, 3), -1.0),
-        correction_weights=weights,
+        correction_weights=weights, image_keys=None,
     )  # fmt: skip
 
 

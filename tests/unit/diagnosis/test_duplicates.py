@@ -17,7 +17,7 @@ def rollout(rows, logprob):
     prompts = torch.tensor([[p] for p, _ in rows])
     return SimpleNamespace(
         engine_mask=mask, completion_mask=mask, completion_ids=ids, prompt_ids=prompts,
-        prompt_mask=torch.ones_like(prompts), rollout_logprobs=torch.full(mask.shape, logprob),
+        prompt_mask=torch.ones_like(prompts), rollout_logprobs=torch.full(mask.shape, logprob), image_keys=None,
     )  # fmt: skip
 
 
@@ -26,6 +26,13 @@ def test_pairs_are_counted_within_prompts_and_by_all_their_tokens():
     pairs, equal, chance = collisions(rollout(rows, math.log(0.5)))
     assert (pairs, equal) == (3 + 1, 1)
     assert chance == pytest.approx((2 * 0.25 + 0.125) / 3 * 3 + 0.25)
+
+
+def test_pairs_of_one_text_with_two_pictures_are_of_two_prompts():
+    batch = rollout([(1, [5, 6])] * 4, math.log(0.5))
+    assert collisions(batch)[:2] == (6, 6)
+    batch.image_keys = torch.tensor([7, 7, 7, 8])
+    assert collisions(batch)[:2] == (3, 3)
 
 
 def test_eight_copies_are_one_draw_unless_nothing_else_was_likely():

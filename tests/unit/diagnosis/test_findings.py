@@ -15,11 +15,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from trl_parity.diagnosis.counterfactual import DiagnosedBatch
 from trl_parity.diagnosis.diagnose import diagnose
-from trl_parity.diagnosis.findings import NAMES, NOTHING, EnginePrompts, Findings
-from trl_parity.diagnosis.probes import PROBES, in_order
+from trl_parity.diagnosis.findings import NAMES, NOTHING, EnginePrompts, EngineWeights, Findings
+from trl_parity.diagnosis.probes import PROBES, in_order, rescore
 from trl_parity.diagnosis.probes.base import NotPossible, independent, probe
 from trl_parity.diagnosis.selection import RESAMPLES, Result, confidence_in, not_excluded
 from trl_parity.engine.base import Capability
+from trl_parity.engine.built_anew import Part
+from trl_parity.engine.requests import Request
 from trl_parity.records import Evidence, RolloutBatch, SamplingSettings, ScoredBatch
 from trl_parity.trainers.capture import Capture
 
@@ -249,6 +251,54 @@ def test_older_weights_of_an_engine_that_hands_out_none_are_named_from_what_prob
     assert "a server's parameters can't be read, and the run began healthy" in diagnosis.summary
     assert diagnosis.details["ladder"]["reproduced"]
     assert batch.engine.calls == ["cached", "anew", "rescore"]
+
+
+class WithPictures(Served):
+    """One in this process that computes with older features of pictures wherever it keeps them."""
+
+    capabilities = frozenset(Capability)
+    caches_prefixes = False
+    newer = None
+
+    def next_token(self, contexts, targets, temperature, *, cached, features=False):
+        served, self.served = self.served, self.served if cached or features else self.newer
+        try:
+            return super().next_token(contexts, targets, temperature, cached=cached)[0], torch.zeros(len(targets))
+        finally:
+            self.served = served
+
+
+def test_features_of_pictures_from_older_weights_are_told_from_older_keys_and_values(make_batch, models):
+    batch = make_batch()
+    requests = [Request(temperature=1.0, pictures=[None] * B)]
+    batch.capture.requests, batch.capture.output = requests, {"completion_ids": batch.rollout.completion_ids}
+    batch = replace(
+        batch, engine=WithPictures(models[1]), rollout=replace(batch.rollout, image_keys=torch.ones(B).long())
+    )
+    batch.engine.newer = models[0]
+    candidate, found = rescore.prefix_cache(batch, batch.start, NOTHING)
+    assert candidate.cause == "stale_encoder_cache"
+    assert "read from features of pictures that it keeps" in candidate.finding
+    torch.testing.assert_close(found.asked_again.as_sampled, batch.start.reported[found.asked_again.picked])
+
+
+@pytest.mark.parametrize("matters", [False, True])
+def test_what_its_answers_do_not_depend_on_is_no_state_of_the_engine(make_batch, models, monkeypatch, matters):
+    batch = make_batch()
+    batch = replace(batch, engine=WithPictures(models[1]))
+    batch.engine.newer = models[1]
+    owner = batch.engine if matters else SimpleNamespace()
+    part = Part("newer", owner, "newer", models[1], models[0])
+    monkeypatch.setattr(rescore, "built_anew", lambda *args: (None, frozenset()))
+    monkeypatch.setattr(rescore, "parted", lambda *args: [part])
+    batch.engine.model = None
+    weights = EngineWeights(
+        total=1, differing={}, ignored=(), arrived=1, missing=(), partial=False, coarse=False, rounded={},
+        exchanged={}, values={},
+    )  # fmt: skip
+    candidate, found = rescore.engine_state(batch, batch.start, Findings(engine_weights=weights))
+    assert found.engine_parts == (("newer",) if matters else ())
+    assert (candidate is not None) == matters
 
 
 @pytest.mark.slow_unit

@@ -123,3 +123,24 @@ def test_what_has_moved_and_is_alike_did_arrive(policy):
     held = lost(policy, lambda name: "layers.0" in name, optimizer)
     assert held.arrived >= 7
     assert _cause(held) == "partial_sync"
+
+
+def test_an_engine_may_lack_what_no_gradient_has_moved(policy):
+    """A vision tower's last layers, which the model does not look at, and the engine does not build."""
+
+    class Without(Loaded):
+        def load_weights(self, weights):
+            super().load_weights((name, tensor) for name, tensor in weights if "layers.1" not in name)
+
+    def older(name, tensor):
+        return name, tensor + 0.01 * torch.randn_like(tensor)
+
+    policy = copy.deepcopy(policy)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0)
+    for moved, ignored, cause in ("layers.0", 0, "stale_weights"), ("layers", 9, "partial_sync"):
+        optimizer.zero_grad()
+        for name, parameter in policy.named_parameters():
+            parameter.grad = torch.ones_like(parameter) if moved in name else None
+        optimizer.step()
+        held = _read(policy, Without(policy, older), torch.float32, optimizer)
+        assert (len(held.ignored), _cause(held)) == (ignored, cause)

@@ -18,6 +18,25 @@ class Layer(torch.nn.Module):
         self.plain = torch.zeros(2)
 
 
+class Kept:
+    """What a module keeps beside its tensors, of vLLM's."""
+
+    def __init__(self, scale):
+        self.scale = scale
+
+
+def kept(module, kind=Kept, scale=1.0):
+    return type("Kept", (kind,), {"__module__": module})(scale)
+
+
+class Cache(dict):
+    """As vLLM's LRUCache counts."""
+
+    def __init__(self, hits):
+        super().__init__()
+        self.hits, self.last = hits, (hits, hits)
+
+
 def pair():
     return tuple(torch.nn.Sequential(Layer(), Layer()) for _ in range(2))
 
@@ -27,6 +46,15 @@ def test_modules_alike_have_no_parts():
     live[0].kv_cache = torch.ones(3)  # contents of a cache are no state of the module
     live.eval()
     assert parted(live, anew) == []
+
+
+def test_what_is_kept_is_compared_and_counters_of_caches_and_configs_are_not():
+    live, anew = pair()
+    for module, hits in (live[0], 5), (anew[0], 0):
+        module.impl = kept("vllm.v1.attention.cpu", scale=1.0 + hits)
+        module.rope_by_size = kept("vllm.utils.cache", Cache, hits)
+        module.vllm_config = kept("vllm.config.vllm", scale=hits)  # which has an id of its own
+    assert [part.name for part in parted(live, anew)] == ["0.impl.scale"]
 
 
 @pytest.mark.parametrize(

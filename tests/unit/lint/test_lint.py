@@ -65,6 +65,8 @@ def test_healthy_settings_have_no_findings_and_unknown_ones_are_not_guessed():
         ({}, {"seed": 0}, "duplicate_rollouts", "error", "advantages and gradients are 0"),
         ({}, {"seed": 0, "group_requests": False}, "duplicate_rollouts", "warning", "the same random numbers"),
         ({}, {"ends": ("stop",), "masks_truncated": True}, "truncation_accounting", "error", "trainer.eos_token_ids"),
+        ({"temperature": 0.7}, {"teacher_served": True, "trainer_temperature": 0.7}, "temperature", "error",
+         "prompt log-probs are of temperature 1"),
         ({}, {"thinking_token_budget": 0}, "constrained_decoding", "error", "thinking_token_budget=0"),
         ({}, {"refused": ("MixtralForCausalLM", "experts")}, "partial_sync", "error",
          'vllm_model_impl="transformers"'),
@@ -93,6 +95,7 @@ def test_raw_logprobs_at_temperature_1_without_processing_are_no_trap():
         ({}, {"weighs_sequences": "sequence_mask"}),
         ({}, {"ends": ("stop",)}),
         ({}, {"masks_truncated": True}),
+        ({}, {"teacher_served": True}),
         ({"unreplayed": ("structured_outputs",)}, {"logprobs_mode": "processed_logprobs"}),
         ({}, {"merges_adapter": True, "trainer_dtype": "float32"}),
         ({}, {"model_type": "llama"}),
@@ -153,6 +156,7 @@ def test_what_requests_ask_for_beside_the_law(checkpoint):
     assert (f.seed, f.thinking_token_budget, f.ends) == (0, 0, ("stop", "stop_token_ids=[7]"))
     assert f.masks_truncated
     assert (f.group_requests, facts(vllm_mode="server").group_requests) == (True, False)
+    assert (f.teacher_served, facts(teacher_model_server_url="http://t").teacher_served) == (False, True)
     assert (f.weighs_sequences, f.max_completion_length) == ("sequence_mask", 512)
     for values, expected in (
         ({"vllm_importance_sampling_mode": "token_mask"}, None),

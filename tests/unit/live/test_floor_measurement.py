@@ -56,7 +56,7 @@ def rollout_of(rows, prompt, completion, lengths=None, same=0):
     mask = torch.arange(completion) < lengths[:, None]
     return SimpleNamespace(
         prompt_ids=prompts, prompt_mask=torch.ones_like(prompts), completion_ids=completions,
-        completion_mask=mask.long(), engine_mask=mask,
+        completion_mask=mask.long(), engine_mask=mask, image_keys=None,
     )  # fmt: skip
 
 

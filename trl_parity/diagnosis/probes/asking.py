@@ -34,6 +34,8 @@ def askable(batch: DiagnosedBatch) -> Engine:
         raise NotPossible("no engine to ask: the server does not answer /server_info, or another rank talks to it")
     if Capability.RESCORE not in batch.engine.capabilities:
         raise NotPossible("with tensor parallelism or sleep mode one rank can't ask the engine alone")
+    if batch.rollout.image_keys is not None and batch.capture.pictures is None:
+        raise NotPossible("the prompts' pictures were handed to a server, in several turns, or by another rank")
     return batch.engine
 
 
@@ -67,7 +69,7 @@ def _ask_again(
         raise NotPossible("no context fits the engine's max_model_len")
     contexts, targets = requests_for(batch, kept, prompts)
     cached, read = None, torch.zeros(1)
-    if engine.caches_prefixes:  # first, while the cache is as the run left it
+    if engine.caches_prefixes or batch.rollout.image_keys is not None:  # first, while the cache is as the run left it
         cached, read = engine.next_token(contexts, targets, batch.temperature, cached=True)
     anew, _ = engine.next_token(contexts, targets, batch.temperature, cached=False)
     return AskedAgain(
@@ -80,7 +82,8 @@ def _ask_again(
 
 def _context(batch: DiagnosedBatch, n: int, prompts: EnginePrompts | None) -> list[int]:
     at, t = int(batch.rows[batch.row[n]]), int(batch.column[n])
-    return batch.prompt(at, prompts) + batch.rollout.completion_ids[at, :t].tolist()
+    ids = batch.prompt(at, prompts) + batch.rollout.completion_ids[at, :t].tolist()
+    return batch.capture.for_engine(at, ids)
 
 
 def requests_for(
@@ -131,6 +134,7 @@ class Whole(NamedTuple):
     ids: list[int]
     tokens: torch.Tensor  # which of the batch's
     start: int  # where its completion begins
+    at: int  # its row of the rollout batch
 
 
 def whole_sequences(batch: DiagnosedBatch, engine: Engine | None, prompts: EnginePrompts | None) -> list[Whole]:
@@ -143,7 +147,7 @@ def whole_sequences(batch: DiagnosedBatch, engine: Engine | None, prompts: Engin
         if len(mine):
             ids = prompt + batch.rollout.completion_ids[at, : int(batch.column[mine].max()) + 1].tolist()
             if engine is None or len(ids) < engine.max_model_len:
-                some.append(Whole(ids, mine, len(prompt)))
+                some.append(Whole(batch.capture.for_engine(at, ids), mine, len(prompt), at))
     if not some:
         raise NotPossible("no sequence fits the engine's max_model_len")
     return some

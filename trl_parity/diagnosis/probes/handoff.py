@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ..counterfactual import Counterfactual, DiagnosedBatch
-from ..findings import EnginePrompts, Findings
+from ..findings import NOTHING, EnginePrompts, Findings
+from .asking import answered, asked_again
 from .base import Candidate, NotPossible, Probe, independent, probe, require_engine, with_forward
 
 __all__ = ["HANDOFF"]
@@ -152,17 +153,41 @@ def context(batch: DiagnosedBatch, current: Counterfactual, findings: Findings) 
         return _later_contexts(batch, current, answers), found
     at, theirs = next(iter(prompts.by_row.items()))
     ours = _before(batch, at, 0)
+    first, count = _first_difference(theirs, ours), len(prompts.by_row)
+    words = (
+        f"{count} of {batch.sequences} prompts are not the ids the engine was given: the first differs from position "
+        f"{first} on ({len(theirs)} tokens at the engine, {len(ours)} here)"
+    )
+    details = {"prompts": count, "first_difference": first, "lengths": [len(theirs), len(ours)]}
+    if batch.rollout.image_keys is not None:
+        try:
+            return replace(_on_ours(batch, current, at, words), details=details), found
+        except NotPossible as e:
+            raise NotPossible(f"{words}; {e}", found) from e
     some = batch.of_few
     other = with_forward(current, layout="unpadded", prompts=prompts, few=True)
-    first, count = _first_difference(theirs, ours), len(prompts.by_row)
     candidate = Candidate(
-        counterfactual=replace(other, kept=current.kept & some),
-        over=some,
-        finding=f"{count} of {batch.sequences} prompts are not the ids the engine was given: the first differs from "
-        f"position {first} on ({len(theirs)} tokens at the engine, {len(ours)} here)",
-        details={"prompts": count, "first_difference": first, "lengths": [len(theirs), len(ours)]},
+        counterfactual=replace(other, kept=current.kept & some), over=some, finding=words, details=details
     )
     return candidate, found
+
+
+def _on_ours(batch: DiagnosedBatch, current: Counterfactual, at: int, words: str) -> Candidate:
+    """The engine is asked on the trainer's prompts: a model takes as many image tokens as there are features.
+
+    ``at``: a row whose prompt is another to the engine.
+    """
+    again = asked_again(batch, current, NOTHING)
+    candidate = answered(batch, current, again, f"{words}; here it is asked on the trainer's prompts")
+    given = None if batch.capture.pictures is None else batch.capture.pictures[at]
+    twice = given is not None and given.asked == _before(batch, at, 0)
+    return replace(candidate, fix=_EXPANDED_TWICE if twice else "")
+
+
+_EXPANDED_TWICE = (
+    "TRL's processor had put in each picture's tokens, and vLLM put them in once more (huggingface/trl#6294): before "
+    "trainer.train(), trl_parity.trainers.pictures.expand_pictures_once(trainer)."
+)
 
 
 def _engine_prompts(batch: DiagnosedBatch, answers: list[list[_Answer]]) -> EnginePrompts:

@@ -64,22 +64,30 @@ def _reproduced(
 def prefix_cache(
     batch: DiagnosedBatch, current: Counterfactual, findings: Findings
 ) -> tuple[Candidate | None, Findings]:
-    """One-token requests, reading the prefix cache and not."""
+    """One-token requests, reading the prefix cache, or the features of pictures that are kept, and not."""
     again = asked_again(batch, current, findings)
     found = Findings(asked_again=again)
+    pictures = batch.rollout.image_keys is not None
     if again.cached is None:
         raise NothingThere("the engine keeps no prefix cache", found)
-    if not again.tokens_read:
+    if not again.tokens_read and not pictures:
         return None, found
     same, gap = _reproduced(batch, current, again, again.cached)
     if not same:
         return None, found
+    what, cause = f"the cache ({again.tokens_read:,} tokens)", ""
+    engine = askable(batch)
+    if pictures and in_process(engine) and not _reproduced(batch, current, again, again.anew)[0]:
+        requests = requests_for(batch, again.picked.tolist(), findings.engine_prompts)
+        kept, _ = engine.next_token(*requests, batch.temperature, cached=False, features=True)
+        if _reproduced(batch, current, again, kept.double())[0]:
+            what, cause = "features of pictures that it keeps", "stale_encoder_cache"
     apart = (again.cached - again.anew).abs()
     words = (
-        f"read from the cache ({again.tokens_read:,} tokens), the engine's numbers differ from those computed anew by "
-        f"{float(apart.mean()):.3g} nats on average; those sampled differ from the cached ones: {gap}"
+        f"read from {what}, the engine's numbers differ from those computed anew by {float(apart.mean()):.3g} nats on "
+        f"average; those sampled differ from the cached ones: {gap}"
     )
-    return answered(batch, current, again, words), found
+    return answered(batch, current, again, words, cause), found
 
 
 def within_sequences(
@@ -286,7 +294,11 @@ def engine_state(
     with as_built_anew(parts):
         told, _ = engine.next_token(*requests_for(batch, again.picked.tolist(), findings.engine_prompts),
                                     batch.temperature, cached=False)  # fmt: skip
-    moved = float((told.double() - again.anew).abs().mean())
+    gap = told.double() - again.anew
+    if size_of(gap) <= batch.floor:  # what its answers do not depend on: a counter, a name
+        names = tuple(part.name for part in parts if not part.fits)
+        return None, replace(found, engine_parts=names)
+    moved = float(gap.abs().mean())
     words = (
         f"its parameters are the trainer's, and {_parts(names)} are not as in an engine built anew from its config on "
         f"them; with these as built anew, its answers move by {moved:.3g} nats{onset_in_words(batch, current)}"
@@ -299,7 +311,7 @@ def engine_state(
 
 RESCORE: tuple[Probe, ...] = (
     probe("prefix cache", "stale_prefix_cache", "engine", prefix_cache,
-          "keys and values of older weights are read from the prefix cache",
+          "keys and values of older weights are read from the prefix cache, or features of pictures are",
           "computed anew, the engine agrees with the trainer, and from the cache with what it sampled",
           uses=("engine_prompts", "asked_again"), gives=("asked_again",)),
     probe("engine's state", "engine_state", "engine", engine_state,

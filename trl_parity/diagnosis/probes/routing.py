@@ -51,11 +51,10 @@ def moe_routing(
         theirs = engine.routing(whole.ids)
         if len(theirs) != len(layers):
             raise NotPossible(f"the engine routes in {len(theirs)} layers, the policy has experts in {len(layers)}")
-        at = int(batch.rows[batch.row[whole.tokens[0]]])
-        by_row[at] = []
+        by_row[whole.at] = []
         for i, (layer, routed) in enumerate(zip(layers, theirs, strict=True)):
             forced, kinds = apart(*layer.choice(routed.hidden), routed)
-            by_row[at].append(forced)
+            by_row[whole.at].append(forced)
             shares[i] += kinds
             why = why or (_why(layer, routed) if kinds.any() else "")
         tokens += len(whole.ids)

@@ -225,7 +225,7 @@ def own_logits(batch: DiagnosedBatch, current: Counterfactual) -> Candidate | No
         raise NotPossible("the policy is sharded over ranks: its own logits are not asked of one rank")
     found = on_same_states(
         batch, current, whole_sequences(batch, None, None),
-        lambda whole, places: batch.passes.own_logits(torch.tensor(whole.ids), places),
+        lambda whole, places: batch.passes.own_logits(torch.tensor(whole.ids), places, whole.at, whole.start),
     )  # fmt: skip
     if (scored := _scored_otherwise(batch, current, found)) is not None:
         return scored

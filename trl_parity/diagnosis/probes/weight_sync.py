@@ -110,9 +110,10 @@ def _read(
     ours = {t.name: t for t in named}
     trained = [h for h in held if ours[h.name].trained]
     differing = [h for h in held if h.differing]
-    ignored = tuple(h.name for h in trained if h.name in deaf)
-    wide = [h for h in differing if h.numel >= 1024] or differing
     updated = _updated(optimizer)
+    # a tensor that no part of the loss depends on (a vision tower's last layers) the engine may well do without
+    ignored = tuple(h.name for h in trained if h.name in deaf and updated(ours[h.name].parameter))
+    wide = [h for h in differing if h.numel >= 1024] or differing
     moved = [(h, ours[h.name].tensor, updated(ours[h.name].parameter)) for h in trained]
     arrived = _arrived(moved, [(h, ours[h.name].tensor) for h in wide], dtype)
     rounded = {h.name: name for h in differing if (name := _rounded_to(h.values, ours[h.name].tensor))}
