@@ -35,7 +35,7 @@ from trl_parity.metrics.statistics import compute, measure
 from trl_parity.records import ScoredBatch
 from trl_parity.scoring.token_sample import TokenSample
 
-LEAST = 64  # cost_min_tokens of the tiny runs: their batches have 500 to 1,100 tokens
+LEAST = 64  # cost_min_tokens of the tiny runs: their batches have about 500 tokens
 JUDGED = ("trimmed/kl_k3", "trimmed/logp_abs_diff/mean", "trimmed/logp_abs_diff/p99", "ess", "honesty", "kl_k1")
 MEANS = ("kl_k3", "logp_abs_diff/mean", "entropy/trainer")
 BREAK = 5  # steps before a drill's fault
