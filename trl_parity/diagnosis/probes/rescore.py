@@ -46,6 +46,15 @@ _TWO_IMPLEMENTATIONS = (
     "attn_implementation on the trainer's side, or other versions of vLLM or transformers."
 )
 
+_HIDDEN_COPY = (
+    "the engine computes with a copy of the weights that it does not show (packed for a kernel, compiled in, "
+    "quantized): find what makes it after load, and what keeps it over a sync; callback.diagnose(heal=True) delivers "
+    "the weights once more. An engine built anew (a restart) serves the right ones."
+)
+
+# where nothing the engine holds beside its weights differs
+_UNNAMED = {"model_definition": _TWO_IMPLEMENTATIONS, "engine_state": _HIDDEN_COPY}
+
 _CONTINUED = 24  # tokens sampled anew, after each of the few prompts
 
 _ONE_OF_TWO = 0.5  # confidence in a cause, where what was seen has another one as well
@@ -209,7 +218,7 @@ def prefill(batch: DiagnosedBatch, current: Counterfactual, findings: Findings) 
     )
     candidate = Candidate(
         counterfactual=replace(base, reported=theirs, kept=over), cause=cause, over=over, finding=words,
-        fix=_TWO_IMPLEMENTATIONS if cause == "model_definition" and findings.engine_parts == () else "",
+        fix=_UNNAMED.get(cause, "") if findings.engine_parts == () else "",
         most=_ONE_OF_TWO if cause == "engine_state" and findings.engine_parts == () else 1.0,
     )  # fmt: skip
     return candidate, found

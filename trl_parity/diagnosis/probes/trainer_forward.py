@@ -39,6 +39,12 @@ _NOT_AS_BUILT = (
     "after it was built (those listed here). Build it from its config, or change the config of both sides."
 )
 
+_CALLED_OTHERWISE = (
+    "the configs agree, and what the trainer's live model holds is what they make: a forward pass in it was replaced, "
+    "or it is called otherwise (an attention mask or position ids of one's own, a replaced "
+    "_get_per_token_logps_and_entropies). Take that off."
+)
+
 _NO_POSITIONS = (
     "the trainer's forward pass is given left-padded prompts and no position_ids, so its positions (or what it "
     "chooses by padded width) begin at the padding: let the model's forward make them of the mask "
@@ -188,10 +194,11 @@ def engine_config(batch: DiagnosedBatch, current: Counterfactual) -> Candidate |
         parts = [part.name for part in parted(causal_lm(batch.model), batch.passes.engine_config_model)]
         words = "both sides have one config, which the live trainer model does not follow if this explains the drift"
         words += f": {', '.join(parts[:4])} of it are not as built from it" if parts else ""
+        words += "" if parts else "; what it holds is as built from it"
     return Candidate(
         counterfactual=with_forward(current, model="engine_config"),
         finding=words,
-        fix="" if changed else _NOT_AS_BUILT,
+        fix="" if changed else _NOT_AS_BUILT if parts else _CALLED_OTHERWISE,
         details={"config": {k: [str(a), str(b)] for k, (a, b) in changed.items()}, "parts": parts},
     )
 
