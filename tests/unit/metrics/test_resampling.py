@@ -208,8 +208,9 @@ def test_equal_rows_have_equal_keys_whatever_their_padding():
             prompts[i, prompt - len(p) :], masks[0][i, prompt - len(p) :] = torch.tensor(p), 1
             completions[i, : len(c)], masks[1][i, : len(c)] = torch.tensor(c), 1
         return SimpleNamespace(
-            prompt_ids=prompts, prompt_mask=masks[0], completion_ids=completions, completion_mask=masks[1]
-        )
+            prompt_ids=prompts, prompt_mask=masks[0], completion_ids=completions, completion_mask=masks[1],
+            image_keys=None,
+        )  # fmt: skip
 
     rows = [([5, 6], [7, 8]), ([5, 6], [7, 8]), ([5, 6], [8, 7]), ([6, 5], [7, 8]), ([5], [6, 7, 8]),
             ([5, 6], [7, 8, 0]), ([0, 5, 6], [7, 8]), ([5, 6], [7])]  # fmt: skip
