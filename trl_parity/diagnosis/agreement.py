@@ -50,6 +50,8 @@ def agreed(
     """The diagnosis where the drift is within the noise floor. ``rows``: the ranks' ``counts``."""
     pairs, equal, chance, sequences, dropped, tokens = (sum(row[i] for row in rows) for i in range(6))
     within = f"({details['residual']:.3g}, Huber) is within the noise floor ({details['floor']:.3g})"
+    if details["residual"] > details["floor"]:
+        within += f", as far as {details['chance']:.2g} of chance either way let one tell"
     if words := duplicates_in_words(int(pairs), int(equal), chance):
         name = "duplicate_rollouts"
     elif dropped > _DROPPED * sequences:

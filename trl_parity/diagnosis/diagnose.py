@@ -36,6 +36,7 @@ from .selection import (
     not_excluded,
     rivals_of,
     shares_of,
+    standard_error,
 )
 
 __all__ = ["diagnose"]
@@ -53,6 +54,8 @@ _OF_THE_MODEL = frozenset({
     "trainer_numerics",
 })  # fmt: skip
 
+_CHANCE = 2.0  # standard errors
+
 _NEAR = 0.1  # of the excess: what explains less is not close
 
 _LEFT = 0.2  # of the excess: less is not looked into
@@ -65,12 +68,14 @@ def diagnose(
     budget: float | None = None,
     ranks: int = 1,
     probes: Sequence[Probe] | None = None,
+    alarmed: bool = True,
 ) -> Diagnosis:
     """Name the cause of the drift in a batch. A collective: all ranks call it with theirs.
 
     ``budget``: seconds; once they are spent, probes beyond those on one recompute are left out, and then nothing is
     named: what time was there does not decide what is true (None: no bound). ``probes``: None: all there are. A probe
     that fails or is not possible here is an entry in the evidence, and a reason for doubt (``confidence_in``).
+    ``alarmed``: something is over a limit; else only a drift that chance does not raise over the floor is looked into.
     """
     runner = _ProbeRunner(batch, PROBES if probes is None else probes, budget, ranks)
     current = batch.start
@@ -80,9 +85,10 @@ def diagnose(
     details: dict[str, Any] = {
         "residual": drift, "floor": batch.floor, "tokens": int(sums[:, 1].sum()), "sequences": len(sums),
     }  # fmt: skip
-    if drift <= batch.floor or not len(sums):
+    chance = 0.0 if alarmed else _CHANCE * standard_error(sums)
+    if drift - chance <= batch.floor or not len(sums):
         found, unseen = runner.agreement()
-        return agreed(step, found, details | {"seconds": runner.seconds}, unseen)
+        return agreed(step, found, details | {"chance": chance, "seconds": runner.seconds}, unseen)
     explained = _Explained()
     evidence: list[Evidence] = []
     for turn in range(_ROUNDS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ __all__ = [
     "not_excluded",
     "rivals_of",
     "shares_of",
+    "standard_error",
 ]
 
 FIRST = 0.3  # share of the excess that the first cause must explain
@@ -62,6 +64,13 @@ class Result:
 def mean(sums: torch.Tensor) -> float:
     """Residual per token of (S, 2) sums and counts."""
     return float(sums[:, 0].sum() / sums[:, 1].sum().clamp(min=1))
+
+
+def standard_error(sums: torch.Tensor) -> float:
+    """Of ``mean``, over sequences: sqrt(Σ (x - mean n)² S / (S - 1)) / Σ n. Infinite for a single one."""
+    apart = sums[:, 0] - mean(sums) * sums[:, 1]
+    few = len(sums) / (len(sums) - 1) if len(sums) > 1 else math.inf
+    return math.sqrt(float(apart @ apart) * few) / max(float(sums[:, 1].sum()), 1.0) if few < math.inf else few
 
 
 def shares_of(before: torch.Tensor, after: torch.Tensor, floor: float) -> tuple[float, torch.Tensor]:

@@ -103,6 +103,7 @@ class Investigator:
         step: int,
         floor: float | None,
         began_healthy: bool | None,
+        alarmed: bool,
     ) -> Diagnosis:
         """Name the cause of the batch's drift. A collective."""
         from ..diagnosis.counterfactual import DiagnosedBatch
@@ -125,7 +126,7 @@ class Investigator:
             versions=self._versions,
         )
         budget = None if self.unbounded else self.config.diagnose_budget * seconds
-        return diagnose(batch, step, budget=budget, ranks=ranks)
+        return diagnose(batch, step, budget=budget, ranks=ranks, alarmed=alarmed)
 
     def found(self, diagnosis: Diagnosis) -> None:
         """A diagnosis that all ranks have come to."""
@@ -145,7 +146,8 @@ class Investigator:
                 engine.model.load_weights([(name, tensor)])
                 moved.append(name)
         engine.llm.reset_prefix_cache(reset_running_requests=True)
-        engine.llm.llm_engine.reset_encoder_cache()
+        if hasattr(engine.llm.llm_engine, "reset_encoder_cache"):  # vLLM 0.31 has it
+            engine.llm.llm_engine.reset_encoder_cache()
         return moved
 
     def surroundings(self, capture: Capture) -> dict[str, Any]:

@@ -241,6 +241,7 @@ class TrainerRun(Surroundings):
             step=step,
             floor=self.judge.floor.values.get("floor/kl_k3"),
             began_healthy=None if first is None or resumed else first.status is Status.OK,
+            alarmed=self.judge.status in (Status.WARN, Status.BREACH, Status.HALT),
         )
 
     def announce(self, verdict: Verdict) -> str:

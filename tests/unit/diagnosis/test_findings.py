@@ -18,7 +18,7 @@ from trl_parity.diagnosis.diagnose import diagnose
 from trl_parity.diagnosis.findings import NAMES, NOTHING, EnginePrompts, EngineWeights, Findings
 from trl_parity.diagnosis.probes import PROBES, in_order, rescore
 from trl_parity.diagnosis.probes.base import NotPossible, independent, probe
-from trl_parity.diagnosis.selection import RESAMPLES, Result, confidence_in, not_excluded
+from trl_parity.diagnosis.selection import RESAMPLES, Result, confidence_in, mean, not_excluded, standard_error
 from trl_parity.engine.base import Capability
 from trl_parity.engine.built_anew import Part
 from trl_parity.engine.requests import Request
@@ -251,6 +251,30 @@ def test_older_weights_of_an_engine_that_hands_out_none_are_named_from_what_prob
     assert "a server's parameters can't be read, and the run began healthy" in diagnosis.summary
     assert diagnosis.details["ladder"]["reproduced"]
     assert batch.engine.calls == ["cached", "anew", "rescore"]
+
+
+@pytest.mark.slow_unit
+def test_without_an_alarm_only_what_chance_does_not_raise_over_the_floor_is_looked_into(make_batch):
+    batch = make_batch()
+    sums = batch.residual(batch.start)[0]
+    error = standard_error(sums)
+    above = mean(sums) - error  # a floor within two standard errors
+    told = diagnose(replace(batch, floor=above), 1, alarmed=False)
+    assert (told.cause, told.evidence) == ("unknown", ())
+    assert "of chance either way" in told.summary
+    assert diagnose(replace(batch, floor=above), 1).evidence
+    assert diagnose(replace(batch, floor=mean(sums) - 3.0 * error), 1, alarmed=False).evidence
+
+
+@pytest.mark.slow_unit
+def test_the_standard_error_of_a_residual_is_that_of_a_ratio_over_sequences():
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.randint(5, 60, (4000, 20), generator=generator).double()
+    levels = torch.rand(4000, 20, generator=generator, dtype=torch.float64) * 2.0
+    sums = torch.stack([levels * counts, counts], dim=-1)
+    told = sum(standard_error(x) for x in sums) / len(sums)
+    assert told == pytest.approx(float(torch.tensor([mean(x) for x in sums]).std()), rel=0.1)
+    assert standard_error(sums[0, :1]) == float("inf")
 
 
 class WithPictures(Served):
