@@ -116,6 +116,9 @@ class ScoredBatch:
     stale: torch.Tensor | None = None  # (B, C) bool: engine-generated tokens of sequences at lag > 0
     probe: bool = False
     correction_weights: torch.Tensor | None = None  # (B, 1) or (B, C) as in RolloutBatch
+    # how many tokens a token that the fp32 head scored stands for; 0: ``trainer_logprobs`` has the own head's number,
+    # all that is of the fp32 head alone is unknown; None: all were scored
+    weights: torch.Tensor | None = None
     keys: torch.Tensor | None = None  # (B,) int64, equal for the same completion of the same prompt; None: all differ
     prompts: torch.Tensor | None = None  # (B,) int64, equal for the same prompt; None: not known
 

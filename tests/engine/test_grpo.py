@@ -285,6 +285,30 @@ def test_training_is_bit_equal_with_and_without_the_callback(make_trainer, tmp_p
 # ---- the noise floor --------------------------------------------------------------------------------------------
 
 
+def test_a_run_on_a_budget_scores_a_sample_of_the_tokens_and_is_the_same_run(make_trainer, tmp_path):
+    runs = []
+    for name, budget in (("all", 1.0), ("sample", 0.0)):
+        callback = Recorder(cost_budget=budget, cost_min_tokens=24)
+        trainer = make_trainer(tmp_path / name, callback, max_steps=4, learning_rate=1e-5)
+        trainer.train()
+        weights = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+        runs.append((callback, weights, jsonl(tmp_path / name)))
+    (every, weights, lines), (some, same, sampled) = runs
+    assert statuses(every) == statuses(some) == ["OK"] * 4
+    assert all(torch.equal(one, other) for one, other in zip(weights, same, strict=True))
+    assert [line["cost/coverage"] for line in lines] == [1.0] * 4
+    assert sampled[0]["cost/coverage"] == 1.0
+    for line, other in zip(sampled[1:], lines[1:], strict=True):
+        assert 24 / line["num_tokens"] <= line["cost/coverage"] < 0.5
+        assert line["num_tokens"] == other["num_tokens"]
+        for stat in ("kl_k1", "kl_k3", "logp_abs_diff/mean", "entropy/drift"):  # of 48 tokens
+            assert abs(line[stat] - other[stat]) < 4 * line[f"se/{stat}"], stat
+        assert line["se/entropy/drift"] > 1.2 * other["se/entropy/drift"]
+        for stat in ("own_head/kl_k3", "entropy/rollout", "last_token/logp_abs_diff/mean"):  # no sample
+            assert line[stat] == pytest.approx(other[stat], rel=1e-5), stat
+        assert line["ess"] == pytest.approx(other["ess"], rel=0.01)
+
+
 def test_the_floor_is_measured_once_logged_and_taken_off(make_trainer, tmp_path):
     callback = ParityCallback()
     trainer = make_trainer(tmp_path, callback, max_steps=3, learning_rate=1e-5)

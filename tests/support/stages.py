@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import trl_parity
-from support.trainer_loop import Loop
+from support.trainer_loop import SHAPE, Loop
 from support.windows import sums_of
 from trl_parity import ParityCallback
 from trl_parity.collectives import gather_rows
@@ -72,7 +72,8 @@ def run(folder: Path, accelerator: Any = None, *, resumed: bool = True, **settin
             saved.append(json.loads(json.dumps(first.state())))
         return float(batch in BAD)
 
-    loop = Loop(first, folder / "first", feeds=1, accumulate=1, shifts=shift, accelerator=accelerator)
+    half = torch.tensor([2.0, 0.0] * (SHAPE[1] // 2)).expand(SHAPE)
+    loop = Loop(first, folder / "first", feeds=1, accumulate=1, shifts=shift, accelerator=accelerator, weights=half)
     if accelerator is None:
         loop.accelerator.is_main_process = True
     loop.args.device = loop.accelerator.device

@@ -20,6 +20,7 @@ class GivenCapture(GRPOCapture):
     """A batch whose trainer is off by ``shift`` nats (None: no token can be compared). Measuring it draws."""
 
     shift: float | None = 0.0
+    weights: torch.Tensor | None = None  # of a sample that was scored
     engine = None
     temperature = 1.0
 
@@ -35,8 +36,13 @@ class GivenCapture(GRPOCapture):
         scores = reported + (self.shift or 0.0)
         mask = torch.full(SHAPE, self.shift is not None)
         return ScoredBatch(
-            mask=mask, rollout_logprobs=reported, trainer_logprobs=scores, own_logprobs=scores, entropy=None
-        )
+            mask=mask, rollout_logprobs=reported, trainer_logprobs=scores, own_logprobs=scores, entropy=None,
+            weights=self.weights,
+        )  # fmt: skip
+
+    def score_all(self, rollout: Any) -> ScoredBatch:
+        self.weights = None
+        return self.score(rollout, 0)
 
     def rewards(self) -> list[float]:
         return []
@@ -65,13 +71,15 @@ class Loop:
     ``shifts``: nats by number of the rollout batch. ``hidden``: numbers of batches that are not intercepted.
     ``accelerator``: a real one, of a rank among several.
     ``updates``: of each optimizer step the numbers of the batches that fed it, and whether it was applied.
+    ``weights``: of a sample of each training batch's tokens that was scored; None: all were.
     ``deepspeed``: updates are made inside backward; the gradient of update n (from 0) is n + 1.
     """
 
     def __init__(
         self, callback: Any, output_dir: Any, *, feeds: int, accumulate: int, shifts: Any, hidden: Any = (),
-        accelerator: Any = None, deepspeed: bool = False,
+        accelerator: Any = None, deepspeed: bool = False, weights: Any = None,
     ):  # fmt: skip
+        self.weights = weights
         self.callback, self.feeds, self.accumulate, self.shifts, self.hidden = (
             callback, feeds, accumulate, shifts, hidden,
         )  # fmt: skip
@@ -147,5 +155,5 @@ class Loop:
     def generate(self, shift: float | None, training: bool = True) -> None:
         """One rollout batch."""
         capture = GivenCapture(self.trainer, self.callback, training)
-        capture.shift = shift
+        capture.shift, capture.weights = shift, self.weights if training else None
         self.callback.on_generation(capture)

@@ -228,6 +228,24 @@ class ParityConfig:
             "out (mask_truncated_completions: a quarter of the batch, if that is more)."
         },
     )
+    cost_budget: Annotated[float, SHARE] = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the training time that measuring may take, 0.005 for half a percent. What the fp32 head "
+            "and entropy would take beyond it is saved by a random sample of each sequence's tokens; the trainer's "
+            "numbers cover every token. All are scored again in a window that a rule on the mismatch warns of or "
+            "condemns, while breaches are remembered, and for a diagnosis. 1: always all, since a sample shows later "
+            "what the entropies alone show."
+        },
+    )
+    cost_min_tokens: Annotated[int, at_least(1)] = field(
+        default=4096,
+        metadata={
+            "help": "Tokens per rollout batch and rank that the sample has at least, whatever they cost: one of them "
+            "then moves no mean over tokens by more than 1 / 4096 of its own size. A batch of less than twice as many "
+            "is scored in full."
+        },
+    )
     chunk_mib: Annotated[int, at_least(1)] = field(
         default=64,
         metadata={"help": "Upper bound in MiB of the fp32 head's temporary memory (logits tile and all)."},

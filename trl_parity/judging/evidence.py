@@ -60,7 +60,7 @@ _INPUTS = (
     "kl_k1", "trimmed/logp_abs_diff/mean", "trimmed/kl_k3", "entropy/drift",
     *(f"se/{stat}" for stat in _STATS), *(f"floor/{stat}" for stat in _STATS[1:3]),
     *(f"floor_upper/{stat}" for stat in ("kl_k3", *_STATS[1:3])),
-    "entropy/trainer",
+    "entropy/trainer", "cost/coverage",
 )  # fmt: skip
 
 # what each test bets on
@@ -142,7 +142,7 @@ class Evidence:
     ``kl_k1``, ``trimmed/logp_abs_diff/mean``, ``trimmed/kl_k3``; ``floor/<stat>``, and ``floor_upper/<stat>``, an
     upper confidence bound (a floor's error is the same in all windows: it does not average out); ``se/<stat>``,
     standard errors over independent sequences, with which ``drift`` begins at once instead of after five windows;
-    ``entropy/drift`` and ``entropy/trainer``.
+    ``entropy/drift`` and ``entropy/trainer``; ``cost/coverage``, the share of the tokens whose entropy is known.
 
     drift: y = log x of a statistic x, limit m = log max(upper + effect, ``floor_factor`` x upper); of Δ: y = ± mean Δ,
     m = effect + upper of k3, since an honest engine has E[-Δ] = KL. t = (y - m) / scale, scale the larger of the
@@ -160,7 +160,8 @@ class Evidence:
     from the trainer's law, Σ(H + log π(y)) is a martingale whatever the prompts. The scale is the larger of standard
     error and spread, as above, and of sqrt(H (1 + log+ 1/H) / n) + (3 + log+ 1/H) / n: of a peaked law most windows
     lack the rare token that makes up for the others, and without it neither shows how far they spread. The log-factors
-    are divided by ``copies``.
+    are divided by ``copies``. Of a sample of the tokens n is how many were scored, its chance is in the standard error
+    (without one there is no bet), and the spread of the windows before is that of windows of all tokens.
 
     ``alpha``: false alarms a run. ``shape``: of independent runs in lockstep, whose values are arrays (simulations).
     """
@@ -208,8 +209,10 @@ class Evidence:
         """
         given = np.array([self._missing if (x := values.get(name)) is None else x for name in _INPUTS], dtype=float).T
         mean, square, x, error = given[..., 0], given[..., 1], given[..., 2:6], given[..., 6:10]
-        floor, upper, entropy = given[..., 10:12], given[..., 12:15], given[..., 15]
+        floor, upper, entropy, coverage = given[..., 10:12], given[..., 12:15], given[..., 15], given[..., 16]
+        sampled = coverage < 1.0
         x[..., 0] *= -1.0  # mean Δ
+        x[..., 3] = np.where(sampled & ~np.isfinite(error[..., 3]), math.nan, x[..., 3])
         if np.isfinite(mean + square).all():
             kl = np.where(np.isfinite(upper[..., 0]), upper[..., 0], _NO_FLOOR_KL)
             low = self._honesty + _CLIPPED_PER_KL * kl
@@ -228,7 +231,8 @@ class Evidence:
             dof = np.maximum(np.where(larger == error, np.asarray(sequences)[..., None], past.n) - 1.0, 1.0)
             scale = np.maximum(larger, _LEAST)
             rare = np.maximum(-np.log(entropy), 0.0)
-            scale[..., 3] = np.maximum(scale[..., 3], np.sqrt(entropy * (1.0 + rare) / tokens) + (3.0 + rare) / tokens)
+            scored = tokens * np.where(sampled, coverage, 1.0)
+            scale[..., 3] = np.maximum(scale[..., 3], np.sqrt(entropy * (1.0 + rare) / scored) + (3.0 + rare) / scored)
             above, below = (y - limit) / scale, (-y - limit) / scale
             limit = np.log(np.fmax(np.maximum(self.change_factor * level, level + effect[1:3]), floor))
             pooled = scale[..., 1:3] * np.sqrt(1.0 + 1.0 / past.n[..., 1:3])
@@ -246,6 +250,7 @@ class Evidence:
                 share = np.asarray(copies)[..., None] if test == "entropy" else 1.0
                 self.bets[test].update(step, factors[..., whose] / share, told[..., whose])
         calm = np.maximum(self.bets["drift"].running, self.bets["change"].running) <= 1.0
+        y[..., 3] = np.where(sampled, math.nan, y[..., 3])
         past.add(y, np.stack([calm, calm, calm, self.bets["entropy"].running <= 1.0], axis=-1))
         for bets in self.bets.values():
             if bets.losses >= _OVER and bets.log10_evidence >= self.limit:
@@ -281,6 +286,11 @@ class Evidence:
     def suspects_floor(self) -> bool:
         """Whether the evidence of a drift over the noise floor is half of the limit, or more."""
         return bool(2.0 * self.bets["drift"].log10_evidence >= self.limit)
+
+    @property
+    def suspects_entropy(self) -> bool:
+        """Whether what was bet on the entropy is worth more than all bets began with."""
+        return bool(self.bets["entropy"].running > 1.0)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: JSON; nothing before the first window."""

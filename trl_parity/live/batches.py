@@ -8,6 +8,7 @@ import traceback
 from ..collectives import together
 from ..config.parity import ParityConfig
 from ..errors import InterceptionError
+from ..metrics.statistics import measure
 from ..metrics.sums import MismatchSums
 from ..metrics.trends import expected_temperature
 from ..records import RolloutBatch, ScoredBatch
@@ -58,6 +59,8 @@ class BatchSums:
             sums = self._judge.sums_of(scored, accelerator.process_index)
             if capture.training:  # an evaluation's is no batch to learn from, nor to diagnose
                 self.last = (rollout, scored)
+                if (scorer := capture.scorer) is not None:
+                    sums.bump(head_seconds=scorer.seconds, head_seconds_for_all=scorer.seconds_for_all)
             return sums, ""
         except Exception as e:  # ours: a window of status ERROR, and training goes on
             refused = isinstance(e, InterceptionError) or getattr(e, "kind", "") == InterceptionError.__name__
@@ -69,6 +72,18 @@ class BatchSums:
             sums = MismatchSums.zeros(accelerator.device, self._config.bootstrap_samples)
             sums.bump(batches=1, errors=1)
             return sums, error
+
+    def complete(self, capture: Capture) -> MismatchSums:
+        """Score all tokens of the last batch; what that changes in its sums."""
+        assert self.last is not None
+        resamples, (rollout, sampled) = self._config.bootstrap_samples, self.last
+        if sampled.weights is None and not capture.sharded:  # of another rank's batch
+            return MismatchSums.zeros(capture.trainer.accelerator.device, resamples)
+        scored = capture.score_all(rollout)
+        self.last = (rollout, scored)
+        sums = measure(scored, bootstrap_samples=resamples)
+        sums.additive.sub_(measure(sampled, bootstrap_samples=resamples).additive)
+        return sums
 
     def _rollout(self, capture: Capture) -> RolloutBatch:
         self._judge.stages.begins("rollout")

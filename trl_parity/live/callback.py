@@ -76,6 +76,7 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
             head_backend=self.config.head_backend,
             probe_tokens=self.config.lag_probe_tokens,
             evaluation=self.config.eval_batches == "separate",
+            least_tokens=self.config.cost_min_tokens,
         )
         self._reset()
         if prepare_cpu_engine():  # before the trainer builds its engine
@@ -119,6 +120,11 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
     @property
     def _pipeline(self) -> Pipeline:
         return self._run.pipeline
+
+    @property
+    def head_share(self) -> float:  # type: ignore[override]
+        """The share of a batch's tokens that the fp32 head is to score."""
+        return self._pipeline.head.share
 
     def _reset(self) -> None:
         self.monitor.reset()

@@ -188,6 +188,29 @@ class RunJudge:
         readings = self.breaker.readings(stats.values_by_name, self._resting)
         return any(r.over or (r.warns and not self.breaker.alerted) for r in readings)
 
+    def doubts_sample(self, stats: MismatchStats) -> bool:
+        """Whether this window, of which the fp32 head scored a sample, should be scored in full before it is judged.
+
+        So where a rule on the mismatch warns or breaches.
+        """
+        coverage = stats.get("cost/coverage")
+        if coverage is None or coverage >= 1:
+            return False
+        return any(r.warns and not r.rule.warn_only for r in self.breaker.readings(stats.values_by_name))
+
+    @property
+    def calm(self) -> bool:
+        """Whether nothing speaks against the last window: no rule on the mismatch, no breach that is remembered.
+
+        Nor what a sample shows least of: evidence of a drift over the floor, or bets on the entropy that have won.
+        """
+        if not self.verdicts or self.status not in (Status.OK, Status.WARN):
+            return False
+        told = {rule.stat for rule in self.breaker.rules if rule.warn_only}
+        warned = set(self.verdicts[-1].warnings) - told
+        suspected = self.evidence.suspects_floor or self.evidence.suspects_entropy
+        return not (warned or self.breaker.streak or self.breaker.level or suspected)
+
     def judge(self, step: int, stats: MismatchStats | None, error: str = "") -> Verdict:
         """The verdict on a window's (reduced) statistics; kept and written."""
         verdict = self.decide(step, stats, error)

@@ -12,6 +12,7 @@ from ..metrics.reduction import reduce_many, reduce_sums
 from ..metrics.statistics import compute
 from ..metrics.sums import MismatchSums
 from ..verdict import MismatchStats, Verdict
+from .head_share import HeadShare
 from .judge import RunJudge
 from .stopwatch import Stopwatch
 from .window import SPENT, OpenWindow
@@ -41,6 +42,13 @@ class Surroundings:
         """
         return None
 
+    def all_tokens(self) -> MismatchSums | None:
+        """What changes in the window's sums, over all ranks, where each token of its last batch is scored.
+
+        None where all were, or where it can't be done.
+        """
+        return None
+
     def add_to(self, sums: MismatchSums) -> None:
         """Add to this rank's sums what is looked at once a window."""
 
@@ -66,6 +74,8 @@ class Pipeline:
         self._judge, self._surroundings = judge, surroundings
         self.window = OpenWindow(judge.config.bootstrap_samples)
         self.stopwatch = Stopwatch()  # "cost", and what is no part of it
+        self.head = HeadShare(judge.config.cost_budget)
+        self._doubted = False  # the sample that the last window was
 
     def close_window(self, step: int) -> Verdict:
         """Judge the open window; another begins at ``step``. Collective: all ranks come here at the same batch."""
@@ -79,6 +89,8 @@ class Pipeline:
             judge.stages.forget()
             self.window.begin(step)
             judge.keep(verdict)
+            with judge.stages("head share"):
+                self.head.update(sums, calm=judge.calm and not self._doubted)
             surroundings.on_verdict(verdict, sums)
             surroundings.diagnose(verdict)
             if verdict.alert:
@@ -91,14 +103,29 @@ class Pipeline:
         breaker = copy(judge.breaker)
         stats: MismatchStats | None = None
         verdict: Verdict | None = None
-        doubts = False
+        beside: dict[str, float | None] = {}
+        doubts = thin = False
         with judge.stages("statistics"):
-            stats = compute(sums).updated({**spent, **self._surroundings.scalars()})
-            stats = judge.scalars(stats.updated(judge.of_replicas(sums, stats)), new_window=True)
-            doubts = judge.doubts_floor(stats)
-        if not doubts:
+            beside = {**spent, **self._surroundings.scalars()}
+            stats = compute(sums).updated(beside)
+            beside |= judge.of_replicas(sums, stats)
+            stats = judge.scalars(stats.updated(beside), new_window=True)
+            thin, doubts = judge.doubts_sample(stats), judge.doubts_floor(stats)
+        if not (doubts or thin):
             verdict = self._decided(step, stats)
-        failed, doubts = on_any((bool(judge.stages.unjudged), doubts), accelerator)
+        failed, doubts, thin = on_any((bool(judge.stages.unjudged), doubts, thin), accelerator)
+        self._doubted = thin
+        if thin and not failed:
+            more = self._surroundings.all_tokens()
+            with judge.stages("statistics"):
+                if more is not None:
+                    sums.add_(more)
+                stats = judge.scalars(compute(sums).updated(beside))
+                doubts = judge.doubts_floor(stats)
+            failed, doubts = on_any((bool(judge.stages.unjudged), doubts), accelerator)
+            if not doubts:
+                verdict = self._decided(step, stats)
+                [failed] = on_any((bool(judge.stages.unjudged),), accelerator)
         if doubts and not failed:
             self._measure_floor()
             with judge.stages("statistics"):

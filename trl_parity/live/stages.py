@@ -57,6 +57,8 @@ _WORDS = {
         "engine settings": "the engine's settings could not be looked at",
         "noise floor": "the noise floor could not be measured",
         "floor in force": "the noise floor could not be taken over",
+        "all tokens": "what a sample was scored of could not be scored in full",
+        "head share": "the share of the tokens to score could not be told",
         "diagnosis": "the drift could not be diagnosed",
         "engine arguments": "what the engine was given could not be compared",
         "panels": "the tracker's axes or panels could not be made",

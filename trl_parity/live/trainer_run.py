@@ -12,6 +12,7 @@ from ..collectives import on_any
 from ..config.parity import ParityConfig
 from ..judging.noise_floor import GROUPS, SOURCES
 from ..lines import say
+from ..metrics.reduction import reduce_sums
 from ..metrics.sums import MismatchSums
 from ..metrics.tokens import tokens_of_all
 from ..records import Diagnosis, SamplingSettings
@@ -128,6 +129,19 @@ class TrainerRun(Surroundings):
             if self.capture is not None:
                 self.investigator.check_settings(self.capture)
 
+    def all_tokens(self) -> MismatchSums | None:
+        """Of the batch at hand. A failure of ours is a warning: the sample is judged."""
+        if not self._at_hand or not self.measured:
+            return None
+        more = self._completed()
+        return None if more is None else reduce_sums(more, self.accelerator).cpu()
+
+    def _completed(self) -> MismatchSums | None:
+        """Collective; None on all ranks where it failed on one."""
+        assert self.capture is not None
+        capture, ranks = self.capture, self.accelerator.num_processes
+        return self.judge.stages.together("all tokens", ranks, lambda: self.batches.complete(capture))
+
     def add_to(self, sums: MismatchSums) -> None:
         """How far the frozen weights have moved, and what the teacher's server answered."""
         if self.teacher is not None:
@@ -198,6 +212,10 @@ class TrainerRun(Surroundings):
         # twice an episode at most, and said in its details: no part of the running cost
         with self.pipeline.stopwatch.account("diagnosis"):
             ranks = self.accelerator.num_processes
+            assert self.batches.last is not None
+            [sampled] = on_any((self.batches.last[1].weights is not None,), self.accelerator)
+            if sampled:
+                self._completed()
             found = self.judge.stages.together("diagnosis", ranks, lambda: self._diagnosis(step))
             if found is not None:
                 self.investigator.found(found)

@@ -9,12 +9,31 @@ import numpy as np
 
 from .sums import BINS, DECADES, PER_DECADE, MismatchSums
 
-__all__ = ["CENTERS", "log_ratio_histogram", "quantiles", "quantiles_abs"]
+__all__ = ["CENTERS", "log_ratio_histogram", "monotone", "quantiles", "quantiles_abs"]
 
 # |Δ| at the middle of each bin on the log scale, 0 for the first
 CENTERS = np.where(np.arange(BINS) == 0, 0.0, 10.0 ** (DECADES[0] + (np.arange(BINS) - 0.5) / PER_DECADE))
 
 _SIGNED_CENTERS = np.concatenate([-CENTERS[::-1], CENTERS])  # Δ over all signed bins in ascending order
+
+
+def monotone(histogram: np.ndarray) -> np.ndarray:
+    """Counts (2, bins) of which none is negative, with the same totals by sign; itself where none is.
+
+    A sample takes tokens from the bins of their own-head numbers to those of their fp32 ones, more than are there: the
+    cumulated counts are made the nearest (least squares) that never fall. A token alone in the tail stays one.
+    """
+    if (histogram >= 0).all():
+        return histogram
+    from scipy.optimize import isotonic_regression
+
+    fixed = np.empty_like(histogram)
+    for row, counts in zip(fixed, histogram, strict=True):
+        total = max(0.0, float(counts.sum()))
+        rising = isotonic_regression(counts.cumsum().clip(0.0, total)).x
+        rising[-1] = total
+        row[:] = np.diff(rising, prepend=0.0)
+    return fixed * (float(histogram.sum()) / max(float(fixed.sum()), 1e-300))
 
 
 def quantiles_abs(cumulative: np.ndarray, qs: Sequence[float], maxima: dict[str, float]) -> list[float]:
@@ -41,7 +60,7 @@ def log_ratio_histogram(sums: MismatchSums, bins: int = 64) -> tuple[np.ndarray,
     Rebinned from the log histogram for trackers; tails are counted in the end bins. ``None`` without tokens.
     """
     sums = sums.cpu()
-    histogram = sums.histogram.numpy()
+    histogram = monotone(sums.histogram.numpy())
     if histogram.sum() == 0:
         return None
     low, high = quantiles(histogram, (0.001, 0.999), sums.peaks())

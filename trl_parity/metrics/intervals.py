@@ -4,6 +4,7 @@ For sums x of sequences with n_i tokens, n in all, θ = Σ x / n and e = x - θ 
 
     Student's t     θ ± t s, s² = Σ e² / n² x G / (G - 1), G = n² / Σ n_i² the effective number of sequences; t with
                     G - 4 degrees of freedom, at least 2: heavy tails cost the variance some beside the mean's one.
+                    Never more than G - 1: two draws that happen to agree say little.
     skewness        the end on the side of the long tail moves outwards by 3 |γ| (t² / 3 + 1 / 6) s, where
                     γ = Σ e³ / (Σ e²)^1.5: Johnson's modified t (1978), with three times the skewness of the sample, in
                     which a heavy tail is seldom seen in full. The other end stays where it is.
@@ -66,7 +67,7 @@ def _student(sizes: np.ndarray, n: float) -> tuple[float, float]:
 
     samples, off = len(sizes), sizes - n
     effective = n * n * samples / max(float(off @ off), 1e-300)
-    known = max(effective - _LOST, _LEAST)
+    known = min(max(effective - _LOST, _LEAST), max(effective - 1.0, 0.5))
     return float(stdtrit(1.0 / (1.0 / known + 1.0 / samples), 0.995)), effective
 
 

@@ -20,8 +20,8 @@ SCALARS: dict[str, str] = {
     "ratio/p50": "median of w (from the histogram of Δ)",
     "ratio/p99": "99th percentile of w (from the histogram of Δ)",
     "ratio/max": "largest w",
-    "ratio/clipped": "mean(min(w, 2))",
-    "ratio/clipped_square": "mean((min(w, 2) - 1)²)",
+    "ratio/clipped": "mean(min(w, 2)); of a sample of tokens (cost/coverage below 1) by the trainer's own head",
+    "ratio/clipped_square": "mean((min(w, 2) - 1)²); the same",
     "copies": "the largest number of equal rows in a batch (the same completion of the same prompt), or over all "
     "batches and ranks the mean one, where that is more",
     "se/kl_k1": "standard error of kl_k1, over independent sequences (equal ones are one)",
@@ -150,6 +150,8 @@ SCALARS: dict[str, str] = {
     "cost/seconds": "host seconds spent in trl-parity per rollout batch, mean over ranks",
     "cost/share": "host seconds spent in trl-parity / wall seconds, since the window before; what has an account of "
     "its own (floor, diagnosis, incident) is not in it",
+    "cost/coverage": "share of the compared tokens that the fp32 head scored (cost_budget); below 1, statistics are "
+    "estimates from a sample of each sequence's tokens: unbiased where they are means over tokens",
     "cost/diagnosis_seconds": "host seconds of diagnoses since the window before was judged, mean over ranks",
     "cost/incident_seconds": "the same of incidents left behind, their pictures included",
     "effective_sequences": "(Σ n)² / Σ n², n the tokens of independent sequences: how many of one length they are",

@@ -17,7 +17,7 @@ from .pareto import add_log_ratios
 from .standard_errors import second_moments
 from .sums import INDEX, REPLAYED, SCALES
 
-__all__ = ["KEYS", "POOL", "ROWS", "SCALE", "TOKEN_ROWS", "add_sequences"]
+__all__ = ["KEYS", "POOL", "ROWS", "SCALE", "TOKEN_ROWS", "add_sampled_sequences", "add_sequences"]
 
 TOKEN_ROWS = (
     # sums over tokens, as named in ``SUMS``
@@ -51,11 +51,36 @@ _ENTROPY_NONFINITE, _CLIPPED = ROWS.index("entropy_nonfinite"), ROWS.index("clip
 
 _PLACES = np.array([INDEX[name] for name in TOKEN_ROWS])
 
+_COUNTS = [ROWS.index(name) for name in ("tokens", "own_tokens", "compared", "entropy_tokens")]
 
-def add_sequences(parts: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, float]:
-    """Add what (rows, B) numbers, in the order of ``ROWS``, say to the parts of sums; the maxima are returned."""
+
+def add_sampled_sequences(parts: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, float]:
+    """``add_sequences`` of sums that are estimated from a sample of each sequence's tokens.
+
+    What is not linear in the sum of one sequence (e^S, |S|, its share of Σ k3) would take the chance of its sample for
+    drift. It is made of the own head's sums; those of k3 times what makes the batch's the estimated one.
+    """
+    rows = rows.copy()
+    rows[_COUNTS] = rows[_COUNTS].round().clip(0.0)  # weights of a sequence add up to its tokens, but for rounding
     at = dict(zip(ROWS, rows, strict=False))
-    totals, tokens, delta = rows.sum(1), at["tokens"], at["delta"]
+    factor = max(0.0, at["k3"].sum()) / max(at["own_k3"].sum(), 1e-300)
+    return add_sequences(parts, rows, at["own_delta"], at["own_k3"] * factor)
+
+
+def add_sequences(
+    parts: dict[str, np.ndarray],
+    rows: np.ndarray,
+    log_ratios: np.ndarray | None = None,
+    k3: np.ndarray | None = None,
+) -> dict[str, float]:
+    """Add what (rows, B) numbers, in the order of ``ROWS``, say to the parts of sums; the maxima are returned.
+
+    ``log_ratios``, ``k3``: (B,) S and Σ k3 of the sequences; None: the sums over their tokens.
+    """
+    at = dict(zip(ROWS, rows, strict=False))
+    delta = at["delta"] if log_ratios is None else log_ratios
+    k3 = at["k3"] if k3 is None else k3
+    totals, tokens = rows.sum(1), at["tokens"]
     has_tokens = np.minimum(tokens, 1.0)
     parts["sums"][_PLACES] += totals[: len(TOKEN_ROWS)]
     parts["sums"][INDEX["sequences"]] += has_tokens.sum()
@@ -75,9 +100,9 @@ def add_sequences(parts: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, f
     x = np.minimum(np.maximum(x, -_CUBED), _CUBED)
     whole = np.array([np.bincount(numbers, one)[numbers] for one in x])  # of all equal sequences together
 
-    moments, copies = second_moments(np.array([delta, at["abs_delta"], at["k3"], tokens]), keys)
+    moments, copies = second_moments(np.array([at["delta"], at["abs_delta"], at["k3"], tokens]), keys)
     some = tokens > 0
-    k3 = at["k3"][some]
+    k3 = k3[some]
     if parts["carried"].size:
         add_carried(parts["carried"], k3, at["prompt"][some] if at["prompt"][0] >= 0 else None)
         add_log_ratios(parts["log_ratios"], delta[some])

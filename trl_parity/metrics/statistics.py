@@ -18,11 +18,11 @@ from ..records import ScoredBatch
 from ..verdict import MismatchStats
 from .concentration import concentration
 from .correction import correction_rows, correction_scalars
-from .histogram import log_ratio_histogram, quantiles, quantiles_abs
+from .histogram import log_ratio_histogram, monotone, quantiles, quantiles_abs
 from .intervals import intervals
 from .pareto import khat
 from .scalars import LAG_BUCKETS, SCALARS
-from .sequences import KEYS, POOL, SCALE, TOKEN_ROWS, add_sequences
+from .sequences import KEYS, POOL, SCALE, TOKEN_ROWS, add_sampled_sequences, add_sequences
 from .standard_errors import evidence_inputs
 from .sums import BINS, DECADES, PER_DECADE, REPLAYED, SCALES, MismatchSums
 from .trimmed import EXTREME, trimmed
@@ -46,11 +46,11 @@ _LAG_EDGES = (0, 1, 2, 4)  # the last lag of each bucket but the open one
 
 
 def measure(batch: ScoredBatch, *, bootstrap_samples: int = 200, first_sequence: int = 0) -> MismatchSums:
-    """The sums of one scored batch, on its device, without a device sync.
+    """The sums of one scored batch, on its device; without a device sync where all tokens were scored.
 
     Sequences are resampled by ``batch.keys``, so that equal ones are one piece of evidence, whatever batch or rank
     they are in; without keys by their number. ``first_sequence``: that of the batch's first sequence, over batches and
-    ranks.
+    ranks. Of a sample of tokens the sums are estimates (``_readings``).
     """
     import torch
 
@@ -63,6 +63,8 @@ def measure(batch: ScoredBatch, *, bootstrap_samples: int = 200, first_sequence:
                 part = batch if len(mask) <= rows else _part(batch, slice(low, low + rows))
                 _add_sequences(out, part, first_sequence + low)
     out.bump(batches=1)
+    if batch.weights is not None:
+        out.bump(unscored=int((mask & (batch.weights == 0)).sum()))
     if batch.lags is None and not batch.probe:
         out.bump(lag=batch.lag, lags=1)
     return out
@@ -84,7 +86,7 @@ def _add_sequences(out: MismatchSums, batch: ScoredBatch, first_sequence: int) -
     mask = batch.mask
     blocks = [slice(low, low + _BLOCK) for low in range(0, mask.shape[1], _BLOCK)]
     parts = [batch] if len(blocks) == 1 else (_part(batch, slice(None), block) for block in blocks)
-    by_sequence = [_add_tokens(out, part) for part in parts]
+    by_sequence = [_add_tokens(out, *reading) for part in parts for reading in _readings(part)]
     last = mask.cumsum(-1).argmax(-1, keepdim=True)  # the first of equal ones
     last_delta = batch.trainer_logprobs.gather(1, last) - batch.rollout_logprobs.gather(1, last)
     numbers = torch.arange(first_sequence, first_sequence + len(mask)) if batch.keys is None else batch.keys
@@ -93,14 +95,30 @@ def _add_sequences(out: MismatchSums, batch: ScoredBatch, first_sequence: int) -
     rows = [sum(by_sequence[1:], by_sequence[0]), last_delta.t(), numbers]
     if batch.correction_weights is not None:
         rows.append(correction_rows(batch.correction_weights.to(mask.device), mask))
-    out.wait(add_sequences, torch.cat(rows))
+    out.wait(add_sequences if batch.weights is None else add_sampled_sequences, torch.cat(rows))
     if batch.probe:
         out.span("probe_tokens").add_(rows[0][TOKEN_ROWS.index("tokens")].sum())
     if batch.lags is not None:
         _by_lag(out, batch, batch.lags.to(mask.device))
 
 
-def _add_tokens(out: MismatchSums, batch: ScoredBatch) -> torch.Tensor:
+def _readings(batch: ScoredBatch) -> list[tuple[ScoredBatch, torch.Tensor | None]]:
+    """What of a batch is summed up, and with which weight (B, C) of each token; None: 1.
+
+    Of a sample of tokens, Σ f(own) + Σ weight x (f(fp32) - f(own)): the fp32 head's numbers with their weights, and
+    the own head's with the rest to 1. Its expectation is Σ f(fp32).
+    """
+    if batch.weights is None:
+        return [(batch, None)]
+    own = replace(
+        batch, trainer_logprobs=batch.own_logprobs, entropy=None, law_entropy=None, log_kept=None, out_of_support=None,
+        replayed_logprobs=None,
+    )  # fmt: skip
+    weights = batch.weights.double()
+    return [(batch, weights), (own, 1.0 - weights)]
+
+
+def _add_tokens(out: MismatchSums, batch: ScoredBatch, weights: torch.Tensor | None) -> torch.Tensor:
     """(rows, B): ``TOKEN_ROWS`` and ``entropy_nonfinite``. What is no sum over sequences is added in place."""
     import torch
 
@@ -125,22 +143,28 @@ def _add_tokens(out: MismatchSums, batch: ScoredBatch) -> torch.Tensor:
     if batch.entropy is None:
         known = unknown  # nobody asked: neither
     flags = torch.stack([valid, finite[1], out_of_band, confident, mask, known, unknown])
-    clipped = less_1[:1].clamp(max=CLIP - 1.0)
-    plainly = torch.cat([plain, less_1 - deltas, sizes, w, w * w]).sum(-1)
-    by_sequence = torch.cat([plainly, flags.sum(-1), clipped.sum(-1), (clipped * clipped).sum(-1)])
+    # bets want numbers of one head: of a sample, of the own
+    clipped = less_1[:1].clamp(max=CLIP - 1.0) if weights is None else less_1[1:].clamp(max=CLIP - 1.0)
+    squares, plainly = clipped * clipped, torch.cat([plain, less_1 - deltas, sizes, w, w * w])
+    if weights is not None:
+        flags, clipped, squares, plainly = (x * weights for x in (flags, clipped, squares, plainly))
+        counts = counts * weights
+    by_sequence = torch.cat([x.sum(-1) for x in (plainly, flags, clipped, squares)])
     if batch.log_kept is not None and batch.out_of_support is not None:
         log_kept = torch.where(valid, batch.log_kept.double(), 0.0)
         truncation = _stacked(valid, log_kept.exp() * valid, log_kept, valid & batch.out_of_support)
+        truncation = truncation if weights is None else truncation * weights
         out.span("trunc_tokens", "kept_mass", "log_kept", "out_of_support").add_(truncation.sum((1, 2)))
     if batch.replayed_logprobs is not None:
-        _add_k3(out.span(*REPLAYED), batch.replayed_logprobs, batch.rollout_logprobs, mask)
+        _add_k3(out.span(*REPLAYED), batch.replayed_logprobs, batch.rollout_logprobs, mask, weights)
 
     # scatter, not bincount: bincount syncs with the device to learn its size. log10(0) = -inf ends in bin 0
     bins = sizes[0].log10().mul_(PER_DECADE).add_(1 - DECADES[0] * PER_DECADE).clamp_(0, BINS - 1)
     bins.add_(delta >= 0, alpha=BINS)
     out.histogram.view(-1).scatter_add_(0, bins.view(-1).long(), counts.view(-1))
 
-    largest = torch.where(valid, torch.stack([delta, -delta]), -math.inf).amax((1, 2))
+    seen = valid if weights is None else valid & (weights > 0)  # each token with the number that is known of it
+    largest = torch.where(seen, torch.stack([delta, -delta]), -math.inf).amax((1, 2))
     peaks = out.peak_span("delta", "neg_delta")
     torch.maximum(peaks, largest, out=peaks)
     return by_sequence
@@ -192,7 +216,9 @@ def measure_policy_drift(out: MismatchSums, new: torch.Tensor, old: torch.Tensor
         _add_k3(out.span("drift_tokens", "drift_k3"), new, old, mask)
 
 
-def _add_k3(sums: torch.Tensor, new: torch.Tensor, old: torch.Tensor, mask: torch.Tensor) -> None:
+def _add_k3(
+    sums: torch.Tensor, new: torch.Tensor, old: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor | None = None
+) -> None:
     """Add tokens, Σ k3 and, where there is a third place, Σ |Δ| to ``sums``, in place. Δ = new - old."""
     import torch
 
@@ -200,7 +226,8 @@ def _add_k3(sums: torch.Tensor, new: torch.Tensor, old: torch.Tensor, mask: torc
     valid = (delta.abs() < math.inf) & mask.bool()
     delta = torch.where(valid, delta, 0.0)
     k3 = torch.expm1(delta.clamp(max=_EXP_CLAMP)) - delta
-    sums += _stacked(valid, k3, *([delta.abs()] if len(sums) == 3 else [])).sum((1, 2)).to(sums.device)
+    terms = _stacked(valid, k3, *([delta.abs()] if len(sums) == 3 else []))
+    sums += (terms if weights is None else terms * weights).sum((1, 2)).to(sums.device)
 
 
 _OF_TEACHER = {"mass_max": "mass", "temperature_gap": "temperature_gap"}
@@ -231,6 +258,7 @@ _SHARES = {
     **{f"lag/{name}/kl_k3": (f"lag_k3/{name}", f"lag_tokens/{name}") for name in LAG_BUCKETS},
     "cost/seconds": ("cost_seconds", "batches"),
     "cost/share": ("cost_seconds", "wall_seconds"),
+    "cost/coverage": ("scored", "compared"),
     "temperature/engine": ("temperature_engine", "requests"),
     "temperature/trainer": ("temperature_trainer", "requests"),
     "reward/mean": ("reward_sum", "rewards"),
@@ -251,6 +279,7 @@ def compute(sums: MismatchSums) -> MismatchStats:
     sums = sums.cpu()
     s, maxima = sums.totals(), sums.peaks()
     s["nonfinite"] = s["compared"] - s["tokens"]
+    s["scored"] = s["compared"] - s["unscored"]
     values: dict[str, float | None] = dict.fromkeys(SCALARS)
     values |= {name: s[part] / s[whole] for name, (part, whole) in _SHARES.items() if s[whole] > 0}
     by_lag = {f"lag/{name}/tokens": s[f"lag_tokens/{name}"] for name in LAG_BUCKETS}
@@ -264,7 +293,7 @@ def compute(sums: MismatchSums) -> MismatchStats:
         values |= {f"teacher/{name}": maxima[f"teacher_{part}"] for name, part in _OF_TEACHER.items()}
     if s["tokens"] > 0:
         parts = sums.parts()
-        histogram, moments = parts["histogram"], parts["added"][:9].reshape(3, 3).tolist()
+        histogram, moments = monotone(parts["histogram"]), parts["added"][:9].reshape(3, 3).tolist()
         cumulative = histogram.sum(0).cumsum()  # both signs side by side, |Δ| ascending
         values |= _ratios(s, maxima, histogram, cumulative) | _entropies(s)
         values |= intervals(s, parts["bootstrap"], moments) | trimmed(histogram, cumulative, s)

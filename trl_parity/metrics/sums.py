@@ -123,6 +123,9 @@ BUMPED = (
     # it gave log-probs for, Σ e^ of them; ids it gave them for, and those that are none of the student's
     "teacher_tokens", "teacher_known", "teacher_missing", "teacher_logprob",
     "teacher_places", "teacher_mass", "teacher_ids", "teacher_foreign",
+    # compared tokens that a sample left out; host seconds of the fp32 head inside the trainer's passes, and what they
+    # would have been for all tokens
+    "unscored", "head_seconds", "head_seconds_for_all",
 )  # fmt: skip
 
 _NAMES = SUMS + ADDED + BUMPED

@@ -46,14 +46,15 @@ def worst_tokens(
 
 
 def sample_tokens(scored: ScoredBatch, count: int, seed: int) -> Rows:
-    """``count`` compared tokens with a finite Δ, drawn uniformly without replacement: numbers only, no ids, no text.
+    """``count`` scored tokens with a finite Δ, drawn uniformly without replacement: numbers only, no ids, no text.
 
     The global random state is not touched.
     """
     import torch
 
     delta = scored.trainer_logprobs - scored.rollout_logprobs
-    found = (scored.mask & torch.isfinite(delta)).flatten().nonzero().flatten().cpu()
+    known = scored.mask if scored.weights is None else scored.mask & (scored.weights > 0)
+    found = (known & torch.isfinite(delta)).flatten().nonzero().flatten().cpu()
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:count]
     flat = found[order]
     positions = (flat % delta.shape[1]).tolist()

@@ -19,6 +19,7 @@ from .head_spec import Head, HeadScores
 from .model_head import causal_lm, materialized_head
 from .own_head import OwnHeadRounding
 from .sampling import ReplayScores, candidates, replay, replay_top, turns
+from .token_sample import TokenSample
 
 __all__ = ["CompletionScorer", "CompletionScores", "Located"]
 
@@ -32,6 +33,7 @@ class CompletionScores(NamedTuple):
     law_entropy: torch.Tensor  # of the law that logprobs belongs to: after replayed processing, else the same
     log_kept: torch.Tensor | None
     out_of_support: torch.Tensor | None
+    weights: torch.Tensor | None = None  # how many tokens each stands for, 0: not scored; None: all were
 
 
 class Located(NamedTuple):
@@ -51,6 +53,16 @@ def _joined(parts: list[ReplayScores]) -> ReplayScores:
     return parts[0] if len(parts) == 1 else ReplayScores(*(torch.cat(x) for x in zip(*parts, strict=True)))
 
 
+def _drawn(sample: TokenSample, located: Located) -> tuple[Located, torch.Tensor]:
+    """The tokens to score of those the engine sampled, and their weights."""
+    rows, columns, mask = located.rows, located.columns, located.engine_mask
+    real = torch.arange(len(rows), device=rows.device) if mask is None else mask[rows, columns].nonzero()[:, 0]
+    drawn, weights = sample.draw(rows[real])
+    kept = real[drawn]
+    states = located.states[kept.to(located.states.device)]
+    return located._replace(states=states, rows=rows[kept], columns=columns[kept]), weights
+
+
 class CompletionScorer:
     """Context manager: while open, every forward of the model's backbone is scored through the fp32 head.
 
@@ -60,7 +72,8 @@ class CompletionScorer:
 
     ``locate`` finds the tokens in a forward, from its hidden states and the backbone's arguments. ``engine_mask``
     (rows of all forwards, C): what the engine sampled, where it is not the whole completion by one request.
-    ``rounding``: asked for, how far a head of the forward's own dtype moves log-probs.
+    ``rounding``: asked for, how far a head of the forward's own dtype moves log-probs. ``sample``: what draws the
+    tokens that are enough; the scores of all others are zero.
     """
 
     def __init__(
@@ -75,6 +88,7 @@ class CompletionScorer:
         backend: str = "auto",
         logits_dtype: torch.dtype | None = None,
         rounding: OwnHeadRounding | None = None,
+        sample: TokenSample | None = None,
     ):
         self._model = model
         self._keep = logits_to_keep
@@ -87,6 +101,7 @@ class CompletionScorer:
         self._parts: list[CompletionScores] = []
         self._rows = 0  # of the forwards so far
         self.rounding = rounding
+        self.sample = sample
         self.engine_mask: torch.Tensor | None = None
         self.locate: Callable[[torch.Tensor, Mapping[str, Any]], Located] = self._right_columns
         self.error: Exception | None = None
@@ -115,6 +130,12 @@ class CompletionScorer:
         self.seconds += time.perf_counter() - start
 
     @property
+    def seconds_for_all(self) -> float:
+        """``seconds`` as if all tokens had been scored."""
+        sample = self.sample
+        return self.seconds if sample is None or not sample.drawn else self.seconds * sample.seen / sample.drawn
+
+    @property
     def ran(self) -> bool:
         """Whether a forward of the backbone was seen."""
         return bool(self._parts) or self.error is not None
@@ -133,6 +154,10 @@ class CompletionScorer:
 
     def _score(self, head: Head, located: Located) -> CompletionScores:
         ids, keep, device = located.ids, located.keep, head.weight.device
+        weights: list[torch.Tensor] = []
+        if self.sample is not None:
+            located, drawn = _drawn(self.sample, located)
+            weights = [drawn.to(device)]
         states = located.states.to(device)
         targets = ids[:, ids.shape[1] - keep :][located.rows, located.columns].to(device)
         if self._replay:
@@ -145,11 +170,13 @@ class CompletionScorer:
             found = list(plain)
         if self.rounding is not None:
             self.rounding.add(states, targets, head, plain.logprobs, self._chunk_bytes)
+        found += weights
         placed = torch.zeros(len(found), len(ids), keep, dtype=torch.float32, device=device)
         placed[:, located.rows.to(device), located.columns.to(device)] = torch.stack(found)
+        weight = placed[-1] if weights else None
         if not self._replay:
-            return CompletionScores(placed[0], placed[0], placed[1], placed[1], None, None)
-        return CompletionScores(placed[2], placed[0], placed[1], placed[3], placed[4], placed[5].bool())
+            return CompletionScores(placed[0], placed[0], placed[1], placed[1], None, None, weight)
+        return CompletionScores(placed[2], placed[0], placed[1], placed[3], placed[4], placed[5].bool(), weight)
 
     def _plain(
         self, states: torch.Tensor, targets: torch.Tensor, head: Head, top: torch.Tensor | None = None

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import logging
+import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
 
 import torch
 from accelerate.utils import DistributedType
 
 from ..engine.pictures import Pictured, Pictures
-from ..errors import InterceptionError
 from ..records import RolloutBatch, SamplingSettings, ScoredBatch
 from ..scoring.own_head import OwnHeadRounding
 from ..scoring.perturb import own_random_numbers
 from ..scoring.scorer import CompletionScorer, CompletionScores
+from ..scoring.token_sample import TokenSample
+from .own_numbers import behind
 from .row_keys import prompt_keys, row_keys
 
 if TYPE_CHECKING:
@@ -32,12 +34,6 @@ _WIDEST = 16  # times the completion tokens wanted, prompts and padding included
 
 logger = logging.getLogger(__name__)
 
-# The own head's log-probs differ from the fp32 head's by rounding alone: by no more nats a token, in the mean, than a
-# rule would look at, and a few times what rounding logits to its dtype does (TRL before 1.16 rounds more than logits).
-_SAME, _SAME_ROUNDINGS = 0.003, 3.0
-
-_told: WeakSet[Any] = WeakSet()  # trainers whose own numbers are not those of the pass that was watched
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasurementSettings:
@@ -48,6 +44,7 @@ class MeasurementSettings:
     head_backend: str = "auto"
     probe_tokens: int = 0  # wanted of an asynchronous engine right after each weight sync
     evaluation: bool = True  # rollouts of evaluation, too
+    least_tokens: int = 4096  # of a batch that the fp32 head scores where a sample is enough
 
 
 class Capture(ABC):
@@ -143,6 +140,11 @@ class Capture(ABC):
         """Whether the trainer's side is judged with the engine's truncation and penalties, as asked for."""
         return self._observer.measurement.replay_sampling
 
+    @property
+    def _replays(self) -> bool:
+        """Whether there is any, and it is."""
+        return self.replayed and (self.sampling.truncates or self.sampling.penalizes)
+
     def ends_step(self) -> bool:
         """Whether no further generation comes before the next optimizer step. Needs ``micro_batches``."""
         trainer = self.trainer
@@ -194,12 +196,17 @@ class Capture(ABC):
         return [request.cache_use for request in self.requests if request.cache_use is not None]
 
     def new_scorer(
-        self, logits_to_keep: int, logits_dtype: torch.dtype | None = None, *, compared: bool = True
+        self,
+        logits_to_keep: int,
+        logits_dtype: torch.dtype | None = None,
+        *,
+        compared: bool = True,
+        tokens: torch.Tensor | int | None = None,
     ) -> CompletionScorer:
         """A scorer of one pass over the policy.
 
         ``compared``: with the engine's numbers, under both laws, and with those of the trainer's own head. Else of the
-        judged law alone.
+        judged law alone. ``tokens``: how many the pass has, where a sample of them may be enough.
         """
         settings = self._observer.measurement
         return CompletionScorer(
@@ -212,7 +219,24 @@ class Capture(ABC):
             backend=settings.head_backend,
             logits_dtype=logits_dtype,
             rounding=OwnHeadRounding.of(self.policy) if compared else None,
+            sample=None if tokens is None else self._sample(tokens),
         )
+
+    def _sample(self, tokens: torch.Tensor | int) -> TokenSample | None:
+        """Which of so many tokens of this batch the fp32 head scores; None: all.
+
+        Replayed processing is judged by all: the own head, which knows none of it, says little of the rest.
+        """
+        share = self._observer.head_share
+        if self._replays or share >= 1 or not self.training:
+            return None
+        rank, least = int(self.trainer.accelerator.process_index), self._observer.measurement.least_tokens
+        return TokenSample.of(share, int(tokens), least, seed=(self.step << 16) + rank)  # waits for the device
+
+    def score_all(self, rollout: RolloutBatch) -> ScoredBatch:
+        """The scores of all its tokens, from a pass of ours over the batch where the trainer's was scored in part."""
+        self.scorer = None
+        return self.score(rollout, sys.maxsize)
 
     def score(self, rollout: RolloutBatch, token_budget: int) -> ScoredBatch:
         """The trainer's scores, from its own pass where it made one, else from a forward over sampled rows.
@@ -232,10 +256,18 @@ class Capture(ABC):
         else:
             scores = scorer.scores() if scorer.ran else None
         mask, stale = rollout.engine_mask[rows], None
-        scores = self._behind(scores, own, mask)
+        scores = behind(self.trainer, self.policy, scores, own, mask, replays=self._replays)
         replayed = None if scores is None or scores.log_kept is None else scores.logprobs
         if scores is not None and not self.replayed:  # the loss has the plain law
             scores = scores._replace(logprobs=scores.plain, law_entropy=scores.entropy)
+        weights = None if scores is None else scores.weights
+        if scores is not None and weights is not None:
+            left_out = weights == 0
+            scores = scores._replace(
+                logprobs=torch.where(left_out, own.to(scores.logprobs), scores.logprobs),
+                entropy=scores.entropy.masked_fill(left_out, math.nan),
+                law_entropy=scores.law_entropy.masked_fill(left_out, math.nan),
+            )
         lags, in_flight = (None if x is None else x[rows] for x in (rollout.lags, rollout.in_flight))
         if lags is not None:  # what older weights generated differs by rights: only the rest is a mismatch
             mask, stale = mask & (lags == 0)[:, None], mask & (lags != 0)[:, None]
@@ -256,46 +288,10 @@ class Capture(ABC):
             stale=stale,
             probe=rollout.probe,
             correction_weights=None if rollout.correction_weights is None else rollout.correction_weights[rows],
+            weights=weights,
             keys=row_keys(rollout)[rows],
             prompts=prompt_keys(rollout)[rows],
         )
-
-    def _behind(
-        self, scores: CompletionScores | None, own: torch.Tensor, mask: torch.Tensor
-    ) -> CompletionScores | None:
-        """The scores, if the own head on the same hidden states can have given the trainer's numbers; else None.
-
-        Raises InterceptionError where replaying the engine's sampling would need them.
-        """
-        if scores is None:
-            seen = "come from no forward of the policy's backbone"
-        elif scores.plain.shape != own.shape:
-            seen = f"are {tuple(own.shape)} where the policy's passes give {tuple(scores.plain.shape)}"
-        else:
-            theirs = own.to(scores.plain)
-            gaps = (theirs - scores.plain)[mask & (theirs.isfinite() | scores.plain.isfinite())]
-            gap = float(gaps.double().abs().mean()) if len(gaps) else 0.0  # waits for the device
-            rounding = OwnHeadRounding.of(self.policy).nats
-            if gap <= _SAME + _SAME_ROUNDINGS * rounding:  # a number that one side alone has is no agreement
-                return scores
-            seen = (
-                f"are {gap:.3g} nats a token from what its head makes of the hidden states of the same pass (rounding "
-                f"explains {rounding:.1g})"
-            )
-        text = (
-            f"the trainer's own log-probs (old_per_token_logps) {seen}. Expected TRL's method. Is "
-            "_get_per_token_logps_and_entropies replaced by a subclass or a library, or is there an adapter on the LM "
-            "head that TRL's fused head leaves out?"
-        )
-        if self.replayed and (self.sampling.truncates or self.sampling.penalizes):
-            raise InterceptionError(
-                f"{text} The engine's truncation can't be replayed on such numbers: use TRL's method, or "
-                "truncation='ignore', the default."
-            )
-        if self.trainer not in _told:
-            _told.add(self.trainer)
-            logger.warning("%s The verdict is about these numbers, without entropy and the fp32 head's share.", text)
-        return None
 
     def _or_again(self, rollout: RolloutBatch, own: torch.Tensor, again: torch.Tensor, rows: Any) -> torch.Tensor:
         """The trainer's numbers of some rows; where its pass left tokens out, those of another pass over them."""
@@ -325,6 +321,8 @@ class Capture(ABC):
         if not len(rows) or scores.plain.shape != own.shape:
             return slice(None), scores, own
         more, again = self.forward(rollout, rows, compared=True)
+        if scores.weights is not None:
+            more = more._replace(weights=torch.ones_like(more.plain))
         kept: Any = slice(None)
         if len(picked) < len(some):
             kept = torch.cat([picked, _spread(others, len(others) * len(picked) // len(some))]).sort().values

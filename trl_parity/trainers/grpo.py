@@ -175,8 +175,10 @@ class GRPOCapture(Capture):
                 return score(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
             with ExitStack() as stack:
                 with self.trying():
-                    self.scorer = self.new_scorer(logits_to_keep)
-                    if self.sampling.penalizes and len(self._tool_mask()):
+                    plain = getattr(attention_mask, "ndim", 0) == 2  # else another's forward
+                    tokens = attention_mask[:, -logits_to_keep:].sum() if plain else None
+                    self.scorer = self.new_scorer(logits_to_keep, tokens=tokens)
+                    if (self.sampling.penalizes or self.scorer.sample is not None) and len(self._tool_mask()):
                         self.scorer.engine_mask = self._sampled(input_ids[:, -logits_to_keep:]).bool()
                     stack.enter_context(self.scorer)
                 result = score(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)

@@ -56,6 +56,7 @@ class Observer(ABC):
     """Base of callbacks that are handed rollouts."""
 
     measurement: MeasurementSettings
+    head_share = 1.0  # of the tokens of a batch, wanted of the fp32 head
     accumulated = 0  # micro-batches whose gradient waits for the update
     engine_handle: EngineHandle  # of the run
     engine_request: TRLEngineArguments | None = None  # what an engine that TRL builds for the trainer has to get

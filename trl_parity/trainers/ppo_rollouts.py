@@ -131,7 +131,7 @@ class VLLMRollouts:
         if reported is not None:
             numbers = [[torch.nan if token[0] is None else token[0] for token in row] for row in reported]
             capture.output["reported"] = _padded(numbers, 0.0, torch.float32)
-        capture.scorer = capture.new_scorer(keep)
+        capture.scorer = capture.new_scorer(keep, tokens=sum(map(len, completions)))
         with capture.scorer:
             logits = torch.cat(list(parts))
         from trl.trainer.utils import selective_log_softmax

@@ -212,6 +212,37 @@ def test_tokens_of_the_trainers_law_are_as_surprising_as_it_says_however_seldom_
         assert highest < 1.0
 
 
+def test_a_sample_that_has_none_of_a_peaked_laws_rare_tokens_decides_nothing():
+    """One token in 300 has all of the entropy, 12 nats; none of the 16 that were scored is among them."""
+    values = {"entropy/drift": -0.04, "se/entropy/drift": 0.009, "entropy/trainer": 0.001}
+    sampled, full = Evidence(), Evidence()
+    for step in range(30):
+        sampled.update(step, 8192, SEQUENCES, values | {"cost/coverage": 16 / 8192})
+        full.update(step, 8192, SEQUENCES, values | {"cost/coverage": 1.0})
+    assert "entropy" in full.decided
+    assert sampled.decided == ()
+    assert not sampled.suspects_entropy
+
+
+def test_a_sample_without_a_standard_error_says_nothing_of_the_entropy():
+    every, some = Evidence(), Evidence()
+    for step in range(20):
+        values = {"entropy/drift": 0.01 * (step % 2) if step < 10 else 0.3, "entropy/trainer": 1.0}
+        every.update(step, TOKENS, SEQUENCES, values)
+        some.update(step, TOKENS, SEQUENCES, values | {"cost/coverage": 1.0 if step < 10 else 0.1})
+    assert "entropy" in every.decided
+    assert every.suspects_entropy
+    assert some.bets["entropy"].windows == every.bets["entropy"].windows - 10
+    assert not some.suspects_entropy
+
+
+def test_a_withheld_token_is_decided_from_samples_too(rng):
+    evidence, values = Evidence(), {"entropy/drift": 0.2, "se/entropy/drift": 0.03, "entropy/trainer": 1.0}
+    for step in range(30):
+        evidence.update(step, TOKENS, SEQUENCES, values | {"cost/coverage": 0.25})
+    assert evidence.decided == ("entropy",)
+
+
 def test_laws_that_are_apart_may_differ_in_entropy_as_much(rng):
     far = {"entropy/drift": 0.07, "se/entropy/drift": 0.005, "entropy/trainer": 1.0}
     near, lagging = Evidence(), Evidence()

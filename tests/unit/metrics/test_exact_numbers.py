@@ -49,9 +49,15 @@ def test_students_quantile_has_the_degrees_that_sequences_and_resamples_leave():
     t, effective = _student(sizes, n)
     assert effective == pytest.approx(n * n * 5 / spread)  # 200: Σ n² of so many alike
     assert t == pytest.approx(scipy.stats.t.ppf(0.995, 1 / (1 / (effective - 4) + 1 / 5)))
+    four, effective = _student(np.array([50.0, 150.0]), n)
+    assert effective == 4.0
+    assert four == pytest.approx(scipy.stats.t.ppf(0.995, 1 / (1 / 2 + 1 / 2)))  # two are left at least
+    two, effective = _student(np.array([100.0 - 50 * 2**0.5, 100.0 + 50 * 2**0.5]), n)
+    assert effective == pytest.approx(2.0)
+    assert two == pytest.approx(scipy.stats.t.ppf(0.995, 1 / (1 / 1 + 1 / 2)))  # but no more than the variance has
     few, effective = _student(np.array([0.0, 200.0]), n)
     assert effective == 1.0
-    assert few == pytest.approx(scipy.stats.t.ppf(0.995, 1 / (1 / 2 + 1 / 2)))  # two are left at least
+    assert few == pytest.approx(scipy.stats.t.ppf(0.995, 1 / (1 / 0.5 + 1 / 2)))  # of one draw, none: a half
 
 
 def test_skewness_is_that_of_residuals_threefold_and_bounded():

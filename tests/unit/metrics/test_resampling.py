@@ -146,6 +146,15 @@ def test_copies_of_a_sequence_are_one_piece_of_evidence_in_whatever_batch_or_ran
     assert other < 0.5 * once
 
 
+def test_two_draws_that_happen_to_agree_are_no_finding_however_many_copies_there_are():
+    """A variance of two draws has one degree of freedom: its 99 % are 64 standard errors."""
+    x = torch.tensor([-3.5, -3.1], dtype=torch.float64).repeat(8)
+    stats = compute(measure(means(x, [10] * 16, torch.arange(2).repeat(8) * 7919)))
+    assert stats["se/entropy/drift"] == pytest.approx(0.02, rel=0.3)
+    assert stats["entropy/drift"] == pytest.approx(-0.33)
+    assert stats["entropy/drift_gap"] == 0.0
+
+
 def compute_width(x):
     stats = compute(measure(means(x, [10] * len(x), torch.arange(len(x)) * 104729 + 3)))
     return stats["entropy/drift_high"] - stats["entropy/drift_low"]
@@ -199,8 +208,9 @@ def test_equal_rows_have_equal_keys_whatever_their_padding():
             prompts[i, prompt - len(p) :], masks[0][i, prompt - len(p) :] = torch.tensor(p), 1
             completions[i, : len(c)], masks[1][i, : len(c)] = torch.tensor(c), 1
         return SimpleNamespace(
-            prompt_ids=prompts, prompt_mask=masks[0], completion_ids=completions, completion_mask=masks[1]
-        )
+            prompt_ids=prompts, prompt_mask=masks[0], completion_ids=completions, completion_mask=masks[1],
+            image_keys=None,
+        )  # fmt: skip
 
     rows = [([5, 6], [7, 8]), ([5, 6], [7, 8]), ([5, 6], [8, 7]), ([6, 5], [7, 8]), ([5], [6, 7, 8]),
             ([5, 6], [7, 8, 0]), ([0, 5, 6], [7, 8]), ([5, 6], [7])]  # fmt: skip

@@ -21,7 +21,10 @@ class Trainer:
     def __init__(self, model):
         self.model, self.temperature, self.vllm_generation = model, TEMPERATURE, None
         self.accelerator = SimpleNamespace(
-            unwrap_model=lambda model: model, distributed_type=DistributedType.NO, mixed_precision="no"
+            unwrap_model=lambda model: model,
+            distributed_type=DistributedType.NO,
+            mixed_precision="no",
+            process_index=0,
         )
 
 
@@ -31,8 +34,8 @@ class Batch(Capture):
     rewards = log = rollout = None
     step = 3
 
-    def __init__(self, trainer, sampling=None, **measured):
-        observer = SimpleNamespace(measurement=MeasurementSettings(**measured))
+    def __init__(self, trainer, sampling=None, share=1.0, **measured):
+        observer = SimpleNamespace(measurement=MeasurementSettings(**measured), head_share=share)
         super().__init__(trainer, observer, training=True)
         self.sampling = sampling or SamplingSettings(temperature=TEMPERATURE)
         self.rows_passed = []
@@ -51,7 +54,7 @@ class Batch(Capture):
         seen = real.clone()
         seen[list(cut)] = 0
         prompt = torch.ones(ROWS, PROMPT, dtype=torch.long)
-        self.scorer = self.new_scorer(KEEP)
+        self.scorer = self.new_scorer(KEEP, tokens=seen.sum())
         with self.scorer:
             own = self.run_policy(ids, torch.cat([prompt, seen], 1), KEEP) * seen
         self.rows_passed.clear()
@@ -188,3 +191,51 @@ def test_a_pass_of_ours_draws_from_random_numbers_of_its_own(tiny_model, dropout
     before = torch.random.get_rng_state()
     capture.forward(batch, torch.arange(4))
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+TOP_K = SamplingSettings(temperature=TEMPERATURE, top_k=5)
+
+
+@pytest.mark.parametrize("sampling", [None, TOP_K], ids=["plain", "top_k"])
+def test_of_a_sample_the_fp32_head_has_its_tokens_and_the_own_head_all_others(tiny_model, sampling):
+    model = copy.deepcopy(tiny_model).to(torch.bfloat16)
+    capture = Batch(Trainer(model), sampling, share=0.3, least_tokens=1)
+    batch = capture.batch()
+    sampled = capture.score(batch, 10**6)
+    whole = Batch(Trainer(model), sampling)
+    everything = whole.score(whole.batch(), 10**6)
+    drawn = sampled.weights > 0
+    assert drawn[batch.engine_mask].sum() == (10 + 1) * 4 + 3  # of 7 three and the last, of 4 two and the last
+    assert torch.equal(sampled.trainer_logprobs[drawn], everything.trainer_logprobs[drawn])
+    assert torch.equal(sampled.trainer_logprobs[~drawn], batch.own_logprobs[~drawn].float())
+    assert torch.equal(sampled.entropy[drawn], everything.entropy[drawn])
+    assert sampled.entropy[~drawn].isnan().all()
+    torch.testing.assert_close((sampled.weights * batch.engine_mask).sum(1), batch.engine_mask.sum(1).float())
+    assert (everything.weights, capture.rows_passed) == (None, [])
+
+
+def test_a_batch_that_was_sampled_can_be_scored_in_full(tiny_model):
+    capture = Batch(Trainer(copy.deepcopy(tiny_model)), share=0.3, least_tokens=1)
+    batch = capture.batch()
+    assert capture.score(batch, 1).weights is not None
+    scored = capture.score_all(batch)
+    assert (scored.weights, sum(capture.rows_passed), len(scored.mask)) == (None, ROWS, ROWS)
+
+
+def test_all_tokens_are_scored_where_a_sample_would_not_do(tiny_model):
+    trainer = Trainer(copy.deepcopy(tiny_model))
+    for capture in (
+        Batch(trainer, share=1.0, least_tokens=1),
+        Batch(trainer, share=0.01, least_tokens=60),  # of 93
+        Batch(trainer, TOP_K, share=0.01, least_tokens=1, replay_sampling=True),  # the own head knows nothing of it
+    ):
+        assert capture.score(capture.batch(), 10**6).weights is None
+
+
+def test_what_the_loss_leaves_out_is_scored_in_full_beside_a_sample(tiny_model):
+    capture = Batch(Trainer(copy.deepcopy(tiny_model)), share=0.3, least_tokens=1)
+    scored = capture.score(capture.batch(cut=(2, 7)), 10**6)
+    cut = [i for i, row in enumerate(range(ROWS) if scored.rows is None else scored.rows.tolist()) if row in (2, 7)]
+    assert len(cut) == 2
+    assert (scored.weights[cut] == 1).all()
+    assert (scored.weights == 0).any()
