@@ -26,6 +26,6 @@ part 150 "$python" -m pytest -q -p no:cacheprovider tests/unit/scoring/test_cuda
 part 60 "$python" benchmarks/syncs.py --json "$out/syncs.json"
 part 150 "$python" benchmarks/head.py --device cuda --tokens 4096 --vocab 151936 --hidden 4096 "${peers[@]}" --json "$out/head_4k.json"
 part 150 "$python" benchmarks/head.py --device cuda --tokens 32768 --vocab 151936 --hidden 4096 "${peers[@]}" --json "$out/head_32k.json"
-part 90 "$python" benchmarks/scaling.py --device cuda --only measure end --json "$out/scaling.json"
+part 90 "$python" benchmarks/scaling.py --device cuda --only measure window --json "$out/scaling.json"
 echo "== parts that failed: $failed"
 exit "$failed"

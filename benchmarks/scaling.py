@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py                 # two CPU cores: about 2 minutes
     python benchmarks/scaling.py --device cuda --json scaling.json
-    python benchmarks/scaling.py --only measure end --repeats 25
+    python benchmarks/scaling.py --only measure window --repeats 25
 
 Parts: the head (score_tokens); measure, which turns a scored batch into sums; a window of n rollout batches
 (every_n_steps), measured and added up, and its end alone (statistics, verdict, a line in the file); and reduce_sums
