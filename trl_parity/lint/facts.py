@@ -14,6 +14,7 @@ from ..scoring.dtypes import dtype_name
 from ..scoring.perturb import largest_dropout
 from ..trainers.generation import GenerationCapture
 from ..trainers.grpo import GRPOCapture
+from ..trainers.pictures import keeps_pictures
 from .models import adapter_facts, model_facts, tied_adapter
 from .rules import Facts, Finding, lint
 
@@ -52,6 +53,7 @@ def facts(capture: Capture, replayed: bool) -> Facts:
         max_completion_length=getattr(args, "max_completion_length", None),
         masks_truncated=getattr(args, "mask_truncated_completions", False),
         group_requests=getattr(capture.generation, "mode", None) == "colocate",
+        keeps_pictures=keeps_pictures(capture),
         teacher_served=getattr(capture.trainer, "teacher_client", None) is not None,
         **_request_facts(extra, getattr(capture.trainer, "eos_token_ids", ())),
         **model,

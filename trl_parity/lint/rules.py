@@ -44,6 +44,7 @@ class Facts:
     thinking_token_budget: int | None = None
     weighs_sequences: str | None = None  # TRL's importance-sampling mode, when it weighs answers by all their tokens
     max_completion_length: int | None = None
+    keeps_pictures: bool = False  # features of pictures, over a sync that moves what makes them
     teacher_served: bool = False  # a teacher's log-probs come from a server
     merges_adapter: bool = False  # PEFT's, into the weights, for each sync
     tied_adapter: str | None = None  # what unties a tied head on one side: target_modules or modules_to_save
@@ -94,8 +95,8 @@ def _reported(f: Facts) -> Iterator[Finding]:
         )
 
 
-def _teacher(f: Facts) -> Iterator[Finding]:
-    """What is learned from a teacher's server."""
+def _others(f: Facts) -> Iterator[Finding]:
+    """What is learned from a teacher's server, and what an engine keeps of pictures."""
     if f.teacher_served and f.trainer_temperature not in (None, 1.0):
         yield Finding(
             "error",
@@ -104,6 +105,15 @@ def _teacher(f: Facts) -> Iterator[Finding]:
             "come from a vLLM server, whose prompt log-probs are of temperature 1 whatever is asked for: the student "
             "is taught another law than its own.",
             "temperature=1.0, or a teacher that is loaded beside the student.",
+        )
+    if f.keeps_pictures:
+        yield Finding(
+            "warning",
+            "stale_encoder_cache",
+            "the vision tower is trained, vLLM keeps features of pictures from request to request, and TRL's weight "
+            "sync empties the prefix cache alone: a picture that comes again is read with older weights.",
+            "trl_parity.trainers.pictures.encode_pictures_anew(trainer) before trainer.train(), or freeze the tower "
+            "and its projector.",
         )
 
 
@@ -385,6 +395,6 @@ def _changed(sampling: SamplingSettings, names: tuple[str, ...]) -> str:
 
 
 _CHECKS = (
-    _reported, _requests, _correction, _teacher, _answers, _dropout, _model, _adapter, _quantization, _heads,
+    _reported, _requests, _correction, _others, _answers, _dropout, _model, _adapter, _quantization, _heads,
     _finer_updates, _served, _to_know,
 )  # fmt: skip

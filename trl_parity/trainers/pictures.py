@@ -9,7 +9,7 @@ from ..engine.pictures import Pictures
 from ..errors import InterceptionError
 from .instrumentation import require_attributes
 
-__all__ = ["encode_pictures_anew", "expand_pictures_once"]
+__all__ = ["encode_pictures_anew", "expand_pictures_once", "keeps_pictures"]
 
 
 def expand_pictures_once(trainer: Any) -> None:
@@ -54,7 +54,17 @@ def encode_pictures_anew(trainer: Any) -> None:
         sync(*args, **kwargs)
         generation.llm.llm_engine.reset_encoder_cache()
 
+    sync_weights.empties_encoder_cache = True  # type: ignore[attr-defined]
     generation.sync_weights = sync_weights
+
+
+def keeps_pictures(capture: Any) -> bool:
+    """Whether a colocated engine of a run with pictures keeps features that training makes old."""
+    generation = capture.generation
+    if capture.pictures is None or getattr(generation.sync_weights, "empties_encoder_cache", False):
+        return False
+    sees = ("visual", "vision", "connector", "projector")  # a tower, and what leads from it to the language model
+    return any(p.requires_grad and any(part in name for part in sees) for name, p in capture.policy.named_parameters())
 
 
 def _generation(trainer: Any, method: str) -> Any:

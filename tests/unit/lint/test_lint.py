@@ -65,6 +65,7 @@ def test_healthy_settings_have_no_findings_and_unknown_ones_are_not_guessed():
         ({}, {"seed": 0}, "duplicate_rollouts", "error", "advantages and gradients are 0"),
         ({}, {"seed": 0, "group_requests": False}, "duplicate_rollouts", "warning", "the same random numbers"),
         ({}, {"ends": ("stop",), "masks_truncated": True}, "truncation_accounting", "error", "trainer.eos_token_ids"),
+        ({}, {"keeps_pictures": True}, "stale_encoder_cache", "warning", "encode_pictures_anew(trainer)"),
         ({"temperature": 0.7}, {"teacher_served": True, "trainer_temperature": 0.7}, "temperature", "error",
          "prompt log-probs are of temperature 1"),
         ({}, {"thinking_token_budget": 0}, "constrained_decoding", "error", "thinking_token_budget=0"),

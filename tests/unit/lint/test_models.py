@@ -242,6 +242,7 @@ def test_a_live_policy_is_read_as_its_settings_are():
     capture = object.__new__(GRPOCapture)
     capture.trainer, capture.sampling = trainer, SamplingSettings(top_p=0.9)
     capture._observer = SimpleNamespace(engine_handle=SimpleNamespace(get=lambda generation: None))
+    capture.requests = []
     f = facts(capture, replayed=True)
     assert (f.seed, f.group_requests, f.ends, f.masks_truncated) == (3, True, ("stop_token_ids=[1]",), True)
     assert (f.weighs_sequences, f.max_completion_length, f.refused) == ("sequence_mask", 16, None)

@@ -15,7 +15,7 @@ from trl_parity.errors import InterceptionError
 from trl_parity.records import SamplingSettings
 from trl_parity.trainers.capture import MeasurementSettings
 from trl_parity.trainers.grpo import GRPOCapture
-from trl_parity.trainers.pictures import encode_pictures_anew, expand_pictures_once
+from trl_parity.trainers.pictures import encode_pictures_anew, expand_pictures_once, keeps_pictures
 from trl_parity.trainers.row_keys import picture_key, prompt_keys, row_keys
 
 pytestmark = pytest.mark.slow_unit
@@ -191,6 +191,16 @@ def test_a_sync_drops_what_the_engine_keeps_of_pictures_after_it():
     encode_pictures_anew(SimpleNamespace(vllm_generation=generation))
     generation.sync_weights()
     assert told == ["synced", "dropped"]
+    tower = torch.nn.ModuleDict({"visual": torch.nn.Linear(1, 1), "text": torch.nn.Linear(1, 1)})
+    capture = SimpleNamespace(generation=generation, pictures=[None], policy=tower)
+    assert not keeps_pictures(capture)
+    generation.sync_weights = lambda: None  # TRL's own
+    assert keeps_pictures(capture)
+    tower["visual"].requires_grad_(False)
+    assert not keeps_pictures(capture)
+    tower.requires_grad_(True)
+    capture.pictures = None
+    assert not keeps_pictures(capture)
     generation.mode = "server"
     with pytest.raises(InterceptionError, match="server empties no encoder cache"):
         encode_pictures_anew(SimpleNamespace(vllm_generation=generation))
