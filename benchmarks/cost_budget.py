@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import runs
 import torch
 from machine import describe, limits, lines
 from rich.console import Console
 from rich.table import Table
 
-import runs
 from trl_parity import ParityCallback
 from trl_parity.metrics.statistics import compute, measure
 from trl_parity.records import ScoredBatch
