@@ -17,7 +17,7 @@ from ..errors import ConfigError
 from ..results.reader import as_number
 from ..results.redaction import bare
 from .escape import visible
-from .format import number
+from .format import cut, number
 from .looser import looser_rules
 from .rendering import render_markdown, sections
 from .sequences import WorstSequence, worst_sequences
@@ -80,7 +80,7 @@ def markdown_parts(summary: Summary, pictures: Sequence[str], note: str = "") ->
         incident=incident,
         notes=[*([note] if note else []), *summary.notes],
         statistics=statistics(SHOWN, columns.values, columns.last, summary.config),
-        events="\n".join(f"{r['status']:<12} step {r['step']:<8} {r['reason'][:300]}" for r in columns.events),
+        events="\n".join(f"{r['status']:<12} step {r['step']:<8} {cut(r['reason'], 600)}" for r in columns.events),
         both=len(summary.before) and len(summary.after),
         sampled=_sampled(summary),
         of=summary.of,
@@ -171,9 +171,9 @@ def _table(sequence: WorstSequence, redacted: bool) -> str:
 
 def _quoted(text: str, *, from_end: bool = False) -> str:
     """In quotes on one line, its beginning or end where it is long."""
-    cut = text[-_CHARS:] if from_end else text[:_CHARS]
-    inner = visible(cut.replace("\\", "\\\\").replace('"', '\\"'))
-    if len(cut) == len(text):
+    part = text[-_CHARS:] if from_end else text[:_CHARS]
+    inner = visible(part.replace("\\", "\\\\").replace('"', '\\"'))
+    if len(part) == len(text):
         return f'"{inner}"'
     return f'…"{inner}"' if from_end else f'"{inner}"…'
 
