@@ -68,6 +68,8 @@ def write_atomic(path: Path, content: bytes | str, *, private: bool = False) -> 
         try:
             with open(temporary, "xb", opener=_private if private else None) as file:  # x: never what is there
                 file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())  # else a power loss may leave the new name with nothing in it
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

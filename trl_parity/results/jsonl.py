@@ -8,6 +8,8 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,6 +32,9 @@ _LONGEST_LINE = 1 << 26  # bytes; no window's: something foreign
 _encode = json.JSONEncoder(allow_nan=False).encode  # json.dumps would make an encoder for each line
 
 
+_sync = getattr(os, "fdatasync", os.fsync)  # macOS has the latter alone
+
+
 class JsonlSink:
     """``<name>.jsonl``: one JSON object per window, each written whole in one call: a kill tears one at most.
 
@@ -37,11 +42,16 @@ class JsonlSink:
     after the windows up to that step; later ones, which the resumed run measures again, and a torn last line move
     to ``<name>.superseded.jsonl``. The file is read from its end, and cut in place: time and memory don't grow with
     it. A link, or what is no regular file, is refused.
+
+    What is written is brought to the disk behind the caller's back, so that a power loss takes the last window at
+    most, or those since the last that reached the disk where that takes longer than a window.
     """
 
     def __init__(self, directory: str | Path, resume_step: int = 0, name: str = "metrics"):
         self.path = Path(directory) / f"{name}.jsonl"
         self._failed = False
+        self._disk = ThreadPoolExecutor(1, "trl-parity-disk")
+        self._syncing: Future[None] | None = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists() and self.path.stat().st_size:
@@ -104,9 +114,15 @@ class JsonlSink:
             self._failed = True
         else:
             self._failed = False
+            if self._syncing is None or self._syncing.done():  # one that runs on may miss this line, the next does not
+                self._syncing = self._disk.submit(_sync, self._file.fileno())
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, all of it on the disk."""
+        self._disk.shutdown()
+        if not self._file.closed:
+            with suppress(OSError):
+                _sync(self._file.fileno())
         self._file.close()
 
 

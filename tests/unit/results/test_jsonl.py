@@ -1,9 +1,12 @@
 """Crash-safe JSONL."""
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 
@@ -156,6 +159,43 @@ def test_a_killed_writer_leaves_a_readable_file(tmp_path, kill):
         assert json.loads(line)["status"] == "OK"
     kept = len(lines) if lines[-1].endswith(b"\n") else len(lines) - 1
     assert len(rows(JsonlSink(tmp_path, resume_step=1).path)) == kept
+
+
+def test_what_is_written_is_brought_to_the_disk_and_a_slow_disk_holds_nobody_up(tmp_path, monkeypatch):
+    sizes, begun, released = [], threading.Event(), threading.Event()
+
+    def sync(descriptor):
+        size = os.fstat(descriptor).st_size
+        begun.set()
+        assert released.wait(20)
+        sizes.append(size)
+
+    monkeypatch.setattr(jsonl, "_sync", sync)
+    sink, written = JsonlSink(tmp_path), []
+    for step in (1, 2, 3):
+        sink.write(verdict(step))  # the disk is busy with the first
+        assert begun.wait(20)
+        written.append(sink.path.stat().st_size)
+    released.set()
+    sink._syncing.result(20)
+    sink.write(verdict(4))
+    sink._syncing.result(20)
+    whole = sink.path.stat().st_size
+    assert sizes == [written[0], whole]
+    sink.close()
+    assert sizes == [written[0], whole, whole]
+
+
+def test_a_disk_that_cannot_sync_loses_nothing_else(tmp_path, monkeypatch):
+    def broken(descriptor):
+        raise OSError(errno.EIO, "the disk is broken")
+
+    monkeypatch.setattr(jsonl, "_sync", broken)
+    sink = JsonlSink(tmp_path)
+    for step in (1, 2):
+        sink.write(verdict(step))
+    sink.close()
+    assert [row["step"] for row in rows(sink.path)] == [1, 2]
 
 
 @pytest.mark.parametrize("linked", ["metrics.jsonl", "metrics.superseded.jsonl"])
