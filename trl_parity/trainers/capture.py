@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import sys
@@ -130,7 +131,7 @@ class Capture(ABC):
         """As ``engine``, with a server's settings read anew: one short request."""
         return self._observer.engine_handle.refreshed(self.generation)
 
-    @property
+    @functools.cached_property  # accelerate walks through all modules to find it
     def policy(self) -> Any:
         """The policy without wrappers of distribution."""
         return self.trainer.accelerator.unwrap_model(self.trainer.model)
