@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    from .capture import Capture
 
 __all__ = ["pictures_of", "run_backbone"]
 
@@ -16,7 +13,7 @@ _TOGETHER = 8  # rows, where nobody says how many
 
 @torch.no_grad()
 def run_backbone(
-    capture: Capture,
+    capture: Any,
     backbone: Any,
     ids: torch.Tensor,
     attention: torch.Tensor,
@@ -26,7 +23,8 @@ def run_backbone(
 ) -> None:
     """Pass sequences through it in the run's mixed precision: for what hooks see of it.
 
-    ``ids``, ``attention``: (B, P + keep). ``rows`` (B,): theirs of the rollout batch, whose pictures are given along.
+    ``capture``: the ``Capture`` of the batch. ``ids``, ``attention``: (B, P + keep). ``rows`` (B,): theirs of the
+    batch, whose pictures are given along.
     """
     size = batch_size or _TOGETHER
     with capture.trainer.accelerator.autocast():
@@ -35,7 +33,7 @@ def run_backbone(
             backbone(input_ids=some, attention_mask=mask, use_cache=False, **images)
 
 
-def pictures_of(capture: Capture, rows: torch.Tensor, width: int, keep: int) -> dict[str, Any]:
+def pictures_of(capture: Any, rows: torch.Tensor, width: int, keep: int) -> dict[str, Any]:
     """The model's arguments for the pictures of rows that are passed at once: the trainer's without counts."""
     given = capture.image_inputs(rows, width, keep)
     return {name: value for name, value in given.items() if not name.startswith("num_")}

@@ -1,23 +1,20 @@
-"""Which rows of a batch are looked at where all would cost too much."""
+"""Which rows of a ``Capture``'s batch are looked at where all would cost too much."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from ..records import RolloutBatch
 from .row_keys import row_keys
 
-if TYPE_CHECKING:
-    from .capture import Capture
-
 __all__ = ["rows_of_tokens", "rows_within", "spread"]
 
 _WIDEST = 16  # times the completion tokens wanted, prompts and padding included
 
 
-def rows_within(capture: Capture, rollout: RolloutBatch, token_budget: int) -> torch.Tensor:
+def rows_within(capture: Any, rollout: RolloutBatch, token_budget: int) -> torch.Tensor:
     """Rows of the batch, evenly spaced, that fit the budget (at least one); another set from step to step.
 
     Rows with a token to compare; others only where a sharded model wants as many rows of every rank.
@@ -28,7 +25,7 @@ def rows_within(capture: Capture, rollout: RolloutBatch, token_budget: int) -> t
     return _evenly(capture, rollout, some, count)
 
 
-def rows_of_tokens(capture: Capture, rollout: RolloutBatch, tokens: int, least: int) -> torch.Tensor:
+def rows_of_tokens(capture: Any, rollout: RolloutBatch, tokens: int, least: int) -> torch.Tensor:
     """As ``rows_within``: different rows with about so many completion tokens; none where none has any.
 
     At least ``least`` rows over all ranks, as far as there are; no more than are 16 times as many tokens wide,
@@ -46,7 +43,7 @@ def rows_of_tokens(capture: Capture, rollout: RolloutBatch, tokens: int, least: 
     return _evenly(capture, rollout, some, min(have, max(needed, min(wanted, _WIDEST * tokens // width))))
 
 
-def _evenly(capture: Capture, rollout: RolloutBatch, some: torch.Tensor, count: int) -> torch.Tensor:
+def _evenly(capture: Any, rollout: RolloutBatch, some: torch.Tensor, count: int) -> torch.Tensor:
     """``count`` rows of ``some`` (B,) bool, evenly spaced, from another one on at each step."""
     device, total = rollout.prompt_ids.device, len(rollout.prompt_ids)
     if capture.sharded:  # a sharded model's forward is a collective: every rank must run as many rows
