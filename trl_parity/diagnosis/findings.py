@@ -37,7 +37,7 @@ class EngineWeights:
     adapted: bool = False  # adapters are merged into these: switched off, they hold
     form: str = ""  # what the quantizer left, in words
     older: float | None = None  # share that are an older version of the trainer's; None: not known
-    adapter_counts: float | None = None  # how many times, where more than once
+    adapter_counts: float | None = None  # how many times, where not once
 
     @property
     def altered(self) -> bool:

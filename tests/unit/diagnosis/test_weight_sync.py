@@ -2,11 +2,13 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trl_parity.diagnosis.probes.weight_sync import _cause, _read, _words
+from trl_parity.engine.weight_readback import policy_tensors
 
 
 class Loaded(torch.nn.Module):
@@ -144,3 +146,41 @@ def test_an_engine_may_lack_what_no_gradient_has_moved(policy):
         optimizer.step()
         held = _read(policy, Without(policy, older), torch.float32, optimizer)
         assert (len(held.ignored), _cause(held)) == (ignored, cause)
+
+
+class LoadedMerged(Loaded):
+    """An engine's module that holds the base and what ``adapters`` makes of what the merge added."""
+
+    def __init__(self, model, adapters):
+        tensors = list(policy_tensors(model))
+        super().__init__(Named({t.name: t.tensor for t in tensors}))
+        for t in tensors:
+            if t.adapted:
+                base = t.parameter.detach()
+                self.held[t.name.replace(".", "/")].data.copy_((base + adapters(t.tensor - base)).bfloat16())
+
+
+class Named(dict):
+    def named_parameters(self):
+        return self.items()
+
+
+@pytest.mark.parametrize(
+    ("adapters", "cause", "counts"),
+    [
+        (lambda d: 0.5 * d, "partial_sync", 0.5),
+        (lambda d: 2.0 * d, "partial_sync", 2.0),
+        (lambda d: 0.5 * d + 0.2 * d.abs().mean() * torch.randn(d.shape), "stale_weights", None),  # older, of its own
+        (lambda d: 0.0 * d, "stale_weights", None),
+    ],
+)
+def test_adapters_that_count_in_part_are_no_older_ones(policy, adapters, cause, counts):
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(copy.deepcopy(policy), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter) * parameter.requires_grad)
+    held = _read(model, LoadedMerged(model, adapters), torch.bfloat16)
+    assert _cause(held) == cause
+    assert held.adapter_counts == (None if counts is None else pytest.approx(counts, abs=0.02))

@@ -8,7 +8,7 @@ from ...scoring.dtypes import dtype_name
 from ..counterfactual import Counterfactual, DiagnosedBatch
 from ..findings import NOTHING, Findings
 from .asking import on_trainers_weights, whole_sequences
-from .base import Candidate, NotPossible, Probe, probe
+from .base import Candidate, NotPossible, Probe, Unexplained, probe
 from .same_states import on_same_states
 
 __all__ = ["ENGINE_HEAD"]
@@ -16,6 +16,8 @@ __all__ = ["ENGINE_HEAD"]
 _DTYPES = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 _LIKE = 0.1  # a law of the difference leaves this share of it at most
+
+_ROUNDED = 4.0  # times what rounding to the head's dtype does: less, and no law of it, is that
 
 
 def engine_head(
@@ -32,6 +34,8 @@ def engine_head(
         lambda whole, places: engine.last_states(whole.ids, places.tolist()),
     )  # fmt: skip
     cause, words = _in_words(found.others.float(), found.heads, engine.head_dtype, batch.redacted)
+    if not cause:
+        raise Unexplained(words)
     candidate = Candidate(
         counterfactual=found.counterfactual,
         over=found.over,
@@ -51,7 +55,8 @@ _FIX = (
 def _in_words(theirs: torch.Tensor, ours: torch.Tensor, dtype: torch.dtype, redacted: bool) -> tuple[str, str]:
     """What logits (n, V) of the engine are to those of the trainer's head on the same states: the cause, and how.
 
-    ``dtype``: of the engine's head. Logits that all lie on the grid of a narrower one were rounded to it.
+    ``dtype``: of the engine's head. Logits that all lie on the grid of a narrower one were rounded to it. No cause:
+    they are no further apart than two heads in that dtype.
     """
     gap = theirs - ours
     size = float(gap.abs().nan_to_num(0.0, posinf=0.0).mean())
@@ -68,7 +73,11 @@ def _in_words(theirs: torch.Tensor, ours: torch.Tensor, dtype: torch.dtype, reda
         on = "one token" if redacted else f"token {most}"
         words = f"{same}, by one bias wherever they are: {float(bias[most]):+.3g} on {on} the most"
         return "constrained_decoding", words
-    return "model_definition", f"{same} ({size:.3g} apart on average)"
+    apart = f"{same} ({size:.3g} apart on average"
+    rounding = float((ours.to(dtype).float() - ours).abs().nan_to_num(0.0, posinf=0.0).mean())
+    if size < _ROUNDED * rounding:
+        return "", f"{apart}: no more than sums in {dtype_name(dtype)} differ by)"
+    return "model_definition", f"{apart})"
 
 
 ENGINE_HEAD: tuple[Probe, ...] = (

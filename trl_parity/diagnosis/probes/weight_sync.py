@@ -25,7 +25,9 @@ _ARRIVED = 20  # elements that would differ, had a tensor not arrived, from whic
 
 _NEAR = 0.25  # mean |difference| to mean |value|, of a tensor that was rounded
 
-_MORE_THAN_ONCE = 1.2
+_MORE_THAN_ONCE, _IN_PART = 1.2, (0.1, 0.9)  # times that adapters count
+
+_ALIKE = 0.1  # of the adapters, left by a part of them: older ones have another direction, too
 
 _SAMPLE = 65_536  # elements of a tensor that its rounding step is looked up for
 
@@ -278,10 +280,10 @@ def _form(held: torch.Tensor | None, ours: torch.Tensor, dtype: torch.dtype) -> 
 def _adapter_counts(
     held: Mapping[str, torch.Tensor], ours: Mapping[str, PolicyTensor], dtype: torch.dtype
 ) -> float | None:
-    """How many times the adapters count in the engine's tensors, where that is more than once; None otherwise.
+    """How many times the adapters count in the engine's tensors, where that is not once; None otherwise.
 
-    Least squares of held = base + c (merged - base), which leaves no more than rounding. (Older adapters are smaller:
-    c below 1 is no evidence.)
+    Least squares of held = base + c (merged - base), which leaves no more than rounding. Older adapters are smaller:
+    c below 1 is evidence where it leaves next to nothing of the adapters themselves.
     """
     pairs = [(ours[name], values) for name, values in held.items() if ours[name].adapted]
     parts = [(t.parameter.detach().to(v), t.tensor.to(v), v) for t, v in pairs if t.parameter.shape == v.shape]
@@ -289,11 +291,13 @@ def _adapter_counts(
     if len(parts) < len(held) or not square:
         return None
     c = sum(float(((v - base) * (merged - base)).sum()) for base, merged, v in parts) / square
-    left, rounding = 0.0, 0.0
+    left, rounding, size = 0.0, 0.0, 0.0
     for base, merged, v in parts:
         left += float((v - base - c * (merged - base)).abs().mean())
         rounding += float(_steps(v, dtype).mean())
-    return c if c > _MORE_THAN_ONCE and left <= rounding else None
+        size += float((merged - base).abs().mean())
+    in_part = _IN_PART[0] < c < _IN_PART[1] and left <= _ALIKE * size
+    return c if (c > _MORE_THAN_ONCE or in_part) and left <= rounding else None
 
 
 def _swaps(
