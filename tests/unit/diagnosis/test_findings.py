@@ -18,6 +18,7 @@ from trl_parity.diagnosis.diagnose import diagnose
 from trl_parity.diagnosis.findings import NAMES, NOTHING, EnginePrompts, EngineWeights, Findings
 from trl_parity.diagnosis.probes import PROBES, in_order, rescore
 from trl_parity.diagnosis.probes.base import NotPossible, independent, probe
+from trl_parity.diagnosis.probes.other_prompts import under_another_prompt
 from trl_parity.diagnosis.selection import RESAMPLES, Result, confidence_in, mean, not_excluded, standard_error
 from trl_parity.engine.base import Capability
 from trl_parity.engine.built_anew import Part
@@ -93,9 +94,10 @@ def models():
 
 @pytest.fixture
 def make_batch(models):
-    policy, older = models
+    policy, _ = models
 
-    def make(engine=True, began_healthy=True, **served):
+    def make(engine=True, began_healthy=True, own=False, answers=None, **served):
+        older = policy if own else models[1]
         generator = torch.Generator().manual_seed(1)
         prompts = torch.randint(0, VOCAB, (B, P), generator=generator)
         ids = prompts.tolist()
@@ -107,6 +109,9 @@ def make_batch(models):
                 reported[i, t] = law[token]
                 sequence.append(token)
         completions = torch.tensor(ids)[:, P:]
+        if answers is not None:
+            completions, reported = answers
+            ids = torch.cat([prompts, completions], dim=1).tolist()
         trainer = torch.stack(
             [logprobs_of(policy, s)[P - 1 : -1].gather(1, torch.tensor(s[P:])[:, None])[:, 0] for s in ids]
         )
@@ -127,6 +132,25 @@ def make_batch(models):
         )  # fmt: skip
 
     return make
+
+
+@pytest.mark.slow_unit
+def test_answers_under_each_others_prompts_are_told_by_what_they_fit(make_batch):
+    """A healthy engine; the answers of rows 0 and 1 changed places before they were handed over."""
+    batch = make_batch(own=True)
+    ids, numbers = batch.rollout.completion_ids, batch.rollout.rollout_logprobs
+    for x in (ids, numbers):
+        x[[0, 1]] = x[[1, 0]]
+    batch = make_batch(own=True, answers=(ids, numbers))
+    assert under_another_prompt(make_batch(own=True), make_batch(own=True).start) is None
+    found = under_another_prompt(batch, batch.start)
+    assert found.cause == "token_misalignment"
+    assert found.details == {"answers_of": {"0": 1, "1": 0}}
+    assert found.finding.startswith(
+        "2 of 4 sequences looked at answer another prompt of the batch: row 0 to the prompt of row 1"
+    )
+    assert mean(batch.residual(found.counterfactual)[0]) < 1e-6 < mean(batch.residual(batch.start)[0])
+    assert diagnose(batch, 1).cause == "token_misalignment"
 
 
 def seen(diagnosis):

@@ -30,6 +30,7 @@ from .asking import (
     whole_sequences,
 )
 from .base import Candidate, NothingThere, NotPossible, Probe, Unexplained, probe, recomputed
+from .other_prompts import under_another_prompt
 from .what_changed import NO_LAW, dishonest, what_changed
 
 __all__ = ["RESCORE", "sampling_alone"]
@@ -110,6 +111,8 @@ def within_sequences(
         return None, found
     if (random := _random(batch, current, again, findings)) is not None:
         return random, found
+    if (crossed := under_another_prompt(batch, current)) is not None:
+        return crossed, found
     cause, why = what_changed(batch, current)
     words = f"asked again, the engine does not give back what it reported: {gap}; {why}"
     if not cause and not (decoding := _decoding(batch, current, again, findings)):
