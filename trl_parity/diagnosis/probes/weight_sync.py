@@ -27,7 +27,9 @@ _NEAR = 0.25  # mean |difference| to mean |value|, of a tensor that was rounded
 
 _MORE_THAN_ONCE, _IN_PART = 1.2, (0.1, 0.9)  # times that adapters count
 
-_ALIKE = 0.1  # of the adapters, left by a part of them: older ones have another direction, too
+_ALIKE = 0.1  # of the adapters, left by a part of them: older ones have another direction, too, as a rule
+
+_AS_A_RULE = 0.5  # confidence then: after batches without a gradient Adam goes on in the direction it had
 
 _SAMPLE = 65_536  # elements of a tensor that its rounding step is looked up for
 
@@ -54,6 +56,7 @@ def engine_weights(
         cause=_cause(held),
         finding=words,
         fix=_fix(held),
+        most=_AS_A_RULE if (held.adapter_counts or 1.0) < 1.0 and not held.coarse else 1.0,
         details={
             "tensors": {name: dict(sizes) for name, sizes in held.differing.items()},
             "ignored": list(held.ignored),
@@ -209,6 +212,7 @@ def _words(held: EngineWeights, dtype: str) -> str:
         words += f" but quantized: {held.form}"
     elif held.adapter_counts is not None:
         words += f" but the base and {held.adapter_counts:.3g} times the adapter"
+        words += " (or an older one that had its direction)" if held.adapter_counts < 1.0 else ""
     elif held.older is not None:
         of_them = (
             "an older version of the trainer's" if held.older else "no version the trainer's have had in this run"
