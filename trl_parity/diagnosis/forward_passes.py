@@ -23,6 +23,7 @@ from ..scoring.perturb import eval_mode, own_random_numbers, rebuilt, rounded_ca
 from ..trainers.capture import Capture
 from ..trainers.plain_pass import pictures_of, run_backbone
 from .findings import EnginePrompts, EngineWeights
+from .one_update_ago import one_update_ago
 
 __all__ = ["FEW", "ForcedRouting", "ForwardPass", "ForwardPasses"]
 
@@ -46,7 +47,7 @@ class ForwardPass:
     layout: str = "padded"  # padded as in training; single: one sequence at a time; unpadded: and without its padding
     prompts: EnginePrompts | None = None  # those the engine was really given
     model: str = "live"  # engine_config: built anew from the engine's config, on the trainer's weights
-    weights: EngineWeights | str = "own"  # those the engine holds; rounded: own ones, in the engine's dtype and back
+    weights: EngineWeights | str = "own"  # those the engine holds; or own ones: rounded to its dtype; one update ago
     kv_dtype: torch.dtype | None = None  # round keys and values to this dtype
     kv_truncated: bool = False  # towards zero: the upper byte of fp16 is e5m2, and some kernels just take it
     routing: ForcedRouting | None = None  # in an unpadded pass
@@ -205,12 +206,19 @@ class ForwardPasses:
             yield model
 
     def _weights(self, weights: EngineWeights | str) -> Mapping[torch.nn.Parameter, torch.Tensor]:
-        return self._rounded if isinstance(weights, str) else weights.values
+        if not isinstance(weights, str):
+            return weights.values
+        return self._rounded if weights == "rounded" else self.one_update_ago
 
     @functools.cached_property
     def _rounded(self) -> dict[torch.nn.Parameter, torch.Tensor]:
         dtype = self._capture.compute_dtype if self._engine is None else self._engine.dtype
         return {p: p.detach().to(dtype).to(p.dtype) for p in self._model.parameters() if p.is_floating_point()}
+
+    @functools.cached_property
+    def one_update_ago(self) -> dict[torch.nn.Parameter, torch.Tensor]:
+        """Of the parameters that were updated, what they were: empty where that is not known."""
+        return {} if self._capture.sharded else one_update_ago(getattr(self._capture.trainer, "optimizer", None))
 
     @functools.cached_property
     def engine_config_model(self) -> torch.nn.Module:

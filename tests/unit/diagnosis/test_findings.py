@@ -16,8 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl_parity.diagnosis.counterfactual import DiagnosedBatch
 from trl_parity.diagnosis.diagnose import diagnose
 from trl_parity.diagnosis.findings import NAMES, NOTHING, EnginePrompts, EngineWeights, Findings
+from trl_parity.diagnosis.one_update_ago import one_update_ago
 from trl_parity.diagnosis.probes import PROBES, in_order, rescore
-from trl_parity.diagnosis.probes.base import NotPossible, independent, probe
+from trl_parity.diagnosis.probes.base import NotPossible, Unexplained, independent, probe
 from trl_parity.diagnosis.probes.other_prompts import under_another_prompt
 from trl_parity.diagnosis.selection import RESAMPLES, Result, confidence_in, mean, not_excluded, standard_error
 from trl_parity.engine.base import Capability
@@ -94,10 +95,9 @@ def models():
 
 @pytest.fixture
 def make_batch(models):
-    policy, _ = models
-
-    def make(engine=True, began_healthy=True, own=False, answers=None, **served):
-        older = policy if own else models[1]
+    def make(engine=True, began_healthy=True, own=False, answers=None, trained=None, **served):
+        """``own``: the engine is healthy. ``trained``: the policy (served now), what sampled, the optimizer."""
+        policy, older, optimizer = trained or (models[0], models[0] if own else models[1], None)
         generator = torch.Generator().manual_seed(1)
         prompts = torch.randint(0, VOCAB, (B, P), generator=generator)
         ids = prompts.tolist()
@@ -126,8 +126,10 @@ def make_batch(models):
             mask=mask, rollout_logprobs=reported, trainer_logprobs=trainer, own_logprobs=trainer, entropy=None
         )
         run = SimpleNamespace(accelerator=Accelerator(cpu=True), model=policy, vllm_generation=object())
+        run.optimizer = optimizer
+        server = Served(policy if trained else older, **served) if engine else None
         return DiagnosedBatch.of(
-            TinyCapture(run, None, True), rollout, scored, Served(older, **served) if engine else None,
+            TinyCapture(run, None, True), rollout, scored, server,
             token_budget=10**6, replayed=False, floor=1e-6, began_healthy=began_healthy,
         )  # fmt: skip
 
@@ -151,6 +153,37 @@ def test_answers_under_each_others_prompts_are_told_by_what_they_fit(make_batch)
     )
     assert mean(batch.residual(found.counterfactual)[0]) < 1e-6 < mean(batch.residual(batch.start)[0])
     assert diagnose(batch, 1).cause == "token_misalignment"
+
+
+@pytest.mark.slow_unit
+def test_older_weights_are_sure_where_those_of_one_update_ago_are_what_sampled(make_batch, models):
+    policy, before = copy.deepcopy(models[0]), {}
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.005, weight_decay=0.1)
+    for _ in range(3):
+        before = copy.deepcopy(policy)
+        for parameter in policy.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    undone = one_update_ago(optimizer)
+    for parameter, was in zip(policy.parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(undone[parameter], was.detach(), rtol=1e-4, atol=1e-5)
+
+    def told(sampled, factor=1.0):
+        batch = make_batch(trained=(policy, sampled, optimizer))
+        batch.start.reported.mul_(factor)
+        held = {name: x.clone() for name, x in policy.state_dict().items()}
+        found, _ = rescore.within_sequences(batch, batch.start, NOTHING)
+        assert all(torch.equal(held[name], x) for name, x in policy.state_dict().items())
+        assert found.cause in ("stale_weights", "in_flight_update")
+        return found
+
+    found = told(before)
+    assert found.most == 1.0
+    assert found.finding.endswith("of the drift, the weights before the last update leave 0%")
+    assert told(models[0]).most == 0.5  # three updates ago
+    with pytest.raises(Unexplained, match=r"does not give back .*weights before the last update leave \d"):
+        told(policy, 0.5)  # something else
+    assert one_update_ago(torch.optim.SGD(policy.parameters(), lr=0.1)) == {}
 
 
 def seen(diagnosis):

@@ -31,7 +31,7 @@ from .asking import (
 )
 from .base import Candidate, NothingThere, NotPossible, Probe, Unexplained, probe, recomputed
 from .other_prompts import under_another_prompt
-from .what_changed import NO_LAW, dishonest, what_changed
+from .what_changed import NO_LAW, dishonest, left_by_one_update, what_changed
 
 __all__ = ["RESCORE", "sampling_alone"]
 
@@ -57,6 +57,10 @@ _HIDDEN_COPY = (
 _UNNAMED = {"model_definition": _TWO_IMPLEMENTATIONS, "engine_state": _HIDDEN_COPY}
 
 _CONTINUED = 24  # tokens sampled anew, after each of the few prompts
+
+_NOT_OLDER = 0.9  # of the drift, left by the weights before the last update: many updates ago, or no weights at all
+
+_OF_OLDER_WEIGHTS = ("in_flight_update", "stale_weights")
 
 _ONE_OF_TWO = 0.5  # confidence in a cause, where what was seen has another one as well
 
@@ -114,13 +118,19 @@ def within_sequences(
     if (crossed := under_another_prompt(batch, current)) is not None:
         return crossed, found
     cause, why = what_changed(batch, current)
+    left = left_by_one_update(batch, current) if cause in _OF_OLDER_WEIGHTS else None
+    if left is not None:
+        cause = cause if left <= _NOT_OLDER else ""
+        why = f"{why}, " if cause else ""
+        why += f"of the drift, the weights before the last update leave {left:.0%}"
     words = f"asked again, the engine does not give back what it reported: {gap}; {why}"
     if not cause and not (decoding := _decoding(batch, current, again, findings)):
         raise Unexplained(words, found)
     if not cause:
         words, cause = f"{words}; {decoding}", "engine_numerics"
         return replace(answered(batch, current, again, words, cause), most=_ONE_OF_TWO), found
-    return answered(batch, current, again, words, cause), found
+    most = 1.0 if left is None or left <= _REPRODUCED else _ONE_OF_TWO
+    return replace(answered(batch, current, again, words, cause), most=most), found
 
 
 def _random(batch: DiagnosedBatch, current: Counterfactual, again: AskedAgain, findings: Findings) -> Candidate | None:

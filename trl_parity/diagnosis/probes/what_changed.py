@@ -10,9 +10,9 @@ from ..counterfactual import Counterfactual, DiagnosedBatch
 from ..distribution import huber
 from ..honesty import excess
 from .asking import size_of
-from .base import recomputed
+from .base import recomputed, with_forward
 
-__all__ = ["NO_LAW", "dishonest", "what_changed"]
+__all__ = ["NO_LAW", "dishonest", "left_by_one_update", "what_changed"]
 
 _STEP = 3.0  # a change within sequences: this much more drift on one side of it
 
@@ -54,6 +54,19 @@ def dishonest(batch: DiagnosedBatch, current: Counterfactual) -> float | None:
     """``honesty.excess`` of the engine's numbers, the trainer's law being whole: nothing is cut off it."""
     base = replace(recomputed(current), distribution=batch.plain)
     return excess(batch.log_probs(base) - base.reported, base.kept, batch.row, batch.floor)
+
+
+def left_by_one_update(batch: DiagnosedBatch, current: Counterfactual) -> float | None:
+    """Share of the drift that is left where each token may be of the weights before the last update; None: not known.
+
+    Of weights that changed while or after a batch was sampled next to nothing is.
+    """
+    if not batch.passes.one_update_ago:
+        return None
+    now = huber(batch.log_probs(recomputed(current)) - current.reported)
+    then = huber(batch.log_probs(with_forward(current, weights="one update ago")) - current.reported)
+    good = current.kept & torch.isfinite(now) & torch.isfinite(then)
+    return float(torch.minimum(now, then)[good].sum() / now[good].sum().clamp(min=1e-30))
 
 
 def _spared(batch: DiagnosedBatch, current: Counterfactual) -> float:
