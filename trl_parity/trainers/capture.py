@@ -181,7 +181,7 @@ class Capture(ABC):
 
     @property
     def seconds(self) -> float:
-        """Host seconds the scoring took inside the trainer's own pass."""
+        """What the scoring took inside the trainer's own pass. Waits for a GPU."""
         return 0.0 if self.scorer is None else self.scorer.seconds
 
     @property
