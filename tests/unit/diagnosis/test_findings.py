@@ -4,186 +4,34 @@ The trainer's side is a tiny model on the CPU; the engine's is a copy of it with
 """
 
 import copy
+import functools
 import random
 from dataclasses import FrozenInstanceError, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
-from transformers import LlamaConfig, LlamaForCausalLM
+from support.diagnosed import B, Served, batch_of, tiny_models
 
-from trl_parity.diagnosis.counterfactual import DiagnosedBatch
 from trl_parity.diagnosis.diagnose import diagnose
 from trl_parity.diagnosis.findings import NAMES, NOTHING, EnginePrompts, EngineWeights, Findings
-from trl_parity.diagnosis.one_update_ago import one_update_ago
 from trl_parity.diagnosis.probes import PROBES, in_order, rescore
-from trl_parity.diagnosis.probes.base import NotPossible, Unexplained, independent, probe
-from trl_parity.diagnosis.probes.other_prompts import under_another_prompt
+from trl_parity.diagnosis.probes.base import NotPossible, independent, probe
 from trl_parity.diagnosis.selection import RESAMPLES, Result, confidence_in, mean, not_excluded, standard_error
 from trl_parity.engine.base import Capability
 from trl_parity.engine.built_anew import Part
 from trl_parity.engine.requests import Request
-from trl_parity.records import Evidence, RolloutBatch, SamplingSettings, ScoredBatch
-from trl_parity.trainers.capture import Capture
-
-B, P, C, VOCAB = 6, 5, 8, 48
-
-
-def logprobs_of(model, ids):
-    """(len, V) of one sequence's next tokens."""
-    with torch.no_grad():
-        return model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
-
-
-class Served:
-    """An engine that serves a model of its own; it can be asked to score and to answer, as a server can."""
-
-    capabilities = frozenset({Capability.RESCORE})
-    dtype = head_dtype = torch.float32
-    caches_prefixes = True
-
-    def __init__(self, model, max_model_len=64, kv_cache_dtype="auto"):
-        self.served, self.max_model_len, self.kv_cache_dtype, self.calls = model, max_model_len, kv_cache_dtype, []
-
-    def settings(self):
-        return {
-            "kv_cache_dtype": self.kv_cache_dtype,
-            "logprobs_mode": "processed_logprobs",
-            "quantization": None,
-        }
-
-    def rescore(self, sequences):
-        self.calls.append("rescore")
-        return [logprobs_of(self.served, s)[:-1].gather(1, torch.tensor(s[1:])[:, None])[:, 0] for s in sequences]
-
-    def next_token(self, contexts, targets, temperature, *, cached):
-        self.calls.append("cached" if cached else "anew")
-        answers = [logprobs_of(self.served, c)[-1, t] for c, t in zip(contexts, targets, strict=True)]
-        return torch.stack(answers), torch.full((len(answers),), int(cached))
-
-
-class TinyCapture(Capture):
-    step = 0
-
-    def rollout(self): ...
-    def rewards(self): ...
-    def log(self, values): ...
-
-    def run_policy(self, ids, attention, keep, batch_size=None):
-        with torch.no_grad():
-            for one, mask in zip(
-                ids.split(batch_size or len(ids)), attention.split(batch_size or len(ids)), strict=True
-            ):
-                self.policy(input_ids=one, attention_mask=mask)
+from trl_parity.records import Evidence
 
 
 @pytest.fixture(scope="module")
 def models():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.2, eos_token_id=None, bos_token_id=None,
-    )  # fmt: skip
-    policy = LlamaForCausalLM(config).eval()
-    older = copy.deepcopy(policy)
-    with torch.no_grad():
-        for parameter in older.parameters():
-            parameter += 0.03 * torch.randn_like(parameter)
-    return policy, older
+    return tiny_models()
 
 
 @pytest.fixture
 def make_batch(models):
-    def make(engine=True, began_healthy=True, own=False, answers=None, trained=None, **served):
-        """``own``: the engine is healthy. ``trained``: the policy (served now), what sampled, the optimizer."""
-        policy, older, optimizer = trained or (models[0], models[0] if own else models[1], None)
-        generator = torch.Generator().manual_seed(1)
-        prompts = torch.randint(0, VOCAB, (B, P), generator=generator)
-        ids = prompts.tolist()
-        reported = torch.zeros(B, C)
-        for i, sequence in enumerate(ids):
-            for t in range(C):
-                law = logprobs_of(older, sequence)[-1]
-                token = int(law.exp().multinomial(1, generator=generator))
-                reported[i, t] = law[token]
-                sequence.append(token)
-        completions = torch.tensor(ids)[:, P:]
-        if answers is not None:
-            completions, reported = answers
-            ids = torch.cat([prompts, completions], dim=1).tolist()
-        trainer = torch.stack(
-            [logprobs_of(policy, s)[P - 1 : -1].gather(1, torch.tensor(s[P:])[:, None])[:, 0] for s in ids]
-        )
-        mask = torch.ones(B, C, dtype=torch.bool)
-        rollout = RolloutBatch(
-            prompt_ids=prompts, prompt_mask=torch.ones(B, P, dtype=torch.bool), completion_ids=completions,
-            completion_mask=mask, engine_mask=mask, rollout_logprobs=reported, own_logprobs=None,
-            sampling=SamplingSettings(), trainer_temperature=1.0, step=0, sync_step=0, training=True,
-            last_in_step=True,
-        )  # fmt: skip
-        scored = ScoredBatch(
-            mask=mask, rollout_logprobs=reported, trainer_logprobs=trainer, own_logprobs=trainer, entropy=None
-        )
-        run = SimpleNamespace(accelerator=Accelerator(cpu=True), model=policy, vllm_generation=object())
-        run.optimizer = optimizer
-        server = Served(policy if trained else older, **served) if engine else None
-        return DiagnosedBatch.of(
-            TinyCapture(run, None, True), rollout, scored, server,
-            token_budget=10**6, replayed=False, floor=1e-6, began_healthy=began_healthy,
-        )  # fmt: skip
-
-    return make
-
-
-@pytest.mark.slow_unit
-def test_answers_under_each_others_prompts_are_told_by_what_they_fit(make_batch):
-    """A healthy engine; the answers of rows 0 and 1 changed places before they were handed over."""
-    batch = make_batch(own=True)
-    ids, numbers = batch.rollout.completion_ids, batch.rollout.rollout_logprobs
-    for x in (ids, numbers):
-        x[[0, 1]] = x[[1, 0]]
-    batch = make_batch(own=True, answers=(ids, numbers))
-    assert under_another_prompt(make_batch(own=True), make_batch(own=True).start) is None
-    found = under_another_prompt(batch, batch.start)
-    assert found.cause == "token_misalignment"
-    assert found.details == {"answers_of": {"0": 1, "1": 0}}
-    assert found.finding.startswith(
-        "2 of 4 sequences looked at answer another prompt of the batch: row 0 to the prompt of row 1"
-    )
-    assert mean(batch.residual(found.counterfactual)[0]) < 1e-6 < mean(batch.residual(batch.start)[0])
-    assert diagnose(batch, 1).cause == "token_misalignment"
-
-
-@pytest.mark.slow_unit
-def test_older_weights_are_sure_where_those_of_one_update_ago_are_what_sampled(make_batch, models):
-    policy, before = copy.deepcopy(models[0]), {}
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.005, weight_decay=0.1)
-    for _ in range(3):
-        before = copy.deepcopy(policy)
-        for parameter in policy.parameters():
-            parameter.grad = torch.randn_like(parameter)
-        optimizer.step()
-    undone = one_update_ago(optimizer)
-    for parameter, was in zip(policy.parameters(), before.parameters(), strict=True):
-        torch.testing.assert_close(undone[parameter], was.detach(), rtol=1e-4, atol=1e-5)
-
-    def told(sampled, factor=1.0):
-        batch = make_batch(trained=(policy, sampled, optimizer))
-        batch.start.reported.mul_(factor)
-        held = {name: x.clone() for name, x in policy.state_dict().items()}
-        found, _ = rescore.within_sequences(batch, batch.start, NOTHING)
-        assert all(torch.equal(held[name], x) for name, x in policy.state_dict().items())
-        assert found.cause in ("stale_weights", "in_flight_update")
-        return found
-
-    found = told(before)
-    assert found.most == 1.0
-    assert found.finding.endswith("of the drift, the weights before the last update leave 0%")
-    assert told(models[0]).most == 0.5  # three updates ago
-    with pytest.raises(Unexplained, match=r"does not give back .*weights before the last update leave \d"):
-        told(policy, 0.5)  # something else
-    assert one_update_ago(torch.optim.SGD(policy.parameters(), lr=0.1)) == {}
+    return functools.partial(batch_of, models)
 
 
 def seen(diagnosis):
