@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from support.diagnosed import batch_of, tiny_models
+from support.diagnosed import C, batch_of, tiny_models
 
 from trl_parity.diagnosis.diagnose import diagnose
 from trl_parity.diagnosis.findings import NOTHING
@@ -58,8 +58,10 @@ def test_older_weights_are_sure_where_those_of_one_update_ago_are_what_sampled(m
     for parameter, was in zip(policy.parameters(), before.parameters(), strict=True):
         torch.testing.assert_close(undone[parameter], was.detach(), rtol=1e-4, atol=1e-5)
 
-    def told(sampled, factor=1.0):
+    def told(sampled, then=None, factor=1.0):
         batch = make_batch(trained=(policy, sampled, optimizer))
+        if then is not None:  # from the middle of every completion on
+            batch.start.reported.copy_(torch.where(batch.column < C // 2, batch.start.reported, batch.as_scored))
         batch.start.reported.mul_(factor)
         held = {name: x.clone() for name, x in policy.state_dict().items()}
         found, _ = rescore.within_sequences(batch, batch.start, NOTHING)
@@ -69,8 +71,12 @@ def test_older_weights_are_sure_where_those_of_one_update_ago_are_what_sampled(m
 
     found = told(before)
     assert found.most == 1.0
-    assert found.finding.endswith("of the drift, the weights before the last update leave 0%")
+    assert found.cause == "stale_weights"
+    assert "of the drift, the weights before the last update leave 0%: it had these" in found.finding
+    found = told(before, then=policy)
+    assert (found.cause, found.most) == ("in_flight_update", 1.0)
+    assert "leave 0% and 49% of the tokens are of the weights it holds now" in found.finding
     assert told(models[0]).most == 0.5  # three updates ago
     with pytest.raises(Unexplained, match=r"does not give back .*weights before the last update leave \d"):
-        told(policy, 0.5)  # something else
+        told(policy, factor=0.5)  # something else
     assert one_update_ago(torch.optim.SGD(policy.parameters(), lr=0.1)) == {}

@@ -31,7 +31,7 @@ from .asking import (
 )
 from .base import Candidate, NothingThere, NotPossible, Probe, Unexplained, probe, recomputed
 from .other_prompts import under_another_prompt
-from .what_changed import NO_LAW, dishonest, left_by_one_update, what_changed
+from .what_changed import NO_LAW, SIDE, OneUpdate, by_one_update, dishonest, what_changed
 
 __all__ = ["RESCORE", "sampling_alone"]
 
@@ -118,19 +118,29 @@ def within_sequences(
     if (crossed := under_another_prompt(batch, current)) is not None:
         return crossed, found
     cause, why = what_changed(batch, current)
-    left = left_by_one_update(batch, current) if cause in _OF_OLDER_WEIGHTS else None
-    if left is not None:
-        cause = cause if left <= _NOT_OLDER else ""
-        why = f"{why}, " if cause else ""
-        why += f"of the drift, the weights before the last update leave {left:.0%}"
+    update = by_one_update(batch, current) if cause in _OF_OLDER_WEIGHTS else None
+    if update is not None:
+        cause, why = _of_which_update(cause, why, update)
     words = f"asked again, the engine does not give back what it reported: {gap}; {why}"
     if not cause and not (decoding := _decoding(batch, current, again, findings)):
         raise Unexplained(words, found)
     if not cause:
         words, cause = f"{words}; {decoding}", "engine_numerics"
         return replace(answered(batch, current, again, words, cause), most=_ONE_OF_TWO), found
-    most = 1.0 if left is None or left <= _REPRODUCED else _ONE_OF_TWO
+    most = 1.0 if update is None or update.left <= _REPRODUCED else _ONE_OF_TWO
     return replace(answered(batch, current, again, words, cause), most=most), found
+
+
+def _of_which_update(cause: str, why: str, update: OneUpdate) -> tuple[str, str]:
+    """The cause, by what the weights before the last update leave, and in words; none where they leave all."""
+    words = f"of the drift, the weights before the last update leave {update.left:.0%}"
+    if update.left > _NOT_OLDER:
+        return "", words
+    if update.left > _REPRODUCED or update.newer is None:
+        return cause, f"{why}; {words}"
+    if update.newer >= SIDE:
+        return "in_flight_update", f"{words} and {update.newer:.0%} of the tokens are of the weights it holds now"
+    return "stale_weights", f"{words}: it had these when it was asked to sample, and has the trainer's now"
 
 
 def _random(batch: DiagnosedBatch, current: Counterfactual, again: AskedAgain, findings: Findings) -> Candidate | None:

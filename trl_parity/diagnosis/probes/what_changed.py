@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -12,13 +13,15 @@ from ..honesty import excess
 from .asking import size_of
 from .base import recomputed, with_forward
 
-__all__ = ["NO_LAW", "dishonest", "left_by_one_update", "what_changed"]
+__all__ = ["NO_LAW", "SIDE", "OneUpdate", "by_one_update", "dishonest", "what_changed"]
 
 _STEP = 3.0  # a change within sequences: this much more drift on one side of it
 
 _WITHIN = 5.0  # times as much drift before or after a point: weights changed there
 
-_SIDE = 0.15  # and at least this share of the tokens on either side
+SIDE = 0.15  # and at least this share of the tokens on either side
+
+_TELLING = 16  # tokens, for which update they are of
 
 NO_LAW = "tokens drawn from the law it reports would have a mean of min(ratio, 2) of 1 at most, and it is {:.3f}"
 
@@ -56,17 +59,25 @@ def dishonest(batch: DiagnosedBatch, current: Counterfactual) -> float | None:
     return excess(batch.log_probs(base) - base.reported, base.kept, batch.row, batch.floor)
 
 
-def left_by_one_update(batch: DiagnosedBatch, current: Counterfactual) -> float | None:
-    """Share of the drift that is left where each token may be of the weights before the last update; None: not known.
+class OneUpdate(NamedTuple):
+    """What the weights before the last update make of a drift."""
 
-    Of weights that changed while or after a batch was sampled next to nothing is.
-    """
+    left: float  # share of it, where each token may be of them or of those now
+    newer: float | None  # share of the tokens that are of those now, of the ones that tell; None: too few do
+
+
+def by_one_update(batch: DiagnosedBatch, current: Counterfactual) -> OneUpdate | None:
+    """Whether tokens are of the weights before the last update; None where these are not known."""
     if not batch.passes.one_update_ago:
         return None
-    now = huber(batch.log_probs(recomputed(current)) - current.reported)
-    then = huber(batch.log_probs(with_forward(current, weights="one update ago")) - current.reported)
-    good = current.kept & torch.isfinite(now) & torch.isfinite(then)
-    return float(torch.minimum(now, then)[good].sum() / now[good].sum().clamp(min=1e-30))
+    base = recomputed(current)
+    now, then = batch.log_probs(base), batch.log_probs(with_forward(current, weights="one update ago"))
+    good = current.kept & torch.isfinite(now - current.reported) & torch.isfinite(then)
+    of_now, of_then = (huber(x - current.reported)[good] for x in (now, then))
+    left = float(torch.minimum(of_now, of_then).sum() / of_now.sum().clamp(min=1e-30))
+    telling = huber(then - now)[good] > _STEP**2 * batch.floor
+    newer = float((of_now < of_then)[telling].double().mean()) if int(telling.sum()) >= _TELLING else None
+    return OneUpdate(left, newer)
 
 
 def _spared(batch: DiagnosedBatch, current: Counterfactual) -> float:
@@ -74,7 +85,7 @@ def _spared(batch: DiagnosedBatch, current: Counterfactual) -> float:
     sums, _ = batch.residual(current)
     size = (sums[:, 0] / sums[:, 1])[sums[:, 1] > 0]
     calm, off = size <= _STEP * batch.floor, size > _STEP**2 * batch.floor
-    some = min(int(calm.sum()), int(off.sum())) >= _SIDE * len(size) > 0
+    some = min(int(calm.sum()), int(off.sum())) >= SIDE * len(size) > 0
     return float(calm.double().mean()) if some and bool((calm | off).all()) else 0.0
 
 
@@ -84,7 +95,7 @@ def _turn_of_change(batch: DiagnosedBatch, current: Counterfactual) -> int | Non
     size = huber(delta)
     for turn in range(1, int(batch.turn.max()) + 1):
         before, after = (size[current.kept & side] for side in (batch.turn < turn, batch.turn >= turn))
-        if min(len(before), len(after)) < _SIDE * int(current.kept.sum()):
+        if min(len(before), len(after)) < SIDE * int(current.kept.sum()):
             continue
         if (
             after.mean() > _STEP * before.mean()
@@ -106,7 +117,7 @@ def _change(batch: DiagnosedBatch, current: Counterfactual) -> tuple[int | None,
     best: tuple[float, int, float, float] | None = None
     for at in range(2, width - 1):
         left, right = counts[:at].sum(), counts[at:].sum()
-        if min(left, right) < _SIDE * counts.sum():
+        if min(left, right) < SIDE * counts.sum():
             continue
         before, after = float(sums[:at].sum() / left), float(sums[at:].sum() / right)
         between = float(left * right / (left + right)) * (before - after) ** 2
