@@ -80,3 +80,6 @@ def test_older_weights_are_sure_where_those_of_one_update_ago_are_what_sampled(m
     with pytest.raises(Unexplained, match=r"does not give back .*weights before the last update leave \d"):
         told(policy, factor=0.5)  # something else
     assert one_update_ago(torch.optim.SGD(policy.parameters(), lr=0.1)) == {}
+    for parameter in policy.parameters():
+        parameter.data = parameter.data.bfloat16()
+    assert one_update_ago(optimizer) == {}  # rounded away

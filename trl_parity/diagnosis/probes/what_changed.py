@@ -68,7 +68,11 @@ class OneUpdate(NamedTuple):
 
 def by_one_update(batch: DiagnosedBatch, current: Counterfactual) -> OneUpdate | None:
     """Whether tokens are of the weights before the last update; None where these are not known."""
-    if not batch.passes.one_update_ago:
+    try:
+        known = bool(batch.passes.one_update_ago)
+    except torch.OutOfMemoryError:  # no room for a second copy of the policy
+        known = False
+    if not known:
         return None
     base = recomputed(current)
     now, then = batch.log_probs(base), batch.log_probs(with_forward(current, weights="one update ago"))
