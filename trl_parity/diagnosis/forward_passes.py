@@ -21,6 +21,7 @@ from ..scoring.head_spec import Head
 from ..scoring.model_head import causal_lm, materialized_head
 from ..scoring.perturb import eval_mode, own_random_numbers, rebuilt, rounded_cache, swapped, without_adapters
 from ..trainers.capture import Capture
+from ..trainers.plain_pass import pictures_of, run_backbone
 from .findings import EnginePrompts, EngineWeights
 
 __all__ = ["FEW", "ForcedRouting", "ForwardPass", "ForwardPasses"]
@@ -113,7 +114,7 @@ class ForwardPasses:
         lm, seen = causal_lm(self._model), []
         takes = "logits_to_keep" in inspect.signature(type(lm).forward).parameters
         device = self._rollout.completion_ids.device
-        images = self._images(torch.tensor([at], device=device), len(ids), len(ids) - start)
+        images = pictures_of(self._capture, torch.tensor([at], device=device), len(ids), len(ids) - start)
         ids, places = ids[None].to(device), places.to(device) - 1
 
         def hook(module: Any, args: Any, output: Any) -> None:
@@ -183,19 +184,10 @@ class ForwardPasses:
                 images = self._capture.image_inputs(rows, ids.shape[1], keep)
                 self._capture.run_policy(ids, attention, keep, batch_size, **images)
             if not seen:  # another model, or what the trainer scores with is none of the policy
-                size = batch_size or 8
-                with self._capture.trainer.accelerator.autocast():
-                    for some, mask, at in zip(*(x.split(size) for x in (ids, attention, rows)), strict=True):
-                        images = self._images(at, ids.shape[1], keep)
-                        backbone(input_ids=some, attention_mask=mask, use_cache=False, **images)
+                run_backbone(self._capture, backbone, ids, attention, keep, rows, batch_size)
         finally:
             handle.remove()
         return torch.cat(seen)
-
-    def _images(self, rows: torch.Tensor, width: int, keep: int) -> dict[str, Any]:
-        """The model's arguments for the pictures of rows that are passed at once: the trainer's without counts."""
-        given = self._capture.image_inputs(rows, width, keep)
-        return {name: value for name, value in given.items() if not name.startswith("num_")}
 
     @contextmanager
     def _applied(self, forward: ForwardPass) -> Iterator[torch.nn.Module]:

@@ -7,13 +7,13 @@ and no hidden states outlive their mini-batch.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 from ..records import SamplingSettings
+from .device_seconds import DeviceSeconds
 from .head import logits_chunk, score_tokens
 from .head_spec import Head, HeadScores
 from .model_head import causal_lm, materialized_head
@@ -105,7 +105,7 @@ class CompletionScorer:
         self.engine_mask: torch.Tensor | None = None
         self.locate: Callable[[torch.Tensor, Mapping[str, Any]], Located] = self._right_columns
         self.error: Exception | None = None
-        self.seconds = 0.0
+        self._spent = DeviceSeconds()
 
     def __enter__(self) -> CompletionScorer:
         if self.rounding is not None:
@@ -117,23 +117,30 @@ class CompletionScorer:
         self._handle.remove()
 
     def _hook(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        start = time.perf_counter()
         try:
             # Gathering a sharded head is a collective: first, and even after a failure on this rank, or others hang.
-            with torch.no_grad(), materialized_head(self._model, self._temperature, self._logits_dtype) as head:
+            with (
+                self._spent.counted(),
+                torch.no_grad(),
+                materialized_head(self._model, self._temperature, self._logits_dtype) as head,
+            ):
                 if self.error is None:
                     given = kwargs if "input_ids" in kwargs else {**kwargs, "input_ids": args[0]}
                     hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
                     self._parts.append(self._score(head, self.locate(hidden.detach(), given)))
         except Exception as e:
             self.error = e
-        self.seconds += time.perf_counter() - start
+
+    @property
+    def seconds(self) -> float:
+        """What scoring took inside the passes so far. Waits for a GPU."""
+        return self._spent.total
 
     @property
     def seconds_for_all(self) -> float:
         """``seconds`` as if all tokens had been scored."""
-        sample = self.sample
-        return self.seconds if sample is None or not sample.drawn else self.seconds * sample.seen / sample.drawn
+        sample, seconds = self.sample, self.seconds
+        return seconds if sample is None or not sample.drawn else seconds * sample.seen / sample.drawn
 
     @property
     def ran(self) -> bool:
