@@ -39,8 +39,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Gemma3Text": {"sliding_window": 16, "query_pre_attn_scalar": 32},
 }  # fmt: skip
 UNBROKEN: dict[str, dict[str, Any]] = {  # without what some FAULTS break; for clean runs (false_alarms.py)
-    "GPT2": {"num_key_value_heads": 2, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
-             "tie_word_embeddings": True},
+    "GPT2": {"num_key_value_heads": 2, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
     "Gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 32, "final_logit_softcapping": 4.0,
                "tie_word_embeddings": True},
 }  # fmt: skip
