@@ -18,7 +18,7 @@ from ..engine.base import Engine, in_process
 from ..records import RolloutBatch
 from ..scoring.experts import ExpertLayer, Forced, forced
 from ..scoring.head_spec import Head
-from ..scoring.model_head import causal_lm, materialized_head
+from ..scoring.model_head import backbone_of, causal_lm, materialized_head
 from ..scoring.perturb import eval_mode, own_random_numbers, rebuilt, rounded_cache, swapped, without_adapters
 from ..trainers.capture import Capture
 from ..trainers.plain_pass import pictures_of, run_backbone
@@ -120,7 +120,7 @@ class ForwardPasses:
         def hook(module: Any, args: Any, output: Any) -> None:
             seen.append((output[0] if isinstance(output, tuple) else output.last_hidden_state)[0, places])
 
-        handle = lm.base_model.register_forward_hook(hook)
+        handle = backbone_of(lm).register_forward_hook(hook)
         try:
             with self._applied(ForwardPass()), self._capture.trainer.accelerator.autocast():
                 output = lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **images,
@@ -177,7 +177,7 @@ class ForwardPasses:
             hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
             seen.append(hidden[:, -(keep + 1) : -1].detach())
 
-        backbone = causal_lm(model).base_model
+        backbone = backbone_of(model)
         handle = backbone.register_forward_hook(hook)
         try:
             if model is self._model:
@@ -201,7 +201,7 @@ class ForwardPasses:
                 if not isinstance(forward.weights, str) and forward.weights.adapted:
                     stack.enter_context(without_adapters(self._model))
             if forward.kv_dtype is not None:
-                stack.enter_context(rounded_cache(causal_lm(model).base_model, forward.kv_dtype, forward.kv_truncated))
+                stack.enter_context(rounded_cache(backbone_of(model), forward.kv_dtype, forward.kv_truncated))
             yield model
 
     def _weights(self, weights: EngineWeights | str) -> Mapping[torch.nn.Parameter, torch.Tensor]:

@@ -16,7 +16,7 @@ from ..records import SamplingSettings
 from .device_seconds import DeviceSeconds
 from .head import logits_chunk, score_tokens
 from .head_spec import Head, HeadScores
-from .model_head import causal_lm, materialized_head
+from .model_head import backbone_of, materialized_head
 from .own_head import OwnHeadRounding
 from .sampling import ReplayScores, candidates, replay, replay_top, turns
 from .token_sample import TokenSample
@@ -110,7 +110,7 @@ class CompletionScorer:
     def __enter__(self) -> CompletionScorer:
         if self.rounding is not None:
             self.rounding.begin_pass()
-        self._handle = causal_lm(self._model).base_model.register_forward_hook(self._hook, with_kwargs=True)
+        self._handle = backbone_of(self._model).register_forward_hook(self._hook, with_kwargs=True)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -257,7 +257,7 @@ class CompletionScorer:
         if not self._parts:
             raise RuntimeError(
                 "the backbone's forward hook never ran. Expected one call per mini-batch of the trainer's no-grad "
-                "pass. Check that the model's forward goes through model.base_model."
+                "pass. Check that the model's forward calls its backbone as a module."
             )
         if len(self._parts) == 1:
             return self._parts[0]

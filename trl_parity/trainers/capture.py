@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType
 
 from ..engine.pictures import Pictured, Pictures
 from ..records import RolloutBatch, SamplingSettings, ScoredBatch
-from ..scoring.model_head import causal_lm
+from ..scoring.model_head import backbone_of
 from ..scoring.own_head import OwnHeadRounding
 from ..scoring.perturb import own_random_numbers
 from ..scoring.scorer import CompletionScorer, CompletionScores
@@ -362,5 +362,5 @@ class Capture(ABC):
             scorer.engine_mask = rollout.engine_mask[rows]
             own = self.run_policy(ids, attention, keep, batch_size, **self.image_inputs(rows, ids.shape[1], keep))
             if not scorer.ran:  # what the trainer scores with is none of the policy
-                run_backbone(self, causal_lm(self.policy).base_model, ids, attention, keep, rows, batch_size)
+                run_backbone(self, backbone_of(self.policy), ids, attention, keep, rows, batch_size)
         return scorer.scores(), own
