@@ -180,7 +180,8 @@ def test_a_few_huge_tokens_of_a_million_count_eight_at_most():
     ("weights", "expected"),
     [*(([s] * 16, 1.0) for s in (-100.0, -400.0, -800.0, 299.0, 310.0, 15_000.0, 25_000.0, -25_000.0)),
      ([310.0] * 8 + [600.0] * 8, 0.5),
-     *(([s] * 8 + [s + 1.0] * 8, (1 + math.e) ** 2 / (2 * (1 + math.e**2))) for s in (-18_000.0, -900.0, 899.5, 18_000.0))],
+     *(([s] * 8 + [s + 1.0] * 8, (1 + math.e) ** 2 / (2 * (1 + math.e**2)))
+       for s in (-18_000.0, -900.0, 899.5, 18_000.0))],
 )  # fmt: skip
 def test_the_sequences_effective_sample_size_has_no_scale(weights, expected):
     delta = torch.tensor(weights, dtype=torch.float64)[:, None].expand(-1, 100) / 100
