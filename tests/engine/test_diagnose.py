@@ -338,6 +338,7 @@ def test_unforeseen_faults_are_named_on_another_architecture(make_trainer, tmp_p
         assert callback.incident is None
         return
     assert callback.status is Status.HALT
+    assert callback.verdicts[-1].stats["floor/kl_k3"] > 0  # whatever the trainer scores with
     found = callback.diagnosis
     assert found.cause == cause, found.summary
     assert found.explained > 0.6

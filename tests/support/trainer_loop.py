@@ -105,7 +105,7 @@ class Loop:
             args=self.args, state=self.state, accelerator=self.accelerator, num_iterations=1, _step=0,
             vllm_generation=generation, is_deepspeed_enabled=deepspeed, processing_class=none, temperature=1.0,
             callback_handler=SimpleNamespace(callbacks=[callback]),
-            model=SimpleNamespace(parameters=lambda: iter([self.parameter])),
+            model=torch.nn.ParameterList([self.parameter]),
         )  # fmt: skip
         self.optimizer = SimpleNamespace(param_groups=[{"params": [self.parameter]}])
         self.updates: list[tuple[tuple[int, ...], bool]] = []

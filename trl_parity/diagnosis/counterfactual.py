@@ -18,6 +18,7 @@ from ..scoring.head import logits_chunk, score_tokens
 from ..scoring.sampling import turns
 from ..trainers.capture import Capture
 from ..trainers.row_keys import prompt_keys
+from ..trainers.some_rows import rows_within
 from .distribution import Distribution, Tokens, describe, huber, log_probs
 from .findings import EnginePrompts
 from .forward_passes import FEW, ForwardPass, ForwardPasses
@@ -84,7 +85,7 @@ class DiagnosedBatch:
         versions: WeightVersions | None = None,
     ) -> DiagnosedBatch:
         """Evenly spaced rows of those that were scored, within the budget. ``replayed``: sampling was, in scoring."""
-        some = _spread(len(scored.mask), len(capture.rows_within(rollout, token_budget)), scored.mask.device)
+        some = _spread(len(scored.mask), len(rows_within(capture, rollout, token_budget)), scored.mask.device)
         rows = some if scored.rows is None else scored.rows[some]
         where = scored.mask[some].nonzero(as_tuple=True)  # rows and columns, on the device
 

@@ -18,9 +18,10 @@ from ..engine.base import Engine, in_process
 from ..records import RolloutBatch
 from ..scoring.experts import ExpertLayer, Forced, forced
 from ..scoring.head_spec import Head
-from ..scoring.model_head import causal_lm, materialized_head
+from ..scoring.model_head import backbone_of, causal_lm, materialized_head
 from ..scoring.perturb import eval_mode, own_random_numbers, rebuilt, rounded_cache, swapped, without_adapters
 from ..trainers.capture import Capture
+from ..trainers.plain_pass import pictures_of, run_backbone
 from .findings import EnginePrompts, EngineWeights
 
 __all__ = ["FEW", "ForcedRouting", "ForwardPass", "ForwardPasses"]
@@ -113,13 +114,13 @@ class ForwardPasses:
         lm, seen = causal_lm(self._model), []
         takes = "logits_to_keep" in inspect.signature(type(lm).forward).parameters
         device = self._rollout.completion_ids.device
-        images = self._images(torch.tensor([at], device=device), len(ids), len(ids) - start)
+        images = pictures_of(self._capture, torch.tensor([at], device=device), len(ids), len(ids) - start)
         ids, places = ids[None].to(device), places.to(device) - 1
 
         def hook(module: Any, args: Any, output: Any) -> None:
             seen.append((output[0] if isinstance(output, tuple) else output.last_hidden_state)[0, places])
 
-        handle = lm.base_model.register_forward_hook(hook)
+        handle = backbone_of(lm).register_forward_hook(hook)
         try:
             with self._applied(ForwardPass()), self._capture.trainer.accelerator.autocast():
                 output = lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **images,
@@ -176,26 +177,17 @@ class ForwardPasses:
             hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
             seen.append(hidden[:, -(keep + 1) : -1].detach())
 
-        backbone = causal_lm(model).base_model
+        backbone = backbone_of(model)
         handle = backbone.register_forward_hook(hook)
         try:
             if model is self._model:
                 images = self._capture.image_inputs(rows, ids.shape[1], keep)
                 self._capture.run_policy(ids, attention, keep, batch_size, **images)
             if not seen:  # another model, or what the trainer scores with is none of the policy
-                size = batch_size or 8
-                with self._capture.trainer.accelerator.autocast():
-                    for some, mask, at in zip(*(x.split(size) for x in (ids, attention, rows)), strict=True):
-                        images = self._images(at, ids.shape[1], keep)
-                        backbone(input_ids=some, attention_mask=mask, use_cache=False, **images)
+                run_backbone(self._capture, backbone, ids, attention, keep, rows, batch_size)
         finally:
             handle.remove()
         return torch.cat(seen)
-
-    def _images(self, rows: torch.Tensor, width: int, keep: int) -> dict[str, Any]:
-        """The model's arguments for the pictures of rows that are passed at once: the trainer's without counts."""
-        given = self._capture.image_inputs(rows, width, keep)
-        return {name: value for name, value in given.items() if not name.startswith("num_")}
 
     @contextmanager
     def _applied(self, forward: ForwardPass) -> Iterator[torch.nn.Module]:
@@ -209,7 +201,7 @@ class ForwardPasses:
                 if not isinstance(forward.weights, str) and forward.weights.adapted:
                     stack.enter_context(without_adapters(self._model))
             if forward.kv_dtype is not None:
-                stack.enter_context(rounded_cache(causal_lm(model).base_model, forward.kv_dtype, forward.kv_truncated))
+                stack.enter_context(rounded_cache(backbone_of(model), forward.kv_dtype, forward.kv_truncated))
             yield model
 
     def _weights(self, weights: EngineWeights | str) -> Mapping[torch.nn.Parameter, torch.Tensor]:

@@ -40,7 +40,7 @@ class WeightVersions:
             self.whole = False
         some = list(_some(policy))
         self._names = [name for name, _ in some]
-        self._kept.append(torch.stack([elements_of(p) for _, p in some]).cpu())
+        self._kept.append(torch.stack([elements_of(p) for _, p in some]).float().cpu())
 
     def holds_older(self, held: dict[str, torch.Tensor], dtype: torch.dtype) -> float | None:
         """Of the engine's tensors, the share that are an older version of their own; None where none is known.
@@ -52,7 +52,7 @@ class WeightVersions:
         for i, name in enumerate(self._names):
             if name not in held:
                 continue
-            mine = elements_of(held[name]).cpu()
+            mine = elements_of(held[name]).float().cpu()
             versions = torch.stack([kept[i] for kept in self._kept]).to(dtype).float()
             if bool((versions[-1] == mine).all()):
                 continue
@@ -62,10 +62,9 @@ class WeightVersions:
 
 
 def elements_of(tensor: torch.Tensor) -> torch.Tensor:
-    """(elements,) fp32, evenly spaced."""
-    flat = tensor.detach().flatten()
-    at = torch.linspace(0, len(flat) - 1, _ELEMENTS, dtype=torch.float64, device=flat.device)
-    return flat[at.round().long()].float()
+    """(elements,) evenly spaced: a view, of a contiguous tensor of as many elements or more."""
+    flat = tensor.detach().reshape(-1)
+    return flat[:: (len(flat) - 1) // (_ELEMENTS - 1)][:_ELEMENTS]
 
 
 def _some(policy: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -28,8 +28,9 @@ from ..judging.noise_floor import GROUPS
 from ..metrics.statistics import measure
 from ..metrics.sums import MismatchSums
 from ..records import RolloutBatch, ScoredBatch
-from ..scoring.model_head import causal_lm
+from ..scoring.model_head import backbone_of
 from ..scoring.perturb import eval_mode, rounding_noise
+from ..trainers.some_rows import rows_of_tokens
 
 if TYPE_CHECKING:
     from ..trainers.capture import Capture
@@ -63,13 +64,13 @@ def measure_floor(capture: Capture, config: ParityConfig) -> dict[str, list[Mism
     rollout = capture.rollout()
     if capture.sharded:  # from here on passes: nobody begins where another can't
         gather_rows([])
-    rows = capture.rows_of_tokens(rollout, config.floor_tokens, _LEAST_SEQUENCES)
+    rows = rows_of_tokens(capture, rollout, config.floor_tokens, _LEAST_SEQUENCES)
     if not len(rows):
         return {}
     mask = rollout.engine_mask[rows]
     accelerator = capture.trainer.accelerator
     groups = accelerator.process_index + accelerator.num_processes * torch.arange(len(rows))
-    backbone = causal_lm(capture.policy).base_model
+    backbone = backbone_of(capture.policy)
 
     with eval_mode(capture.policy):
         plain = capture.forward(rollout, rows)[0].logprobs

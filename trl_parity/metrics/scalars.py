@@ -147,8 +147,9 @@ SCALARS: dict[str, str] = {
     "lag/probe_tokens": "tokens sampled right after a weight sync only to be compared (async); at lag 0, in no lag/0",
     "lag/in_flight_share": "share of trained tokens in sequences queued after the next sync began (async)",
     "lag/nonfinite_rate": "nonfinite_rate of the tokens at lag > 0",
-    "cost/seconds": "host seconds spent in trl-parity per rollout batch, mean over ranks",
-    "cost/share": "host seconds spent in trl-parity / wall seconds, since the window before; what has an account of "
+    "cost/seconds": "host seconds spent in trl-parity per rollout batch, mean over ranks; of the fp32 head on a GPU "
+    "those of the device",
+    "cost/share": "the same seconds / wall seconds, since the window before; what has an account of "
     "its own (floor, diagnosis, incident) is not in it",
     "cost/coverage": "share of the compared tokens that the fp32 head scored (cost_budget); below 1, statistics are "
     "estimates from a sample of each sequence's tokens: unbiased where they are means over tokens",

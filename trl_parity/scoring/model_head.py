@@ -14,13 +14,32 @@ from ..errors import InterceptionError
 from .head_spec import Head
 from .perturb import eval_mode
 
-__all__ = ["causal_lm", "materialized_head"]
+__all__ = ["backbone_of", "causal_lm", "materialized_head"]
 
 
 def causal_lm(model: Any) -> Any:
     """The model that owns backbone and head, without PEFT around it (its adapters stay active inside)."""
     # asked of the class: a module that lacks an attribute is slow to say so
     return model.get_base_model() if hasattr(type(model), "get_base_model") else model
+
+
+def backbone_of(model: Any) -> Any:
+    """The module of a causal language model whose output are the hidden states that its head takes.
+
+    Its ``base_model``; where the class has another name there than the module (Llama4ForCausalLM, Mllama), the model
+    that is its child. Raises InterceptionError where there is none.
+    """
+    lm = causal_lm(model)
+    if lm.base_model is not lm:
+        return lm.base_model
+    inner = next((child for child in lm.children() if hasattr(child, "base_model")), None)
+    if inner is None:
+        raise InterceptionError(
+            f"{type(lm).__name__} has no model inside that gives hidden states: its base_model_prefix is "
+            f"{lm.base_model_prefix!r} and none of {', '.join(name for name, _ in lm.named_children())} is a "
+            "transformers model. Expected one, with the LM head beside it."
+        )
+    return inner
 
 
 def _logit_scale(config: Any) -> float:

@@ -7,16 +7,16 @@ and no hidden states outlive their mini-batch.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 from ..records import SamplingSettings
+from .device_seconds import DeviceSeconds
 from .head import logits_chunk, score_tokens
 from .head_spec import Head, HeadScores
-from .model_head import causal_lm, materialized_head
+from .model_head import backbone_of, materialized_head
 from .own_head import OwnHeadRounding
 from .sampling import ReplayScores, candidates, replay, replay_top, turns
 from .token_sample import TokenSample
@@ -105,35 +105,42 @@ class CompletionScorer:
         self.engine_mask: torch.Tensor | None = None
         self.locate: Callable[[torch.Tensor, Mapping[str, Any]], Located] = self._right_columns
         self.error: Exception | None = None
-        self.seconds = 0.0
+        self._spent = DeviceSeconds()
 
     def __enter__(self) -> CompletionScorer:
         if self.rounding is not None:
             self.rounding.begin_pass()
-        self._handle = causal_lm(self._model).base_model.register_forward_hook(self._hook, with_kwargs=True)
+        self._handle = backbone_of(self._model).register_forward_hook(self._hook, with_kwargs=True)
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._handle.remove()
 
     def _hook(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        start = time.perf_counter()
         try:
             # Gathering a sharded head is a collective: first, and even after a failure on this rank, or others hang.
-            with torch.no_grad(), materialized_head(self._model, self._temperature, self._logits_dtype) as head:
+            with (
+                self._spent.counted(),
+                torch.no_grad(),
+                materialized_head(self._model, self._temperature, self._logits_dtype) as head,
+            ):
                 if self.error is None:
                     given = kwargs if "input_ids" in kwargs else {**kwargs, "input_ids": args[0]}
                     hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
                     self._parts.append(self._score(head, self.locate(hidden.detach(), given)))
         except Exception as e:
             self.error = e
-        self.seconds += time.perf_counter() - start
+
+    @property
+    def seconds(self) -> float:
+        """What scoring took inside the passes so far. Waits for a GPU."""
+        return self._spent.total
 
     @property
     def seconds_for_all(self) -> float:
         """``seconds`` as if all tokens had been scored."""
-        sample = self.sample
-        return self.seconds if sample is None or not sample.drawn else self.seconds * sample.seen / sample.drawn
+        sample, seconds = self.sample, self.seconds
+        return seconds if sample is None or not sample.drawn else seconds * sample.seen / sample.drawn
 
     @property
     def ran(self) -> bool:
@@ -250,7 +257,7 @@ class CompletionScorer:
         if not self._parts:
             raise RuntimeError(
                 "the backbone's forward hook never ran. Expected one call per mini-batch of the trainer's no-grad "
-                "pass. Check that the model's forward goes through model.base_model."
+                "pass. Check that the model's forward calls its backbone as a module."
             )
         if len(self._parts) == 1:
             return self._parts[0]

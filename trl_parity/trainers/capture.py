@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import sys
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,12 +17,15 @@ from accelerate.utils import DistributedType
 
 from ..engine.pictures import Pictured, Pictures
 from ..records import RolloutBatch, SamplingSettings, ScoredBatch
+from ..scoring.model_head import backbone_of
 from ..scoring.own_head import OwnHeadRounding
 from ..scoring.perturb import own_random_numbers
 from ..scoring.scorer import CompletionScorer, CompletionScores
 from ..scoring.token_sample import TokenSample
 from .own_numbers import behind
+from .plain_pass import run_backbone
 from .row_keys import prompt_keys, row_keys
+from .some_rows import rows_within, spread
 
 if TYPE_CHECKING:
     from ..engine.base import Engine
@@ -31,9 +34,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Capture", "MeasurementSettings"]
 
-_WIDEST = 16  # times the completion tokens wanted, prompts and padding included
-
 logger = logging.getLogger(__name__)
+
+_policies: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()  # by what is around them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,10 +134,16 @@ class Capture(ABC):
         """As ``engine``, with a server's settings read anew: one short request."""
         return self._observer.engine_handle.refreshed(self.generation)
 
-    @functools.cached_property  # accelerate walks through all modules to find it
+    @property
     def policy(self) -> Any:
         """The policy without wrappers of distribution."""
-        return self.trainer.accelerator.unwrap_model(self.trainer.model)
+        wrapped = self.trainer.model
+        known = _policies.get(wrapped)
+        policy = None if known is None else known()
+        if policy is None:  # accelerate walks through all modules to find it
+            policy = self.trainer.accelerator.unwrap_model(wrapped)
+            _policies[wrapped] = weakref.ref(policy)
+        return policy
 
     @property
     def replayed(self) -> bool:
@@ -172,7 +181,7 @@ class Capture(ABC):
 
     @property
     def seconds(self) -> float:
-        """Host seconds the scoring took inside the trainer's own pass."""
+        """What the scoring took inside the trainer's own pass. Waits for a GPU."""
         return 0.0 if self.scorer is None else self.scorer.seconds
 
     @property
@@ -249,7 +258,7 @@ class Capture(ABC):
         own, scorer = rollout.own_logprobs, self.scorer
         scores: CompletionScores | None
         if own is None or scorer is None:
-            rows = self.rows_within(rollout, token_budget)
+            rows = rows_within(self, rollout, token_budget)
             scores, again = self.forward(rollout, rows, compared=True)
             own = again if own is None else self._or_again(rollout, own, again, rows)
         elif rollout.loss_mask is not None and scorer.ran:
@@ -314,7 +323,7 @@ class Capture(ABC):
         width = rollout.prompt_ids.shape[1] + rollout.completion_ids.shape[1]
         most = max(1, len(left_out) // 4, token_budget // width)
         some, others = (x.nonzero()[:, 0] for x in (left_out, ~left_out))
-        picked = _spread(some, min(len(some), most))
+        picked = spread(some, min(len(some), most))
         rows = picked
         if self.sharded:  # every rank must run as many rows
             counts = self.trainer.accelerator.gather(torch.tensor([len(picked)], device=own.device))
@@ -326,50 +335,12 @@ class Capture(ABC):
             more = more._replace(weights=torch.ones_like(more.plain))
         kept: Any = slice(None)
         if len(picked) < len(some):
-            kept = torch.cat([picked, _spread(others, len(others) * len(picked) // len(some))]).sort().values
+            kept = torch.cat([picked, spread(others, len(others) * len(picked) // len(some))]).sort().values
 
         def merged(ours: Any, theirs: Any) -> Any:
             return None if ours is None else ours.index_copy(0, picked, theirs[: len(picked)].to(ours))[kept]
 
         return kept, CompletionScores(*map(merged, scores, more)), merged(own, again)
-
-    def rows_within(self, rollout: RolloutBatch, token_budget: int) -> torch.Tensor:
-        """Rows of the batch, evenly spaced, that fit the budget (at least one); another set from step to step.
-
-        Rows with a token to compare; others only where a sharded model wants as many rows of every rank.
-        """
-        width = rollout.prompt_ids.shape[1] + rollout.completion_ids.shape[1]
-        some = rollout.engine_mask.any(1)
-        count = min(max(1, int(some.sum())), max(1, token_budget // width))
-        return self._spread(rollout, some, count)
-
-    def rows_of_tokens(self, rollout: RolloutBatch, tokens: int, least: int) -> torch.Tensor:
-        """As ``rows_within``: different rows with about so many completion tokens; none where none has any.
-
-        At least ``least`` rows over all ranks, as far as there are; no more than are 16 times as many tokens wide,
-        prompts and padding included.
-        """
-        compared = rollout.engine_mask.sum(1)
-        _, kind = row_keys(rollout).unique(return_inverse=True)
-        places = torch.arange(len(kind), device=kind.device)
-        first = torch.full_like(kind, len(kind)).scatter_reduce_(0, kind, places, "amin")
-        some = (compared > 0) & (first[kind] == places)
-        have = int(some.sum())
-        width = rollout.prompt_ids.shape[1] + rollout.completion_ids.shape[1]
-        wanted = -(-tokens * have // max(1, int(compared[some].sum())))
-        needed = -(-least // self.trainer.accelerator.num_processes)
-        return self._spread(rollout, some, min(have, max(needed, min(wanted, _WIDEST * tokens // width))))
-
-    def _spread(self, rollout: RolloutBatch, some: torch.Tensor, count: int) -> torch.Tensor:
-        """``count`` rows of ``some`` (B,) bool, evenly spaced, from another one on at each step."""
-        device, total = rollout.prompt_ids.device, len(rollout.prompt_ids)
-        if self.sharded:  # a sharded model's forward is a collective: every rank must run as many rows
-            counts = self.trainer.accelerator.gather(torch.tensor([count], device=device))
-            count = min(int(counts[counts > 0].min()), total) if bool((counts > 0).any()) else 0
-        rows = some.nonzero()[:, 0]
-        if len(rows) < count:
-            rows = torch.cat([rows, (~some).nonzero()[:, 0]])[:count]
-        return rows[(torch.arange(count, device=device) * len(rows) // max(count, 1) + self.step) % max(len(rows), 1)]
 
     def forward(
         self,
@@ -390,9 +361,6 @@ class Capture(ABC):
         with self.new_scorer(keep, logits_dtype, compared=compared) as scorer, own_random_numbers():
             scorer.engine_mask = rollout.engine_mask[rows]
             own = self.run_policy(ids, attention, keep, batch_size, **self.image_inputs(rows, ids.shape[1], keep))
+            if not scorer.ran:  # what the trainer scores with is none of the policy
+                run_backbone(self, backbone_of(self.policy), ids, attention, keep, rows, batch_size)
         return scorer.scores(), own
-
-
-def _spread(rows: torch.Tensor, count: int) -> torch.Tensor:
-    """``count`` of the rows, evenly spaced."""
-    return rows[torch.arange(count, device=rows.device) * len(rows) // max(1, count)]

@@ -10,6 +10,7 @@ from trl_parity.live.floor_measurement import _against_itself, noise_dtype
 from trl_parity.metrics.statistics import measure
 from trl_parity.records import ScoredBatch
 from trl_parity.trainers.capture import Capture
+from trl_parity.trainers.some_rows import rows_of_tokens, rows_within
 
 
 @pytest.mark.parametrize(
@@ -65,31 +66,31 @@ def rollout_of(rows, prompt, completion, lengths=None, same=0):
     [(128, 128, 16), (512, 512, 8), (1024, 64, 30), (1500, 600, 8), (4000, 100, 8), (16, 8, 64), (100, 4000, 8)],
 )
 def test_a_floor_comes_from_several_sequences_however_long_their_prompts_are(prompt, completion, expected):
-    rows = Rows().rows_of_tokens(rollout_of(64, prompt, completion), 2048, 8).tolist()
+    rows = rows_of_tokens(Rows(), rollout_of(64, prompt, completion), 2048, 8).tolist()
     assert len(set(rows)) == len(rows) == expected
 
 
 def test_rows_of_the_floor_are_those_with_tokens_and_each_of_another_completion():
     rows = Rows()
     lengths = [0] * 20 + [5] * 12
-    assert set(rows.rows_of_tokens(rollout_of(32, 2000, 8, lengths), 2048, 8).tolist()) == set(range(20, 32))
-    assert set(rows.rows_of_tokens(rollout_of(32, 20, 8, same=30), 2048, 8).tolist()) == {0, 30, 31}
-    assert rows.rows_of_tokens(rollout_of(32, 20, 8, [0] * 32), 2048, 8).tolist() == []
-    assert Rows(ranks=4).rows_of_tokens(rollout_of(32, 9, 4000), 2048, 8).tolist() == [0, 16]  # 8 over all ranks
+    assert set(rows_of_tokens(rows, rollout_of(32, 2000, 8, lengths), 2048, 8).tolist()) == set(range(20, 32))
+    assert set(rows_of_tokens(rows, rollout_of(32, 20, 8, same=30), 2048, 8).tolist()) == {0, 30, 31}
+    assert rows_of_tokens(rows, rollout_of(32, 20, 8, [0] * 32), 2048, 8).tolist() == []
+    assert rows_of_tokens(Rows(ranks=4), rollout_of(32, 9, 4000), 2048, 8).tolist() == [0, 16]  # 8 over all ranks
     rows.step = 3
-    assert rows.rows_of_tokens(rollout_of(16, 9, 256), 2048, 8).tolist() == [3, 5, 7, 9, 11, 13, 15, 1]
+    assert rows_of_tokens(rows, rollout_of(16, 9, 256), 2048, 8).tolist() == [3, 5, 7, 9, 11, 13, 15, 1]
 
 
 def test_the_own_pass_takes_rows_with_tokens_and_as_many_on_every_rank_of_a_sharded_model():
-    assert Rows().rows_within(rollout_of(8, 10, 10, [0, 0, 4, 0, 0, 4, 4, 0]), 40).tolist() == [2, 5]
-    assert len(Rows().rows_within(rollout_of(8, 10, 10, [0] * 8), 40)) == 1  # there is nothing better
+    assert rows_within(Rows(), rollout_of(8, 10, 10, [0, 0, 4, 0, 0, 4, 4, 0]), 40).tolist() == [2, 5]
+    assert len(rows_within(Rows(), rollout_of(8, 10, 10, [0] * 8), 40)) == 1  # there is nothing better
     some = Rows(ranks=2, sharded=True, counts=[3])
-    assert len(some.rows_within(rollout_of(8, 10, 10), 1000)) == 3
-    assert some.rows_of_tokens(rollout_of(8, 10, 10, [0] * 7 + [4]), 2048, 8).tolist() == [7]
-    none_here = some.rows_of_tokens(rollout_of(8, 10, 10, [0] * 8), 2048, 8)
+    assert len(rows_within(some, rollout_of(8, 10, 10), 1000)) == 3
+    assert rows_of_tokens(some, rollout_of(8, 10, 10, [0] * 7 + [4]), 2048, 8).tolist() == [7]
+    none_here = rows_of_tokens(some, rollout_of(8, 10, 10, [0] * 8), 2048, 8)
     assert len(none_here) == 3  # the others' passes want this rank
     nowhere = Rows(ranks=2, sharded=True, counts=[0])
-    assert len(nowhere.rows_of_tokens(rollout_of(8, 10, 10, [0] * 8), 2048, 8)) == 0
+    assert len(rows_of_tokens(nowhere, rollout_of(8, 10, 10, [0] * 8), 2048, 8)) == 0
 
 
 def test_groups_of_a_source_are_its_sequences_dealt_out():

@@ -182,8 +182,7 @@ def test_while_bets_on_the_entropy_are_winning_all_tokens_are_scored():
     assert not judge.calm
 
 
-def test_with_a_budget_of_one_as_by_default_all_tokens_are_scored_in_every_window():
-    assert ParityConfig().cost_budget == 1.0
+def test_with_a_budget_of_one_all_tokens_are_scored_in_every_window():
     _, surroundings, shares = run_sampled([1e-3] * 3, cost_budget=1.0)
     assert shares == [1.0] * 3
     assert "all tokens" not in surroundings.seen

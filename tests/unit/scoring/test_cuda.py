@@ -1,10 +1,13 @@
 """What only a GPU can show. Skipped without one; the kernel itself is tested in Triton's interpreter as well."""
 
+import time
+
 import pytest
 import torch
 
 from trl_parity.metrics.statistics import compute, measure, measure_policy_drift
 from trl_parity.records import SamplingSettings, ScoredBatch
+from trl_parity.scoring.device_seconds import DeviceSeconds
 from trl_parity.scoring.head import score_tokens
 from trl_parity.scoring.head_spec import Head
 from trl_parity.scoring.sampling import replay_top
@@ -94,3 +97,18 @@ def test_a_window_waits_for_the_device_once():
     waits = sum(event.count for event in profile.key_averages() if event.key == "cudaStreamSynchronize")
     assert waits == 1  # everything on its way back
     assert stats.num_tokens
+
+
+def test_the_devices_own_seconds_count_and_not_what_it_did_before():
+    x = torch.randn(8192, 8192, device="cuda")
+    x @ x  # kernels are loaded
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    x @ x
+    torch.cuda.synchronize()
+    one, spent = time.perf_counter() - start, DeviceSeconds()
+    for _ in range(4):
+        x @ x
+    with spent.counted():
+        x @ x
+    assert 0.5 * one < spent.total < 2 * one

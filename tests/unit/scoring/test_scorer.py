@@ -9,6 +9,7 @@ from support.sampling import naive_kept, vllm_kept
 from torch.utils._python_dispatch import TorchDispatchMode
 from trl.trainer.utils import add_fused_lm_head
 
+from trl_parity.errors import InterceptionError
 from trl_parity.records import SamplingSettings
 from trl_parity.scoring.model_head import causal_lm
 from trl_parity.scoring.scorer import CompletionScorer
@@ -26,6 +27,7 @@ ARCHITECTURES = {
     "gemma2-softcap": ("Gemma2", GQA | {"final_logit_softcapping": 3.0}),
     "granite-logits-scaling": ("Granite", GQA | {"logits_scaling": 4.0}),
     "cohere-logit-scale": ("Cohere", GQA | {"logit_scale": 0.25}),
+    "llama4-its-own-base-model": ("Llama4Text", GQA | {"intermediate_size_mlp": 48, "num_local_experts": 2}),
 }  # fmt: skip
 
 
@@ -69,8 +71,10 @@ def score(model, ids, mask, keep, temperature=0.7, sampling=None, chunk=1 << 20,
         replay_sampling=sampling is not None,
         chunk_bytes=chunk,
     )
-    # the call GRPOTrainer makes, mini-batch by mini-batch (its fused head can't take a head without a bias attribute)
-    fused = hasattr(causal_lm(model).get_output_embeddings(), "bias")
+    # the call GRPOTrainer makes, mini-batch by mini-batch (its fused head can't take a head without a bias attribute,
+    # nor a model that is its own base model)
+    lm = causal_lm(model)
+    fused = hasattr(lm.get_output_embeddings(), "bias") and lm.base_model is not lm
     add_fused_lm_head(causal_lm(model), temperature=temperature)
     with scorer, torch.no_grad():
         for part_ids, part_mask in zip(ids.split(splits), mask.split(splits), strict=True):
@@ -333,6 +337,18 @@ def test_a_failure_inside_the_hook_does_not_reach_the_forward():
         assert model(input_ids=ids, attention_mask=mask).logits.shape[0] == 5  # the run's own forward is unharmed
     with pytest.raises(ValueError, match="temperature"):
         scorer.scores()
+
+
+def test_a_model_without_a_backbone_is_refused_by_name():
+    model = build("llama4-its-own-base-model")
+    model.model = torch.nn.Identity()
+    scorer = CompletionScorer(
+        model, 7, temperature=1.0, sampling=SamplingSettings(), replay_sampling=False, chunk_bytes=1 << 20
+    )
+    with pytest.raises(
+        InterceptionError, match=r"Llama4ForCausalLM has no model inside.*'language_model'.*model, lm_head"
+    ):
+        scorer.__enter__()
 
 
 def test_no_forward_is_said_not_passed_over():

@@ -1,6 +1,7 @@
 """From a rollout batch to scores: whose log-probs are judged, and of which tokens. No trainer, a real policy."""
 
 import copy
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +26,7 @@ class Trainer:
             distributed_type=DistributedType.NO,
             mixed_precision="no",
             process_index=0,
+            autocast=nullcontext,
         )
 
 
@@ -38,12 +40,12 @@ class Batch(Capture):
         observer = SimpleNamespace(measurement=MeasurementSettings(**measured), head_share=share)
         super().__init__(trainer, observer, training=True)
         self.sampling = sampling or SamplingSettings(temperature=TEMPERATURE)
-        self.rows_passed = []
+        self.rows_passed, self.scores_with = [], self.policy
 
     def run_policy(self, ids, attention, keep, batch_size=None):
         self.rows_passed.append(len(ids))
         with torch.no_grad():
-            logits = self.policy(input_ids=ids, attention_mask=attention).logits[:, -keep - 1 : -1].float()
+            logits = self.scores_with(input_ids=ids, attention_mask=attention).logits[:, -keep - 1 : -1].float()
         return (logits / TEMPERATURE).log_softmax(-1).gather(-1, ids[:, -keep:, None]).squeeze(-1)
 
     def batch(self, cut=(), change=None):
@@ -239,3 +241,16 @@ def test_what_the_loss_leaves_out_is_scored_in_full_beside_a_sample(tiny_model):
     assert len(cut) == 2
     assert (scored.weights[cut] == 1).all()
     assert (scored.weights == 0).any()
+
+
+def test_a_pass_of_ours_is_over_the_policy_whatever_the_trainer_scores_with(tiny_model):
+    """Else there would be no noise floor where a copy of the policy scores."""
+
+    capture = Batch(Trainer(tiny_model))
+    batch, rows = capture.batch(), torch.tensor([0, 2, 3])
+    of_policy, own_of_policy = capture.forward(batch, rows)
+    capture.scores_with = copy.deepcopy(tiny_model)
+    capture.scores_with.lm_head.weight.data.mul_(3.0)
+    scores, own = capture.forward(batch, rows, batch_size=2)
+    torch.testing.assert_close(scores.logprobs, of_policy.logprobs)
+    assert (own - own_of_policy).abs().max() > 0.1

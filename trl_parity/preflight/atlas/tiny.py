@@ -26,8 +26,11 @@ _SMALL = {
     "decoder_layers": 2, "encoder_layers": 2, "decoder_attention_heads": 4, "encoder_attention_heads": 4,
     "decoder_ffn_dim": 128, "encoder_ffn_dim": 128, "d_model": 128, "state_size": 8, "num_heads": 4, "n_groups": 1,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size_per_layer_input": VOCABULARY,
-    "hidden_size_per_layer_input": 8, "sliding_window": 16,
+    "hidden_size_per_layer_input": 8, "sliding_window": 16, "rotary_dim": 16,
 }  # fmt: skip
+
+# also where the class leaves it open, to be told by the checkpoint
+_OPEN = ("head_dim", "num_key_value_heads", "n_routed_experts", "n_shared_experts", "num_experts_per_tok")
 
 _BASE = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -71,7 +74,7 @@ def _config(kind: type, left: tuple[str, ...]) -> Any:
     """A config of this class made of small numbers, and so that of its text model."""
     default = kind()
     text = default.get_text_config(decoder=True)
-    if text is not default:
+    if any(getattr(default, name, None) is text for name in default.sub_configs):
         return kind(text_config=_small(text, left))
     return kind(**_small(default, left))
 
@@ -84,7 +87,8 @@ def _small(config: Any, left: tuple[str, ...]) -> dict[str, Any]:
             old = getattr(config, name, None)
         except Exception:  # one that differs by layer
             continue
-        if name not in left and (isinstance(old, int) or (name.endswith("_token_id") and old is None)):
+        open_ = hasattr(config, name) and old is None and (name in _OPEN or name.endswith("_token_id"))
+        if name not in left and (isinstance(old, int) or open_):
             found[name] = value
     kinds = getattr(config, "layer_types", None)
     two = [*dict.fromkeys(kinds)][:2] if isinstance(kinds, list) else []

@@ -21,7 +21,7 @@ import torch
 from ...errors import ConfigError, DataError
 from ...files import write_atomic
 from ...scoring.head import logits_chunk
-from ...scoring.model_head import causal_lm, materialized_head
+from ...scoring.model_head import backbone_of, causal_lm, materialized_head
 from ..prompts.cases import Prompt
 from .baseline import MANIFEST, SCHEMA_VERSION, Baseline, file_sha256, open_baseline, read_manifest, versions
 from .settings import Generation
@@ -270,7 +270,7 @@ def _decode(
     past = None
     with materialized_head(model, 1.0) as head:
         for place in range(generation.max_new_tokens):
-            out = lm.base_model(
+            out = backbone_of(lm)(
                 input_ids=input_ids, attention_mask=attention, position_ids=positions,
                 past_key_values=past, use_cache=True,
             )  # fmt: skip

@@ -17,7 +17,7 @@ import torch
 from ...errors import ConfigError
 from ...scoring.head import logits_chunk, score_tokens
 from ...scoring.head_spec import Head
-from ...scoring.model_head import causal_lm, materialized_head
+from ...scoring.model_head import backbone_of, materialized_head
 from ...scoring.perturb import own_random_numbers, rebuilt, rounded_cache, rounding_noise, swapped
 
 __all__ = ["Reference", "Scored"]
@@ -83,7 +83,7 @@ class Reference:
         before = self._logits_dtype
         self._logits_dtype = None if head_dtype == torch.float32 else head_dtype
         try:
-            with rounding_noise(causal_lm(self.model).base_model, dtype, seed):
+            with rounding_noise(backbone_of(self.model), dtype, seed):
                 yield
         finally:
             self._logits_dtype = before
@@ -91,7 +91,7 @@ class Reference:
     @contextmanager
     def cached_in(self, dtype: torch.dtype, truncated: bool = False) -> Iterator[None]:
         """Inside: attention reads keys and values rounded to ``dtype``."""
-        with rounded_cache(causal_lm(self.model).base_model, dtype, truncated):
+        with rounded_cache(backbone_of(self.model), dtype, truncated):
             yield
 
     @contextmanager
@@ -150,7 +150,7 @@ class Reference:
         def hook(module: Any, args: Any, output: Any) -> None:
             seen.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
 
-        backbone = causal_lm(self.model).base_model
+        backbone = backbone_of(self.model)
         handle = backbone.register_forward_hook(hook)
         try:
             backbone(input_ids=ids, attention_mask=mask, use_cache=False)
