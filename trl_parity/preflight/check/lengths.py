@@ -132,20 +132,29 @@ def length_rows(
     else:
         more, _ = compared(sequences[1:])
         measured = [(a + c, b + d) for (a, b), (c, d) in zip(measured, more, strict=True)]
-    for point, (low, high), (halves, noise), kl in zip(reach, spans, measured, exact, strict=True):
-        over = not (within_floor(halves.mean, noise.mean, limits))
-        fails = over and (positional or halves.mean > 4.0 * usual)
-        some = f"{len(sequences)} sequence{'s' if len(sequences) > 1 else ''}"
-        words = f"tokens {low:,} to {high:,} of {some}; exact KL at {point.length:,}: {number(kl)}"
-        if over and not fails:
-            words += "; as everywhere, so no fault of the length"
-        yield Row(
-            id=point.id, group="lengths", title=point.title, statistic="mean Δ²/2, nats", value=halves.mean,
-            limit=max(limits.least_kl, limits.k * noise.mean), floor=noise.mean, worst=halves.maximum,
-            tokens=halves.count, trials=len(sequences), verdict=RowVerdict.FAIL if fails else RowVerdict.PASS,
-            evidence=words, details={"exact_kl": kl},
-            fix="the same rope_parameters, windows and maximum of positions on both sides" if fails else "",
-        )  # fmt: skip
+    for point, span, sums, kl in zip(reach, spans, measured, exact, strict=True):
+        allowed = 0.0 if positional else 4.0 * usual
+        yield _row(point, span, *sums, kl, len(sequences), limits, allowed)
+
+
+def _row(
+    point: Point, span: tuple[int, int], halves: Sums, noise: Sums, kl: float, sequences: int, limits: Limits,
+    allowed: float,
+) -> Row:  # fmt: skip
+    """``allowed``: how much drift there is at any length."""
+    over = not within_floor(halves.mean, noise.mean, limits)
+    fails = over and halves.mean > allowed
+    some = f"{sequences} sequence{'s' if sequences > 1 else ''}"
+    words = f"tokens {span[0]:,} to {span[1]:,} of {some}; exact KL at {point.length:,}: {number(kl)}"
+    if over and not fails:
+        words += "; as everywhere, so no fault of the length"
+    return Row(
+        id=point.id, group="lengths", title=point.title, statistic="mean Δ²/2, nats", value=halves.mean,
+        limit=max(limits.least_kl, limits.k * noise.mean), floor=noise.mean, worst=halves.maximum,
+        tokens=halves.count, trials=sequences, verdict=RowVerdict.FAIL if fails else RowVerdict.PASS,
+        evidence=words, details={"exact_kl": kl},
+        fix="the same rope_parameters, windows and maximum of positions on both sides" if fails else "",
+    )  # fmt: skip
 
 
 def _clear(value: float, limit: float, usual: float) -> bool:
