@@ -103,9 +103,9 @@ def left_to_torch(monkeypatch):
     return found
 
 
-@settings(max_examples=25, deadline=None, phases=(Phase.explicit, Phase.generate))
+@settings(max_examples=10, deadline=None, phases=(Phase.explicit, Phase.generate))
 @given(
-    st.integers(1, 40), st.integers(1, 4), st.integers(161, 400), st.sampled_from([0.7, 1.0, 1.6]),
+    st.integers(1, 40), st.integers(1, 4), st.integers(161, 300), st.sampled_from([0.7, 1.0, 1.6]),
     st.sampled_from(DTYPES), st.sampled_from([1 << 26, 1]),
 )  # fmt: skip
 def test_the_most_likely_tokens(count, most, vocab, temperature, dtype, chunk_bytes):
@@ -125,11 +125,11 @@ def test_the_most_likely_tokens(count, most, vocab, temperature, dtype, chunk_by
 
 
 def test_most_tokens_are_found_by_the_kernels(left_to_torch):
-    hidden, targets, head = make(64, 24, 32 * 30, dtype=torch.bfloat16)
+    hidden, targets, head = make(32, 24, 32 * 30, dtype=torch.bfloat16)
     for most in (1, 8, 24):
         with_top(hidden, targets, head, most)
     assert left_to_torch[:2] == [0, 0]
-    assert left_to_torch[2] < 64  # of 30 tiles the 24 best maxima: a low floor
+    assert left_to_torch[2] < 32  # of 30 tiles the 24 best maxima: a low floor
     assert torch.isnan(with_top(*make(5, 8, 64), 2)[1]).sum() == 0  # more than two tiles give: torch's
     assert len(left_to_torch) == 3
 
@@ -155,13 +155,19 @@ def test_equals_and_tokens_taken_out_are_left_to_torch(left_to_torch):
         assert torch.isfinite(top[:5]).all()
 
 
-@pytest.mark.parametrize("sampling", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.05}, {"top_k": 7, "top_p": 0.8}])
-def test_what_truncation_keeps_is_read_from_them(sampling):
+@pytest.fixture(scope="module")
+def sampled():
+    """Logits and targets, ten of them random, with the kernels' scores and most likely tokens."""
     hidden, targets, head = make(50, 24, 32 * 40, dtype=torch.bfloat16, temperature=0.7)
     logits = hidden.float() @ head.weight.float().T
     targets = torch.where(torch.arange(50) < 40, (logits / 0.7).softmax(-1).multinomial(1)[:, 0], targets)
+    return logits, targets, *with_top(hidden, targets, head, 32)
+
+
+@pytest.mark.parametrize("sampling", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.05}, {"top_k": 7, "top_p": 0.8}])
+def test_what_truncation_keeps_is_read_from_them(sampled, sampling):
+    logits, targets, scores, top = sampled
     sampling = SamplingSettings(temperature=0.7, **sampling)
-    scores, top = with_top(hidden, targets, head, 32)
     got, known = replay_top(top, scores.logprobs, sampling, 32 * 40)
     want = replay(logits, targets, sampling, 0.7)
     assert known.float().mean() > 0.5
