@@ -38,6 +38,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Qwen3Moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
     "Gemma3Text": {"sliding_window": 16, "query_pre_attn_scalar": 32},
 }  # fmt: skip
+UNBROKEN: dict[str, dict[str, Any]] = {  # without what some FAULTS break; for clean runs (false_alarms.py)
+    "GPT2": {"num_key_value_heads": 2, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
+    "Gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 32, "final_logit_softcapping": 4.0,
+               "tie_word_embeddings": True},
+}  # fmt: skip
 
 
 def model_of(name: str, folder: Path) -> str:
@@ -48,7 +53,8 @@ def model_of(name: str, folder: Path) -> str:
 
     tokenizer = tiny_model.make_tokenizer()
     ids = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
-    config = getattr(transformers, f"{name}Config")(**SHAPE | ARCHITECTURES[name] | ids, vocab_size=len(tokenizer))
+    shape = SHAPE | (ARCHITECTURES | UNBROKEN)[name] | ids
+    config = getattr(transformers, f"{name}Config")(**shape, vocab_size=len(tokenizer))
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

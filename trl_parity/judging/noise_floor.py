@@ -85,7 +85,6 @@ class NoiseFloor:
         if not _bounds(measured.get("rounding", [])):
             self.missed()
             return False
-        self._tried = True
         for name in SOURCES:
             self._pool(name, measured.get(name, []))
         self.age, self.sequences = 0, _sequences(self._pools["rounding"])

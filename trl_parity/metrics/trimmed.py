@@ -55,7 +55,7 @@ def trimmed(histogram: np.ndarray, cumulative: np.ndarray, s: dict[str, float]) 
     return values | {
         "trimmed/kl_k3": k3 / (n - 1),
         "trimmed/logp_abs_diff/mean": abs_delta / (n - 1),
-        "trimmed/logp_abs_diff/p99": float(CENTERS[cumulative.searchsorted(max(1.0, math.ceil(0.99 * left)) - 1e-6)]),
+        "trimmed/logp_abs_diff/p99": float(CENTERS[cumulative.searchsorted(math.ceil(0.99 * left) - 1e-6)]),
         "trimmed/ratio/out_of_band": max(0.0, s["out_of_band"] - (n - left)) / left,
         "trimmed/ratio/extreme": max(0.0, extreme - 1) / n,
         "trimmed/ess": sum_w**2 / ((n - 1) * sum_w2) if sum_w2 > 0 else 0.0,

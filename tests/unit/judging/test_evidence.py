@@ -88,6 +88,9 @@ def test_all_the_wealth_is_there_before_the_first_window_and_fair_bets_keep_it()
     for step in range(50):
         bets.update(step, np.zeros(2), np.zeros(2))
     assert bets.log10_evidence == pytest.approx(0.0)
+    for step, factor in ((50, 1.05), (51, 2.0)):
+        bets.update(step, np.log([factor, factor]), np.full(2, step))
+    assert bets.best()[1:] == (50, 50.5)  # a fair bet does not rise, a little better one does
 
 
 def test_honesty_bets_lie_below_the_product_of_bets_on_tokens(rng):

@@ -9,12 +9,15 @@ import scipy.stats
 import torch
 
 from trl_parity import ParityConfig
-from trl_parity.judging.noise_floor import GROUPS, MOST, NoiseFloor
+from trl_parity.judging.noise_floor import GROUPS, NoiseFloor
 from trl_parity.live.judge import RunJudge
 from trl_parity.metrics.scalars import FLOORED
 from trl_parity.metrics.statistics import compute, measure
 from trl_parity.metrics.sums import MismatchSums
 from trl_parity.records import ScoredBatch
+
+# what the engine's own noise may be of rounding's
+MOST = dict.fromkeys(FLOORED, 4.0) | {"logp_abs_diff/mean": 2.0, "logp_abs_diff/p99": 2.0}
 
 # ---- the floor in force -----------------------------------------------------------------------------------------
 
@@ -124,6 +127,7 @@ def test_a_floor_comes_back_whole_unless_it_was_switched_off():
         assert getattr(again, name) == getattr(floor, name), name
     off.load_state(state)
     assert (off.values, off.scalars({"trimmed/kl_k3": 1.0})) == ({}, {})
+    assert NoiseFloor(ParityConfig(floor_tokens=1)).due
 
 
 # ---- how far the floor may be from what was measured ---------------------------------------------------------------
@@ -262,6 +266,13 @@ def test_a_measurement_too_small_to_tell_is_pooled():
     floor.update({"rounding": groups_of([0.01] * 8)})
     floor.update({"rounding": groups_of([0.03], seed=1)})  # beyond the bounds, were it not for its own
     assert sum(one.totals()["sequences"] for one in floor._pools["rounding"]) == 9
+
+
+def test_of_sides_that_are_equal_to_the_bit_measurements_are_pooled_too():
+    floor = NoiseFloor(ParityConfig())
+    for seed in range(3):
+        floor.update({"rounding": groups_of([0.0] * 4, seed=seed)})
+    assert floor.scalars({})["floor/sequences"] == 12
 
 
 def lognormal_scales(count, seed, sigma=0.01, spread=1.0):

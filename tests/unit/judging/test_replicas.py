@@ -1,9 +1,11 @@
 """One sick rank among 2, 64 or 1,024 halts and is named; healthy ranks are silent, however skew their noise."""
 
 import json
+import math
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from trl_parity import ParityConfig
@@ -184,3 +186,44 @@ def test_sums_know_what_is_told_of_their_rank():
     assert sums.by_rank is None
     sums.by_rank = torch.ones(2, 5)
     assert sums.cpu().by_rank is not None
+
+
+def test_a_ranks_lower_bound_by_hand():
+    by_rank = [  # tokens, Σ k3, Σ |Δ|, max Δ, max -Δ
+        [50.0, 0.9, 6.0, 0.2, 0.1], [30.0, 0.4, 4.0, 0.05, 0.4], [2.0, 0.5, 1.4, 0.7, 0.7],
+        [9.0, 0.1, 1e3, 400.0, 0.0], [1.0, 0.4, 0.6, 0.6, -0.6], [0.0, 0.0, 0.0, -math.inf, -math.inf],
+    ]  # fmt: skip
+    stats = {"effective_sequences": 12.5, "se/kl_k3": 1e-3, "se/logp_abs_diff/mean": 4e-3}
+    replicas = Replicas(1)
+    replicas.add(np.array(by_rank), stats)
+    t, n = scipy.stats.t.ppf(1 - 0.01 / 6, 11.5), sum(row[0] for row in by_rank)
+    for found, (tokens, k3, nats, most, least) in zip(replicas.state()[0], by_rank, strict=True):
+        if tokens < 2:
+            assert found == [None, None]
+            continue
+        worst = max(math.expm1(min(most, 300)) - min(most, 300), math.expm1(-least) + least)
+        for bound, total, largest, error in ((found[0], k3, worst, 1e-3), (found[1], nats, max(most, least), 4e-3)):
+            mean = max(total - largest, 0.0) / (tokens - 1)
+            assert bound == pytest.approx(mean - t * error * math.sqrt(n / tokens), rel=1e-5)
+
+
+@pytest.mark.parametrize(("ranks", "windows", "seed"), [(5, 12, 3), (5, 12, 4), (5, 12, 5), (5, 12, 8), (2, 20, 4)])
+def test_what_a_rank_reaches_now_and_then_is_judged_as_a_loop_judges_it(ranks, windows, seed):
+    """Of the fewest windows, from ``consecutive`` on, that are too many for chance: what the rank reached in them."""
+    bounds, sick = np.random.default_rng(seed).standard_normal((windows, ranks, 2)), ranks // 2 + (ranks > 2)
+    bounds[seed % 2 :: 2, sick] += 3.0 + seed % 6
+    bounds[-1, sick] += 3.0
+    found, told = Replicas(3, 10)._now_and_then(bounds)
+    expected, reached_in = np.full((ranks, 2), -np.inf), np.zeros(ranks)
+    for i in range(2):
+        for m in range(3, windows + 1):
+            reached = [min(sorted(bounds[:, r, i])[-m], bounds[-1, r, i]) for r in range(ranks)]
+            rank = int(np.argmax(reached))
+            own = (bounds[:, rank, i] >= reached[rank]).sum()
+            others = (np.delete(bounds[..., i], rank, axis=1) >= reached[rank]).sum()
+            if ranks * scipy.stats.poisson.sf(own - 1, others / (ranks - 1)) <= 1e-6:
+                expected[rank, i], reached_in[rank] = reached[rank], own
+                break
+    assert np.isfinite(expected).any()
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(told, reached_in)

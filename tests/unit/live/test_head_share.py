@@ -20,8 +20,11 @@ def test_the_head_gets_what_the_rest_leaves_of_the_budget():
     assert head.share == 1  # nothing is known
     head.update(window(wall=100.0, cost=10.2, head=10.0), calm=True)
     assert head.share == pytest.approx((1.0 - 0.2) / 10.0)
-    head.update(window(wall=100.0, cost=1.0, head=0.8, share=0.08), calm=True)
-    assert head.share == pytest.approx(0.08)
+    head.update(window(wall=50.0, cost=0.9, head=0.8, share=0.08), calm=True)
+    assert head.share == pytest.approx((0.8 * 0.8 + 0.5 - 0.1) / (0.8 * 10 + 10))
+    quick = HeadShare(0.005)
+    quick.update(window(wall=100.0, cost=0.7, head=0.5), calm=True)
+    assert quick.share == pytest.approx(0.3 / 0.5)
 
 
 def test_a_window_that_is_not_calm_is_followed_by_all_tokens_and_a_calm_one_by_a_sample():
@@ -32,9 +35,9 @@ def test_a_window_that_is_not_calm_is_followed_by_all_tokens_and_a_calm_one_by_a
 
 
 def test_a_budget_of_one_scores_everything_and_one_that_is_spent_nothing_beyond_the_least():
-    for budget, share in ((1.0, 1.0), (0.001, 0.0), (0.9, 1.0)):
+    for budget, wall, share in ((1.0, 5.0, 1.0), (0.001, 100.0, 0.0), (0.9, 100.0, 1.0)):
         head = HeadShare(budget)
-        head.update(window(100.0, 10.2, 10.0), calm=True)
+        head.update(window(wall, 10.2, 10.0), calm=True)
         assert head.share == share
 
 

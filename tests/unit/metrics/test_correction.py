@@ -142,11 +142,13 @@ def test_a_wrong_end_token_breaches_at_any_length(columns, off):
 
 
 def test_the_last_token_is_the_last_that_the_engine_generated_whatever_stands_between():
-    mask = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1]]).bool()
-    delta = torch.tensor([[0, 0, 3, 5], [9, 9, 9, 9], [5, -0.5, 9, 9], [5, 5, 5, math.nan]], dtype=torch.float64)
+    mask = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [1, 0, 0, 0]]).bool()
+    delta = torch.tensor(
+        [[0, 0, 3, 5], [9, 9, 9, 9], [5, -1.05, 9, 9], [5, 5, 5, math.nan], [-0.95, 9, 9, 9]], dtype=torch.float64
+    )
     stats = compute(measure(plain(delta, mask)))
-    assert stats["last_token/logp_abs_diff/mean"] == pytest.approx((3 + 0.5) / 2)
-    assert stats["last_token/disagreement"] == 0.5
+    assert stats["last_token/logp_abs_diff/mean"] == pytest.approx((3 + 1.05 + 0.95) / 3)
+    assert stats["last_token/disagreement"] == 2 / 3
 
 
 @pytest.mark.parametrize("n", [2000, 5000, 20_000, 200_000])
@@ -176,9 +178,10 @@ def test_a_few_huge_tokens_of_a_million_count_eight_at_most():
 
 @pytest.mark.parametrize(
     ("weights", "expected"),
-    [*(([s] * 16, 1.0) for s in (-100.0, -400.0, -800.0, 299.0, 310.0, 15_000.0)),
-     ([310.0] * 8 + [600.0] * 8, 0.5), ([-900.0] * 8 + [-899.0] * 8, (1 + math.e) ** 2 / (2 * (1 + math.e**2))),
-     ([899.5] * 8 + [900.5] * 8, (1 + math.e) ** 2 / (2 * (1 + math.e**2)))],
+    [*(([s] * 16, 1.0) for s in (-100.0, -400.0, -800.0, 299.0, 310.0, 15_000.0, 25_000.0, -25_000.0)),
+     ([310.0] * 8 + [600.0] * 8, 0.5),
+     *(([s] * 8 + [s + 1.0] * 8, (1 + math.e) ** 2 / (2 * (1 + math.e**2)))
+       for s in (-18_000.0, -900.0, 899.5, 18_000.0))],
 )  # fmt: skip
 def test_the_sequences_effective_sample_size_has_no_scale(weights, expected):
     delta = torch.tensor(weights, dtype=torch.float64)[:, None].expand(-1, 100) / 100

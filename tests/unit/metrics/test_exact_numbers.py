@@ -8,7 +8,7 @@ import scipy.stats
 import torch
 
 from trl_parity.metrics.histogram import log_ratio_histogram
-from trl_parity.metrics.intervals import _skewness, _student
+from trl_parity.metrics.intervals import _skewness, _student, intervals
 from trl_parity.metrics.statistics import measure
 from trl_parity.metrics.sums import BINS, MismatchSums
 from trl_parity.metrics.trimmed import EXTREME, trimmed
@@ -73,6 +73,26 @@ def test_skewness_is_that_of_residuals_threefold_and_bounded():
     assert _skewness(1e-150, mean, 0, (-1e10 * moments).tolist()) == -3.0
 
 
+@pytest.mark.parametrize("off", [5.0, 100.0])  # of Σ tokens in resamples: 400 sequences, or one
+def test_an_intervals_ends_are_students_and_the_one_at_the_long_tail_is_further_out(off):
+    s = {"tokens": 100.0, "sequences": 8.0, "w": 103.0, "entropy_tokens": 100.0, "law_entropy": 90.0,
+         "rollout_logprob": -92.0}  # fmt: skip
+    signs = np.array([1.0, -1.0] * 10)
+    bootstrap = np.stack([103.0 + 4 * np.roll(signs, 1), -2 + 3 * signs, 100.0 + off * signs], axis=-1)
+    moments = [[30.0, 1.0, 2.0], [1.0, -10.0, 1.5], [3.0, 1.0, 4.0]]  # Σ e³: long tails above 1, and below 0
+    found, (t, effective) = intervals(s, bootstrap, moments), _student(bootstrap[:, 2], 100.0)
+    for i, (name, mean, expected) in enumerate((("honesty", 1.03, 1.0), ("entropy/drift", -0.02, 0.0))):
+        deviation = math.sqrt(np.square(bootstrap[:, i] - mean * bootstrap[:, 2]).mean())
+        error = deviation * math.sqrt(effective / max(effective - 1, 0.5)) / 100
+        further = (t**2 / 3 + 1 / 6) * abs(_skewness(deviation, mean - expected, i, moments)) * error
+        low, high = mean - t * error, mean + t * error
+        low, high = (low, high + further) if i == 0 else (low - further, high)
+        assert (found[f"{name}_low"], found[f"{name}_high"]) == pytest.approx((low, high))
+        assert found[f"{name}_gap"] == pytest.approx(max(0.0, low - expected, expected - high), abs=1e-12)
+    assert found["se/entropy/drift"] == pytest.approx(error)
+    assert intervals(s | {"sequences": 7.0}, bootstrap, moments) == {}
+
+
 def test_a_histogram_holds_every_token_between_the_outermost_thousandths():
     delta = torch.linspace(-0.2, 0.3, 4000, dtype=torch.float64).view(40, 100)
     rollout = torch.full_like(delta, -2.0)
@@ -101,15 +121,15 @@ def test_maxima_only_rise_and_a_copy_is_a_copy():
     copy = sums.copy()
     copy.raise_to(delta=9.0)
     copy.bump(tokens=1.0)
-    assert (sums.peaks()["delta"], sums.totals()["tokens"]) == (0.7, 2.0)
     assert (copy.peaks()["delta"], copy.totals()["tokens"]) == (9.0, 3.0)
+    assert (sums.peaks()["delta"], sums.totals()["tokens"]) == (0.7, 2.0)
     assert sums.cpu() is sums
 
 
 def test_sums_come_back_from_json_with_what_is_infinite():
     sums = MismatchSums.zeros(bootstrap_samples=3)
     sums.bump(tokens=2.0, w=math.inf)
-    sums.raise_to(delta=math.inf, neg_delta=0.25)
+    sums.raise_to(neg_delta=0.25, kv_cache_usage=math.inf, teacher_temperature_gap=0.5)  # not the first; the last
     saved = sums.to_sparse()
     assert all(math.isfinite(x) for x in saved["additive"].values() if not isinstance(x, str))
     back = MismatchSums.from_sparse(saved)

@@ -43,6 +43,7 @@ def test_tokens_by_lag_are_those_of_a_loop():
     known = counts[[0, 1, 3, 4, 5, 6]].sum()
     assert stats["lag/in_flight_share"] == pytest.approx(float(counts[1] + counts[4]) / float(known))
     assert stats["lag"] == pytest.approx(75 / 7)
+    assert compute(measure(replace(batch, in_flight=None)))["lag/in_flight_share"] is None
 
 
 def test_a_probe_is_compared_and_has_no_lag():

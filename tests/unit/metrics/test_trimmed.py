@@ -24,6 +24,14 @@ def test_of_equal_tokens_as_many_are_left_as_there_should_be(tokens, left):
     assert stats["trimmed/ess"] == pytest.approx(1.0, rel=1e-9)
 
 
+def test_of_one_token_nothing_is_left_and_of_two_the_smaller():
+    one, two = stats_of([0.3]), stats_of([0.3, 0.1])
+    assert one["kl_k3"] == pytest.approx(math.expm1(0.3) - 0.3)
+    assert one["trimmed/kl_k3"] is one["trimmed/logp_abs_diff/p99"] is None
+    assert two["trimmed/logp_abs_diff/mean"] == pytest.approx(0.1, rel=0.019)
+    assert two["trimmed/logp_abs_diff/p99"] == pytest.approx(0.1, rel=0.019)
+
+
 def test_the_worst_are_left_out_and_part_of_their_bin_stays():
     """10 small, 3 large and equal: one large one goes, two of 12 are left."""
     stats = stats_of([0.01] * 10 + [1.0] * 3)

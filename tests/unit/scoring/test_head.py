@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.head import DTYPES, error, make, oracle, oracle_logits
 
-from trl_parity.scoring.head import logits_chunk, score_tokens
+from trl_parity.scoring.head import _use_triton, logits_chunk, score_tokens
 from trl_parity.scoring.head_spec import Head
 
 
@@ -323,6 +323,14 @@ def test_errors_say_what_was_seen_and_expected():
             score_tokens(h, t, bad)
     with pytest.raises(ValueError, match=r"out is torch.float32 \(4, 49\) on cpu, expected torch.float32 \(4, 50\)"):
         logits_chunk(hidden, head, out=torch.zeros(4, 49))
+    with pytest.raises(ValueError, match=r"hidden is torch.int64"):
+        logits_chunk(hidden.long(), head)
+
+
+def test_no_kernel_is_tried_where_torch_is_asked_for_or_there_is_no_token():
+    hidden, _, head = make(4, 8, 50)
+    assert not _use_triton(hidden, head, "torch")
+    assert not _use_triton(hidden[:0], head, "triton")
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ def test_one_sample_draws_anew_from_each_part_of_a_pass():
     sample = TokenSample(0.2, 0)
     parts = [sample.draw(rows())[0] for _ in range(4)]
     assert len({tuple(part.tolist()) for part in parts}) > 1
+    assert (sample.seen, sample.drawn) == (4 * sum(LENGTHS), sum(map(len, parts)))
 
 
 def test_no_token_is_drawn_from_none():
@@ -55,7 +56,7 @@ def test_no_token_is_drawn_from_none():
 @pytest.mark.parametrize(
     ("share", "tokens", "least", "drawn"),
     [(0.01, 10_000, 100, 0.01), (0.01, 10_000, 1_000, 0.1), (0.01, 10_000, 5_001, None), (0.6, 10_000, 1, None),
-     (0.0, 8_192, 4_096, 0.5), (0.1, 0, 4_096, None)],
+     (0.0, 8_192, 4_096, 0.5), (0.1, 0, 4_096, None), (0.0, 1, 1, None)],
 )  # fmt: skip
 def test_a_sample_is_never_smaller_than_the_least_and_never_most_of_a_batch(share, tokens, least, drawn):
     sample = TokenSample.of(share, tokens, least, seed=0)
