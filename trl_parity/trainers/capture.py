@@ -17,6 +17,7 @@ from accelerate.utils import DistributedType
 
 from ..engine.pictures import Pictured, Pictures
 from ..records import RolloutBatch, SamplingSettings, ScoredBatch
+from ..scoring.device_seconds import wait_for_device
 from ..scoring.model_head import backbone_of
 from ..scoring.own_head import OwnHeadRounding
 from ..scoring.perturb import own_random_numbers
@@ -181,7 +182,11 @@ class Capture(ABC):
 
     @property
     def seconds(self) -> float:
-        """What the scoring took inside the trainer's own pass. Waits for a GPU."""
+        """What the scoring took inside the trainer's own pass.
+
+        Waits for a GPU: what it is busy with until then is the trainer's, and nobody counts it as ours.
+        """
+        wait_for_device()
         return 0.0 if self.scorer is None else self.scorer.seconds
 
     @property

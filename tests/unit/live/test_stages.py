@@ -133,6 +133,7 @@ PLAIN = {
     "pipeline": ("_spent", "announce"),
     "trainer_run": ("accelerator", "measured", "require_interception"),
     "capture": ("__init__", "seconds", "ends_step"),
+    "device_seconds": ("wait_for_device",),  # raises nothing
     "grpo": ("sampling_settings",),  # kept as the batch's failure
     "reduction": ("reduce_many", "reduce_sums"),
     "sums": ("_places", "__init__", "zeros", "bump", "cpu", "settle", "parts", "additive", "maxima", "span"),
