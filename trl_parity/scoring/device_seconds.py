@@ -43,7 +43,7 @@ class DeviceSeconds:
 
 
 def wait_for_device() -> None:
-    """Until what was asked of this process's CUDA device is done; where it fails, whoever asked is told by the next call."""
+    """Until what was asked of this process's CUDA device is done. What failed there, the next call says."""
     if torch.cuda.is_initialized():
         with suppress(RuntimeError):
             torch.cuda.synchronize()
