@@ -1,11 +1,10 @@
 """An engine that, asked again, does not give back what it said: answers of another prompt, or weights that changed."""
 
 import copy
-import functools
 
 import pytest
 import torch
-from support.diagnosed import C, batch_of, tiny_models
+from support.diagnosed import C
 
 from trl_parity.diagnosis.diagnose import diagnose
 from trl_parity.diagnosis.findings import NOTHING
@@ -14,16 +13,6 @@ from trl_parity.diagnosis.probes import rescore
 from trl_parity.diagnosis.probes.base import Unexplained
 from trl_parity.diagnosis.probes.other_prompts import under_another_prompt
 from trl_parity.diagnosis.selection import mean
-
-
-@pytest.fixture(scope="module")
-def models():
-    return tiny_models()
-
-
-@pytest.fixture
-def make_batch(models):
-    return functools.partial(batch_of, models)
 
 
 @pytest.mark.slow_unit

@@ -4,14 +4,13 @@ The trainer's side is a tiny model on the CPU; the engine's is a copy of it with
 """
 
 import copy
-import functools
 import random
 from dataclasses import FrozenInstanceError, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from support.diagnosed import B, Served, batch_of, tiny_models
+from support.diagnosed import B, Served
 
 from trl_parity.diagnosis.diagnose import diagnose
 from trl_parity.diagnosis.findings import NAMES, NOTHING, EnginePrompts, EngineWeights, Findings
@@ -22,16 +21,6 @@ from trl_parity.engine.base import Capability
 from trl_parity.engine.built_anew import Part
 from trl_parity.engine.requests import Request
 from trl_parity.records import Evidence
-
-
-@pytest.fixture(scope="module")
-def models():
-    return tiny_models()
-
-
-@pytest.fixture
-def make_batch(models):
-    return functools.partial(batch_of, models)
 
 
 def seen(diagnosis):

@@ -103,9 +103,9 @@ def left_to_torch(monkeypatch):
     return found
 
 
-@settings(max_examples=10, deadline=None, phases=(Phase.explicit, Phase.generate))
+@settings(max_examples=25, deadline=None, phases=(Phase.explicit, Phase.generate))
 @given(
-    st.integers(1, 40), st.integers(1, 4), st.integers(161, 300), st.sampled_from([0.7, 1.0, 1.6]),
+    st.integers(1, 40), st.integers(1, 4), st.integers(161, 400), st.sampled_from([0.7, 1.0, 1.6]),
     st.sampled_from(DTYPES), st.sampled_from([1 << 26, 1]),
 )  # fmt: skip
 def test_the_most_likely_tokens(count, most, vocab, temperature, dtype, chunk_bytes):
@@ -125,11 +125,11 @@ def test_the_most_likely_tokens(count, most, vocab, temperature, dtype, chunk_by
 
 
 def test_most_tokens_are_found_by_the_kernels(left_to_torch):
-    hidden, targets, head = make(32, 24, 32 * 30, dtype=torch.bfloat16)
+    hidden, targets, head = make(64, 24, 32 * 30, dtype=torch.bfloat16)
     for most in (1, 8, 24):
         with_top(hidden, targets, head, most)
     assert left_to_torch[:2] == [0, 0]
-    assert left_to_torch[2] < 32  # of 30 tiles the 24 best maxima: a low floor
+    assert left_to_torch[2] < 64  # of 30 tiles the 24 best maxima: a low floor
     assert torch.isnan(with_top(*make(5, 8, 64), 2)[1]).sum() == 0  # more than two tiles give: torch's
     assert len(left_to_torch) == 3
 
