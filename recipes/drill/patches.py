@@ -330,6 +330,28 @@ def other_scale(trainer: Any, factor: float) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def coarse_cache(trainer: Any, dtype: str) -> Iterator[None]:
+    """Keys and values are rounded on their way into the engine's cache, whatever its settings say.
+
+    In life: a connector that compresses the blocks it moves (offloading, disaggregated prefill) and gives them back.
+    """
+    import torch
+
+    def rounding(real: Any) -> Any:
+        def update(layer: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+            narrow = getattr(torch, dtype)
+            return real(layer, key.to(narrow).to(key.dtype), value.to(narrow).to(value.dtype), *args, **kwargs)
+
+        return update
+
+    with contextlib.ExitStack() as stack:
+        for module in engine_model(trainer).modules():
+            if hasattr(impl := getattr(module, "impl", None), "do_kv_cache_update"):
+                stack.enter_context(swapped(impl, "do_kv_cache_update", rounding(impl.do_kv_cache_update)))
+        yield
+
+
 def numbers(owner: str, attribute: str) -> Patch:
     """A number that all modules of one side (``trainer`` or ``engine``) have under that name.
 

@@ -16,10 +16,11 @@ import torch
 
 from ..engine.base import Engine, in_process
 from ..records import RolloutBatch
+from ..scoring.cache_grids import CacheGrid, rounded_cache
 from ..scoring.experts import ExpertLayer, Forced, forced
 from ..scoring.head_spec import Head
 from ..scoring.model_head import backbone_of, causal_lm, materialized_head
-from ..scoring.perturb import eval_mode, own_random_numbers, rebuilt, rounded_cache, swapped, without_adapters
+from ..scoring.perturb import eval_mode, own_random_numbers, rebuilt, swapped, without_adapters
 from ..trainers.capture import Capture
 from ..trainers.plain_pass import pictures_of, run_backbone
 from .findings import EnginePrompts, EngineWeights
@@ -48,8 +49,7 @@ class ForwardPass:
     prompts: EnginePrompts | None = None  # those the engine was really given
     model: str = "live"  # engine_config: built anew from the engine's config, on the trainer's weights
     weights: EngineWeights | str = "own"  # those the engine holds; or own ones: rounded to its dtype; one update ago
-    kv_dtype: torch.dtype | None = None  # round keys and values to this dtype
-    kv_truncated: bool = False  # towards zero: the upper byte of fp16 is e5m2, and some kernels just take it
+    cache_grid: CacheGrid | None = None  # attention reads keys and values on it
     routing: ForcedRouting | None = None  # in an unpadded pass
     few: bool = False  # only the FEW that passes one by one are made of
 
@@ -84,12 +84,15 @@ class ForwardPasses:
                 self._whole_head = replace(head, weight=head.weight.clone(), bias=bias, low_rank=low)
 
     def states(self, forward: ForwardPass) -> torch.Tensor:
-        """(N, H) hidden states that predict the tokens, where they were computed. The last few are remembered."""
+        """(N, H) hidden states that predict the tokens, where they were computed.
+
+        The last few are remembered, and those of the plain pass.
+        """
         if forward not in self._states:
             if self._whole_head is not None:
                 raise ValueError("the policy is sharded over ranks: one pass over it is made, and no other")
             if len(self._states) >= _REMEMBERED:
-                self._states.pop(next(iter(self._states)))
+                self._states.pop(next(known for known in self._states if known != ForwardPass()))
             with self._applied(forward) as model, torch.no_grad():
                 self._states[forward] = self._pass(model, forward)
         return self._states[forward]
@@ -201,8 +204,8 @@ class ForwardPasses:
                 stack.enter_context(swapped(self._weights(forward.weights)))
                 if not isinstance(forward.weights, str) and forward.weights.adapted:
                     stack.enter_context(without_adapters(self._model))
-            if forward.kv_dtype is not None:
-                stack.enter_context(rounded_cache(backbone_of(model), forward.kv_dtype, forward.kv_truncated))
+            if forward.cache_grid is not None:
+                stack.enter_context(rounded_cache(backbone_of(model), forward.cache_grid))
             yield model
 
     def _weights(self, weights: EngineWeights | str) -> Mapping[torch.nn.Parameter, torch.Tensor]:

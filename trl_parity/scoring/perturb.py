@@ -1,4 +1,4 @@
-"""A model in another world: other tensors, another config, a coarser key-value cache. Each undone at a block's end."""
+"""A model in another world: other tensors, another config, other rounding. Each undone at a block's end."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ import numpy as np
 import torch
 
 __all__ = [
-    "FP8_CACHES",
     "config_differences",
     "eval_mode",
     "largest_dropout",
     "own_random_numbers",
     "rebuilt",
-    "rounded_cache",
     "rounding_noise",
     "swapped",
     "without_adapters",
@@ -96,36 +94,6 @@ def without_adapters(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer._disable_adapters = False
-
-
-# vLLM's kv_cache_dtype, as torch calls it
-FP8_CACHES = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
-
-
-@contextmanager
-def rounded_cache(backbone: torch.nn.Module, dtype: torch.dtype, truncated: bool) -> Iterator[None]:
-    """Attention reads keys and values rounded to ``dtype``, as from a cache of that dtype with scale 1."""
-    from transformers import DynamicCache
-
-    largest = torch.finfo(dtype).max
-
-    def rounded(x: torch.Tensor) -> torch.Tensor:
-        if truncated:
-            return (x.half().view(torch.int16) & ~0xFF).view(torch.half).to(x.dtype)
-        return x.clamp(-largest, largest).to(dtype).to(x.dtype)
-
-    class Rounding(DynamicCache):
-        def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
-            return super().update(rounded(key_states), rounded(value_states), *args, **kwargs)
-
-    def before(module: Any, args: Any, kwargs: Any) -> Any:
-        return args, kwargs | {"past_key_values": Rounding(), "use_cache": True}
-
-    handle = backbone.register_forward_pre_hook(before, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @contextmanager

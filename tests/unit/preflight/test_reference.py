@@ -5,6 +5,7 @@ import torch
 from support.models import save_tiny_gemma, save_tiny_model
 
 from trl_parity.preflight.check.reference import Reference
+from trl_parity.scoring.cache_grids import declared_grids
 
 SEQUENCES = [[5], [7, 3], list(range(3, 40)), [9, 9, 9, 4], list(range(40, 5, -1)), [2, 8] * 30]
 
@@ -36,7 +37,7 @@ def test_other_worlds_end_with_their_block(tmp_path):
     plain = reference.score(SEQUENCES)[2].logprobs
     worlds = {
         "rounded": reference.rounded(torch.bfloat16, torch.bfloat16, 0),
-        "cached": reference.cached_in(torch.float8_e5m2),
+        "cached": reference.cached_on(declared_grids("fp8_e5m2")[0]),
         "holding": reference.holding({n: t * 1.1 for n, t in reference.named_tensors() if "mlp" in n}),
     }
     for name, world in worlds.items():

@@ -8,14 +8,19 @@ It knows mechanisms, never the run's history. What it can't ask raises ``NotPoss
 from __future__ import annotations
 
 from .base import COSTS, FREE, Candidate, NotPossible, Probe, in_order, recomputed
+from .cache_precision import CACHE
 from .engine_head import ENGINE_HEAD
 from .handoff import HANDOFF
 from .rescore import RESCORE
 from .routing import ROUTING
 from .sampling_params import SAMPLING_PARAMS
+from .some_requests import SOME_REQUESTS
 from .trainer_forward import TRAINER_FORWARD
 from .weight_sync import WEIGHT_SYNC
 
 __all__ = ["COSTS", "FREE", "PROBES", "Candidate", "NotPossible", "Probe", "in_order", "recomputed"]
 
-PROBES = in_order((*HANDOFF, *TRAINER_FORWARD, *SAMPLING_PARAMS, *WEIGHT_SYNC, *ENGINE_HEAD, *RESCORE, *ROUTING))
+PROBES = in_order((
+    *HANDOFF, *TRAINER_FORWARD, *CACHE, *SAMPLING_PARAMS, *SOME_REQUESTS, *WEIGHT_SYNC, *ENGINE_HEAD, *RESCORE,
+    *ROUTING,
+))  # fmt: skip

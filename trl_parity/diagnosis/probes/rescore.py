@@ -6,6 +6,7 @@ precision, or model.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import torch
@@ -31,9 +32,12 @@ from .asking import (
 )
 from .base import Candidate, NothingThere, NotPossible, Probe, Unexplained, probe, recomputed
 from .other_prompts import under_another_prompt
+from .parted_layers import where_parted
 from .what_changed import NO_LAW, SIDE, OneUpdate, by_one_update, dishonest, what_changed
 
 __all__ = ["RESCORE", "sampling_alone"]
+
+logger = logging.getLogger(__name__)
 
 _SAME = 0.05  # a true scale of the logits left up to 0.045 of the drift (or 3 floors), a soft cap read as one 0.11
 
@@ -43,8 +47,9 @@ _ASKED = 8  # times, where two answers differ: their mean has an eighth of the v
 
 _TWO_IMPLEMENTATIONS = (
     "no setting of these two sides: weights and config agree, and the engine holds what both make. The two "
-    "implementations of this model compute different functions; `trl-parity check` shows on what they part. Another "
-    "attn_implementation on the trainer's side, or other versions of vLLM or transformers."
+    "implementations of this model compute different functions, or a patch replaced a part of one: `trl-parity check` "
+    "shows on what they part. Another attn_implementation on the trainer's side, or other versions of vLLM or "
+    "transformers."
 )
 
 _HIDDEN_COPY = (
@@ -235,16 +240,27 @@ def prefill(batch: DiagnosedBatch, current: Counterfactual, findings: Findings) 
     over[again.picked] = True
     drift = float((base.reported - ours).nan_to_num(0.0).abs().mean())
     cause, why = _another_model(engine, findings, drift, batch.began_healthy)
+    nothing_seen = cause in _UNNAMED and findings.engine_parts == ()
     words = (
         f"at temperature 1, by prefill alone, engine and trainer differ by {float(delta.abs().mean()):.3g} nats on "
         f"average{onset_in_words(batch, current)}; asked again, the engine misses what it reported by {gap}; {why}"
     )
     candidate = Candidate(
-        counterfactual=replace(base, reported=theirs, kept=over), cause=cause, over=over, finding=words,
-        fix=_UNNAMED.get(cause, "") if findings.engine_parts == () else "",
-        most=_ONE_OF_TWO if cause == "engine_state" and findings.engine_parts == () else 1.0,
+        counterfactual=replace(base, reported=theirs, kept=over), cause=cause, over=over,
+        finding=words + (_layers_parted(batch, engine, findings) if nothing_seen else ""),
+        fix=_UNNAMED[cause] if nothing_seen else "", most=_ONE_OF_TWO if nothing_seen else 1.0,
     )  # fmt: skip
     return candidate, found
+
+
+def _layers_parted(batch: DiagnosedBatch, engine: Engine, findings: Findings) -> str:
+    if not in_process(engine):
+        return ""
+    try:
+        return where_parted(batch, engine, whole_sequences(batch, engine, findings.engine_prompts)[0])
+    except Exception as e:  # a word more or less, of layers that are called otherwise
+        logger.debug("the two sides' layers could not be compared: %s", e)
+        return ""
 
 
 def _no_logprobs(

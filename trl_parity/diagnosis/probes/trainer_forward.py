@@ -11,9 +11,8 @@ from ...engine.base import in_process
 from ...engine.built_anew import parted
 from ...scoring.head import score_tokens
 from ...scoring.model_head import causal_lm
-from ...scoring.perturb import FP8_CACHES, config_differences, largest_dropout
+from ...scoring.perturb import config_differences, largest_dropout
 from ..counterfactual import Counterfactual, DiagnosedBatch
-from ..findings import NOTHING, Findings
 from ..fitting import fit_temperature
 from ..forward_passes import FEW
 from ..profiles import drift_profiles
@@ -24,7 +23,6 @@ from .base import (
     Probe,
     independent,
     mean_in_words,
-    mean_residual,
     probe,
     recomputed,
     require_engine,
@@ -203,29 +201,6 @@ def engine_config(batch: DiagnosedBatch, current: Counterfactual) -> Candidate |
     )
 
 
-def kv_cache(batch: DiagnosedBatch, current: Counterfactual, findings: Findings) -> tuple[Candidate | None, Findings]:
-    """The trainer attends to keys and values rounded as in the engine's cache."""
-    require_engine(batch)
-    if batch.engine is None:
-        raise NotPossible("the engine's settings are not at hand on this rank, or the server does not tell them")
-    name = batch.engine.settings()["kv_cache_dtype"]
-    dtypes = FP8_CACHES | {"bfloat16": "bfloat16", "float16": "float16"}
-    if name not in dtypes:
-        return None, NOTHING
-    dtype = getattr(torch, dtypes[name])
-    ways = [with_forward(current, kv_dtype=dtype, kv_truncated=False)]
-    if dtype == torch.float8_e5m2:
-        ways.append(with_forward(current, kv_dtype=dtype, kv_truncated=True))
-    best = min(ways, key=lambda w: mean_residual(batch, w))
-    moved = float((batch.log_probs(best) - batch.log_probs(recomputed(current))).abs().mean())
-    candidate = Candidate(
-        counterfactual=best,
-        finding=f"kv_cache_dtype of the live engine is {name}; rounded alike, the trainer moves by {moved:.3g} nats",
-        details={"kv_cache_dtype": name, "moved": moved},
-    )
-    return candidate, Findings(cache_moved=moved)
-
-
 def own_logits(batch: DiagnosedBatch, current: Counterfactual) -> Candidate | None:
     """As if the loss were of the logits that the model itself makes, not of its head and the config's constants."""
     if batch.sharded:
@@ -284,7 +259,4 @@ TRAINER_FORWARD: tuple[Probe, ...] = (
     probe("own logits", "model_definition", "forward", independent(own_logits),
            "the loss is not of the logits that the model makes",
            "with the log-probs of the model's own logits the trainer agrees"),
-    probe("cache precision", "kv_cache_precision", "forward", kv_cache,
-           "the engine's KV cache is quantized", "with keys and values rounded alike, the trainer agrees",
-           gives=("cache_moved",)),
 )  # fmt: skip

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ...engine.weight_readback import HeldTensor, read_back
+from ...scoring.cache_grids import coarser_grids, declared_grids
 from ...scoring.dtypes import dtype_name
-from ...scoring.perturb import FP8_CACHES
 from . import trials
 from .drift import Counterfactuals, Drift, Gaps, drift_of
 from .noise import coarser
@@ -67,11 +67,10 @@ def what_if(
         return drift_of(sum((trials.compare(answered, reference, limits) for answered, _ in probed), Gaps()))
 
     base = drift_of(sum((trials.compared(answered, plain, limits) for answered, plain in probed), Gaps()))
-    told = FP8_CACHES.get(str(subject.engine.settings()["kv_cache_dtype"]))
-    for name, truncated in (("float8_e4m3fn", False), ("float8_e5m2", False), ("float8_e5m2", True)):
-        if told in (None, name):  # told nothing, the engine may still do it
-            with reference.cached_in(getattr(torch, name), truncated):
-                undone[f"kv:{name}{', towards zero' if truncated else ''}"] = left()
+    told = declared_grids(str(subject.engine.settings()["kv_cache_dtype"]))
+    for grid in told or coarser_grids(subject.engine.dtype):  # told nothing, the engine may still do it
+        with reference.cached_on(grid):
+            undone[f"kv:{grid.name}"] = left()
     if differs:
         try:
             with reference.built_from(subject.engine.hf_config):

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from ...errors import ConfigError
+from ...scoring.cache_grids import CacheGrid, rounded_cache
 from ...scoring.head import logits_chunk, score_tokens
 from ...scoring.head_spec import Head
 from ...scoring.model_head import backbone_of, materialized_head
-from ...scoring.perturb import own_random_numbers, rebuilt, rounded_cache, rounding_noise, swapped
+from ...scoring.perturb import own_random_numbers, rebuilt, rounding_noise, swapped
 
 __all__ = ["Reference", "Scored"]
 
@@ -89,9 +90,9 @@ class Reference:
             self._logits_dtype = before
 
     @contextmanager
-    def cached_in(self, dtype: torch.dtype, truncated: bool = False) -> Iterator[None]:
-        """Inside: attention reads keys and values rounded to ``dtype``."""
-        with rounded_cache(backbone_of(self.model), dtype, truncated):
+    def cached_on(self, grid: CacheGrid) -> Iterator[None]:
+        """Inside: attention reads keys and values on this grid."""
+        with rounded_cache(backbone_of(self.model), grid):
             yield
 
     @contextmanager

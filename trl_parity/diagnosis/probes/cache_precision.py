@@ -1,0 +1,82 @@
+"""The probe of the engine's key-value cache: rounded as it may be, does the trainer agree?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ...engine.base import Engine
+from ...scoring.cache_grids import coarser_grids, declared_grids
+from ...scoring.dtypes import dtype_name
+from ..counterfactual import Counterfactual, DiagnosedBatch
+from ..findings import NOTHING, Findings
+from .base import (
+    Candidate,
+    NothingThere,
+    NotPossible,
+    Probe,
+    mean_residual,
+    probe,
+    recomputed,
+    require_engine,
+    with_forward,
+)
+
+__all__ = ["CACHE"]
+
+_LEFT = 0.25  # of the excess over the floor, by a grid that no setting asks for: it is a guess
+
+_ROUNDED_CACHE = (
+    "no setting of this engine asks for a coarse KV cache, and it has one: find what rounds keys and values on their "
+    "way into it or back (a connector that moves or offloads blocks, another attention backend, a patch), and take it "
+    "out or leave the cache in the engine's dtype."
+)
+
+
+def kv_cache(batch: DiagnosedBatch, current: Counterfactual, findings: Findings) -> tuple[Candidate | None, Findings]:
+    """The trainer attends to keys and values rounded as in the engine's cache."""
+    require_engine(batch)
+    if batch.engine is None:
+        raise NotPossible("the engine's settings are not at hand on this rank, or the server does not tell them")
+    name = batch.engine.settings()["kv_cache_dtype"]
+    grids = declared_grids(str(name))
+    if not grids:
+        return _undeclared(batch, current, batch.engine), NOTHING
+    ways = [with_forward(current, cache_grid=grid) for grid in grids]
+    best = min(ways, key=lambda w: mean_residual(batch, w))
+    moved = float((batch.log_probs(best) - batch.log_probs(recomputed(current))).abs().mean())
+    candidate = Candidate(
+        counterfactual=best,
+        finding=f"kv_cache_dtype of the live engine is {name}; rounded alike, the trainer moves by {moved:.3g} nats",
+        details={"kv_cache_dtype": name, "moved": moved},
+    )
+    return candidate, Findings(cache_moved=moved)
+
+
+def _undeclared(batch: DiagnosedBatch, current: Counterfactual, engine: Engine) -> Candidate | None:
+    """The grid that explains the drift though no setting asks for one: looked for on the few sequences first."""
+    if batch.sharded:
+        return None  # one pass over its weights is made, and no other
+    few, grids = current.kept & batch.of_few, coarser_grids(engine.dtype)
+    before = mean_residual(batch, replace(recomputed(current), kept=few))
+    try:
+        left = [mean_residual(batch, replace(with_forward(current, cache_grid=x, few=True), kept=few)) for x in grids]
+    except Exception as e:
+        raise NothingThere(f"the policy's attention takes no cache of ours ({type(e).__name__}: {e})") from e
+    excess = before - batch.floor
+    if not left or excess <= 0.0 or min(left) - batch.floor > _LEFT * excess:
+        return None
+    grid = grids[left.index(min(left))]
+    return Candidate(
+        counterfactual=with_forward(current, cache_grid=grid),
+        finding=f"the engine's settings ask for no coarser cache than its {dtype_name(engine.dtype)}; with keys and "
+        f"values in {grid.name} the trainer agrees all the same",
+        fix=_ROUNDED_CACHE,
+        details={"cache_grid": grid.name},
+    )
+
+
+CACHE: tuple[Probe, ...] = (
+    probe("cache precision", "kv_cache_precision", "forward", kv_cache,
+           "the engine's KV cache is quantized", "with keys and values rounded alike, the trainer agrees",
+           gives=("cache_moved",)),
+)  # fmt: skip
