@@ -47,10 +47,10 @@ def test_older_weights_are_sure_where_those_of_one_update_ago_are_what_sampled(m
     for parameter, was in zip(policy.parameters(), before.parameters(), strict=True):
         torch.testing.assert_close(undone[parameter], was.detach(), rtol=1e-4, atol=1e-5)
 
-    def told(sampled, then=None, factor=1.0):
+    def told(sampled, newer_from=C, rows=None, factor=1.0):
         batch = make_batch(trained=(policy, sampled, optimizer))
-        if then is not None:  # from the middle of every completion on
-            batch.start.reported.copy_(torch.where(batch.column < C // 2, batch.start.reported, batch.as_scored))
+        newer = (batch.column >= newer_from) & (batch.row < (batch.sequences if rows is None else rows))
+        batch.start.reported.copy_(torch.where(newer, batch.as_scored, batch.start.reported))
         batch.start.reported.mul_(factor)
         held = {name: x.clone() for name, x in policy.state_dict().items()}
         found, _ = rescore.within_sequences(batch, batch.start, NOTHING)
@@ -62,9 +62,11 @@ def test_older_weights_are_sure_where_those_of_one_update_ago_are_what_sampled(m
     assert found.most == 1.0
     assert found.cause == "stale_weights"
     assert "of the drift, the weights before the last update leave 0%: it had these" in found.finding
-    found = told(before, then=policy)
+    found = told(before, newer_from=C // 2)
     assert (found.cause, found.most) == ("in_flight_update", 1.0)
-    assert "leave 0% and 49% of the tokens are of the weights it holds now" in found.finding
+    assert "leave 0% and 48% of the tokens are of the weights it holds now" in found.finding
+    assert told(before, newer_from=C - 1).cause == "in_flight_update"  # an eighth of them: they came late
+    assert told(before, newer_from=C - 1, rows=1).cause == "stale_weights"  # one token of 48, by chance
     assert told(models[0]).most == 0.5  # three updates ago
     with pytest.raises(Unexplained, match=r"does not give back .*weights before the last update leave \d"):
         told(policy, factor=0.5)  # something else

@@ -1,10 +1,9 @@
-"""The probe of the engine's key-value cache: rounded as it may be, does the trainer agree?"""
+"""Probes of the engine's key-value cache: rounded as it may be, does the trainer agree?"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from ...engine.base import Engine
 from ...scoring.cache_grids import coarser_grids, declared_grids
 from ...scoring.dtypes import dtype_name
 from ..counterfactual import Counterfactual, DiagnosedBatch
@@ -14,6 +13,7 @@ from .base import (
     NothingThere,
     NotPossible,
     Probe,
+    independent,
     mean_residual,
     probe,
     recomputed,
@@ -34,14 +34,10 @@ _ROUNDED_CACHE = (
 
 def kv_cache(batch: DiagnosedBatch, current: Counterfactual, findings: Findings) -> tuple[Candidate | None, Findings]:
     """The trainer attends to keys and values rounded as in the engine's cache."""
-    require_engine(batch)
-    if batch.engine is None:
-        raise NotPossible("the engine's settings are not at hand on this rank, or the server does not tell them")
-    name = batch.engine.settings()["kv_cache_dtype"]
-    grids = declared_grids(str(name))
-    if not grids:
-        return _undeclared(batch, current, batch.engine), NOTHING
-    ways = [with_forward(current, cache_grid=grid) for grid in grids]
+    name = _setting(batch)
+    ways = [with_forward(current, cache_grid=grid) for grid in declared_grids(name)]
+    if not ways:
+        return None, NOTHING
     best = min(ways, key=lambda w: mean_residual(batch, w))
     moved = float((batch.log_probs(best) - batch.log_probs(recomputed(current))).abs().mean())
     candidate = Candidate(
@@ -52,11 +48,22 @@ def kv_cache(batch: DiagnosedBatch, current: Counterfactual, findings: Findings)
     return candidate, Findings(cache_moved=moved)
 
 
-def _undeclared(batch: DiagnosedBatch, current: Counterfactual, engine: Engine) -> Candidate | None:
+def _setting(batch: DiagnosedBatch) -> str:
+    require_engine(batch)
+    if batch.engine is None:
+        raise NotPossible("the engine's settings are not at hand on this rank, or the server does not tell them")
+    return str(batch.engine.settings()["kv_cache_dtype"])
+
+
+def undeclared(batch: DiagnosedBatch, current: Counterfactual) -> Candidate | None:
     """The grid that explains the drift though no setting asks for one: looked for on the few sequences first."""
+    if declared_grids(_setting(batch)):
+        return None
     if batch.sharded:
-        return None  # one pass over its weights is made, and no other
-    few, grids = current.kept & batch.of_few, coarser_grids(engine.dtype)
+        raise NothingThere("the policy is sharded over ranks: one pass over its weights is made, and no other")
+    assert batch.engine is not None
+    dtype = batch.engine.dtype
+    few, grids = current.kept & batch.of_few, coarser_grids(dtype)
     before = mean_residual(batch, replace(recomputed(current), kept=few))
     try:
         left = [mean_residual(batch, replace(with_forward(current, cache_grid=x, few=True), kept=few)) for x in grids]
@@ -68,7 +75,7 @@ def _undeclared(batch: DiagnosedBatch, current: Counterfactual, engine: Engine) 
     grid = grids[left.index(min(left))]
     return Candidate(
         counterfactual=with_forward(current, cache_grid=grid),
-        finding=f"the engine's settings ask for no coarser cache than its {dtype_name(engine.dtype)}; with keys and "
+        finding=f"the engine's settings ask for no coarser cache than its {dtype_name(dtype)}; with keys and "
         f"values in {grid.name} the trainer agrees all the same",
         fix=_ROUNDED_CACHE,
         details={"cache_grid": grid.name},
@@ -79,4 +86,7 @@ CACHE: tuple[Probe, ...] = (
     probe("cache precision", "kv_cache_precision", "forward", kv_cache,
            "the engine's KV cache is quantized", "with keys and values rounded alike, the trainer agrees",
            gives=("cache_moved",)),
+    probe("cache of another precision", "kv_cache_precision", "singles", independent(undeclared),
+           "keys and values are rounded on their way through the cache, and no setting says so",
+           "with keys and values on one of a few grids, the trainer agrees"),
 )  # fmt: skip

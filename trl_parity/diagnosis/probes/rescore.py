@@ -33,7 +33,7 @@ from .asking import (
 from .base import Candidate, NothingThere, NotPossible, Probe, Unexplained, probe, recomputed
 from .other_prompts import under_another_prompt
 from .parted_layers import where_parted
-from .what_changed import NO_LAW, SIDE, OneUpdate, by_one_update, dishonest, what_changed
+from .what_changed import NEWER, NO_LAW, OneUpdate, by_one_update, dishonest, what_changed
 
 __all__ = ["RESCORE", "sampling_alone"]
 
@@ -143,7 +143,7 @@ def _of_which_update(cause: str, why: str, update: OneUpdate) -> tuple[str, str]
         return "", words
     if update.left > _REPRODUCED or update.newer is None:
         return cause, f"{why}; {words}"
-    if update.newer >= SIDE:
+    if update.newer >= NEWER:
         return "in_flight_update", f"{words} and {update.newer:.0%} of the tokens are of the weights it holds now"
     return "stale_weights", f"{words}: it had these when it was asked to sample, and has the trainer's now"
 

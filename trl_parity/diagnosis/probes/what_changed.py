@@ -13,15 +13,21 @@ from ..honesty import excess
 from .asking import size_of
 from .base import recomputed, with_forward
 
-__all__ = ["NO_LAW", "SIDE", "OneUpdate", "by_one_update", "dishonest", "what_changed"]
+__all__ = ["NEWER", "NO_LAW", "OneUpdate", "by_one_update", "dishonest", "what_changed"]
 
 _STEP = 3.0  # a change within sequences: this much more drift on one side of it
 
 _WITHIN = 5.0  # times as much drift before or after a point: weights changed there
 
-SIDE = 0.15  # and at least this share of the tokens on either side
+_SIDE = 0.15  # and at least this share of the tokens on either side
 
 _TELLING = 16  # tokens, for which update they are of
+
+_APART = 25.0  # floors between what the two updates say of a token that tells
+
+_NEARER = 4.0  # times as near to one of them
+
+NEWER = 0.04  # of the tokens that tell, nearer to the newer weights: all of one update leave 2 % there
 
 NO_LAW = "tokens drawn from the law it reports would have a mean of min(ratio, 2) of 1 at most, and it is {:.3f}"
 
@@ -63,7 +69,7 @@ class OneUpdate(NamedTuple):
     """What the weights before the last update make of a drift."""
 
     left: float  # share of it, where each token may be of them or of those now
-    newer: float | None  # share of the tokens that are of those now, of the ones that tell; None: too few do
+    newer: float | None  # share of the tokens that are clearly of those now, of the ones that tell; None: too few do
 
 
 def by_one_update(batch: DiagnosedBatch, current: Counterfactual) -> OneUpdate | None:
@@ -79,9 +85,9 @@ def by_one_update(batch: DiagnosedBatch, current: Counterfactual) -> OneUpdate |
     good = current.kept & torch.isfinite(now - current.reported) & torch.isfinite(then)
     of_now, of_then = (huber(x - current.reported)[good] for x in (now, then))
     left = float(torch.minimum(of_now, of_then).sum() / of_now.sum().clamp(min=1e-30))
-    telling = huber(then - now)[good] > _STEP**2 * batch.floor
-    newer = float((of_now < of_then)[telling].double().mean()) if int(telling.sum()) >= _TELLING else None
-    return OneUpdate(left, newer)
+    telling = huber(then - now)[good] > _APART * batch.floor
+    newer = (_NEARER * of_now < of_then)[telling].double()
+    return OneUpdate(left, float(newer.mean()) if len(newer) >= _TELLING else None)
 
 
 def _spared(batch: DiagnosedBatch, current: Counterfactual) -> float:
@@ -89,7 +95,7 @@ def _spared(batch: DiagnosedBatch, current: Counterfactual) -> float:
     sums, _ = batch.residual(current)
     size = (sums[:, 0] / sums[:, 1])[sums[:, 1] > 0]
     calm, off = size <= _STEP * batch.floor, size > _STEP**2 * batch.floor
-    some = min(int(calm.sum()), int(off.sum())) >= SIDE * len(size) > 0
+    some = min(int(calm.sum()), int(off.sum())) >= _SIDE * len(size) > 0
     return float(calm.double().mean()) if some and bool((calm | off).all()) else 0.0
 
 
@@ -99,7 +105,7 @@ def _turn_of_change(batch: DiagnosedBatch, current: Counterfactual) -> int | Non
     size = huber(delta)
     for turn in range(1, int(batch.turn.max()) + 1):
         before, after = (size[current.kept & side] for side in (batch.turn < turn, batch.turn >= turn))
-        if min(len(before), len(after)) < SIDE * int(current.kept.sum()):
+        if min(len(before), len(after)) < _SIDE * int(current.kept.sum()):
             continue
         if (
             after.mean() > _STEP * before.mean()
@@ -121,7 +127,7 @@ def _change(batch: DiagnosedBatch, current: Counterfactual) -> tuple[int | None,
     best: tuple[float, int, float, float] | None = None
     for at in range(2, width - 1):
         left, right = counts[:at].sum(), counts[at:].sum()
-        if min(left, right) < SIDE * counts.sum():
+        if min(left, right) < _SIDE * counts.sum():
             continue
         before, after = float(sums[:at].sum() / left), float(sums[at:].sum() / right)
         between = float(left * right / (left + right)) * (before - after) ** 2
