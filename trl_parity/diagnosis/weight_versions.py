@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import weakref
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,6 +16,19 @@ _VERSIONS = 1024
 _MATCHES = 0.95  # of the elements that are equal in the engine's dtype
 
 
+class _Tensor(NamedTuple):
+    """A parameter, and where it is found again."""
+
+    name: str
+    owner: torch.nn.Module
+    leaf: str
+    parameter: torch.nn.Parameter
+
+    @property
+    def in_place(self) -> bool:
+        return self.owner._parameters.get(self.leaf) is self.parameter and self.parameter.requires_grad
+
+
 class WeightVersions:
     """Kept from the first batch on, one a step; nothing of adapted or sharded policies, whose weights are not read.
 
@@ -23,7 +36,8 @@ class WeightVersions:
     """
 
     def __init__(self) -> None:
-        self._names: list[str] = []
+        self._some: list[_Tensor] = []
+        self._policy: Any = None  # a weak reference
         self._kept: list[torch.Tensor] = []  # (tensors, elements)
         self._step: int | None = None
         self.whole = False
@@ -38,9 +52,10 @@ class WeightVersions:
         if len(self._kept) == _VERSIONS:
             del self._kept[1]  # the first one stays
             self.whole = False
-        some = list(_some(policy))
-        self._names = [name for name, _ in some]
-        self._kept.append(torch.stack([elements_of(p) for _, p in some]).float().cpu())
+        known = self._policy is not None and self._policy() is policy
+        if not known or not all(tensor.in_place for tensor in self._some):  # the walk over modules costs the most
+            self._some, self._policy = _some(policy), weakref.ref(policy)
+        self._kept.append(torch.stack([elements_of(tensor.parameter) for tensor in self._some]).float().cpu())
 
     def holds_older(self, held: dict[str, torch.Tensor], dtype: torch.dtype) -> float | None:
         """Of the engine's tensors, the share that are an older version of their own; None where none is known.
@@ -49,7 +64,7 @@ class WeightVersions:
         at tells nothing.
         """
         known = older = 0
-        for i, name in enumerate(self._names):
+        for i, name in enumerate(tensor.name for tensor in self._some):
             if name not in held:
                 continue
             mine = elements_of(held[name]).float().cpu()
@@ -64,12 +79,16 @@ class WeightVersions:
 def elements_of(tensor: torch.Tensor) -> torch.Tensor:
     """(elements,) evenly spaced: a view, of a contiguous tensor of as many elements or more."""
     flat = tensor.detach().reshape(-1)
-    return flat[:: (len(flat) - 1) // (_ELEMENTS - 1)][:_ELEMENTS]
+    every = (len(flat) - 1) // (_ELEMENTS - 1)
+    return flat[: every * (_ELEMENTS - 1) + 1 : every]
 
 
-def _some(policy: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def _some(policy: Any) -> list[_Tensor]:
     """Trained tensors, evenly spaced over the model, by the names a sync gives them."""
     named = [(n, p) for n, p in policy.named_parameters() if p.requires_grad and p.numel() >= _ELEMENTS]
     count = min(_TENSORS, len(named))
-    for i in range(count):
-        yield named[i * len(named) // count]
+    some = []
+    for name, parameter in (named[i * len(named) // count] for i in range(count)):
+        owner, _, leaf = name.rpartition(".")
+        some.append(_Tensor(name, policy.get_submodule(owner), leaf, parameter))
+    return some

@@ -25,7 +25,7 @@ from ..scoring.scorer import CompletionScorer, CompletionScores
 from ..scoring.token_sample import TokenSample
 from .own_numbers import behind
 from .plain_pass import run_backbone
-from .row_keys import prompt_keys, row_keys
+from .row_keys import keys_of
 from .some_rows import rows_within, spread
 
 if TYPE_CHECKING:
@@ -286,6 +286,7 @@ class Capture(ABC):
         lags, in_flight = (None if x is None else x[rows] for x in (rollout.lags, rollout.in_flight))
         if lags is not None:  # what older weights generated differs by rights: only the rest is a mismatch
             mask, stale = mask & (lags == 0)[:, None], mask & (lags != 0)[:, None]
+        keys, prompts = keys_of(rollout)
         return ScoredBatch(
             mask=mask,
             rollout_logprobs=rollout.rollout_logprobs[rows],
@@ -304,8 +305,8 @@ class Capture(ABC):
             probe=rollout.probe,
             correction_weights=None if rollout.correction_weights is None else rollout.correction_weights[rows],
             weights=weights,
-            keys=row_keys(rollout)[rows],
-            prompts=prompt_keys(rollout)[rows],
+            keys=keys[rows],
+            prompts=prompts[rows],
         )
 
     def _or_again(self, rollout: RolloutBatch, own: torch.Tensor, again: torch.Tensor, rows: Any) -> torch.Tensor:

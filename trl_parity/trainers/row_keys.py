@@ -8,7 +8,7 @@ import torch
 
 from ..records import RolloutBatch
 
-__all__ = ["picture_key", "prompt_keys", "row_keys"]
+__all__ = ["keys_of", "picture_key", "prompt_keys", "row_keys"]
 
 _PIXELS = 65_536  # numbers of a prompt's pictures that are looked at
 
@@ -19,19 +19,30 @@ def row_keys(rollout: RolloutBatch) -> torch.Tensor:
     Σ (id + 1) m_j modulo 2^64 over a row's tokens, m_j a mixed number of the place, counted from where prompt and
     completion meet.
     """
-    before, after = rollout.prompt_ids, rollout.completion_ids
-    wide = 1 << max(before.shape[1], after.shape[1]).bit_length()
-    places = _multipliers(wide, before.device)
-    ids = torch.cat([before, after], dim=1) + 1
-    mask = torch.cat([rollout.prompt_mask.long(), rollout.completion_mask.long()], dim=1)
-    return _of(rollout, (ids * mask * places[wide - before.shape[1] : wide + after.shape[1]]).sum(-1))
+    return keys_of(rollout)[0]
 
 
 def prompt_keys(rollout: RolloutBatch) -> torch.Tensor:
     """(B,) int64: the same of prompts alone."""
-    ids, mask = rollout.prompt_ids + 1, rollout.prompt_mask.long()
+    return _of(rollout, _prompt_sums(rollout))
+
+
+def keys_of(rollout: RolloutBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both: of rows, and of their prompts."""
+    before, ids = _prompt_sums(rollout), rollout.completion_ids
     wide = 1 << ids.shape[1].bit_length()
-    return _of(rollout, (ids * mask * _multipliers(wide, ids.device)[wide - ids.shape[1] : wide]).sum(-1))
+    after = _sums(ids, rollout.completion_mask, _multipliers(wide, ids.device)[wide : wide + ids.shape[1]])
+    return _of(rollout, before + after), _of(rollout, before)
+
+
+def _prompt_sums(rollout: RolloutBatch) -> torch.Tensor:
+    ids = rollout.prompt_ids
+    wide = 1 << ids.shape[1].bit_length()
+    return _sums(ids, rollout.prompt_mask, _multipliers(wide, ids.device)[wide - ids.shape[1] : wide])
+
+
+def _sums(ids: torch.Tensor, mask: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    return ((ids + 1) * mask.long() * places).sum(-1)
 
 
 def picture_key(pixels: torch.Tensor) -> torch.Tensor:

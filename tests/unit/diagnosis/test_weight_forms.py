@@ -94,3 +94,20 @@ def test_a_resumed_run_and_a_policy_with_adapters_have_no_whole_history():
     versions.keep(adapted, 0)
     assert not versions.whole
     assert versions.holds_older(adapted.now(), torch.bfloat16) is None
+
+
+def test_a_parameter_that_is_replaced_or_frozen_is_looked_for_anew():
+    policy = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 16))
+    versions = WeightVersions()
+    versions.keep(policy, 0)
+    held = {"0.weight": policy[0].weight.detach().clone()}
+    policy[0].weight = torch.nn.Parameter(policy[0].weight.detach() + 1.0)  # another object under the same name
+    versions.keep(policy, 1)
+    assert versions.holds_older(held, torch.float32) == 1.0
+    assert versions.holds_older({"0.weight": policy[0].weight.detach()}, torch.float32) is None
+    policy[0].weight.data = policy[0].weight.data + 1.0  # the same object on other memory
+    versions.keep(policy, 2)
+    assert versions.holds_older({"0.weight": policy[0].weight.detach()}, torch.float32) is None
+    policy[0].weight.requires_grad_(False)
+    versions.keep(policy, 3)
+    assert versions.holds_older(held, torch.float32) is None  # no longer looked at
