@@ -189,6 +189,21 @@ def rotary_table_wrong_from_a_position_on(trainer):
         table.copy_(before)
 
 
+def some_ids_changed(trainer):
+    """One token in the middle of every other completion is another by the time it is trained on."""
+    generation = trainer.vllm_generation
+    real = generation.generate
+
+    def generate(*args, **kwargs):
+        prompts, completions, logprobs, ids = real(*args, **kwargs)
+        changed = [list(row) for row in completions]
+        for row in changed[::2]:
+            row[len(row) // 2] = (row[len(row) // 2] + 1) % 30
+        return prompts, changed, logprobs, ids
+
+    return swapped(generation, "generate", generate)
+
+
 @contextlib.contextmanager
 def coarse_keys_and_values(trainer):
     """They go through 4 bits, with a scale by token and head, on their way into the engine's cache."""
@@ -365,6 +380,7 @@ FAULTS = {
     "scored by the logits after": ("token_misalignment", scored_by_the_logits_after, {}),
     "scored by a copy": ("trainer_numerics", scored_by_a_copy, {"learning_rate": 5e-3}),
     "attention scale": ("engine_state", other_attention_scale, {}),
+    "some ids changed": ("token_misalignment", some_ids_changed, {}),
     "coarse cache": ("kv_cache_precision", coarse_keys_and_values, {}),
     "a layer of its own": ("model_definition", a_layer_of_its_own, {}),
     "some requests hotter": ("temperature", every_fourth_request_gets("temperature", 1.5), {}),
@@ -407,6 +423,9 @@ def test_unforeseen_faults_are_named_on_another_architecture(make_trainer, tmp_p
         assert "part at layers.1.self_attn" in found.summary
     else:
         assert found.confidence > 0.5
+    if name == "some ids changed":
+        assert "tokens are not those the engine generated" in found.summary
+        assert found.explained > 0.95  # with all that follows them, which has another context here
     if name.startswith("some requests"):
         assert re.search(r"in \d+ of \d+ sequences, and in no other", found.summary, re.IGNORECASE)
     assert OTHER_FIXES[name] in found.fix if name in OTHER_FIXES else found.fix == CAUSES[cause].fix

@@ -32,19 +32,26 @@ def finite(batch: DiagnosedBatch, current: Counterfactual) -> Candidate | None:
 
 
 def handover(batch: DiagnosedBatch, current: Counterfactual) -> Candidate | None:
-    """The engine's own numbers and ids, as it returned them, in place of those that arrived."""
+    """The engine's own numbers, as it returned them, in place of those that arrived.
+
+    Tokens that it did not generate are left out, with all that follow them: those have another context here.
+    """
     answers = _answers(batch)
     reported, kept = current.reported.clone(), current.kept.clone()
     moved, foreign = 0, torch.zeros(max(map(len, answers)), dtype=torch.long)  # the latter by turn
     for i, at in enumerate(batch.rows.tolist()):
+        off = False  # a token before is another
         for n in (batch.row == i).nonzero().squeeze(-1).tolist():
             turn, t = (int(batch.turn[n]), int(batch.offset[n])) if len(answers[at]) > 1 else (0, int(batch.column[n]))
             if turn >= len(answers[at]):
                 raise NotPossible(f"row {at} has more turns than the engine made answers for it")
             ids, token = answers[at][turn].token_ids, int(batch.targets[n])
             if t >= len(ids) or ids[t] != token:
-                kept[n] = False
+                kept[n], off = False, True
                 foreign[turn] += 1
+                continue
+            if off:
+                kept[n] = False
                 continue
             true = answers[at][turn].logprobs[t]
             moved += abs(true - float(current.reported[n])) > 1e-6 or bool(torch.isnan(current.reported[n]))
