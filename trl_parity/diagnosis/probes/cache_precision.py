@@ -56,8 +56,8 @@ def _setting(batch: DiagnosedBatch) -> str:
 
 
 def undeclared(batch: DiagnosedBatch, current: Counterfactual) -> Candidate | None:
-    """The grid that explains the drift though no setting asks for one: looked for on the few sequences first."""
-    if declared_grids(_setting(batch)):
+    """The grid that explains the drift though no setting asks for it: looked for on the few sequences first."""
+    if declared_grids(name := _setting(batch)):
         return None
     if batch.sharded:
         raise NothingThere("the policy is sharded over ranks: one pass over its weights is made, and no other")
@@ -75,9 +75,9 @@ def undeclared(batch: DiagnosedBatch, current: Counterfactual) -> Candidate | No
     grid = grids[left.index(min(left))]
     return Candidate(
         counterfactual=with_forward(current, cache_grid=grid),
-        finding=f"the engine's settings ask for no coarser cache than its {dtype_name(dtype)}; with keys and "
-        f"values in {grid.name} the trainer agrees all the same",
-        fix=_ROUNDED_CACHE,
+        finding=f"kv_cache_dtype of the live engine is {name}, its dtype {dtype_name(dtype)}; with keys and values in "
+        f"{grid.name} the trainer agrees",
+        fix=_ROUNDED_CACHE if name == "auto" else "",  # else of a kind that is not replayed exactly
         details={"cache_grid": grid.name},
     )
 
