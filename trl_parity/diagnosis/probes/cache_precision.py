@@ -23,7 +23,7 @@ from .base import (
 
 __all__ = ["CACHE"]
 
-_LEFT = 0.25  # of the excess over the floor, by a grid that no setting asks for: it is a guess
+_LEFT = 0.75  # of the excess over the floor on the few: a grid that leaves more is not tried on all
 
 _ROUNDED_CACHE = (
     "no setting of this engine asks for a coarse KV cache, and it has one: find what rounds keys and values on their "
