@@ -67,7 +67,7 @@ def undeclared(batch: DiagnosedBatch, current: Counterfactual) -> Candidate | No
     before = mean_residual(batch, replace(recomputed(current), kept=few))
     try:
         left = [mean_residual(batch, replace(with_forward(current, cache_grid=x, few=True), kept=few)) for x in grids]
-    except Exception as e:
+    except (TypeError, ValueError, AttributeError, NotImplementedError) as e:  # no memory, say, is a failure
         raise NothingThere(f"the policy's attention takes no cache of ours ({type(e).__name__}: {e})") from e
     excess = before - batch.floor
     if not left or excess <= 0.0 or min(left) - batch.floor > _LEFT * excess:
