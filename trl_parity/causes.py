@@ -145,6 +145,18 @@ CAUSES: dict[str, Cause] = {
         'vllm_importance_sampling_mode="token_truncate", which weighs tokens one by one; finer log-probs on both '
         "sides (fp32 heads, one dtype) where sequences are to be weighed whole.",
     ),
+    "reference_drift": Cause(
+        "The reference of the KL term is not the model that training began with.",
+        "The penalty pulls the policy towards a model that nobody chose, further away with each update.",
+        "beta=0, or a base that nothing writes to: model_init_kwargs={'dtype': 'float32'} with bf16=True, "
+        "init_lora_weights=True, and no adapter left merged.",
+    ),
+    "truncation_accounting": Cause(
+        "Answers that ended by themselves count as cut off, and are masked from the loss.",
+        "What the policy ends well is not learned from: it learns from those that run on until the limit, or nothing.",
+        "mask_truncated_completions=False; or end by tokens alone (stop_token_ids) and name them to TRL: "
+        "trainer.eos_token_ids += [...] before trainer.train().",
+    ),
     "unknown": Cause(
         "Nothing that was tried explains at least half of the drift.",
         "The two sides are not the same policy, for a reason not found.",

@@ -63,6 +63,10 @@ def test_experts_follow_a_sync_and_a_clean_run_is_healthy(make_trainer, tmp_path
     assert {str(v.status) for v in callback.verdicts} <= {"OK", "WARN"}  # rounding flips routers now and then
     assert len(callback.verdicts) == 6
     assert callback.diagnosis is None
+    stats = callback.verdicts[-1].stats
+    assert 0 < stats["floor/router_flips"] < 0.1
+    for name in ("kl_k3", "logp_abs_diff/mean"):
+        assert 0.1 * stats[f"floor/{name}"] < stats[f"floor/same_experts/{name}"] <= stats[f"floor/{name}"]
     assert (experts(trainer)[0].w13_weight != before).float().mean() > 0.5
 
 

@@ -417,12 +417,17 @@ def test_lora_adapters_are_part_of_the_policy_and_are_synced(make_trainer, tmp_p
 
 def test_a_reference_that_is_not_the_first_policy_and_stopped_answers_that_are_masked_warn(make_trainer, tmp_path):
     callback = ParityCallback()
+    callback.diagnose()
     arguments = {"mask_truncated_completions": True, "generation_kwargs": {"stop": list("0123456789")}}
     extra = {"peft_config": lora(init_lora_weights="pissa")}
     trainer = make_trainer("grpo", tmp_path, callback, trainer_kwargs=extra, beta=0.05, max_steps=1, **arguments)
     trainer.train()
     verdict = callback.verdicts[-1]
     assert {"reference/start_kl_k3", "completions/stopped_but_masked"} <= set(verdict.warnings), dict(verdict.stats)
+    found = callback.diagnosis
+    assert [cause.cause for cause in found.causes] == ["truncation_accounting", "reference_drift"], found.summary
+    assert "trainer.eos_token_ids += [...]" in found.fix
+    assert "init_lora_weights=True" in found.causes[1].fix
 
 
 def test_adapters_left_out_of_the_sync_are_halted_and_named(make_trainer, tmp_path, monkeypatch):

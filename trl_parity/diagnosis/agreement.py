@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -93,24 +93,21 @@ def sampled_law(tokens: Tokens, distribution: Distribution) -> tuple[str, str]:
 
 
 def agreed(
-    step: int, rows: Sequence[Sequence[float]], details: dict[str, Any], unseen: tuple[str, str] = ("", "")
+    step: int,
+    rows: Sequence[Sequence[float]],
+    details: dict[str, Any],
+    unseen: tuple[str, str] = ("", ""),
+    health: Sequence[NamedCause] = (),
 ) -> Diagnosis:
-    """The diagnosis where the drift is within the noise floor. ``rows``: the ranks' ``counts``."""
-    pairs, equal, chance, sequences, dropped, tokens = (sum(row[i] for row in rows) for i in range(6))
+    """The diagnosis where the drift is within the noise floor. ``rows``: the ranks' ``counts``.
+
+    ``health``: causes that the windows' statistics tell by themselves.
+    """
     within = f"({details['residual']:.3g}, Huber) is within the noise floor ({details['floor']:.3g})"
     if details["residual"] > details["floor"]:
         within += f", as far as {details['chance']:.2g} of chance either way let one tell"
-    if words := duplicates_in_words(int(pairs), int(equal), chance):
-        name = "duplicate_rollouts"
-    elif dropped > _DROPPED * sequences:
-        name = "correction_weights"
-        words = (
-            f"{dropped:g} of {sequences:g} sequences, {tokens / sequences:.0f} tokens long on average, have weight 0: "
-            "what their tokens' log-ratios add up to is beyond the correction's bounds"
-        )
-    elif unseen[0]:
-        name, words = unseen
-    else:
+    found = [*_told_by_rows(rows), *([_named(*unseen)] if unseen[0] else []), *health]
+    if not found:
         return Diagnosis(
             step=step,
             cause="unknown",
@@ -120,15 +117,32 @@ def agreed(
             fix="",
             details=details,
         )
-    cause = CAUSES[name]
+    first, *others = found
+    summary = f"{CAUSES[first.cause].what} {first.finding[:1].upper()}{first.finding[1:]}. The drift {within}"
+    summary += "." if first.cause == unseen[0] else ": engine and trainer are one policy."
     return Diagnosis(
         step=step,
-        cause=name,
+        cause=first.cause,
         explained=0.0,
         confidence=1.0,
-        summary=f"{cause.what} {words[:1].upper()}{words[1:]}. The drift {within}"
-        + ("." if name == unseen[0] else ": engine and trainer are one policy."),
-        fix=cause.fix,
-        causes=(NamedCause(cause=name, explained=0.0, confidence=1.0, finding=words, fix=cause.fix),),
+        summary=summary + "".join(f" Then {cause.cause}: {cause.finding}." for cause in others),
+        fix=first.fix,
+        causes=tuple(found),
         details=details,
     )
+
+
+def _told_by_rows(rows: Sequence[Sequence[float]]) -> Iterator[NamedCause]:
+    pairs, equal, chance, sequences, dropped, tokens = (sum(row[i] for row in rows) for i in range(6))
+    if words := duplicates_in_words(int(pairs), int(equal), chance):
+        yield _named("duplicate_rollouts", words)
+    elif dropped > _DROPPED * sequences:
+        words = (
+            f"{dropped:g} of {sequences:g} sequences, {tokens / sequences:.0f} tokens long on average, have weight 0: "
+            "what their tokens' log-ratios add up to is beyond the correction's bounds"
+        )
+        yield _named("correction_weights", words)
+
+
+def _named(name: str, words: str) -> NamedCause:
+    return NamedCause(cause=name, explained=0.0, confidence=1.0, finding=words, fix=CAUSES[name].fix)

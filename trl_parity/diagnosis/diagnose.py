@@ -69,6 +69,7 @@ def diagnose(
     ranks: int = 1,
     probes: Sequence[Probe] | None = None,
     alarmed: bool = True,
+    health: Sequence[NamedCause] = (),
 ) -> Diagnosis:
     """Name the cause of the drift in a batch. A collective: all ranks call it with theirs.
 
@@ -76,6 +77,7 @@ def diagnose(
     named: what time was there does not decide what is true (None: no bound). ``probes``: None: all there are. A probe
     that fails or is not possible here is an entry in the evidence, and a reason for doubt (``confidence_in``).
     ``alarmed``: something is over a limit; else only a drift that chance does not raise over the floor is looked into.
+    ``health``: what the run's windows tell of by themselves, to be named where the two sides agree.
     """
     runner = _ProbeRunner(batch, PROBES if probes is None else probes, budget, ranks)
     current = batch.start
@@ -88,7 +90,7 @@ def diagnose(
     chance = 0.0 if alarmed else _CHANCE * standard_error(sums)
     if drift - chance <= batch.floor or not len(sums):
         found, unseen = runner.agreement()
-        return agreed(step, found, details | {"chance": chance, "seconds": runner.seconds}, unseen)
+        return agreed(step, found, details | {"chance": chance, "seconds": runner.seconds}, unseen, health)
     explained = _Explained()
     evidence: list[Evidence] = []
     for turn in range(_ROUNDS):

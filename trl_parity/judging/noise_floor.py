@@ -23,9 +23,11 @@ from ..metrics.scalars import FLOORED
 from ..metrics.statistics import compute
 from ..metrics.sums import MismatchSums
 
-__all__ = ["GROUPS", "SOURCES", "NoiseFloor"]
+__all__ = ["GROUPS", "SAME_EXPERTS", "SOURCES", "NoiseFloor"]
 
 SOURCES = ("rounding", "batch_shape", "engine")
+
+SAME_EXPERTS = "same_experts"  # rounding without flips of routers: told where there are routers, no part of the floor
 
 GROUPS = 8  # of sequences, in each source
 
@@ -85,8 +87,8 @@ class NoiseFloor:
         if not _bounds(measured.get("rounding", [])):
             self.missed()
             return False
-        for name in SOURCES:
-            self._pool(name, measured.get(name, []))
+        for name, sums in measured.items():
+            self._pool(name, sums)
         self.age, self.sequences = 0, _sequences(self._pools["rounding"])
         bounds = {name: found for name, pool in self._pools.items() if (found := _bounds(pool))}
         highs = {name: {stat: bound.high for stat, bound in found.items()} for name, found in bounds.items()}
@@ -94,6 +96,10 @@ class NoiseFloor:
         self.sources = {name: {stat: _told(stat, x) for stat, x in found.items()} for name, found in highs.items()}
         self.values = {f"floor/{stat}": _told(stat, _largest(stat, highs)) for stat in FLOORED}
         self.upper = {f"floor_upper/{stat}": _largest(stat, uppers) for stat in _UPPER}
+        if SAME_EXPERTS in highs:
+            self.values |= {f"floor/{SAME_EXPERTS}/{stat}": highs[SAME_EXPERTS][stat] for stat in _UPPER}
+            totals = [sums.totals() for sums in self._pools[SAME_EXPERTS]]
+            self.values["floor/router_flips"] = sum(t["flipped"] for t in totals) / sum(t["routed"] for t in totals)
         if "engine" in bounds:
             excess = bounds["engine"][_SIZE].low - ENGINE_MOST * highs["rounding"][_SIZE]
             self.values["floor/engine_excess"] = max(0.0, excess)
@@ -189,7 +195,7 @@ class _Bounds(NamedTuple):
 def _largest(stat: str, found: Mapping[str, Mapping[str, float]]) -> float:
     """Of the sources; the engine's as far as it counts."""
     allowed = {"engine": MOST[stat] * found["rounding"][stat]}
-    return max(min(values[stat], allowed.get(name, math.inf)) for name, values in found.items())
+    return max(min(found[name][stat], allowed.get(name, math.inf)) for name in SOURCES if name in found)
 
 
 def _bounds(pool: Sequence[MismatchSums]) -> dict[str, _Bounds]:

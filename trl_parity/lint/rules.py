@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..causes import CAUSES
 from ..records import SamplingSettings
 
 __all__ = ["Facts", "Finding", "lint"]
@@ -305,8 +306,7 @@ def _answers(f: Facts) -> Iterator[Finding]:
             "truncation_accounting",
             f"answers end by {', '.join(f.ends)}, and mask_truncated_completions masks what doesn't end in EOS: "
             "answers that ended so count as cut off and are not learned from.",
-            "mask_truncated_completions=False; or end by tokens alone (stop_token_ids) and name them to TRL: "
-            "trainer.eos_token_ids += [...] before trainer.train().",
+            CAUSES["truncation_accounting"].fix,
         )
     if f.thinking_token_budget is not None:
         yield Finding(

@@ -9,6 +9,9 @@ Three sources, each on a few sequences of the current batch, none of which a fau
 - ``batch_shape``: the trainer against itself, one sequence at a time instead of all together, in the same padding.
 - ``engine``: the engine scoring the same tokens alone and in a batch, by prefill, at temperature 1.
 
+Of a mixture of experts rounding's is told a second time, as ``same_experts``: with the tokens whose routers rounding
+flips held to the experts they had. It is no part of the floor, and says how much of it flips are.
+
 All trainer passes run in eval mode, so that layers left in training mode are no floor either. What a source says is
 summed up by groups of sequences, since noise differs from one to the next: ``NoiseFloor`` bounds it by how much.
 """
@@ -16,6 +19,7 @@ summed up by groups of sequences, since noise differs from one to the next: ``No
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,10 +28,11 @@ from torch.nn.utils.rnn import pad_sequence
 from ..collectives import gather_rows
 from ..config.parity import ParityConfig
 from ..engine.base import Capability, Engine
-from ..judging.noise_floor import GROUPS
+from ..judging.noise_floor import GROUPS, SAME_EXPERTS
 from ..metrics.statistics import measure
 from ..metrics.sums import MismatchSums
 from ..records import RolloutBatch, ScoredBatch
+from ..scoring.experts import Routes, expert_layers
 from ..scoring.model_head import backbone_of
 from ..scoring.perturb import eval_mode, rounding_noise
 from ..trainers.some_rows import rows_of_tokens
@@ -70,19 +75,28 @@ def measure_floor(capture: Capture, config: ParityConfig) -> dict[str, list[Mism
     mask = rollout.engine_mask[rows]
     accelerator = capture.trainer.accelerator
     groups = accelerator.process_index + accelerator.num_processes * torch.arange(len(rows))
-    backbone = backbone_of(capture.policy)
+    backbone, routes = backbone_of(capture.policy), Routes(expert_layers(capture.policy))
+    logits_dtype = None if head_dtype == torch.float32 else head_dtype
+
+    def rounded_pass() -> torch.Tensor:
+        with rounding_noise(backbone, dtype, seed=rollout.step):
+            return capture.forward(rollout, rows, logits_dtype=logits_dtype)[0].logprobs
 
     with eval_mode(capture.policy):
-        plain = capture.forward(rollout, rows)[0].logprobs
-        with rounding_noise(backbone, dtype, seed=rollout.step):
-            logits_dtype = None if head_dtype == torch.float32 else head_dtype
-            rounded = capture.forward(rollout, rows, logits_dtype=logits_dtype)[0].logprobs
+        with routes.noted():
+            plain = capture.forward(rollout, rows)[0].logprobs
+        rounded = rounded_pass()
+        with routes.held() if routes.known else nullcontext():
+            held = rounded_pass() if routes.known else None
         few = _some(len(rows), _SINGLE_SEQUENCES)
         single = capture.forward(rollout, rows[few], batch_size=1)[0].logprobs
     sources = {
         "rounding": _against_itself(rounded, plain, mask, groups),
         "batch_shape": _against_itself(single, plain[few], mask[few], groups[: len(few)]),
     }
+    if held is not None:
+        sources[SAME_EXPERTS] = _against_itself(held, plain, mask, groups)
+        sources[SAME_EXPERTS][int(groups[0]) % GROUPS].bump(routed=routes.tokens, flipped=routes.flips)
     askable = rollout.image_keys is None or capture.pictures is not None
     if engine is not None and Capability.RESCORE in engine.capabilities and askable:
         try:

@@ -13,7 +13,7 @@ from ..engine.base import in_process
 from ..engine.handle import SettingsHistory
 from ..engine.weight_readback import policy_tensors
 from ..errors import ConfigError
-from ..records import Diagnosis, RolloutBatch, ScoredBatch
+from ..records import Diagnosis, NamedCause, RolloutBatch, ScoredBatch
 from ..report.bundle import write_incident
 from ..results.incident import Incident, prune_incidents, sequence_rows, versions, windows_in_short
 from ..results.redaction import without_text
@@ -104,6 +104,7 @@ class Investigator:
         floor: float | None,
         began_healthy: bool | None,
         alarmed: bool,
+        health: Sequence[NamedCause],
     ) -> Diagnosis:
         """Name the cause of the batch's drift. A collective."""
         from ..diagnosis.counterfactual import DiagnosedBatch
@@ -126,7 +127,7 @@ class Investigator:
             versions=self._versions,
         )
         budget = None if self.unbounded else self.config.diagnose_budget * seconds
-        return diagnose(batch, step, budget=budget, ranks=ranks, alarmed=alarmed)
+        return diagnose(batch, step, budget=budget, ranks=ranks, alarmed=alarmed, health=health)
 
     def found(self, diagnosis: Diagnosis) -> None:
         """A diagnosis that all ranks have come to."""

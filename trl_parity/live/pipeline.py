@@ -7,7 +7,6 @@ from copy import copy, deepcopy
 from typing import TYPE_CHECKING
 
 from ..collectives import on_any
-from ..judging.noise_floor import SOURCES
 from ..metrics.reduction import reduce_many, reduce_sums
 from ..metrics.statistics import compute
 from ..metrics.sums import MismatchSums
@@ -182,12 +181,12 @@ class Pipeline:
             if measured is None:
                 return
             accelerator = self._surroundings.accelerator
-            many = [sums for name in SOURCES for sums in measured[name]]
+            many = [sums for found in measured.values() for sums in found]
             reduced = iter(many if accelerator is None else reduce_many(many, accelerator))
             judge, before = self._judge, deepcopy(self._judge.floor)
             failed = True
             with judge.stages("floor in force"):
-                judge.floor.update({name: [next(reduced) for _ in measured[name]] for name in SOURCES})
+                judge.floor.update({name: [next(reduced) for _ in found] for name, found in measured.items()})
                 failed = False
             [failed] = on_any((failed,), accelerator)
             if failed:  # on a rank: all go on with the older one

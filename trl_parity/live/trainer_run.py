@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..collectives import on_any
 from ..config.parity import ParityConfig
-from ..judging.noise_floor import GROUPS, SOURCES
+from ..judging.health import standing
+from ..judging.noise_floor import GROUPS, SAME_EXPERTS, SOURCES
 from ..lines import say
 from ..metrics.reduction import reduce_sums
 from ..metrics.sums import MismatchSums
@@ -168,6 +169,8 @@ class TrainerRun(Surroundings):
             sources.update(measure_floor(capture, self.config))
 
         self.judge.stages.together("noise floor", ranks, measured)
+        if any(on_any((SAME_EXPERTS in sources,), self.accelerator)):
+            sources.setdefault(SAME_EXPERTS, [empty] * GROUPS)
         return sources  # what this rank has measured counts, whatever failed on another
 
     def on_verdict(self, verdict: Verdict, sums: MismatchSums) -> None:
@@ -242,6 +245,7 @@ class TrainerRun(Surroundings):
             floor=self.judge.floor.values.get("floor/kl_k3"),
             began_healthy=None if first is None or resumed else first.status is Status.OK,
             alarmed=self.judge.status in (Status.WARN, Status.BREACH, Status.HALT),
+            health=standing(verdicts),
         )
 
     def announce(self, verdict: Verdict) -> str:

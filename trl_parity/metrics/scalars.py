@@ -101,6 +101,10 @@ SCALARS: dict[str, str] = {
     "floor_upper/logp_abs_diff/mean": "the same of logp_abs_diff/mean",
     "floor/engine_excess": "95 % lower bound of the engine's mean |Δ| against itself - 3 x rounding's upper bound, at "
     "least 0",
+    "floor/same_experts/kl_k3": "of a mixture of experts: floor/kl_k3 by rounding alone, with each token held to the "
+    "experts it takes without rounding; what is missing to floor/kl_k3 is flips of routers",
+    "floor/same_experts/logp_abs_diff/mean": "the same of logp_abs_diff/mean",
+    "floor/router_flips": "share of the routers' choices (a token in a layer, padding too) that rounding changes",
     "floor/age": "windows since the floor was measured",
     "floor/sequences": "sequences the floor is measured on, of all measurements that agree",
     "excess/kl_k3": "trimmed/kl_k3 - floor/kl_k3",

@@ -126,6 +126,8 @@ BUMPED = (
     # compared tokens that a sample left out; host seconds of the fp32 head inside the trainer's passes, and what they
     # would have been for all tokens
     "unscored", "head_seconds", "head_seconds_for_all",
+    # of a floor's passes over a mixture of experts: choices of routers, and those that rounding changes
+    "routed", "flipped",
 )  # fmt: skip
 
 _NAMES = SUMS + ADDED + BUMPED

@@ -12,12 +12,12 @@ from ..causes import CAUSES
 from ..config.parity import ParityConfig
 from ..judging.breaker import Reading, read
 from ..judging.course import Course
+from ..judging.health import HEALTH, signs
 from ..records import Diagnosis
 from ..verdict import MismatchStats, Verdict
 from .counted import counted
 from .escape import one_line
 from .format import cut, number
-from .health import HEALTH, health
 from .looser import looser_rules
 from .outcome import outcome
 from .places import places
@@ -274,7 +274,9 @@ def findings(verdict: Verdict) -> Iterator[str]:
         )
     yield from places(stats, named if apart else [name for name in named if name.startswith("replica/")])
     yield from _accumulated(stats, named)
-    yield from health(stats, named)
+    for sign, seen in signs(stats, named):
+        cause = f" ({sign.cause})" if sign.cause else ""
+        yield f"{seen[:1].upper()}{seen[1:]}{cause}. {sign.mends[:1].upper()}{sign.mends[1:]}"
     rate, left = stats.get("nonfinite_rate"), stats.get("entropy/relative")
     if rate:
         yield f"{rate:.2%} of the tokens have no finite log-prob."

@@ -6,14 +6,14 @@ weights (n, k))``: what the router chose passes by there, whatever way it was ch
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-__all__ = ["ExpertLayer", "Forced", "expert_layers", "forced"]
+__all__ = ["ExpertLayer", "Forced", "Routes", "expert_layers", "forced"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,6 +71,62 @@ def forced(layers: Sequence[ExpertLayer], choices: Sequence[Forced]) -> Iterator
             handle = layer.experts.register_forward_pre_hook(_instead(layer.name, choice))
             stack.callback(handle.remove)
         yield
+
+
+class Routes:
+    """What the routers of some layers chose in a pass, and the same pass again without what flips on the way.
+
+    ``tokens``: choices that were made again, of all layers; ``flips``: those of other experts than before.
+    """
+
+    def __init__(self, layers: Sequence[ExpertLayer]):
+        self._layers = layers
+        self._noted: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in layers]
+        self._known = bool(layers)
+        self.tokens, self.flips = 0, 0
+
+    @property
+    def known(self) -> bool:
+        """Whether they could be read in each call."""
+        return self._known and all(self._noted)
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Inside: what is chosen in each call is kept."""
+
+        def note(i: int, name: str, args: Any) -> None:
+            try:
+                self._noted[i].append(_chosen(name, args))
+            except ValueError:
+                self._known = False
+
+        with self._hooked(note):
+            yield
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, the calls being as many and as large: tokens that would take other experts take those noted."""
+        left = [iter(calls) for calls in self._noted]
+
+        def hold(i: int, name: str, args: Any) -> Any:
+            (experts, weights), (before, given) = _chosen(name, args), next(left[i])
+            flipped = (experts.sort(-1).values != before.sort(-1).values).any(-1, keepdim=True)
+            self.tokens += len(flipped)
+            self.flips += int(flipped.sum())
+            return (args[0], torch.where(flipped, before, experts), torch.where(flipped, given, weights), *args[3:])
+
+        with self._hooked(hold):
+            yield
+
+    @contextmanager
+    def _hooked(self, hook: Callable[[int, str, Any], Any]) -> Iterator[None]:
+        with ExitStack() as stack:
+            for i, layer in enumerate(self._layers):
+                handle = layer.experts.register_forward_pre_hook(
+                    lambda module, args, i=i, name=layer.name: hook(i, name, args)
+                )
+                stack.callback(handle.remove)
+            yield
 
 
 def _instead(name: str, choice: Forced) -> Any:

@@ -8,7 +8,7 @@ import torch
 from trl_parity.diagnosis import diagnose
 from trl_parity.diagnosis.agreement import agreed, counts, sampled_law, unseen_law
 from trl_parity.diagnosis.distribution import Distribution, Tokens
-from trl_parity.records import SamplingSettings
+from trl_parity.records import NamedCause, SamplingSettings
 from trl_parity.scoring.sampling import kept_mask
 
 DETAILS = {"residual": 1e-7, "floor": 2e-7}
@@ -48,6 +48,18 @@ def test_without_a_correction_there_is_nothing_to_explain():
     told = agreed(7, [counts(batch(None))], DETAILS)
     assert (told.cause, told.confidence, told.fix) == ("unknown", 0.0, "")
     assert told.summary.startswith("Nothing to explain")
+
+
+def test_what_the_windows_tell_by_themselves_is_named_after_what_the_batch_tells():
+    moved = NamedCause(cause="reference_drift", explained=0.0, confidence=1.0, finding="the base moved", fix="beta=0.")
+    told = agreed(7, [counts(batch(None))], DETAILS, health=(moved,))
+    assert (told.cause, told.fix, told.confidence) == ("reference_drift", "beta=0.", 1.0)
+    assert "The base moved. The drift (1e-07, Huber) is within the noise floor" in told.summary
+    assert told.summary.endswith("engine and trainer are one policy.")
+    dropped = counts(batch(torch.zeros(4, 1)))
+    both = agreed(7, [dropped], DETAILS, health=(moved,))
+    assert [cause.cause for cause in both.causes] == ["correction_weights", "reference_drift"]
+    assert both.summary.endswith("Then reference_drift: the base moved.")
 
 
 @pytest.mark.parametrize(

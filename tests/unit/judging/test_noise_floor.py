@@ -42,6 +42,23 @@ def test_the_floor_is_the_largest_of_its_sources():
     assert set(floor.values) == {f"floor/{stat}" for stat in FLOORED}
 
 
+def test_rounding_without_flips_of_routers_is_told_and_no_part_of_the_floor():
+    without, held = NoiseFloor(ParityConfig()), NoiseFloor(ParityConfig())
+    plain = {"rounding": sums(0.01), "batch_shape": sums(0.03)}
+    more = [sums(0.05), sums(0.05)]
+    more[0].bump(routed=90, flipped=6)
+    more[1].bump(routed=30, flipped=0)
+    without.update(plain)
+    held.update(plain | {"same_experts": more})
+    told = {name: held.values.pop(name) for name in held.values.keys() - without.values.keys()}
+    assert held.values == without.values
+    assert held.upper == without.upper
+    assert set(told) == {f"floor/same_experts/{n}" for n in ("kl_k3", "logp_abs_diff/mean")} | {"floor/router_flips"}
+    assert told["floor/router_flips"] == 0.05
+    assert told["floor/same_experts/kl_k3"] > held.values["floor/kl_k3"]
+    assert told["floor/same_experts/kl_k3"] == held.sources["same_experts"]["kl_k3"]
+
+
 def test_a_measurement_without_tokens_leaves_the_floor_as_it_was():
     floor = NoiseFloor(ParityConfig(floor_every_n_windows=7, floor_cost_share=0.01))
     assert not floor.update({"rounding": MismatchSums.zeros(), "engine": sums(0.01)})

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from trl_parity.scoring.experts import Forced, expert_layers, forced
+from trl_parity.scoring.experts import Forced, Routes, expert_layers, forced
+from trl_parity.scoring.perturb import rounding_noise
 
 IDS = torch.arange(12).reshape(1, 12)
 
@@ -59,6 +60,43 @@ def test_forced_tokens_take_other_experts_and_the_rest_their_own(model):
     torch.testing.assert_close(after[0, :11], before[0, :11], rtol=0, atol=1e-6)
     assert (after[0, 11] - before[0, 11]).abs().max() > 1e-4
     assert torch.equal(logits_of(model), before)  # nothing is left of it
+
+
+def test_a_pass_held_to_noted_routes_differs_by_all_but_their_flips(model):
+    layers = expert_layers(model)
+    routes = Routes(layers)
+    with routes.noted():
+        _, plain, given = seen_by(layers[0], model)
+    assert routes.known
+    with rounding_noise(model.model, torch.float8_e4m3fn, seed=0):
+        _, free, _ = seen_by(layers[0], model)
+        flipped = (free.sort(-1).values != plain.sort(-1).values).any(-1)
+        assert 0 < flipped.sum() < 12
+        with routes.held():
+            _, experts, weights = seen_by(layers[0], model)  # hooked after those that hold
+        assert torch.equal(experts.sort(-1).values, plain.sort(-1).values)
+        assert torch.equal(experts[~flipped], free[~flipped])
+    assert routes.tokens == 24
+    assert int(flipped.sum()) <= routes.flips <= int(flipped.sum()) + 12  # of the first layer and of the second
+    assert torch.equal(weights[flipped], given[flipped])
+    assert not torch.equal(weights[~flipped], given[~flipped])  # the rest is as rounding has it
+    with routes.held():  # nothing is rounded: nothing is held
+        logits_of(model)
+    assert (routes.tokens, routes.flips) == (48, routes.flips)
+
+
+def test_routes_that_cannot_be_read_are_not_known():
+    class OtherExperts(torch.nn.Module):
+        def forward(self, hidden):
+            return hidden
+
+    block = torch.nn.Sequential(torch.nn.Linear(4, 4), OtherExperts())
+    routes = Routes(expert_layers(block))
+    with routes.noted():
+        block(torch.zeros(3, 4))
+    assert not routes.known
+    assert not Routes([]).known
+    assert not Routes(expert_layers(block)).known  # no pass yet
 
 
 def test_another_sequence_or_another_way_of_routing_is_refused(model):
