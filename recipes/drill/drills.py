@@ -47,6 +47,8 @@ class Drill:
     engine: Callable[[Any], dict[str, Any]] = lambda s: {}  # engine arguments: a process of its own
     patch: patches.Patch | None = None
     onset: int = 1  # first window that can show it
+    halts: bool = True  # False: engine and trainer agree; a window warns, and a diagnosis that is asked for names it
+    experts: bool = False  # on a mixture of experts, whatever model the other drills have
 
     def says(self, strength: Any) -> str:
         """What is broken, in a line."""
@@ -161,6 +163,21 @@ DRILLS = [
           what="both sides in float32, but the engine's logits in {} (run at 0.3 x the temperature: they are small)",
           base=lambda s, at: {"bf16": False, "temperature": 0.3 * at.temperature}, base_engine={"dtype": "float32"},
           patch=patches.touch_logits(patches.rounded)),
+    Drill(name="favoured-expert", cause="moe_routing", what="the engine's routers add {} to one expert's logit",
+          strengths=(0.5, 1.0, 2.0), patch=patches.favoured_expert, experts=True,
+          base_engine={"enforce_eager": True}),  # compiled for a CPU, routers can't be reached
+    Drill(name="one-seed", cause="duplicate_rollouts", what="seed={} in generation_kwargs", strengths=(0,),
+          arguments=lambda s, _: {"generation_kwargs": {"seed": s}}, halts=False),
+    Drill(name="narrow-correction", cause="correction_weights", strengths=(0.99, 0.98),
+          what="sequences whose ratio is above {} are taken out of the loss (vllm_importance_sampling_clip_max)",
+          arguments=lambda s, _: {"vllm_importance_sampling_clip_max": s}),
+    Drill(name="stop-strings", cause="truncation_accounting", strengths=("=",),
+          what="answers end by the stop string {!r}, and mask_truncated_completions masks them",
+          base=lambda s, _: {"mask_truncated_completions": True},
+          arguments=lambda s, _: {"generation_kwargs": {"stop": [s]}}, halts=False),
+    Drill(name="rewritten-base", cause="reference_drift", strengths=("pissa", "olora"),
+          what="the adapter's initialization ({}) rewrites the base, which is the reference of the KL term",
+          base=lambda s, _: {"beta": 0.05, "adapter": True}, arguments=lambda s, _: {"adapter": s}, halts=False),
 ]  # fmt: skip
 
 

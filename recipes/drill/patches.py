@@ -331,6 +331,26 @@ def other_scale(trainer: Any, factor: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def favoured_expert(trainer: Any, by: float) -> Iterator[None]:
+    """The engine's routers favour expert 0. In life: a bias that balances experts, on one side."""
+    with contextlib.ExitStack() as stack:
+        for module in engine_model(trainer).modules():
+            router = vars(module).get("router")
+            if not hasattr(router, "select_experts"):
+                continue
+
+            def select_experts(
+                hidden_states: Any, router_logits: Any, *args: Any, real: Any = router.select_experts, **kwargs: Any
+            ) -> Any:
+                router_logits = router_logits.clone()
+                router_logits[:, 0] += by
+                return real(hidden_states, router_logits, *args, **kwargs)
+
+            stack.enter_context(swapped(router, "select_experts", select_experts))
+        yield
+
+
+@contextlib.contextmanager
 def coarse_cache(trainer: Any, dtype: str) -> Iterator[None]:
     """Keys and values are rounded on their way into the engine's cache, whatever its settings say.
 

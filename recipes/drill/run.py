@@ -157,7 +157,8 @@ def one_line(row: dict[str, Any]) -> str:
     if not row["cause"]:
         verb = "halted" if row["detected"] else "not halted"
         return f"{row['drill']}: {verb}, {'nothing named' if row['named'] == '-' else 'named ' + row['named']}"
-    windows = f"halted after {row['windows']} windows" if row["detected"] else "not halted"
+    verb = "halted" if row["halts"] else "warned of"
+    windows = f"{verb} after {row['windows']} windows" if row["detected"] else f"not {verb}"
     text = f"{row['drill']}: {windows}, named {row['named']} (expected {row['cause']})"
     if row["explained"] is not None:
         text += f", explains {row['explained']:.0%}"

@@ -19,19 +19,23 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CACHE = ROOT / ".cache" / "trl-parity"
+_BLOCKS = 4096
 sys.path.insert(0, str(ROOT / "recipes" / "grpo"))
 
 
 @contextlib.contextmanager
 def shared_engine(**engine_args: Any) -> Iterator[None]:
-    """All trainers made inside get one engine, built by TRL with its own arguments and ``engine_args`` laid over."""
+    """All trainers made inside get one engine, built by TRL with its own arguments and ``engine_args`` laid over.
+
+    Of the cache's GiB it has ``_BLOCKS`` blocks, unless told otherwise: each reset goes through all of them.
+    """
     import trl.generation.vllm_generation as generation
 
     real, built = generation.LLM, {}
 
     def shared(**kwargs: Any) -> Any:
         if "llm" not in built:
-            built["llm"] = real(**(kwargs | engine_args))
+            built["llm"] = real(**({"num_gpu_blocks_override": _BLOCKS} | kwargs | engine_args))
         return built["llm"]
 
     generation.LLM = shared
@@ -48,6 +52,33 @@ def tiny() -> str:
     return str(tiny_model.build(CACHE))
 
 
+def tiny_experts() -> str:
+    """A mixture of experts on the recipe's tokens, not trained: of eight, each token takes two."""
+    import tiny_model
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    tokenizer = tiny_model.make_tokenizer()
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=32, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64, max_position_embeddings=128,
+        tie_word_embeddings=False, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Qwen3MoeForCausalLM(config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "mlp" in name:  # so that which experts are taken matters
+                    parameter.mul_(1.5)
+        torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.25)
+    folder = CACHE / "tiny-experts"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 def make_trainer(
     model: str,
     callbacks: list[Any],
@@ -55,9 +86,13 @@ def make_trainer(
     chat: bool = False,
     prompt_prefix: str = "",
     trainer: str = "grpo",
+    adapter: bool | str = False,
     **overrides: Any,
 ) -> Any:
-    """A GRPOTrainer (or ``trainer="rloo"``) on the recipe's task; ``overrides``: fields of its config."""
+    """A GRPOTrainer (or ``trainer="rloo"``) on the recipe's task; ``overrides``: fields of its config.
+
+    ``adapter``: a LoRA on the attention's projections, begun as PEFT does (True) or as named.
+    """
     import task
     import trl
 
@@ -90,12 +125,18 @@ def make_trainer(
     prompts = task.make_dataset(rows, seed=args.seed, split="train", chat=chat)
     if prompt_prefix and not chat:
         prompts = prompts.map(lambda row: {"prompt": prompt_prefix + row["prompt"]})
+    peft = {}
+    if adapter:
+        from peft import LoraConfig
+
+        peft["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=adapter)
     return getattr(trl, kind)(
         model=model,
         args=args,
         reward_funcs=[task.exact, task.closeness],
         train_dataset=prompts,
         callbacks=callbacks,
+        **peft,
     )
 
 

@@ -58,14 +58,14 @@ def run(model: str, drill: Drill, job: Job, folder: Path) -> dict[str, Any]:
     arguments |= drill.run_args(strength, setting, job.control)
     callback = ParityCallback(action="stop")
     clock = _clock()
-    callbacks = [*([_asking(callback, STEPS)] if healthy else []), clock, callback]
+    callbacks = [*([_asking(callback, STEPS)] if healthy or not drill.halts else []), clock, callback]
     trainer = stack.make_trainer(model, callbacks, chat=tokenizer.chat_template is not None, **arguments)
     with contextlib.nullcontext() if job.control or drill.patch is None else drill.patch(trainer, strength):
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
     row = asdict(job) | outcome(drill, strength, healthy, callback) | {"seconds_total": seconds}
-    halt = clock.judged[-1] - clock.begun[drill.onset - 1] if row["detected"] else None
+    halt = clock.judged[-1] - clock.begun[drill.onset - 1] if row["windows"] and drill.halts else None
     return row | {"seconds_to_halt": halt}
 
 
@@ -110,12 +110,15 @@ def outcome(drill: Drill, strength: Any, healthy: bool, callback: Any) -> dict[s
     shares = [v.stats["cost/share"] for v in verdicts if v.stats and v.stats["cost/share"] is not None]
     causes = [] if diagnosis is None else [c.cause for c in diagnosis.causes]
     named = "no diagnosis" if diagnosis is None else diagnosis.cause if causes or not healthy else "-"
+    halts = drill.halts or healthy
+    seen = [v.step for v in verdicts if v.halted or (v.warnings and not halts)]
     return {
         "cause": "" if healthy else drill.cause,
         "what": drill.says(strength),
         "strength_value": strength,
-        "detected": last.halted,
-        "windows": last.step - drill.onset + 1 if last.halted else None,
+        "halts": halts,
+        "detected": bool(seen) and last.halted == halts,
+        "windows": seen[0] - drill.onset + 1 if seen else None,
         "named": named,
         "correct": named == "-" and not last.halted if healthy else named == drill.cause,
         "explained": None if diagnosis is None else diagnosis.explained,
@@ -138,7 +141,7 @@ def serve(drills: list[Drill], path: str) -> None:
     stack.quiet()
     order = json.loads(Path(path).read_text())
     by_name = {drill.name: drill for drill in drills}
-    model, failed = order["model"] or stack.tiny(), False
+    model, failed = stack.tiny_experts() if order["experts"] else order["model"] or stack.tiny(), False
     _tell({"versions": stack.versions()})
     with stack.shared_engine(**order["engine"]):
         for entry in order["jobs"]:
@@ -181,14 +184,15 @@ def execute(
     for job in jobs:
         drill = by_name[job.drill]
         engine_args = drill.engine_args(drill.strengths[job.strength], job.control)
-        groups.setdefault(json.dumps(engine_args, sort_keys=True), []).append(job)
+        engine = {"engine": engine_args, "experts": drill.experts}
+        groups.setdefault(json.dumps(engine, sort_keys=True), []).append(job)
     rows: dict[Job, dict[str, Any]] = {}
     versions, failed = "", []
     with tempfile.TemporaryDirectory(prefix="trl-parity-drill-") as scratch:
         folder = scratch if keep is None else str(keep.resolve())
         for number, (engine, group) in enumerate(groups.items(), 1):
             on_engine(number, len(groups), group)
-            order = {"engine": json.loads(engine), "jobs": [asdict(job) for job in group], "model": model}
+            order = json.loads(engine) | {"jobs": [asdict(job) for job in group], "model": model}
             path, log = Path(scratch) / f"{number}.json", Path(scratch) / f"{number}.log"
             path.write_text(json.dumps(order | {"folder": folder, "keep": keep is not None}))
             worker = _Worker(script, path, log)

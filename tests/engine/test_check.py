@@ -17,7 +17,7 @@ from trl_parity.preflight.check.settings import CheckSettings
 pytestmark = pytest.mark.engine
 
 FP32 = {"dtype": "float32", "logprobs_mode": "processed_logprobs", "seed": 0, "enforce_eager": True,
-        "max_model_len": 256, "generation_config": "vllm"}  # fmt: skip
+        "max_model_len": 256, "generation_config": "vllm", "num_gpu_blocks_override": 4096}  # fmt: skip
 OTHER_ENGINES = ("chunked_prefill", "block_size", "compiled")
 SYMPTOMS = {"kl_mean", "kl_max", "pass_rate", "logprobs"}  # of whatever is wrong
 

@@ -31,6 +31,7 @@ class Server:
         command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(self.model_dir)]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--max-model-len", "128", "--block-size", "32"]
         command += ["--dtype", "bfloat16", "--max-num-seqs", "16", "--enforce-eager", "--logprobs-mode", mode]
+        command += ["--num-gpu-blocks-override", "4096"]  # of the cache's GiB: each reset goes through all blocks
         command += ["--weight-transfer-config", json.dumps({"backend": "trl_parity"})]
         self.log.write_text("")
         self.process = warm.Child(command, env=env, stdout=self.log, stderr=self.log)

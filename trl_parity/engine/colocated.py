@@ -17,6 +17,7 @@ from ..scoring.perturb import own_random_numbers
 from .base import Capability
 from .pictures import Pictured
 from .routing import Routed, recorded
+from .uncompiled import uncompiled
 
 __all__ = ["ColocatedEngine", "engine_of"]
 
@@ -158,7 +159,7 @@ class ColocatedEngine:
 
     def routing(self, sequence: Sequence[int]) -> list[Routed]:
         """Which experts each of its layers takes for the tokens of a sequence, by its own prefill; empty if dense."""
-        with recorded(self.model) as layers:
+        with uncompiled(self.model), recorded(self.model) as layers:  # on a CPU routers are compiled with the rest
             self._ask([sequence], self._params(temperature=0.0, prompt_logprobs=0), self._salt())
         return [layer.of(len(sequence)) for layer in layers]
 

@@ -1,7 +1,7 @@
 """Which experts a colocated engine's layers take, read where its routers choose them.
 
 vLLM's private ground: the ``router`` that each of its MoE runners keeps, whose ``select_experts`` is called with
-hidden states and router logits, also where the rest of the layer is compiled.
+hidden states and router logits; on a GPU also where the rest of the layer is compiled.
 """
 
 from __future__ import annotations
@@ -51,13 +51,16 @@ def recorded(model: torch.nn.Module) -> Iterator[list[Routing]]:
     """Inside: every choice of every layer's router is kept, in the order of the layers."""
     routers = [router for module in model.modules() if hasattr(router := vars(module).get("router"), "select_experts")]
     layers = [Routing(router) for router in routers]
+    own = [vars(router).get("select_experts") for router in routers]  # somebody else's, in place of the class's
     try:
         for layer in layers:
             layer.router.select_experts = _watched(layer)
         yield layers
     finally:
-        for layer in layers:
+        for layer, before in zip(layers, own, strict=True):
             vars(layer.router).pop("select_experts", None)
+            if before is not None:
+                layer.router.select_experts = before
 
 
 def _watched(layer: Routing) -> Any:
