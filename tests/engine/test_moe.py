@@ -106,3 +106,23 @@ def test_routers_that_take_other_experts_for_the_same_states_are_halted_and_name
     [routing] = [e.details["routing"] for e in found.evidence if "routing" in e.details]
     assert len(routing) == 2
     assert all(0.3 < others < 0.95 and others + reweighed <= 1 for others, reweighed in routing.values())
+
+
+def test_a_replaced_router_of_the_trainer_is_named_for_what_it_is(make_trainer, tmp_path):
+    """Configs, weights and all that is built from them agree: what the live model is given is another choice."""
+    callback = ParityCallback()
+    trainer = make_trainer(tmp_path, callback)
+    for layer in trainer.model.model.layers:
+
+        def other(hidden, real=layer.mlp.gate.forward):
+            logits, weights, experts = real(hidden)
+            return logits, weights, (experts + 1) % 8
+
+        layer.mlp.gate.forward = other
+    trainer.train()
+    found = callback.diagnosis
+    assert (callback.status, found.cause) == (Status.HALT, "moe_routing"), found.summary
+    assert "model.layers.0.mlp.experts, model.layers.1.mlp.experts are given is not what its routers choose" in (
+        found.summary
+    )
+    assert found.explained > 0.9

@@ -75,3 +75,14 @@ def test_an_engines_choices_are_recorded_in_chunks_and_nothing_is_left_of_it():
         layer.of(4)
     with pytest.raises(RuntimeError, match="chooses experts by itself"):
         Routing(router).of(4)
+
+
+def test_what_somebody_else_put_in_a_routers_place_is_there_again():
+    model = torch.nn.Module()
+    model.router = Router()
+    mine = lambda *args: Router.select_experts(model.router, *args)  # noqa: E731
+    model.router.select_experts = mine
+    with recorded(model) as [layer]:
+        model.router.select_experts(torch.zeros(2, 3), torch.zeros(2, 6))
+    assert layer.of(2).experts.tolist() == [[0, 1], [0, 1]]
+    assert model.router.select_experts is mine

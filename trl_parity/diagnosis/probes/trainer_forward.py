@@ -9,9 +9,10 @@ import torch
 
 from ...engine.base import in_process
 from ...engine.built_anew import parted
+from ...scoring.experts import expert_layers
 from ...scoring.head import score_tokens
 from ...scoring.model_head import causal_lm
-from ...scoring.perturb import config_differences, largest_dropout
+from ...scoring.perturb import config_differences, eval_mode, largest_dropout
 from ..counterfactual import Counterfactual, DiagnosedBatch
 from ..fitting import fit_temperature
 from ..forward_passes import FEW
@@ -36,6 +37,8 @@ _NOT_AS_BUILT = (
     "the configs agree; the trainer's live model is not what they make: something changed its buffers or attributes "
     "after it was built (those listed here). Build it from its config, or change the config of both sides."
 )
+
+_HIDDEN = 64  # states that routers are asked with
 
 _CALLED_OTHERWISE = (
     "the configs agree, and what the trainer's live model holds is what they make: a forward pass in it was replaced, "
@@ -188,17 +191,37 @@ def engine_config(batch: DiagnosedBatch, current: Counterfactual) -> Candidate |
     changed = config_differences(batch.model.config, batch.engine.hf_config)
     words = "configs differ in " + ", ".join(f"{k}: trainer {a}, engine {b}" for k, (a, b) in sorted(changed.items()))
     parts: list[str] = []
+    routers: list[str] = []
     if not changed:
         parts = [part.name for part in parted(causal_lm(batch.model), batch.passes.engine_config_model)]
         words = "both sides have one config, which the live trainer model does not follow if this explains the drift"
         words += f": {', '.join(parts[:4])} of it are not as built from it" if parts else ""
         words += "" if parts else "; what it holds is as built from it"
+        routers = [] if parts else _other_routers(causal_lm(batch.model), batch.passes.engine_config_model)
+        words += f", but what {', '.join(routers[:4])} are given is not what its routers choose" if routers else ""
     return Candidate(
         counterfactual=with_forward(current, model="engine_config"),
+        cause="moe_routing" if routers else "",
         finding=words,
         fix="" if changed else _NOT_AS_BUILT if parts else _CALLED_OTHERWISE,
         details={"config": {k: [str(a), str(b)] for k, (a, b) in changed.items()}, "parts": parts},
     )
+
+
+def _other_routers(live: Any, built: Any) -> list[str]:
+    """Layers that are given other experts in one model than in the other, for the same hidden states."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(_HIDDEN, live.config.get_text_config().hidden_size, generator=generator)
+    found = []
+    try:
+        with eval_mode(live):
+            for ours, theirs in zip(expert_layers(live), expert_layers(built), strict=True):
+                (experts, _), (others, _) = ours.choice(hidden), theirs.choice(hidden)
+                if not torch.equal(experts.sort(-1).values, others.sort(-1).values):
+                    found.append(ours.name)
+    except ValueError:  # of layers that hand their choice on in another form
+        return []
+    return found
 
 
 def own_logits(batch: DiagnosedBatch, current: Counterfactual) -> Candidate | None:
