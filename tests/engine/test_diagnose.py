@@ -604,6 +604,7 @@ def test_one_seed_for_all_requests_is_no_mismatch_and_is_named(make_trainer, tmp
     make_trainer(tmp_path, callback, max_steps=2, generation_kwargs={"seed": 0}).train()
     assert callback.diagnosis.cause == "duplicate_rollouts"
     assert "pairs of completions of one prompt are equal" in callback.diagnosis.summary
+    assert all("completions/duplicates" in v.warnings for v in callback.verdicts)  # and it was told from the first on
     assert "take seed out of generation_kwargs" in callback.diagnosis.fix
 
 
@@ -614,6 +615,10 @@ def test_a_clean_batch_has_nothing_to_explain(make_trainer, tmp_path):
     assert (callback.diagnosis.cause, callback.diagnosis.explained) == ("unknown", 0.0)
     assert "Nothing to explain" in callback.diagnosis.summary
     assert callback.status is Status.OK
+    stats = callback.verdicts[-1].stats
+    assert stats["completions/duplicates"] == 0.0
+    assert 0 <= stats["completions/equal_pairs"] < 0.1
+    assert 0 < stats["completions/probability"] < 0.5
 
 
 def test_heal_delivers_the_weights(make_trainer, tmp_path):

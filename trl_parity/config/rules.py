@@ -107,6 +107,8 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     Rule(stat="entropy/relative", limit=0.1, below=True, warn_only=True),
     Rule(stat="temperature/gap", limit=1e-6, warn_only=True),
     Rule(stat="reward/parted", limit=0.5, warn=1.0, warn_only=True),
+    Rule(stat="completions/duplicates", limit=0.05, warn=1.0, warn_only=True),
+    Rule(stat="completions/probability", limit=0.9, warn=1.0, warn_only=True),
     Rule(stat="completions/stopped_but_masked", limit=0.01, warn_only=True),
     Rule(stat="reference/base_moved", limit=0.001, warn_only=True),
     Rule(stat="reference/merged", limit=0.0, warn_only=True),

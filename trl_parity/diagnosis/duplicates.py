@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
+from ..metrics.equal_rows import equal_pairs
 from ..records import RolloutBatch
+from ..trainers.row_keys import keys_of
 
 __all__ = ["collisions", "duplicates_in_words"]
 
@@ -24,25 +24,10 @@ def collisions(rollout: RolloutBatch) -> tuple[int, int, float]:
     that the engine reported for its sequences. Rows without an engine's token count for nothing.
     """
     mask = rollout.engine_mask
-    logprobs = torch.where(mask, rollout.rollout_logprobs.double(), 0.0).nan_to_num(0.0).sum(1).cpu()
-    probability = logprobs.clamp(max=0.0).exp().tolist()
-    ids = torch.where(rollout.completion_mask.bool(), rollout.completion_ids, -1).cpu()
-    prompts = torch.where(rollout.prompt_mask.bool(), rollout.prompt_ids, -1).cpu()
-    some = mask.any(1).cpu().nonzero().squeeze(-1).tolist()
-    pictures = [0] * len(prompts) if rollout.image_keys is None else rollout.image_keys.tolist()
-    by_prompt: dict[tuple[bytes, int], list[int]] = {}
-    for i in some:
-        by_prompt.setdefault((prompts[i].numpy().tobytes(), pictures[i]), []).append(i)
-    pairs, equal, chance = 0, 0, 0.0
-    for rows in by_prompt.values():
-        same: dict[bytes, int] = {}
-        for i in rows:
-            key = ids[i].numpy().tobytes()
-            same[key] = same.get(key, 0) + 1
-        pairs += math.comb(len(rows), 2)
-        equal += sum(math.comb(n, 2) for n in same.values())
-        chance += 0.5 * (len(rows) - 1) * sum(probability[i] for i in rows)
-    return pairs, equal, chance
+    some = mask.any(1)
+    logprobs = torch.where(mask, rollout.rollout_logprobs.double(), 0.0).nan_to_num(0.0).sum(1)
+    keys, prompts = keys_of(rollout)
+    return equal_pairs(*(x[some].cpu().numpy() for x in (keys, prompts, logprobs)))
 
 
 def duplicates_in_words(pairs: int, equal: int, chance: float) -> str:

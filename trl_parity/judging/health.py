@@ -18,7 +18,7 @@ class Sign:
 
     seen: str  # a sentence without its end; the statistic goes into {}
     fix: str = ""  # where it is not the cause's own
-    cause: str = ""  # identifier in trl_parity.causes; "": of the teacher, whom no batch of ours is about
+    cause: str = ""  # identifier in trl_parity.causes; "": what is seen is all there is to say
 
     @property
     def mends(self) -> str:
@@ -49,6 +49,16 @@ def standing(verdicts: Iterable[Verdict]) -> tuple[NamedCause, ...]:
 
 
 HEALTH: dict[str, Sign] = {
+    "completions/duplicates": Sign(
+        "beside what their probability allows, {:.0%} of the pairs of completions of one prompt are equal, token by "
+        "token",
+        cause="duplicate_rollouts",
+    ),
+    "completions/probability": Sign(
+        "a whole completion has a probability of {:.2g} on average: the policy has next to one answer, so that the "
+        "rewards of a group are equal, nothing is learned, and a drift can't show",
+        "raise the entropy (a higher temperature, beta > 0, a lower learning rate), or resume from before that.",
+    ),
     "completions/stopped_but_masked": Sign(
         "{:.0%} of the completions that the engine ended are masked from the loss as cut off: TRL takes what doesn't "
         "end in its own EOS for truncated",

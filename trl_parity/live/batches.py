@@ -102,6 +102,8 @@ class BatchSums:
         with self._judge.stages("readings"):
             if capture.training:
                 sums.bump(**capture.stopped(), **(capture.start_of_reference() if capture.step == 0 else {}))
+                if (group := getattr(capture.trainer, "num_generations", None)) is not None:
+                    sums.raise_to(group=group)
 
     def _add_cache_use(self, capture: Capture, sums: MismatchSums) -> None:
         """What the batch's requests did to the engine's caches."""

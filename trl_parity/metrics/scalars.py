@@ -125,6 +125,12 @@ SCALARS: dict[str, str] = {
     "reward/ks": "two-sample Kolmogorov-Smirnov distance of the same",
     "reward/p_value": "its p-value",
     "reward/parted": "1 where the two differ by more than chance and by more than reward_min_effect, else 0",
+    "completions/equal_pairs": "of the pairs of completions of one prompt, the share that are equal, token by token "
+    "(in a batch of one rank; of groups spread over ranks by the number of rows a draw has over all)",
+    "completions/duplicates": "the same without 10 x the pairs that the completions' own probabilities make equal by "
+    "chance, and without 3; at least 0",
+    "completions/probability": "mean probability of a whole completion, as the engine reports it: 1 of a policy that "
+    "has one answer",
     "completions/stopped_but_masked": "of the completions that a colocated engine ended by itself, the share that "
     "mask_truncated_completions takes out of the loss",
     "reference/base_moved": "mean |x - x at the first window| / mean |x| of a sample of the frozen weights",

@@ -13,6 +13,7 @@ import numpy as np
 
 from .concentration import add_carried
 from .correction import CORRECTION_ROWS, add_correction
+from .equal_rows import equal_pairs
 from .pareto import add_log_ratios
 from .standard_errors import second_moments
 from .sums import INDEX, REPLAYED, SCALES
@@ -104,7 +105,12 @@ def add_sequences(
     some = tokens > 0
     k3 = k3[some]
     if parts["carried"].size:
-        add_carried(parts["carried"], k3, at["prompt"][some] if at["prompt"][0] >= 0 else None)
+        prompts = at["prompt"][some] if at["prompt"][0] >= 0 else None
+        add_carried(parts["carried"], k3, prompts)
+        if prompts is not None:
+            logprobs = at["rollout_logprob"][some]
+            pairs = equal_pairs(keys[some], prompts, logprobs)
+            parts["equal_rows"] += (len(k3), *pairs, np.exp(np.minimum(logprobs, 0.0)).sum())
         add_log_ratios(parts["log_ratios"], delta[some])
     last = np.abs(at["last_delta"])
     last = last[(last < math.inf) & (at["compared"] > 0)]

@@ -18,6 +18,7 @@ from ..records import ScoredBatch
 from ..verdict import MismatchStats
 from .concentration import concentration
 from .correction import correction_rows, correction_scalars
+from .equal_rows import equal_scalars
 from .histogram import log_ratio_histogram, monotone, quantiles, quantiles_abs
 from .intervals import intervals
 from .pareto import khat
@@ -302,6 +303,7 @@ def compute(sums: MismatchSums) -> MismatchStats:
             values |= _of_sequences(s, parts["sequence_weights"], values["honesty_gap"])
             values |= concentration(s, parts["carried"], histogram) | khat(parts["log_ratios"])
         values |= evidence_inputs(s, maxima["copies"], parts["bootstrap"])
+        values |= equal_scalars(parts["equal_rows"], values["copies"] or 1.0, maxima["group"])
         if s["entropy_nonfinite"]:
             unknown = ("entropy/trainer", "entropy/drift", "entropy/drift_gap", "kl_over_entropy")
             values |= dict.fromkeys(unknown, math.nan)

@@ -136,6 +136,8 @@ _NAMES = SUMS + ADDED + BUMPED
 MAXIMA = (
     "delta", "neg_delta", "seq_abs_delta", "temperature_gap", "kv_cache_usage", "copies",
     "teacher_mass", "teacher_temperature_gap",
+    # completions that the trainer asks for a prompt
+    "group",
 )  # fmt: skip
 
 _FIRST_MAXIMA = 5  # of 0.6.0
@@ -151,9 +153,10 @@ _SHAPES: dict[str, tuple[int, ...]] = {
     "carried": (2, 2, CARRIED_BINS),  # sequences, and prompts, by Σ k3: counts and sums
     "log_ratios": (2, LOG_RATIO_BINS),  # sequences by S
     "bumped": (len(BUMPED),),
+    "equal_rows": (5,),  # completions, pairs of one prompt, equal ones, those expected, and probabilities
 }
 
-_OF_A_WINDOW = ("sequence_weights", "correction_weights", "carried", "log_ratios")
+_OF_A_WINDOW = ("sequence_weights", "correction_weights", "carried", "log_ratios", "equal_rows")
 
 _FLOOR = 2  # resamples of a noise floor's sums, which are reduced for three sources and have no such parts
 
@@ -178,7 +181,8 @@ class MismatchSums:
     ``additive``: fp64, the sums named in ``SUMS``, then the histogram (2 signs x ``BINS``), then the bootstrap
     (R resamples x [Σ w, Σ (H + rollout log-prob), Σ tokens]), sequence weights by scale (2 x ``SCALES``), the
     histogram of the correction's weights (``WEIGHT_BINS``), the sums named in ``ADDED``, sequences and prompts by
-    their Σ k3, sequences by S, and the sums named in ``BUMPED``. ``maxima``: fp64, ``-inf`` where nothing was seen.
+    their Σ k3, sequences by S, the sums named in ``BUMPED``, and pairs of completions. ``maxima``: fp64, ``-inf``
+    where nothing was seen.
     About 28 KiB with R = 200, whatever the number of tokens. ``by_rank``: where they were reduced over several ranks,
     (ranks, 5) tokens, Σ k3, Σ |Δ|, max Δ and max -Δ of each; it does not merge.
     """

@@ -102,6 +102,8 @@ SECTIONS: tuple[tuple[str, tuple[Panel | Chart | Table, ...]], ...] = (
                     "teacher/missing", "teacher/foreign", low=0),
             _parity("teacher's server: probability given for a place, at most 1", "teacher/mass", "teacher/mass_max",
                     low=0),
+            _parity("completions of one prompt: equal pairs, duplicates, probability", "completions/equal_pairs",
+                    "completions/duplicates", "completions/probability", low=0, high=1),
             _parity("stopped completions masked as truncated", "completions/stopped_but_masked", low=0, high=1),
             Panel("clip ratio", ("clip_ratio/region_mean", "clip_ratio/low_mean", "clip_ratio/high_mean"), low=0),
             Panel("reward", ("reward", "reward_std")),

@@ -59,7 +59,7 @@ def _of(rollout: RolloutBatch, sums: torch.Tensor) -> torch.Tensor:
 @lru_cache(maxsize=16)
 def _multipliers(wide: int, device: torch.device) -> torch.Tensor:
     """(2 ``wide``,) of the places -wide to wide - 1: the same of a place whatever ``wide`` is."""
-    return _mixed(torch.arange(-wide, wide)).to(device)
+    return _mixed(2 * torch.arange(-wide, wide)).to(device)  # even, so that none is 0
 
 
 def _mixed(x: torch.Tensor) -> torch.Tensor:

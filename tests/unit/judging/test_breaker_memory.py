@@ -335,6 +335,8 @@ def test_the_default_rules_number_by_number():
         ("entropy/relative", 0.1, None, None, None, 0.5, True, True),
         ("temperature/gap", 1e-6, None, None, None, 0.5, False, True),
         ("reward/parted", 0.5, None, None, None, 1.0, False, True),
+        ("completions/duplicates", 0.05, None, None, None, 1.0, False, True),
+        ("completions/probability", 0.9, None, None, None, 1.0, False, True),
         ("completions/stopped_but_masked", 0.01, None, None, None, 0.5, False, True),
         ("reference/base_moved", 0.001, None, None, None, 0.5, False, True),
         ("reference/merged", 0.0, None, None, None, 0.5, False, True),
