@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = {
     "drill": "",
     "cause": "",
-    "detected": "runs halted, of all",
+    "detected": "runs halted, of all; warned of, where engine and trainer agree",
     "windows": "from onset to halt, median (most); 3 is the least",
     "to halt": "seconds from onset to halt, median (most)",
     "drift / floor": "mean log-ratio, absolute, of the worst window over its noise floor, median",

@@ -3,8 +3,8 @@
     python benchmarks/patterns.py                        # 14 patterns x 3 seeds, some 25 minutes on one core
     python benchmarks/patterns.py --only "every 2nd" --seeds 0 --json patterns.json
 
-The recipe's tiny model in GRPO runs of TRL on one vLLM engine, default settings, temperature 0.7, 40 windows at most. A
-sync that is lost lets one batch be sampled with the weights before the last update. Drift is the trimmed mean |Δ| of
+The recipe's tiny model in GRPO runs of TRL on one vLLM engine, default settings, temperature 0.7, at most 40 windows.
+A sync that is lost lets one batch be sampled with the weights before the last update. Drift is the trimmed mean |Δ| of
 the worst window over its noise floor. A pattern whose drift is at least twice the floor has to be halted within 25
 windows.
 """
