@@ -26,8 +26,8 @@ def collisions(rollout: RolloutBatch) -> tuple[int, int, float]:
     mask = rollout.engine_mask
     some = mask.any(1)
     logprobs = torch.where(mask, rollout.rollout_logprobs.double(), 0.0).nan_to_num(0.0).sum(1)
-    keys, prompts = keys_of(rollout)
-    return equal_pairs(*(x[some].cpu().numpy() for x in (keys, prompts, logprobs)))
+    draws, prompts = (keys[some].unique(return_inverse=True)[1] for keys in keys_of(rollout))
+    return equal_pairs(*(x.cpu().numpy() for x in (draws, prompts, logprobs[some])))
 
 
 def duplicates_in_words(pairs: int, equal: int, chance: float) -> str:

@@ -34,9 +34,9 @@ _SHARE = 0.9  # of Σ k3
 def add_carried(part: np.ndarray, k3: np.ndarray, prompts: np.ndarray | None) -> None:
     """Count a batch's sequences that were compared. ``part``: (2, 2, bins) sequences and prompts, counts and sums.
 
-    ``k3``: (B,) sums of sequences. ``prompts``: (B,) what tells theirs; None: not known.
+    ``k3``: (B,) sums of sequences. ``prompts``: (B,) numbers theirs from 0 on; None: not known.
     """
-    x = k3 if prompts is None else np.concatenate([k3, np.bincount(np.unique(prompts, return_inverse=True)[1], k3)])
+    x = k3 if prompts is None else np.concatenate([k3, np.bincount(prompts, k3)])
     bins = (np.log10(np.maximum(x, _TINY)) - _LEAST) * _PER_DECADE + 1.0
     bins = np.minimum(np.maximum(bins, 0.0), CARRIED_BINS - 1).astype(np.intp)
     bins[len(k3) :] += 2 * CARRIED_BINS

@@ -22,15 +22,16 @@ _EXPECTED = 10.0  # times as many may be equal
 _PAIRS = 3.0  # and so many more: of a few pairs one is soon equal
 
 
-def equal_pairs(keys: np.ndarray, prompts: np.ndarray, logprobs: np.ndarray) -> tuple[int, int, float]:
+def equal_pairs(draws: np.ndarray, prompts: np.ndarray, logprobs: np.ndarray) -> tuple[int, int, float]:
     """Pairs of completions of one prompt: all of them, equal ones, and how many would be by their probability.
 
-    (B,) each: ``keys`` equal for equal rows, ``prompts`` for rows of one prompt, ``logprobs`` of whole completions.
+    (B,) each: ``draws`` and ``prompts`` number equal rows, and rows of one prompt, alike, from 0 on; ``logprobs`` of
+    whole completions.
     """
-    sizes, copies = (np.unique(x, return_inverse=True, return_counts=True)[1:] for x in (prompts, keys))
-    group = sizes[1][sizes[0]]
-    pairs, equal = int((group - 1).sum()) // 2, int((copies[1] * (copies[1] - 1)).sum()) // 2
-    return pairs, equal, 0.5 * float((group - 1) @ np.exp(np.minimum(logprobs, 0.0)))
+    copies, sizes = np.bincount(draws), np.bincount(prompts)
+    others = sizes[prompts] - 1  # of the same prompt
+    pairs, equal = int(others.sum()) // 2, int((copies * (copies - 1)).sum()) // 2
+    return pairs, equal, 0.5 * float(others @ np.exp(np.minimum(logprobs, 0.0)))
 
 
 def equal_scalars(part: np.ndarray, copies: float, group: float) -> dict[str, float | None]:

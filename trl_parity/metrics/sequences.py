@@ -101,15 +101,16 @@ def add_sequences(
     x = np.minimum(np.maximum(x, -_CUBED), _CUBED)
     whole = np.array([np.bincount(numbers, one)[numbers] for one in x])  # of all equal sequences together
 
-    moments, copies = second_moments(np.array([at["delta"], at["abs_delta"], at["k3"], tokens]), keys)
+    draws = _numbered(keys)
+    moments, copies = second_moments(np.array([at["delta"], at["abs_delta"], at["k3"], tokens]), draws)
     some = tokens > 0
     k3 = k3[some]
     if parts["carried"].size:
-        prompts = at["prompt"][some] if at["prompt"][0] >= 0 else None
+        prompts = _numbered(at["prompt"][some]) if at["prompt"][0] >= 0 else None
         add_carried(parts["carried"], k3, prompts)
         if prompts is not None:
             logprobs = at["rollout_logprob"][some]
-            pairs = equal_pairs(keys[some], prompts, logprobs)
+            pairs = equal_pairs(draws[some], prompts, logprobs)
             parts["equal_rows"] += (len(k3), *pairs, np.exp(np.minimum(logprobs, 0.0)).sum())
         add_log_ratios(parts["log_ratios"], delta[some])
     last = np.abs(at["last_delta"])
@@ -123,6 +124,11 @@ def add_sequences(
         *moments, float(k3 @ k3),
     )  # fmt: skip
     return {"seq_abs_delta": float(np.abs(delta).max()), "copies": copies}
+
+
+def _numbered(x: np.ndarray) -> np.ndarray:
+    """Equal elements by one number, from 0 on."""
+    return np.unique(x, return_inverse=True)[1]
 
 
 @lru_cache(maxsize=4)

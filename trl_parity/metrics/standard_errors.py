@@ -30,15 +30,14 @@ _POOL = 4096  # as that of the resamples
 _MOST = 1e100  # what is squared still fits a double
 
 
-def second_moments(x: np.ndarray, keys: np.ndarray) -> tuple[list[float], float]:
+def second_moments(x: np.ndarray, draws: np.ndarray) -> tuple[list[float], float]:
     """``SECOND_MOMENTS`` of (4, B) Σ Δ, Σ |Δ|, Σ k3 and tokens of sequences, and the largest number of equal ones.
 
-    ``keys``: what tells equal ones, (B,).
+    ``draws``: (B,) numbers equal ones alike, from 0 on.
     """
     x = np.minimum(np.maximum(x, -_MOST), _MOST)
-    cluster = np.unique(keys, return_inverse=True)[1]
-    whole = np.array([np.bincount(cluster, one) for one in x])
-    rows = np.bincount(cluster, x[3] > 0)
+    whole = np.array([np.bincount(draws, one) for one in x])
+    rows = np.bincount(draws, x[3] > 0)
     return [*(whole @ whole.T).ravel().tolist(), float(x[3] @ x[3])], float(rows.max())
 
 
