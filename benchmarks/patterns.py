@@ -4,9 +4,8 @@
     python benchmarks/patterns.py --only "every 2nd" --seeds 0 --json patterns.json
 
 The recipe's tiny model in GRPO runs of TRL on one vLLM engine, default settings, temperature 0.7, at most 40 windows.
-A sync that is lost lets one batch be sampled with the weights before the last update. Drift is the trimmed mean |Δ| of
-the worst window over its noise floor. A pattern whose drift is at least twice the floor has to be halted within 25
-windows.
+A sync that is lost lets one batch be sampled with the weights before the last update. Drift is the trimmed mean |Δ|
+over the noise floor. What drifts by twice the floor in most windows, or comes and goes, has to be halted within 25.
 """
 
 from __future__ import annotations
@@ -88,6 +87,8 @@ PATTERNS: dict[str, tuple[dict[str, Any], patches.Patch | None, int]] = {
     "clean": (settings(), None, 1),
 }  # fmt: skip
 
+COMING_AND_GOING = tuple(name for name, (fields, *_) in PATTERNS.items() if fields == {"learning_rate": 3e-4})
+
 
 def run(model: str, name: str, seed: int) -> dict[str, Any]:
     from trl_parity import ParityCallback
@@ -99,21 +100,23 @@ def run(model: str, name: str, seed: int) -> dict[str, Any]:
         trainer.train()
     verdicts = list(callback.verdicts)
     mean, floor = "trimmed/logp_abs_diff/mean", "floor/logp_abs_diff/mean"
-    drifts = [v.stats[mean] / v.stats[floor] for v in verdicts if v.stats and v.stats[mean] and v.stats[floor]]
+    told = [v.stats for v in verdicts[onset - 1 :] if v.stats and v.stats[mean] is not None and v.stats[floor]]
+    drifts = sorted(stats[mean] / stats[floor] for stats in told)
     halted = verdicts[-1].halted
     return {
         "pattern": name, "seed": seed, "statuses": "".join(str(v.status)[0] for v in verdicts),
         "halted": verdicts[-1].step - onset + 1 if halted else None, "rules": list(verdicts[-1].breaches),
-        "drift": max(drifts, default=None), "named": callback.diagnosis.cause if callback.diagnosis else None,
+        "worst": drifts[-1], "drift": drifts[len(drifts) // 2],
+        "named": callback.diagnosis.cause if callback.diagnosis else None,
     }  # fmt: skip
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| pattern | windows to the HALT, by seed | drift / floor | named |", "|---|---|---|---|"]
+    lines = ["| pattern | windows to the HALT, by seed | drift / floor: median (worst) | named |", "|---|---|---|---|"]
     for name in dict.fromkeys(row["pattern"] for row in rows):
         mine = [row for row in rows if row["pattern"] == name]
         halts = ", ".join("-" if row["halted"] is None else str(row["halted"]) for row in mine)
-        drift = ", ".join(f"{row['drift']:.1f}" for row in mine)
+        drift = ", ".join(f"{row['drift']:.1f} ({row['worst']:.1f})" for row in mine)
         causes = ", ".join(sorted({f"`{row['named']}`" for row in mine if row["named"]})) or "-"
         lines.append(f"| {name} | {halts} | {drift} | {causes} |")
     return "\n".join(lines)
@@ -136,10 +139,10 @@ def main() -> None:
                 if options.json:
                     options.json.write_text(json.dumps(rows, indent=1))
     print(table(rows))
-    late = [row for row in rows if row["pattern"] != "clean" and row["drift"] and row["drift"] >= MATTERS
-            and (row["halted"] is None or row["halted"] > MOST)]  # fmt: skip
+    late = [row for row in rows if row["drift"] >= MATTERS or row["pattern"] in COMING_AND_GOING]
+    late = [row for row in late if row["halted"] is None or row["halted"] > MOST]
     print(
-        f"\nAt {MATTERS:g} x the floor or more and not halted within {MOST} windows: {len(late)} of {len(rows)} runs."
+        f"\nComing and going, or at {MATTERS:g} x the floor, and not halted within {MOST}: {len(late)} of {len(rows)}."
     )
     print(versions())
 

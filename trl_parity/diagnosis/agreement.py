@@ -106,7 +106,8 @@ def agreed(
     within = f"({details['residual']:.3g}, Huber) is within the noise floor ({details['floor']:.3g})"
     if details["residual"] > details["floor"]:
         within += f", as far as {details['chance']:.2g} of chance either way let one tell"
-    found = [*_told_by_rows(rows), *([_named(*unseen)] if unseen[0] else []), *health]
+    found = [*_told_by_rows(rows), *([_named(*unseen)] if unseen[0] else [])]
+    found += [cause for cause in health if cause.cause not in {known.cause for known in found}]
     if not found:
         return Diagnosis(
             step=step,

@@ -99,7 +99,8 @@ class NoiseFloor:
         if SAME_EXPERTS in highs:
             self.values |= {f"floor/{SAME_EXPERTS}/{stat}": highs[SAME_EXPERTS][stat] for stat in _UPPER}
             totals = [sums.totals() for sums in self._pools[SAME_EXPERTS]]
-            self.values["floor/router_flips"] = sum(t["flipped"] for t in totals) / sum(t["routed"] for t in totals)
+            routed = sum(t["routed"] for t in totals)
+            self.values["floor/router_flips"] = sum(t["flipped"] for t in totals) / max(1.0, routed)
         if "engine" in bounds:
             excess = bounds["engine"][_SIZE].low - ENGINE_MOST * highs["rounding"][_SIZE]
             self.values["floor/engine_excess"] = max(0.0, excess)

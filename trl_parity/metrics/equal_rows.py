@@ -5,8 +5,8 @@ prompt, which the engine gave the probabilities p_i:
 
     pairs = Σ g (g - 1) / 2,    expected = Σ_i (g - 1) / 2 p_i
 
-over the prompts of a batch of one rank. Where ranks hold less than half of the pairs of a group, the number of rows a
-draw has over ranks (``copies``, c of groups of g) tells: of the pairs (c - 1) / (g - 1) are equal.
+over the prompts of a batch of one rank. Where ranks hold less than half of the pairs of groups of g, the rows c that a
+draw has over ranks, on average, tell: of the pairs (c - 1) / (g - 1) are equal.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def equal_pairs(draws: np.ndarray, prompts: np.ndarray, logprobs: np.ndarray) ->
 def equal_scalars(part: np.ndarray, copies: float, group: float) -> dict[str, float | None]:
     """``completions/*`` of a window. ``part``: its rows, pairs, equal ones, expected ones and Σ p.
 
-    ``copies``: rows that a draw has. ``group``: completions that the trainer asks for a prompt; not finite: not known.
+    ``copies``: rows that a draw has, over all ranks, on average. ``group``: completions that the trainer asks for a
+    prompt; not finite: not known.
     """
     if not part.any():  # no prompts are known, or it is a noise floor's
         return {}

@@ -8,6 +8,7 @@ it is summed. Formulas: ``SCALARS``.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -275,6 +276,12 @@ _SHARES = {
 }
 
 
+def _copies(s: Mapping[str, float], values: Mapping[str, float | None]) -> float:
+    """Rows that a draw has, on average over the tokens: Σ n_c² over Σ n_i²."""
+    effective = values["effective_sequences"]
+    return 1.0 if effective is None else max(1.0, s["tokens"] ** 2 / effective / s["row_tokens_square"])
+
+
 def compute(sums: MismatchSums) -> MismatchStats:
     """All scalars from (reduced) sums. What was not measured is ``None``. Accelerators are waited for."""
     sums = sums.cpu()
@@ -303,7 +310,7 @@ def compute(sums: MismatchSums) -> MismatchStats:
             values |= _of_sequences(s, parts["sequence_weights"], values["honesty_gap"])
             values |= concentration(s, parts["carried"], histogram) | khat(parts["log_ratios"])
         values |= evidence_inputs(s, maxima["copies"], parts["bootstrap"])
-        values |= equal_scalars(parts["equal_rows"], values["copies"] or 1.0, maxima["group"])
+        values |= equal_scalars(parts["equal_rows"], _copies(s, values), maxima["group"])
         if s["entropy_nonfinite"]:
             unknown = ("entropy/trainer", "entropy/drift", "entropy/drift_gap", "kl_over_entropy")
             values |= dict.fromkeys(unknown, math.nan)

@@ -60,6 +60,8 @@ def test_what_the_windows_tell_by_themselves_is_named_after_what_the_batch_tells
     both = agreed(7, [dropped], DETAILS, health=(moved,))
     assert [cause.cause for cause in both.causes] == ["correction_weights", "reference_drift"]
     assert both.summary.endswith("Then reference_drift: the base moved.")
+    again = NamedCause(cause="correction_weights", explained=0.0, confidence=1.0, finding="the same", fix="")
+    assert len(agreed(7, [dropped], DETAILS, health=(again,)).causes) == 1
 
 
 @pytest.mark.parametrize(
