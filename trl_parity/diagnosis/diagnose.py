@@ -6,6 +6,7 @@ All decisions come from residuals gathered over ranks, so every rank runs the sa
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from ..collectives import gather_rows
 from ..records import Diagnosis, Evidence, NamedCause
 from .agreement import agreed, counts, unseen_law
 from .counterfactual import Counterfactual, DiagnosedBatch
+from .duplicates import collisions
 from .findings import NOTHING
 from .probes import PROBES
 from .probes.asking import prefill_of
@@ -76,7 +78,7 @@ def diagnose(
     ``budget``: seconds; once they are spent, probes beyond those on one recompute are left out, and then nothing is
     named: what time was there does not decide what is true (None: no bound). ``probes``: None: all there are. A probe
     that fails or is not possible here is an entry in the evidence, and a reason for doubt (``confidence_in``).
-    ``alarmed``: something is over a limit; else only a drift that chance does not raise over the floor is looked into.
+    ``alarmed``: a drift is over a limit; else only a drift that chance does not raise over the floor is looked into.
     ``health``: what the run's windows tell of by themselves, to be named where the two sides agree.
     """
     runner = _ProbeRunner(batch, PROBES if probes is None else probes, budget, ranks)
@@ -87,7 +89,7 @@ def diagnose(
     details: dict[str, Any] = {
         "residual": drift, "floor": batch.floor, "tokens": int(sums[:, 1].sum()), "sequences": len(sums),
     }  # fmt: skip
-    chance = 0.0 if alarmed else _CHANCE * standard_error(sums)
+    chance = 0.0 if alarmed else _CHANCE * standard_error(sums) * math.sqrt(runner.copies())
     if drift - chance <= batch.floor or not len(sums):
         found, unseen = runner.agreement()
         return agreed(step, found, details | {"chance": chance, "seconds": runner.seconds}, unseen, health)
@@ -133,6 +135,12 @@ class _ProbeRunner:
         """(sequences, 2) of all ranks."""
         rows = self._gather({"sums": sums.tolist()})
         return torch.tensor([s for row in rows for s in row["sums"]], dtype=torch.float64).reshape(-1, 2)
+
+    def copies(self) -> float:
+        """How many rows a draw has, on average, over all ranks."""
+        rollout = self._batch.rollout
+        rows = self._gather({"equal": collisions(rollout)[1], "rows": int(rollout.engine_mask.any(1).sum())})
+        return 1.0 + 2.0 * sum(row["equal"] for row in rows) / max(1, sum(row["rows"] for row in rows))
 
     def agreement(self) -> tuple[list[list[float]], tuple[str, str]]:
         """What each rank's batch tells of a run whose two sides agree: ``counts``; ``unseen_law``, of any rank."""

@@ -9,7 +9,13 @@ from ..causes import CAUSES
 from ..records import NamedCause
 from ..verdict import Verdict
 
-__all__ = ["HEALTH", "Sign", "signs", "standing"]
+__all__ = ["HEALTH", "Sign", "of_drift", "signs", "standing"]
+
+# what is over a limit and says nothing of log-probs that differ
+_OTHERWISE = (
+    "completions/", "correction/", "entropy/", "evidence/entropy", "policy_drift/", "reference/", "reward/",
+    "teacher/",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +30,11 @@ class Sign:
     def mends(self) -> str:
         """What a person does about it."""
         return self.fix or CAUSES[self.cause].fix
+
+
+def of_drift(verdict: Verdict) -> bool:
+    """Whether a statistic of the mismatch is over a limit, or warned of."""
+    return not all(name.startswith(_OTHERWISE) for name in (*verdict.breaches, *verdict.warnings))
 
 
 def signs(stats: Mapping[str, float | None], named: Collection[str]) -> Iterator[tuple[Sign, str]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..collectives import on_any
 from ..config.parity import ParityConfig
-from ..judging.health import standing
+from ..judging.health import of_drift, standing
 from ..judging.noise_floor import GROUPS, SAME_EXPERTS, SOURCES
 from ..lines import say
 from ..metrics.reduction import reduce_sums
@@ -244,7 +244,7 @@ class TrainerRun(Surroundings):
             step=step,
             floor=self.judge.floor.values.get("floor/kl_k3"),
             began_healthy=None if first is None or resumed else first.status is Status.OK,
-            alarmed=self.judge.status in (Status.WARN, Status.BREACH, Status.HALT),
+            alarmed=bool(verdicts) and of_drift(verdicts[-1]),
             health=standing(verdicts),
         )
 

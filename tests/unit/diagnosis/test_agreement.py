@@ -116,6 +116,16 @@ def gone():
     raise ConnectionError("the server is gone")
 
 
+def test_rows_that_are_one_draw_count_as_one_over_ranks(monkeypatch):
+    rollout = batch(None, lengths=(3, 3, 3, 3))
+    rollout.prompt_ids[:2] = 7  # two rows of one prompt with one completion
+    runner = diagnose._ProbeRunner(SimpleNamespace(rollout=rollout), (), None, 1)
+    assert runner.copies() == 1.5  # (2² + 1 + 1) / 4
+    monkeypatch.setattr(diagnose, "gather_rows", lambda rows: [*rows, {"equal": 28, "rows": 8}])
+    runner = diagnose._ProbeRunner(SimpleNamespace(rollout=rollout), (), None, 2)
+    assert runner.copies() == pytest.approx((6 + 64) / 12)
+
+
 @pytest.mark.parametrize("engine", [None, SimpleNamespace(settings=gone)])
 def test_a_rank_that_knows_no_engine_says_what_the_others_say(monkeypatch, engine):
     other = {"counts": [0] * 6, "unseen": ["penalties", "words"]}

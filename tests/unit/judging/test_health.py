@@ -3,7 +3,7 @@
 import pytest
 
 from trl_parity.causes import CAUSES
-from trl_parity.judging.health import HEALTH, signs, standing
+from trl_parity.judging.health import HEALTH, of_drift, signs, standing
 from trl_parity.metrics.scalars import SCALARS
 from trl_parity.verdict import MismatchStats, Status, Verdict
 
@@ -53,3 +53,20 @@ def test_a_breach_counts_as_a_warning_does():
     [cause] = standing([verdict])
     assert cause.cause == "reference_drift"
     assert "2.00% of its size" in cause.finding
+
+
+@pytest.mark.parametrize(
+    ("breaches", "warnings", "drift"),
+    [
+        ((), (), False),
+        (("entropy/drift_gap",), ("completions/duplicates",), False),
+        (("correction/zeroed", "entropy/drift_gap", "evidence/entropy"), ("reference/merged",), False),
+        (("entropy/drift_gap", "kl_k3"), (), True),
+        ((), ("evidence/drift",), True),
+        ((), ("temperature/gap", "completions/probability"), True),
+        (("nonfinite_rate",), (), True),
+    ],
+)
+def test_what_is_over_a_limit_speaks_of_a_drift_or_of_something_else(breaches, warnings, drift):
+    verdict = Verdict(streak=0, step=1, status=Status.WARN, breaches=breaches, warnings=warnings, stats=None)
+    assert of_drift(verdict) == drift
