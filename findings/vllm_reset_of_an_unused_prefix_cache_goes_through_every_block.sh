@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # vLLM 0.31.0: LLM.reset_prefix_cache() goes through every block of the KV cache in Python, also with prefix caching off
-# and nothing ever cached. So its time grows with the cache, not with what is in it: .3 ms for 4,096 blocks and
-# 36 for 524,288 here, which Qwen2.5-0.5B (12 KiB a token, 16 tokens a block) has in 96 GiB. Who hits it: TRL 1.16.0's VLLMGeneration.sync_weights calls it after each weight sync, so
-# small models on large devices pay it at every step; num_gpu_blocks_override (or a smaller gpu_memory_utilization)
-# takes it away.
+# and nothing ever cached. So its time grows with the cache, not with what is in it: .3 ms for 4,096 blocks and 36 for
+# 524,288 here, which Qwen2.5-0.5B (12 KiB a token, 16 tokens a block) has in 96 GiB. Who hits it: TRL 1.16.0's
+# VLLMGeneration.sync_weights calls it after each weight sync, so small models on large devices pay it at every step;
+# num_gpu_blocks_override (or a smaller gpu_memory_utilization) takes it away.
 set -euo pipefail
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
