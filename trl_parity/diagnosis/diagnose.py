@@ -6,7 +6,6 @@ All decisions come from residuals gathered over ranks, so every rank runs the sa
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -33,12 +32,12 @@ from .selection import (
     RESAMPLES,
     Result,
     best_of,
+    chance_in,
     confidence_in,
     mean,
     not_excluded,
     rivals_of,
     shares_of,
-    standard_error,
 )
 
 __all__ = ["diagnose"]
@@ -55,8 +54,6 @@ _OF_THE_MODEL = frozenset({
     "stale_weights", "partial_sync", "model_definition", "engine_state", "dtype_gap", "kv_cache_precision",
     "trainer_numerics",
 })  # fmt: skip
-
-_CHANCE = 2.0  # standard errors
 
 _NEAR = 0.1  # of the excess: what explains less is not close
 
@@ -89,7 +86,7 @@ def diagnose(
     details: dict[str, Any] = {
         "residual": drift, "floor": batch.floor, "tokens": int(sums[:, 1].sum()), "sequences": len(sums),
     }  # fmt: skip
-    chance = 0.0 if alarmed else _CHANCE * standard_error(sums) * math.sqrt(runner.copies())
+    chance = 0.0 if alarmed else chance_in(sums, runner.copies())
     if drift - chance <= batch.floor or not len(sums):
         found, unseen = runner.agreement()
         return agreed(step, found, details | {"chance": chance, "seconds": runner.seconds}, unseen, health)

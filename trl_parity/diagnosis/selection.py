@@ -19,6 +19,7 @@ __all__ = [
     "RESAMPLES",
     "Result",
     "best_of",
+    "chance_in",
     "confidence_in",
     "mean",
     "not_excluded",
@@ -71,6 +72,20 @@ def standard_error(sums: torch.Tensor) -> float:
     apart = sums[:, 0] - mean(sums) * sums[:, 1]
     few = len(sums) / (len(sums) - 1) if len(sums) > 1 else math.inf
     return math.sqrt(float(apart @ apart) * few) / max(float(sums[:, 1].sum()), 1.0) if few < math.inf else few
+
+
+def chance_in(sums: torch.Tensor, copies: float) -> float:
+    """How far above its expectation ``mean`` is in one of 40 batches: t · ``standard_error`` · sqrt((S - 1) / ν).
+
+    ν = S / copies - 1, of S sequences of which a draw has so many ``copies`` on average; t: Student's quantile of .975
+    at ν degrees of freedom. Infinite where all are one draw.
+    """
+    from scipy.special import stdtrit
+
+    free = len(sums) / copies - 1.0
+    if free <= 0.0:
+        return math.inf
+    return float(stdtrit(free, 0.975)) * standard_error(sums) * math.sqrt((len(sums) - 1.0) / free)
 
 
 def shares_of(before: torch.Tensor, after: torch.Tensor, floor: float) -> tuple[float, torch.Tensor]:

@@ -4,6 +4,7 @@ The trainer's side is a tiny model on the CPU; the engine's is a copy of it with
 """
 
 import copy
+import math
 import random
 from dataclasses import FrozenInstanceError, replace
 from types import SimpleNamespace
@@ -16,7 +17,15 @@ from trl_parity.diagnosis.diagnose import diagnose
 from trl_parity.diagnosis.findings import NAMES, NOTHING, EnginePrompts, EngineWeights, Findings
 from trl_parity.diagnosis.probes import PROBES, in_order, rescore
 from trl_parity.diagnosis.probes.base import NotPossible, independent, probe
-from trl_parity.diagnosis.selection import RESAMPLES, Result, confidence_in, mean, not_excluded, standard_error
+from trl_parity.diagnosis.selection import (
+    RESAMPLES,
+    Result,
+    chance_in,
+    confidence_in,
+    mean,
+    not_excluded,
+    standard_error,
+)
 from trl_parity.engine.base import Capability
 from trl_parity.engine.built_anew import Part
 from trl_parity.engine.requests import Request
@@ -158,6 +167,15 @@ def test_without_an_alarm_only_what_chance_does_not_raise_over_the_floor_is_look
     assert "of chance either way" in told.summary
     assert diagnose(replace(batch, floor=above), 1).evidence
     assert diagnose(replace(batch, floor=mean(sums) - 3.0 * error), 1, alarmed=False).evidence
+
+
+@pytest.mark.parametrize(("draws", "copies"), [(3, 1), (4, 4), (30, 1)])
+def test_chance_raises_a_mean_over_its_bound_in_one_of_forty_batches_however_few_the_draws(draws, copies):
+    values = torch.randn(4000, draws, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sums = torch.stack([20.0 * values, torch.full_like(values, 20.0)], dim=-1).repeat(1, copies, 1)
+    over = sum(mean(x) > chance_in(x, float(copies)) for x in sums) / len(sums)
+    assert over == pytest.approx(0.025, abs=0.008)
+    assert chance_in(sums[0], float(draws * copies)) == math.inf
 
 
 @pytest.mark.slow_unit
