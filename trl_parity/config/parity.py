@@ -93,7 +93,7 @@ class ParityConfig:
         default=None,
         metadata={
             "help": "The smallest effects that matter to the sequential tests, laid over the defaults: {'honesty': "
-            "0.002, 'kl_k1': 0.002, 'logp_abs_diff/mean': 0.003, 'kl_k3': 0.0001, 'entropy/drift': 0.02}; honesty: of "
+            "0.002, 'kl_k1': 0.002, 'logp_abs_diff/mean': 0.001, 'kl_k3': 0.0001, 'entropy/drift': 0.02}; honesty: of "
             "the mean ratio, the others in nats. On a command line: JSON."
         },
     )

@@ -134,7 +134,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
 EVIDENCE_EFFECTS = {
     "honesty": 0.002,
     "kl_k1": 0.002,
-    "logp_abs_diff/mean": 0.003,
+    "logp_abs_diff/mean": 0.001,
     "kl_k3": 1e-4,
     "entropy/drift": 0.02,
 }

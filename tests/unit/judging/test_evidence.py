@@ -285,7 +285,7 @@ def test_false_alarms_at_the_very_limit_stay_below_alpha(rng):
     for step in range(40):
         values = {"kl_k1": np.zeros(runs)}
         for stat, bound in upper.items():
-            limit = max(1.25 * bound, bound + {"kl_k3": 1e-4}.get(stat, 0.003))
+            limit = max(1.25 * bound, bound + {"kl_k3": 1e-4}.get(stat, 0.001))
             error = 0.1 * limit * np.sqrt(rng.chisquare(7, runs) / 7)
             values |= {
                 f"trimmed/{stat}": limit * np.exp(0.1 * rng.standard_normal(runs)),

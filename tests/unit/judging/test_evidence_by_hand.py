@@ -49,10 +49,10 @@ def by_hand(window, tokens, sequences, copies, known, moments):
     delta, size, k3, entropy_drift = -window["kl_k1"], *(window[name] for name in
         ("trimmed/logp_abs_diff/mean", "trimmed/kl_k3", "entropy/drift"))  # fmt: skip
     upper, upper_size = window["floor_upper/kl_k3"], window["floor_upper/logp_abs_diff/mean"]
-    y = [delta, math.log(max(size, 0.003)), math.log(max(k3, 1e-4)), entropy_drift]
+    y = [delta, math.log(max(size, 0.001)), math.log(max(k3, 1e-4)), entropy_drift]
     limits = [
         upper + 0.002,
-        math.log(max(upper_size + 0.003, 1.25 * upper_size)),
+        math.log(max(upper_size + 0.001, 1.25 * upper_size)),
         math.log(max(upper + 1e-4, 1.25 * upper)),
         size + 0.02,
     ]
@@ -73,7 +73,7 @@ def by_hand(window, tokens, sequences, copies, known, moments):
     change = []
     for i, floor in ((1, window["floor/logp_abs_diff/mean"]), (2, window["floor/kl_k3"])):
         level = math.exp(MEAN[i])
-        limit = math.log(max(1.25 * level, level + (0.003, 1e-4)[i - 1], floor))
+        limit = math.log(max(1.25 * level, level + (0.001, 1e-4)[i - 1], floor))
         t = (y[i] - limit) / (scales[i] * math.sqrt(1 + 1 / known[i]))
         change += score(t, dofs[i]) if known[i] >= 20 else [0.0] * len(SHIFTS)
     mean, square, honesty = window["ratio/clipped"] - 1, window["ratio/clipped_square"], []
