@@ -34,6 +34,7 @@ COLUMNS = {
     "named": "runs in which the expected cause is named, of all; of the control: nothing",
     "explained": "share of the drift above the floor that the named causes explain, median (least)",
     "to diagnose": "seconds, median (most)",
+    "in batches": "the same, in the seconds that generating and scoring the batch took, median (most)",
 }
 
 
@@ -73,6 +74,7 @@ def line(runs: list[dict[str, Any]]) -> list[str]:
         f"{sum(run['correct'] for run in runs)}/{n}",
         shown(of("explained") if first["cause"] else [], ".0%", worst=min),
         shown(of("seconds_to_diagnose"), ".2f", " s"),
+        shown(of("batches_to_diagnose"), ".1f"),
     ]
 
 

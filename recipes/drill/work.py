@@ -128,12 +128,19 @@ def outcome(drill: Drill, strength: Any, healthy: bool, callback: Any) -> dict[s
         "fix": "" if diagnosis is None else diagnosis.fix,
         "evidence": [] if diagnosis is None else [e.to_dict() for e in diagnosis.evidence],
         "seconds_to_diagnose": None if diagnosis is None else diagnosis.details.get("seconds"),
+        "batches_to_diagnose": None if diagnosis is None else _batches(diagnosis.details),
         "cost_share": sorted(shares)[len(shares) // 2] if shares else None,
         "drift": max(drifts, default=None),
         "rules": sorted({rule for v in verdicts for rule in v.breaches}),
+        "warnings": sorted({rule for v in verdicts for rule in v.warnings}),
         "statuses": [str(v.status) for v in verdicts],
         "halt_message": callback.halt_message,
     }
+
+
+def _batches(details: dict[str, Any]) -> float | None:
+    """A diagnosis' seconds, in those that generating and scoring the batch took."""
+    return details["seconds"] / details["rollout_seconds"] if details.get("rollout_seconds") else None
 
 
 def serve(drills: list[Drill], path: str) -> None:

@@ -99,13 +99,15 @@ def agreed(
     unseen: tuple[str, str] = ("", ""),
     health: Sequence[NamedCause] = (),
 ) -> Diagnosis:
-    """The diagnosis where the drift is within the noise floor. ``rows``: the ranks' ``counts``.
+    """The diagnosis where the drift is within the noise floor, or what chance adds. ``rows``: the ranks' ``counts``.
 
     ``health``: causes that the windows' statistics tell by themselves.
     """
-    within = f"({details['residual']:.3g}, Huber) is within the noise floor ({details['floor']:.3g})"
-    if details["residual"] > details["floor"]:
-        within += f", as far as {details['chance']:.2g} of chance either way let one tell"
+    residual, floor, chance = details["residual"], details["floor"], details.get("chance")
+    within = f"({residual:.3g}, Huber) is within the noise floor ({floor:.3g})"
+    if residual > floor:
+        reach = "of so few, or dependent, draws" if chance is None else f"({chance:.2g}, once in 40)"
+        within = f"({residual:.3g}, Huber) is above the noise floor ({floor:.3g}) by no more than chance {reach} makes"
     found = [*_told_by_rows(rows), *([_named(*unseen)] if unseen[0] else [])]
     found += [cause for cause in health if cause.cause not in {known.cause for known in found}]
     if not found:

@@ -6,6 +6,7 @@ All decisions come from residuals gathered over ranks, so every rank runs the sa
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from ..collectives import gather_rows
 from ..records import Diagnosis, Evidence, NamedCause
 from .agreement import agreed, counts, unseen_law
 from .counterfactual import Counterfactual, DiagnosedBatch
-from .duplicates import collisions
+from .duplicates import collisions, duplicates_in_words
 from .findings import NOTHING
 from .probes import PROBES
 from .probes.asking import prefill_of
@@ -89,7 +90,8 @@ def diagnose(
     chance = 0.0 if alarmed else chance_in(sums, runner.copies())
     if drift - chance <= batch.floor or not len(sums):
         found, unseen = runner.agreement()
-        return agreed(step, found, details | {"chance": chance, "seconds": runner.seconds}, unseen, health)
+        details |= {"chance": chance if chance < math.inf else None, "seconds": runner.seconds}
+        return agreed(step, found, details, unseen, health)
     explained = _Explained()
     evidence: list[Evidence] = []
     for turn in range(_ROUNDS):
@@ -134,10 +136,13 @@ class _ProbeRunner:
         return torch.tensor([s for row in rows for s in row["sums"]], dtype=torch.float64).reshape(-1, 2)
 
     def copies(self) -> float:
-        """How many rows a draw has, on average, over all ranks."""
+        """How many rows a draw has, on average, over all ranks; infinite where their draws are no independent ones."""
         rollout = self._batch.rollout
-        rows = self._gather({"equal": collisions(rollout)[1], "rows": int(rollout.engine_mask.any(1).sum())})
-        return 1.0 + 2.0 * sum(row["equal"] for row in rows) / max(1, sum(row["rows"] for row in rows))
+        rows = self._gather({"told": [*collisions(rollout), int(rollout.engine_mask.any(1).sum())]})
+        pairs, equal, chance, sequences = (sum(row["told"][i] for row in rows) for i in range(4))
+        if duplicates_in_words(pairs, equal, chance):
+            return math.inf
+        return 1.0 + 2.0 * equal / max(1, sequences)
 
     def agreement(self) -> tuple[list[list[float]], tuple[str, str]]:
         """What each rank's batch tells of a run whose two sides agree: ``counts``; ``unseen_law``, of any rank."""
@@ -226,10 +231,8 @@ class _ProbeRunner:
         agree: bool | None = None
         if best.candidate is not None:
             try:
-                known, distribution = (
-                    prefill_of(self._batch, self.findings),
-                    best.candidate.counterfactual.distribution,
-                )
+                known = prefill_of(self._batch, self.findings)
+                distribution = best.candidate.counterfactual.distribution
                 self.findings = replace(self.findings, prefill=known)
                 agree = sampling_alone(self._batch, current, distribution, known, self.findings.engine_weights)
             except Exception as e:  # can't be asked: the fit stands for what it is

@@ -17,6 +17,9 @@ _OTHERWISE = (
     "teacher/",
 )  # fmt: skip
 
+# a warning of these is of a drift; of others it is of one window, whose chance a diagnosis weighs against its batch
+_CERTAIN = ("evidence/", "floor/", "nonfinite_rate", "temperature/")
+
 
 @dataclass(frozen=True, slots=True)
 class Sign:
@@ -33,8 +36,9 @@ class Sign:
 
 
 def of_drift(verdict: Verdict) -> bool:
-    """Whether a statistic of the mismatch is over a limit, or warned of."""
-    return not all(name.startswith(_OTHERWISE) for name in (*verdict.breaches, *verdict.warnings))
+    """Whether a statistic of the mismatch is over a limit, or warned of and no matter of one window's chance."""
+    warned = [name for name in verdict.warnings if name.startswith(_CERTAIN)]
+    return not all(name.startswith(_OTHERWISE) for name in (*verdict.breaches, *warned))
 
 
 def signs(stats: Mapping[str, float | None], named: Collection[str]) -> Iterator[tuple[Sign, str]]:

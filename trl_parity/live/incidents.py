@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +107,7 @@ class Investigator:
         alarmed: bool,
         health: Sequence[NamedCause],
     ) -> Diagnosis:
-        """Name the cause of the batch's drift. A collective."""
+        """Name the cause of the batch's drift. A collective. Details: ``rollout_seconds``, of the slowest rank's."""
         from ..diagnosis.counterfactual import DiagnosedBatch
         from ..diagnosis.diagnose import diagnose
 
@@ -127,7 +128,8 @@ class Investigator:
             versions=self._versions,
         )
         budget = None if self.unbounded else self.config.diagnose_budget * seconds
-        return diagnose(batch, step, budget=budget, ranks=ranks, alarmed=alarmed, health=health)
+        found = diagnose(batch, step, budget=budget, ranks=ranks, alarmed=alarmed, health=health)
+        return replace(found, details=found.details | {"rollout_seconds": seconds})
 
     def found(self, diagnosis: Diagnosis) -> None:
         """A diagnosis that all ranks have come to."""

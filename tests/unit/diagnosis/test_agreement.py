@@ -1,5 +1,6 @@
 """What is said where engine and trainer agree: nothing, unless the batch teaches nothing for another reason."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -121,9 +122,11 @@ def test_rows_that_are_one_draw_count_as_one_over_ranks(monkeypatch):
     rollout.prompt_ids[:2] = 7  # two rows of one prompt with one completion
     runner = diagnose._ProbeRunner(SimpleNamespace(rollout=rollout), (), None, 1)
     assert runner.copies() == 1.5  # (2² + 1 + 1) / 4
-    monkeypatch.setattr(diagnose, "gather_rows", lambda rows: [*rows, {"equal": 28, "rows": 8}])
+    monkeypatch.setattr(diagnose, "gather_rows", lambda rows: [*rows, {"told": [28, 2, 0.3, 8]}])
     runner = diagnose._ProbeRunner(SimpleNamespace(rollout=rollout), (), None, 2)
-    assert runner.copies() == pytest.approx((6 + 64) / 12)
+    assert runner.copies() == 1.0 + 2.0 * 3.0 / 12.0
+    monkeypatch.setattr(diagnose, "gather_rows", lambda rows: [*rows, {"told": [28, 28, 0.3, 8]}])
+    assert runner.copies() == math.inf  # one seed for all requests: other prompts' rows hang together, too
 
 
 @pytest.mark.parametrize("engine", [None, SimpleNamespace(settings=gone)])

@@ -164,7 +164,8 @@ def test_without_an_alarm_only_what_chance_does_not_raise_over_the_floor_is_look
     above = mean(sums) - error  # a floor within two standard errors
     told = diagnose(replace(batch, floor=above), 1, alarmed=False)
     assert (told.cause, told.evidence) == ("unknown", ())
-    assert "of chance either way" in told.summary
+    assert "above the noise floor" in told.summary
+    assert f"by no more than chance ({told.details['chance']:.2g}, once in 40) makes" in told.summary
     assert diagnose(replace(batch, floor=above), 1).evidence
     assert diagnose(replace(batch, floor=mean(sums) - 3.0 * error), 1, alarmed=False).evidence
 

@@ -63,6 +63,8 @@ def test_a_breach_counts_as_a_warning_does():
         (("correction/zeroed", "entropy/drift_gap", "evidence/entropy"), ("reference/merged",), False),
         (("entropy/drift_gap", "kl_k3"), (), True),
         ((), ("evidence/drift",), True),
+        ((), ("logp_abs_diff/p99", "kl_k3"), False),
+        ((), ("evidence/entropy",), False),
         ((), ("temperature/gap", "completions/probability"), True),
         (("nonfinite_rate",), (), True),
     ],
