@@ -32,6 +32,10 @@ _LIKELY = 5.0  # expected count of an id that is never drawn with probability e^
 
 _EXPECTED = 3.0  # draws of an id before its first appearance, for that to be no chance: e^-3
 
+_EXPECTED_OF_GOOD = 1.0  # the same, where a ban of it takes half of the misfit away
+
+_UNDRAWN_IDS = 16  # ids of largest total probability that are tried though never drawn
+
 _BAN = -4.0  # a bias below it, among others, on an id that is never drawn is a ban
 
 _MAX_BIASES = 8
@@ -72,37 +76,51 @@ def fit_bias(tokens: Tokens, distribution: Distribution) -> Distribution | None:
 def fit_min_tokens(tokens: Tokens, distribution: Distribution) -> Distribution | None:
     """The ids that are banned before so many tokens, as an engine's min_tokens bans those that end a sequence.
 
-    An id v can't be drawn before its first appearance, as the m-th generated token: where fewer came before,
-    e^Δ' = e^Δ / (1 - p(v)). Of the ids drawn, from the second place on, the one that fits best; others with it, from
-    the same place or a later one on, while each is an improvement. None: no gain, or it might be chance: fewer than 3
-    draws of these ids were expected before.
+    An id v can't be drawn before its first appearance, as the m-th generated token: where fewer than s <= m came
+    before, e^Δ' = e^Δ / (1 - p(v)). Of the ids drawn, from the second place on, and of the likeliest that never are,
+    the one that fits best, with its best s; others with it, while each is an improvement and none is drawn before s.
+    None: no gain, or it might be chance: fewer than 3 draws of these ids were expected before s (1, if banning them
+    takes half of the misfit away).
     """
     if distribution.report != PROCESSED or distribution.late or distribution.sampling.truncates:
         return None
     before = tokens.output.sum(-1)
-    ids = tokens.targets.unique()
-    first = torch.stack([before[tokens.targets == v].min() for v in ids]) if len(ids) else before
-    ids, first = ids[first > 0], first[first > 0]
-    if not len(ids):
+    places = int(before.max()) + 1 if len(before) else 0
+    if places < 2:
         return None
-    now, probs = [], []
+    now, mass = [], tokens.logits.new_zeros(tokens.logits.shape[-1])
     for part in chunks(tokens):
         scaled, support = supported(part, distribution)
         now.append(target_values(scaled, part).double() - support.log_sum)
-        probs.append((scaled[:, ids].double() - support.log_sum[:, None]).exp())
-    score, p = torch.cat(now), torch.cat(probs)
+        mass += (scaled - support.log_sum[:, None]).exp().sum(0)
+    ids = torch.cat([tokens.targets, mass.topk(min(_UNDRAWN_IDS, len(mass))).indices]).unique()
+    first = torch.full_like(mass, places, dtype=torch.long).scatter_reduce(0, tokens.targets, before, "amin")[ids]
+    ids, first = ids[first > 0], first[first > 0]
+    if not len(ids):
+        return None
+    score = torch.cat(now)
+    parts = ((part, *supported(part, distribution)) for part in chunks(tokens))
+    p = torch.cat([(scaled[:, ids].double() - support.log_sum[:, None]).exp() for _, scaled, support in parts])
+    plain = huber(score - tokens.reported)
 
-    def goodness(chosen: list[int], start: int) -> float:
-        banned = torch.where(before < start, p[:, chosen].sum(1), 0.0).clamp(max=1.0 - 1e-9)
-        return float(huber(score - torch.log1p(-banned) - tokens.reported).mean())
+    def misfit(chosen: list[int]) -> Tensor:  # (n,), where they are banned
+        banned = p[:, chosen].sum(1).clamp(max=1.0 - 1e-9)
+        return huber(score - torch.log1p(-banned) - tokens.reported)
 
-    singles = [goodness([c], int(first[c])) for c in range(len(ids))]
-    best = min(range(len(ids)), key=singles.__getitem__)
-    start, chosen, least = int(first[best]), [best], singles[best]
-    for c in sorted(range(len(ids)), key=singles.__getitem__):
-        if c != best and first[c] >= start and (found := goodness([*chosen, c], start)) < least / TIE:
-            chosen, least = [*chosen, c], found
-    if float(p[:, chosen][before < start].sum()) < _EXPECTED:
+    def gains(chosen: list[int], limit: int) -> Tensor:  # (s,): of a ban on the first 1, 2, ... tokens
+        gain = (plain - misfit(chosen)).double()
+        return gain.new_zeros(places).scatter_add(0, before, gain).cumsum(0)[:limit]
+
+    singles = [gains([c], int(first[c])) for c in range(len(ids))]
+    order = sorted(range(len(ids)), key=lambda c: -float(singles[c].max()))
+    chosen, start = [order[0]], int(singles[order[0]].argmax()) + 1
+    most, total = float(singles[order[0]].max()), float(plain.sum())
+    for c in order[1:]:
+        found = float(gains([*chosen, c], start)[-1]) if first[c] >= start else 0.0
+        if total - found < (total - most) / TIE:
+            chosen, most = [*chosen, c], found
+    expected = float(p[:, chosen][before < start].sum())
+    if start == places or expected < (_EXPECTED_OF_GOOD if most >= 0.5 * total else _EXPECTED):
         return None
     late = tuple(sorted(int(ids[c]) for c in chosen))
     return if_better(tokens, score, replace(distribution, late=late, late_from=start))

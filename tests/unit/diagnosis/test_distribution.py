@@ -468,5 +468,39 @@ def test_min_tokens_are_recovered(late):
     assert fit_min_tokens(tokens, found) is None  # and nothing more
 
 
+@pytest.mark.parametrize("drawn", [True, False])
+def test_min_tokens_end_where_the_numbers_say_not_where_an_id_first_appears(drawn):
+    """A dozen draws of the id are expected before the sixth token; after it, none came up for a while, or at all."""
+    law = replace(PLAIN, late=(7,), late_from=5)
+    tokens = make(law, n=400, length=9, noise=0.002, seed=3)
+    tokens.output = tokens.real & (torch.arange(9) >= 9 - torch.arange(400).unsqueeze(-1) % 10)
+    tokens.logits[:, 7] += 1.5
+    before, generator = tokens.output.sum(-1), torch.Generator().manual_seed(1)
+    never = replace(law, late_from=8 if drawn else 99)  # what happens to be drawn
+    tokens.targets = oracle_law(tokens, never).exp().multinomial(1, generator=generator).squeeze(-1)
+    tokens.reported = at_targets(oracle_law(tokens, law), tokens)
+    assert (int(before[tokens.targets == 7].min()) >= 8) if drawn else not (tokens.targets == 7).any()
+    found = fit_min_tokens(tokens, PLAIN)
+    assert (found.late, found.late_from) == ((7,), 5)
+
+
+def test_a_ban_that_the_numbers_speak_for_wants_fewer_draws_expected():
+    law = replace(PLAIN, late=(7,), late_from=5)
+    tokens = make(law, n=200, length=9, noise=0.0, seed=3)
+    tokens.output = tokens.real & (torch.arange(9) >= 9 - torch.arange(200).unsqueeze(-1) % 10)
+    early = tokens.output.sum(-1) < 5
+    p = oracle_law(tokens, PLAIN).exp()[:, 7]
+    tokens.logits[:, 7] -= (p * early).sum().log().item() - math.log(1.6)
+    expected = float(oracle_law(tokens, PLAIN).exp()[early, 7].sum())
+    assert 1.0 < expected < 3.0
+    tokens.targets = oracle_law(tokens, replace(law, late_from=8)).argmax(-1)
+    tokens.targets[-1], tokens.output[-1] = 7, tokens.real[-1]
+    tokens.reported = at_targets(oracle_law(tokens, law), tokens)
+    assert fit_min_tokens(tokens, PLAIN).late == (7,)
+    noise = torch.randn(200, generator=torch.Generator().manual_seed(2))
+    tokens.reported = at_targets(oracle_law(tokens, PLAIN), tokens) + 0.05 * noise
+    assert fit_min_tokens(tokens, PLAIN) is None
+
+
 def test_a_first_appearance_by_chance_is_no_rule():
     assert fit_min_tokens(make(PLAIN, n=400, length=9), PLAIN) is None
