@@ -42,7 +42,7 @@ class EngineWeights:
     @property
     def altered(self) -> bool:
         """Whether they were changed on their way, or in the engine, and are no older ones."""
-        return self.adapter_counts is not None or (self.older is not None and self.older < 0.5)
+        return self.older < 0.5 if self.older is not None else self.adapter_counts is not None
 
     @property
     def unheard(self) -> tuple[str, ...]:

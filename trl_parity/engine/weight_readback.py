@@ -81,6 +81,56 @@ def policy_tensors(model: torch.nn.Module) -> Iterator[PolicyTensor]:
         yield PolicyTensor(name, whole, parameter, trained, tuned)
 
 
+class LoraTensor(NamedTuple):
+    """A linear layer's weight with plain LoRA on it."""
+
+    name: str  # as the engine knows it
+    layer: Any  # PEFT's
+    parameter: torch.nn.Parameter  # (out, in), without adapters
+    adapters: tuple[str, ...]
+
+    @property
+    def factors(self) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
+        """(r, in), (out, r), scale of each adapter, as they are now."""
+        layer = self.layer
+        return [(layer.lora_A[n].weight, layer.lora_B[n].weight, float(layer.scaling[n])) for n in self.adapters]
+
+    @property
+    def in_place(self) -> bool:
+        """Whether these adapters still make the weight from this parameter, and no merge has been left in it."""
+        layer = self.layer
+        same = layer.get_base_layer()._parameters.get("weight") is self.parameter
+        active = tuple(n for n in layer.active_adapters if n in layer.lora_A)
+        return same and active == self.adapters and not layer.merged and not layer.disable_adapters
+
+    def elements(self, at: torch.Tensor) -> torch.Tensor:
+        """Of the merged weight, at flat indices; rounded as a merge in place does."""
+        row, column = at // self.parameter.shape[1], at % self.parameter.shape[1]
+        values = self.parameter.detach().flatten()[at].float()
+        for a, b, scale in self.factors:
+            values = values + scale * (b.detach()[row].float() * a.detach()[:, column].T.float()).sum(1)
+        return values.to(self.parameter.dtype)
+
+
+def lora_tensors(policy: Any) -> list[LoraTensor]:
+    """The weights of a PEFT model that plain LoRA adapts (no DoRA, no transposed layers); others are left out."""
+    from peft.tuners.lora import Linear
+
+    found = []
+    for name, layer in policy.named_modules():
+        plain = isinstance(layer, Linear) and not layer.fan_in_fan_out and not getattr(layer, "lora_variant", None)
+        base = layer.get_base_layer() if plain else None
+        if base is None or _is_shard(base.weight):
+            continue
+        adapters = tuple(n for n in layer.active_adapters if n in layer.lora_A)
+        name = f"{name.removeprefix('base_model.model.')}.weight"
+        for part in _WRAPPERS:
+            name = name.replace(part, "")
+        if adapters and any(layer.lora_B[n].weight.requires_grad for n in adapters):
+            found.append(LoraTensor(name, layer, base.weight, adapters))
+    return found
+
+
 def _of_adapters(name: str, prefix: str) -> bool:
     """Whether a parameter is an adapter's own."""
     return prefix in name or any(part.startswith(("ia3_", "trainable_tokens_")) for part in name.split("."))

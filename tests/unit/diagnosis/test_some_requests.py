@@ -1,12 +1,24 @@
 """Which sequences of a batch stand apart from all others, and where two models' layers part."""
 
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from trl_parity.diagnosis.distribution import Distribution, Tokens
+from trl_parity.diagnosis.probes import some_requests
+from trl_parity.diagnosis.probes.base import Unexplained
 from trl_parity.diagnosis.probes.parted_layers import first_parted
 from trl_parity.diagnosis.probes.some_requests import set_apart
+from trl_parity.records import SamplingSettings
 
 FLOOR = 1e-4
+
+
+@dataclass
+class Part:
+    distribution: Distribution
 
 
 def sums_of(means, tokens=20.0):
@@ -73,3 +85,35 @@ def test_no_layer_is_named_where_none_stands_out(gaps):
 def test_a_first_output_that_parts_has_nothing_before_it():
     words = first_parted({"h.0.ln_1": 0.5, "h.0.attn": 0.1}, 0.03)
     assert words.endswith("part at h.0.ln_1, whose output differs by 0.5 of its size")
+
+
+@pytest.mark.parametrize(
+    ("drawn", "raw_left", "tokens", "cause", "most"),
+    [
+        (1.0, 0.0, 800, "temperature", 1.0),  # what a raw mode reports, too, but drawn so
+        (0.5, 0.0, 800, "raw_logprobs", 1.0),
+        (0.5, 0.8, 800, None, None),  # nor raw: the numbers are of some other law than the tokens
+        (0.7, 0.0, 4, "temperature", 0.5),
+        (0.7, 0.8, 4, "temperature", 1.0),
+    ],
+)
+def test_some_sequences_drawn_as_configured_report_raw_log_probs(monkeypatch, drawn, raw_left, tokens, cause, most):
+    generator = torch.Generator().manual_seed(0)
+    logits = 3.0 * torch.randn(tokens, 30, generator=generator)
+    targets = (logits / drawn).softmax(-1).multinomial(1, generator=generator)[:, 0]
+    none = torch.zeros(tokens, 1, dtype=torch.bool)
+    of_part = Tokens(logits, targets, torch.zeros(tokens), none.long(), none, none, torch.arange(tokens) // 2)
+    plain = Distribution(sampling=SamplingSettings(temperature=0.5))
+    law = replace(plain, sampling=SamplingSettings(temperature=1.0))
+    monkeypatch.setattr(
+        some_requests, "mean_residual", lambda _, part: raw_left if part.distribution.report != plain.report else 1.0
+    )
+    batch = SimpleNamespace(floor=0.001, words=lambda law, plain: "temperature 1")
+    part = Part(plain)
+    if cause is None:
+        with pytest.raises(Unexplained, match="their tokens speak for 0"):
+            some_requests._drawn_or_said(batch, part, of_part, law)
+        return
+    found, told, bound = some_requests._drawn_or_said(batch, part, of_part, law)
+    assert (found, bound) == (cause, most)
+    assert told.report == ("raw_logprobs" if cause == "raw_logprobs" else plain.report)

@@ -1,10 +1,12 @@
 """Weights that are not the trainer's: older ones, quantized ones, and neither."""
 
+import peft
 import pytest
 import torch
 
 from trl_parity.diagnosis.quantized import quantized_as
 from trl_parity.diagnosis.weight_versions import WeightVersions
+from trl_parity.engine.weight_readback import policy_tensors
 
 
 def quantized(x, last, size):
@@ -83,6 +85,42 @@ def test_an_older_version_is_told_from_one_there_never_was():
     one = policy.now()["a"]
     one[0, 1] += 1.0  # not among the elements that are looked at
     assert versions.holds_older({"a": one}, torch.bfloat16) is None
+
+
+def test_what_adapters_made_is_remembered_and_what_has_moved_since():
+    """Two layers with adapters that move by very different amounts; the second is alike in bfloat16 for one step."""
+    layers = torch.nn.ModuleDict({"a": torch.nn.Linear(16, 16), "b": torch.nn.Linear(16, 16)})
+    policy = peft.get_peft_model(layers, peft.LoraConfig(r=2, target_modules=["a", "b"], lora_alpha=2))
+    versions, seen = WeightVersions(), []
+    for step, tiny in enumerate((1.0, 0.0, 1.0)):
+        versions.keep(policy, step)
+        seen.append({t.name: t.tensor.detach().bfloat16().float() for t in policy_tensors(policy) if t.adapted})
+        with torch.no_grad():
+            for name, size in (("a", 0.1), ("b", 0.1 * tiny)):
+                policy.base_model.model[name].lora_B["default"].weight += size * torch.randn(16, 2)
+    versions.keep(policy, 3)
+    assert versions.whole
+    assert [versions.holds_older(older, torch.bfloat16) for older in seen] == [1.0, 1.0, 1.0]
+    assert versions.moved_since(seen[2], torch.bfloat16) == {"a.weight", "b.weight"}
+    now = {t.name: t.tensor.detach().bfloat16().float() for t in policy_tensors(policy) if t.adapted}
+    other = {name: 1.1 * tensor for name, tensor in now.items()}
+    assert versions.holds_older(other, torch.bfloat16) == 0.0
+    assert versions.moved_since(other, torch.bfloat16) is None
+    policy.merge_adapter()
+    versions.keep(policy, 4)
+    assert not versions.whole
+
+
+def test_a_tensor_that_has_not_moved_since_is_told_from_one_that_arrived():
+    policy, versions = Policy(), WeightVersions()
+    for step, moves in enumerate(("ab", "a")):
+        versions.keep(policy, step)
+        before = policy.now()
+        for name in moves:
+            with torch.no_grad():
+                getattr(policy, name).add_(0.01 * torch.randn(16, 16))
+    versions.keep(policy, 2)
+    assert versions.moved_since({"a": before["a"]}, torch.bfloat16) == {"a"}
 
 
 def test_a_resumed_run_and_a_policy_with_adapters_have_no_whole_history():

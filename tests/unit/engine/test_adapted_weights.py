@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trl_parity.engine.weight_readback import policy_tensors
+from trl_parity.engine.weight_readback import lora_tensors, policy_tensors
 from trl_parity.scoring.perturb import swapped, without_adapters
 
 LINEAR = ["q_proj", "down_proj"]
@@ -67,3 +67,42 @@ def test_weights_are_those_of_pefts_own_merge(kind):
         with swapped(values), without_adapters(model):
             torch.testing.assert_close(model(input_ids=ids).logits, whole, rtol=1e-4, atol=1e-4)
         assert torch.equal(model(input_ids=ids).logits, whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["lora", "rslora", "bias"])
+def test_elements_of_what_plain_lora_makes_are_those_of_the_merge(kind, dtype):
+    model = adapted(kind)
+    for name, parameter in model.named_parameters():
+        if "base_layer" in name:
+            parameter.data = parameter.data.to(dtype)
+    merged = {t.name: t.tensor for t in policy_tensors(model) if t.adapted}
+    found = {t.name: t for t in lora_tensors(model)}
+    assert found.keys() == {name for name in merged if name.endswith("weight")}
+    for name, tensor in found.items():
+        at = torch.arange(0, merged[name].numel(), 7)
+        told = tensor.elements(at)
+        assert told.dtype == dtype
+        torch.testing.assert_close(told, merged[name].flatten()[at], rtol=1e-6 if dtype == torch.float32 else 0.0,
+                                   atol=1e-7)  # fmt: skip
+        assert tensor.in_place
+
+
+def test_an_adapter_that_is_merged_or_off_or_another_is_in_place_no_more():
+    model = adapted("lora")
+    looked = lora_tensors(model)
+    model.merge_adapter()
+    assert not any(tensor.in_place for tensor in looked)
+    model.unmerge_adapter()
+    assert all(tensor.in_place for tensor in looked)
+    with model.disable_adapter():
+        assert not any(tensor.in_place for tensor in looked)
+    model.add_adapter("second", CONFIGS["lora"]())
+    model.set_adapter("second")
+    assert not any(tensor.in_place for tensor in looked)
+    assert lora_tensors(model)
+
+
+@pytest.mark.parametrize("kind", ["dora", "ia3", "loha", "oft", "norms"])
+def test_other_methods_have_no_elements_of_plain_lora(kind):
+    assert lora_tensors(adapted(kind)) == []

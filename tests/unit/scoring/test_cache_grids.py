@@ -90,3 +90,13 @@ def test_attention_reads_rounded_keys_and_values_inside_the_block_alone():
     assert min(apart) > 0
     names = [grid.name for grid in coarser_grids(torch.float32)]
     assert apart[names.index("float16")] < apart[names.index("bfloat16")] < apart[names.index("float8_e5m2")]
+
+
+def test_a_grid_that_cuts_digits_off_scales_and_one_that_rounds_does_not():
+    scales = {grid.name: grid.scale for grid in coarser_grids(torch.bfloat16)}
+    cut = scales.pop("float8_e5m2, towards zero")
+    assert 0.85 < cut < 0.95
+    assert all(abs(scale - 1.0) < 0.01 for name, scale in scales.items() if "int4" not in name), scales
+    x = torch.randn(2, 3, 8)
+    [grid] = [grid for grid in coarser_grids(torch.bfloat16) if grid.name.endswith("zero")]
+    assert torch.allclose(grid.only_scaled().round(x), cut * x)

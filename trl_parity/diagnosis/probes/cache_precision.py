@@ -13,6 +13,7 @@ from .base import (
     NothingThere,
     NotPossible,
     Probe,
+    Unexplained,
     independent,
     mean_residual,
     probe,
@@ -24,6 +25,10 @@ from .base import (
 __all__ = ["CACHE"]
 
 _LEFT = 0.75  # of the excess over the floor on the few: a grid that leaves more is not tried on all
+
+_SCALES = 0.01  # a grid that makes numbers smaller by more may be mistaken for a scale
+
+_AS_WELL = 1.05  # times what the grid leaves of the drift: a scale that leaves no more explains it as well
 
 _ROUNDED_CACHE = (
     "no setting of this engine asks for a coarse KV cache, and it has one: find what rounds keys and values on their "
@@ -73,6 +78,13 @@ def undeclared(batch: DiagnosedBatch, current: Counterfactual) -> Candidate | No
     if not left or excess <= 0.0 or min(left) - batch.floor > _LEFT * excess:
         return None
     grid = grids[left.index(min(left))]
+    if abs(grid.scale - 1.0) > _SCALES:
+        scaled = replace(with_forward(current, cache_grid=grid.only_scaled(), few=True), kept=few)
+        if mean_residual(batch, scaled) <= _AS_WELL * min(left):
+            raise Unexplained(
+                f"with keys and values scaled by {grid.scale:.2f} the trainer is as near to the engine as with them "
+                f"in {grid.name}: something makes attention's answer another, and no grid does"
+            )
     return Candidate(
         counterfactual=with_forward(current, cache_grid=grid),
         finding=f"kv_cache_dtype of the live engine is {name}, its dtype {dtype_name(dtype)}; with keys and values in "

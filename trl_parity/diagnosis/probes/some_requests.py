@@ -8,15 +8,21 @@ import torch
 
 from .. import fitting
 from ..counterfactual import Counterfactual, DiagnosedBatch
-from ..distribution import distribution_details
+from ..distribution import Distribution, Tokens, distribution_details
 from ..fitting_bias import fit_bias
-from .base import Candidate, Probe, independent, mean_residual, probe, recomputed
+from .base import Candidate, Probe, Unexplained, independent, mean_residual, probe, recomputed
 
 __all__ = ["SOME_REQUESTS", "set_apart"]
 
 _APART = 5.0  # times the drift of the others, or of the floor where that is more
 
 _LEAST = 2  # sequences on either side
+
+_TELLING = 1.5  # standard errors between two temperatures, of the one that the tokens speak for
+
+_LEFT = 0.5  # of the drift of those that stand apart, by raw log-probs, which are others
+
+_EITHER = 0.5  # confidence, where too few tokens tell
 
 _FITS = {
     "temperature": fitting.fit_temperature,
@@ -46,16 +52,43 @@ def some_requests(batch: DiagnosedBatch, current: Counterfactual) -> Candidate |
         return None
     left = {cause: mean_residual(batch, replace(part, distribution=law)) for cause, law in laws.items()}
     cause = min(left, key=left.__getitem__)
+    law, most = laws[cause], 1.0
+    if cause == "temperature":
+        cause, law, most = _drawn_or_said(batch, part, tokens, law)
     return Candidate(
-        counterfactual=replace(part, distribution=laws[cause]),
+        counterfactual=replace(part, distribution=law),
         over=over,
         cause=cause,
         values=2,
+        most=most,
         finding=f"in {int(apart.sum())} of {len(apart)} sequences, and in no other: "
-        f"{batch.words(laws[cause], base.distribution)}",
-        fix=_EACH_REQUEST,
-        details=distribution_details(laws[cause]) | {"rows": batch.rows.cpu()[apart].tolist()},
+        f"{batch.words(law, base.distribution)}",
+        fix=_EACH_REQUEST if cause != "raw_logprobs" else "",
+        details=distribution_details(law) | {"rows": batch.rows.cpu()[apart].tolist()},
     )
+
+
+def _drawn_or_said(
+    batch: DiagnosedBatch, part: Counterfactual, tokens: Tokens, law: Distribution
+) -> tuple[str, Distribution, float]:
+    """Cause, law and most confidence: whether these tokens were drawn at another temperature, or only reported so.
+
+    An engine that samples at another temperature says so. One that reports raw log-probs has drawn as configured.
+    """
+    plain, said = part.distribution, law.sampling.temperature
+    sampled, error = fitting.mle_temperature(tokens, plain)
+    nearer = (abs(sampled - said) - abs(sampled - plain.sampling.temperature)) / max(error, 1e-6)
+    if nearer < -_TELLING:
+        return "temperature", law, 1.0
+    raw = replace(plain, report="raw_logprobs")
+    before, after = (mean_residual(batch, replace(part, distribution=d)) for d in (plain, raw))
+    if after - batch.floor > _LEFT * (before - batch.floor):  # nor raw ones
+        if nearer > _TELLING:
+            raise Unexplained(
+                f"some sequences report {batch.words(law, plain)}; their tokens speak for {sampled:.3g} ± {error:.2g}"
+            )
+        return "temperature", law, 1.0
+    return ("raw_logprobs", raw, 1.0) if nearer > _TELLING else ("temperature", law, _EITHER)
 
 
 def set_apart(sums: torch.Tensor, floor: float) -> torch.Tensor | None:

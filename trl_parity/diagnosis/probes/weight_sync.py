@@ -56,7 +56,7 @@ def engine_weights(
         cause=_cause(held),
         finding=words,
         fix=_fix(held),
-        most=_AS_A_RULE if (held.adapter_counts or 1.0) < 1.0 and not held.coarse else 1.0,
+        most=_AS_A_RULE if _unsure(held) else 1.0,
         details={
             "tensors": {name: dict(sizes) for name, sizes in held.differing.items()},
             "ignored": list(held.ignored),
@@ -84,6 +84,15 @@ def _cause(held: EngineWeights) -> str:
     if held.differing.keys() == held.rounded.keys():
         return "dtype_gap"
     return "partial_sync" if held.partial or held.altered else "stale_weights"
+
+
+def _unsure(held: EngineWeights) -> bool:
+    """Whether older weights and changed ones can look alike: adapters of which no versions are known."""
+    if held.coarse:
+        return False
+    if held.adapter_counts is not None:
+        return held.adapter_counts < 1.0 and held.older is None
+    return held.adapted and held.older is None
 
 
 def _fix(held: EngineWeights) -> str:
@@ -123,6 +132,12 @@ def _read(
     arrived = _arrived(moved, [(h, ours[h.name].tensor) for h in wide], dtype)
     rounded = {h.name: name for h in differing if (name := _rounded_to(h.values, ours[h.name].tensor))}
     values = {h.name: h.values for h in differing if h.values is not None}
+    adapted = any(t.adapted for t in named)
+    known_versions = versions if versions is not None and versions.whole else None
+    older = known_versions.holds_older(values, dtype) if known_versions is not None else None
+    moves = known_versions.moved_since(values, dtype) if known_versions is not None and adapted else None
+    if moves is not None:  # adapters move each tensor by another amount
+        arrived = sum(h.written > 0 and not h.differing and h.name in moves for h in trained)
     forms = [_form(h.values, ours[h.name].tensor, dtype) for h in wide]
     return EngineWeights(
         total=len(held),
@@ -135,11 +150,11 @@ def _read(
         exchanged=_exchanged(differing, ours),
         coarse=bool(forms) and all(forms),
         form=", ".join(sorted(set(forms))),
-        older=versions.holds_older(values, dtype) if versions is not None and versions.whole else None,
-        adapter_counts=_adapter_counts(values, ours, dtype),
+        older=older,
+        adapter_counts=None if (older or 0.0) >= 0.5 else _adapter_counts(values, ours, dtype),
         values=_swaps(ours, differing) if differing else {},
         readable=all(h.values is not None for h in differing),
-        adapted=any(t.adapted for t in named),
+        adapted=adapted,
     )
 
 
