@@ -73,7 +73,10 @@ def policy_tensors(model: torch.nn.Module) -> Iterator[PolicyTensor]:
         else:
             if merged[0] != owner:
                 merged = owner, _merged(layer)
-            whole, trained = merged[1][leaf.replace("base_layer.", "")].detach(), True
+            whole = merged[1][leaf.replace("base_layer.", "")].detach()
+            # most adapters leave the bias as it is: that it is alike tells of no sync
+            tuned = not leaf.endswith("bias") or parameter.requires_grad or not torch.equal(whole, parameter)
+            trained = tuned
         if adapted:
             name = name.removeprefix("base_model.model.").replace(".base_layer", "")
         for part in _WRAPPERS:

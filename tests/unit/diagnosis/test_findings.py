@@ -15,7 +15,7 @@ from support.diagnosed import B, Served
 
 from trl_parity.diagnosis.diagnose import diagnose
 from trl_parity.diagnosis.findings import NAMES, NOTHING, EnginePrompts, EngineWeights, Findings
-from trl_parity.diagnosis.probes import PROBES, in_order, rescore
+from trl_parity.diagnosis.probes import PROBES, in_order, rescore, sampling_params
 from trl_parity.diagnosis.probes.base import NotPossible, independent, probe
 from trl_parity.diagnosis.selection import (
     RESAMPLES,
@@ -154,6 +154,22 @@ def test_older_weights_of_an_engine_that_hands_out_none_are_named_from_what_prob
     assert "a server's parameters can't be read, and the run began healthy" in diagnosis.summary
     assert diagnosis.details["ladder"]["reproduced"]
     assert batch.engine.calls == ["cached", "anew", "rescore"]
+
+
+@pytest.mark.slow_unit
+def test_a_law_is_fitted_to_half_of_the_sequences_that_are_still_compared(make_batch):
+    batch = make_batch()
+    seen = []
+
+    def fit(tokens, law):
+        seen.append(len(tokens.targets))
+        return replace(law, bias=((1, 0.5),))
+
+    still = (batch.row != 2) & (batch.row != 4)
+    held_out = replace(batch.start, kept=batch.start.kept & still)  # after a cause that was held out
+    candidate = sampling_params._fitted(fit, held_out=True)(batch, held_out)
+    assert seen[0] > 0
+    assert set(batch.row[candidate.counterfactual.kept].tolist()) == {1, 5}  # of 0, 1, 3, 5
 
 
 @pytest.mark.slow_unit

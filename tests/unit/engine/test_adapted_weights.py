@@ -103,6 +103,16 @@ def test_an_adapter_that_is_merged_or_off_or_another_is_in_place_no_more():
     assert lora_tensors(model)
 
 
+def test_a_bias_that_the_adapter_leaves_as_it_is_is_not_trained():
+    model = adapted("bias")
+    plain = peft.get_peft_model(model.unload(), CONFIGS["lora"]())  # biases in all layers, and no adapter of theirs
+    read = {t.name: t for t in policy_tensors(plain)}
+    weight, bias = (read[f"model.layers.0.self_attn.q_proj.{leaf}"] for leaf in ("weight", "bias"))
+    assert (weight.trained, weight.adapted) == (True, True)
+    assert (bias.trained, bias.adapted) == (False, False)
+    assert [t.name for t in read.values() if t.trained and t.name.endswith("bias")] == []
+
+
 @pytest.mark.parametrize("kind", ["dora", "ia3", "loha", "oft", "norms"])
 def test_other_methods_have_no_elements_of_plain_lora(kind):
     assert lora_tensors(adapted(kind)) == []

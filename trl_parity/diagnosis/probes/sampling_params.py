@@ -110,11 +110,15 @@ def _requested(names: tuple[str, ...]) -> Callable[[DiagnosedBatch, Counterfactu
 def _fitted(
     fit: Callable[[Tokens, Distribution], Distribution | None], *, held_out: bool = False
 ) -> Callable[[DiagnosedBatch, Counterfactual], Candidate | None]:
-    """``held_out``: fit to every other sequence and compare on the rest, since several values can be made to fit."""
+    """``held_out``: fit to every other sequence and compare on the rest, since several values can be made to fit.
+
+    Of those that are still compared: an earlier cause may have been held out, too.
+    """
 
     def run(batch: DiagnosedBatch, current: Counterfactual) -> Candidate | None:
         base = recomputed(current)
-        rest = batch.row % 2 == 1 if held_out and batch.sequences > 3 else None
+        rows = batch.row[base.kept].unique()
+        rest = torch.isin(batch.row, rows[1::2]) if held_out and len(rows) > 3 else None
         fitted_to = base if rest is None else replace(base, kept=base.kept & ~rest)
         distribution = fit(batch.fit_tokens(fitted_to), base.distribution)
         if distribution is None:
