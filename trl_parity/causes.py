@@ -127,7 +127,8 @@ CAUSES: dict[str, Cause] = {
         "disable_dropout=True in GRPOConfig (and attention_dropout=0), one batch shape for scoring and loss.",
     ),
     "model_definition": Cause(
-        "The two sides run different models on the same weights: positions, rope, window, scale or padding.",
+        "The two sides run different models on the same weights: positions, rope, window, scale, padding, or what is "
+        "done to logits.",
         "The gap is there from the first step and does not go away with a sync.",
         "one config on both sides: compare the engine's hf_config (hf_overrides, max_model_len) with the trainer's "
         "model.config, field by field.",
