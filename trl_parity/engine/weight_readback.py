@@ -121,7 +121,8 @@ def lora_tensors(policy: Any) -> list[LoraTensor]:
 
     found = []
     for name, layer in policy.named_modules():
-        plain = isinstance(layer, Linear) and not layer.fan_in_fan_out and not getattr(layer, "lora_variant", None)
+        # a subclass has quantized weights under it, of which no element can be taken
+        plain = type(layer) is Linear and not layer.fan_in_fan_out and not getattr(layer, "lora_variant", None)
         base = layer.get_base_layer() if plain else None
         if base is None or _is_shard(base.weight):
             continue
